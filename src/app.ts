@@ -1,0 +1,341 @@
+/**
+ * The relay, put together: createRelay(config, deps?) -> { start, stop, … }. The library's entry as well.
+ *
+ * Stages know nothing of each other; what one needs of another is passed in here.
+ */
+import type { Redis, RedisOptions } from 'ioredis';
+import pg from 'pg';
+import { pgOptions } from './connection-urls.ts';
+import type { RelayConfig } from './config.ts';
+import type { OutboxEvent, Receipt } from './event.ts';
+import { createLifecycle } from './lifecycle.ts';
+import { createLogger, type Logger } from './logger.ts';
+import type { Pool } from './outbox/database.ts';
+import { createOutbox } from './outbox/outbox.ts';
+import { createWakeup } from './outbox/wakeup.ts';
+import { type ClaimRound, createClaimWorker } from './queue/claim.ts';
+import { createPublishWorker } from './queue/publish.ts';
+import { createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
+import { createScheduler } from './queue/scheduler.ts';
+import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
+import { APPEND_CONNECTION, createStream } from './stream/append.ts';
+import { createValidator } from './stream/validate.ts';
+import { createAcknowledger } from './triage/acknowledge.ts';
+import { createCarry } from './triage/carry.ts';
+import { createDeadLetter } from './triage/dead-letter.ts';
+import { createOrphanWatch } from './triage/orphans.ts';
+import { createReconcile } from './triage/reconcile.ts';
+import { createHealth } from './web/health.ts';
+import { createWebServer } from './web/server.ts';
+
+export { ConfigError, loadConfig, type RelayConfig } from './config.ts';
+export { appendEvent, type NewEvent, type Transaction } from './outbox/producer.ts';
+export type { Logger, Pool };
+
+/** What an embedding team may bring along. The relay never closes what it was given. */
+export type RelayDeps = Readonly<{
+  /** node-postgres pool with at least 6 connections to spare. Default: one of its own. */
+  pool?: Pool;
+  /** ioredis client; only its options are used, by duplicates. Default: from `config.redisUrl`. */
+  redis?: Redis;
+  logger?: Logger;
+  /** Whether to serve the health endpoints. Default: true. */
+  http?: boolean;
+}>;
+
+export type Relay = Readonly<{
+  /**
+   * Resolves when the relay is at work.
+   * @throws when database or Redis cannot be reached in time, or the table is not ready
+   */
+  start(): Promise<void>;
+  /** Stops claiming, finishes or hands back what is running, closes. Resolves within `shutdownTimeoutMs`. */
+  stop(): Promise<void>;
+  /** Port of the HTTP server, while it runs. */
+  httpPort(): number | undefined;
+}>;
+
+/** Failed jobs looked through in one round of trimming. */
+const TRIM_LIMIT = 1_000;
+/** A pod that has not looked after the schedule for so long hangs. */
+const STUCK_AFTER_MS = 60_000;
+/** Answer of a healthy server; commands that take longer are given up and asked again. */
+const QUEUE_TIMEOUT_MS = 5_000;
+const POOL_SIZE = 10;
+
+export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
+  const logger = deps.logger ?? createLogger(config.logLevel);
+  let running: ReturnType<typeof assemble> | undefined;
+  let stopped: Promise<void> | undefined;
+
+  return {
+    async start() {
+      if (running) return;
+      running = assemble(config, deps, logger);
+      try {
+        await running.lifecycle.start();
+      } catch (error) {
+        await running.lifecycle.stop(config.shutdownTimeoutMs);
+        throw error;
+      }
+    },
+    async stop() {
+      if (!running) return;
+      running.beginStop();
+      stopped ??= running.lifecycle.stop(config.shutdownTimeoutMs).then(({ overran, failed }) => {
+        for (const { name, error } of failed) logger.warn({ part: name, err: error }, 'a part did not stop cleanly');
+        if (overran.length > 0) {
+          logger.warn({ parts: overran }, 'not everything ended in time; other pods take over what was left');
+        }
+        logger.info({}, 'stopped');
+      });
+      await stopped;
+    },
+    httpPort: () => running?.httpPort(),
+  };
+}
+
+function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
+  const ordered = config.ordering === 'aggregate';
+  let phase: 'starting' | 'running' | 'stopping' = 'starting';
+
+  const ownPool = deps.pool ? undefined : createPool(config, logger);
+  const pool = deps.pool ?? (ownPool as Pool);
+  const connections: Redis[] = [];
+  const connect = (role: string, options: RedisOptions): Redis => {
+    const all: RedisOptions = {
+      ...options,
+      lazyConnect: false,
+      connectionName: `relay-${role}`,
+      retryStrategy: (tries) => Math.min(tries * 100, 1_000),
+    };
+    const redis = deps.redis ? deps.redis.duplicate(all) : openRedis(config.redisUrl, all);
+    redis.on('error', (error) => logger.warn({ err: error, connection: role }, 'Redis connection'));
+    connections.push(redis);
+    return redis;
+  };
+  const queueRedis = connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS });
+  const appendRedis = connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs });
+  const workerRedis = connect('worker', WORKER_CONNECTION);
+
+  const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+  const queues = createQueues(queueRedis, config);
+  const stream = createStream(appendRedis, {
+    ...config,
+    queueKeyPrefix: `${config.queuePrefix}:`,
+    jobKey: queues.jobKey,
+  });
+
+  const scheduler = createScheduler({
+    queue: queues.claim,
+    redis: queueRedis,
+    memoryKey: `${config.queuePrefix}:${config.queueName}:memory`,
+    pollIntervalMs: config.pollIntervalMs,
+    onMemoryLost: async () => {
+      const events = await outbox.endLeases();
+      if (events === 0) return;
+      logger.warn({ events }, 'Redis has lost its jobs, or is a new one: the events that were on their way are claimed again');
+      void scheduler.wake();
+    },
+    logger,
+  });
+
+  const orphans = createOrphanWatch({
+    release: outbox.releaseOrphans,
+    parkedAggregates: outbox.parkedAggregates,
+    onReleased: () => void scheduler.wake(),
+    logger,
+  });
+  const watchOrphans = (events: readonly { aggregateType: string; aggregateId: string }[]) => {
+    if (ordered && phase !== 'stopping') orphans.watch(events);
+  };
+
+  const wakeup = createWakeup({ pool, logger, onWake: () => void scheduler.wake() });
+
+  /** A change of rows and the jobs that follow from it: the jobs are added before the commit. */
+  const withSuccessors = (change: (tx: Parameters<typeof outbox.markPublished>[0]) => Promise<OutboxEvent[]>) =>
+    outbox.transaction('durable', async (tx) => {
+      const successors = await change(tx);
+      if (successors.length > 0) await queues.addPublishJobs(successors);
+      return successors;
+    });
+
+  const acknowledger = createAcknowledger({
+    markPublished: (receipts: Receipt[]) => withSuccessors((tx) => outbox.markPublished(tx, receipts)),
+    onNoSuccessor: watchOrphans,
+    logger,
+  });
+
+  const deadLetter = createDeadLetter({
+    append: stream.deadLetter,
+    markDead: async (dead) => {
+      await withSuccessors((tx) => outbox.markDead(tx, dead));
+    },
+    onDead: (event) => watchOrphans([event]),
+    logger,
+  });
+
+  const carry = createCarry({
+    topicProblem: stream.topicProblem,
+    violations: config.validation === 'off' ? () => [] : createValidator(),
+    strict: config.validation === 'strict',
+    publish: stream.publish,
+    acknowledge: acknowledger.acknowledge,
+    logger,
+  });
+
+  const publishWorker = createPublishWorker({
+    connection: workerRedis,
+    options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 2) },
+    attempt: carry,
+    recordFailure: outbox.recordFailure,
+    deadLetter,
+    delayedCount: async () => (await queues.inFlight()).delayed,
+    logger,
+  });
+
+  /** Room for further jobs. Each active one may bring its successor before it leaves. */
+  async function room(): Promise<number> {
+    const { total, active } = await queues.inFlight();
+    return config.maxInFlight - total - (ordered ? active : 0);
+  }
+  /** Less room than this is not worth a transaction. */
+  const worthwhile = Math.min(config.batchSize, Math.ceil(config.maxInFlight / 2));
+
+  async function claim(): Promise<ClaimRound> {
+    if ((await room()) < worthwhile) return { kind: 'no-room' };
+    const { round, parked } = await outbox.transaction('repeatable', async (tx): Promise<{ round: ClaimRound; parked: OutboxEvent[] }> => {
+      if (!(await outbox.takeClaimTurn(tx))) return { round: { kind: 'busy' }, parked: [] };
+      // Asked again, now that nobody else adds: the cap is a cap.
+      const limit = Math.min(config.batchSize, await room());
+      if (limit <= 0) return { round: { kind: 'no-room' }, parked: [] };
+      const claimed = await outbox.claimFresh(tx, limit);
+      if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
+      const taken = claimed.leased.length + claimed.parked.length;
+      return {
+        round: { kind: taken === limit ? 'more' : 'all', events: claimed.leased.length },
+        parked: claimed.parked as OutboxEvent[],
+      };
+    });
+    watchOrphans(parked);
+    return round;
+  }
+
+  const reconcile = createReconcile({
+    transaction: (work) => outbox.transaction('repeatable', work),
+    lockDue: outbox.lockDue,
+    returnToFresh: outbox.returnToFresh,
+    extendLease: outbox.extendLease,
+    jobFate: queues.jobFate,
+    failedJob: queues.failedJob,
+    deadLetter,
+    logger,
+  });
+
+  /** Failed jobs are kept for the dashboard, so many; never one whose dead letter is not written yet. */
+  async function trimFailedJobs(): Promise<void> {
+    const excess = await queues.failedBeyond(config.failedJobsKept, TRIM_LIMIT);
+    if (excess.length === 0) return;
+    const unsettled = new Set(await outbox.unsettled(excess));
+    for (const eventId of excess) if (!unsettled.has(eventId)) await queues.remove(eventId);
+  }
+
+  async function sweep(): Promise<void> {
+    if (ordered) await orphans.sweep();
+    else if ((await outbox.unparkAll(config.maxInFlight)) > 0) await scheduler.wake();
+  }
+
+  async function maintain(): Promise<void> {
+    for (const [duty, run] of Object.entries({ reconcile, sweep, trimFailedJobs })) {
+      try {
+        await run();
+      } catch (error) {
+        logger.warn({ err: error, duty }, 'a duty of the tick failed; the next tick does it');
+      }
+    }
+  }
+
+  const claimWorker = createClaimWorker({
+    connection: workerRedis,
+    queuePrefix: config.queuePrefix,
+    queueName: config.queueName,
+    claim,
+    maintain,
+    arm: config.notify ? wakeup.arm : async () => 'deaf',
+    wake: scheduler.wake,
+    logger,
+  });
+
+  const health = createHealth({
+    database: async () => {
+      await pool.query('SELECT 1');
+      return {};
+    },
+    redis: () => inspectRedis(queueRedis),
+    backlog: async () => {
+      const { oldestWaitingSeconds, ...counts } = await outbox.backlog();
+      return { oldestWaitingSeconds, ...counts };
+    },
+  });
+  const web = createWebServer({
+    host: config.httpHost,
+    port: config.httpPort,
+    version: VERSION,
+    health,
+    stuck: () => [
+      ...(publishWorker.isRunning() ? [] : ['the publish worker does not run']),
+      ...(claimWorker.isRunning() ? [] : ['the claim worker does not run']),
+      ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS ? ['nobody looks after the claim schedule'] : []),
+    ],
+    phase: () => phase,
+  });
+
+  const lifecycle = createLifecycle([
+    { name: 'HTTP server', ...(deps.http !== false && { start: web.start, stop: web.stop }) },
+    {
+      name: 'connections',
+      start: () => waitForServers({ pool, redis: connections, timeoutMs: config.startupTimeoutMs, logger }),
+      stop: async () => {
+        for (const redis of connections) redis.disconnect();
+        await ownPool?.end();
+      },
+    },
+    { name: 'queues', stop: queues.close },
+    { name: 'acknowledgements', stop: acknowledger.drain },
+    { name: 'orphan watch', stop: orphans.stop },
+    { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },
+    { name: 'wake-up', ...(config.notify && { start: wakeup.start, stop: wakeup.stop }) },
+    { name: 'claim worker', start: claimWorker.start, stop: claimWorker.stop },
+    { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
+    { name: 'first claim', start: scheduler.wake },
+    {
+      name: 'readiness',
+      start: () => {
+        phase = 'running';
+      },
+    },
+  ]);
+
+  return {
+    lifecycle,
+    beginStop: () => {
+      phase = 'stopping';
+    },
+    httpPort: () => (deps.http === false ? undefined : web.port()),
+  };
+}
+
+function createPool(config: RelayConfig, logger: Logger): pg.Pool {
+  const pool = new pg.Pool({
+    ...pgOptions(config.databaseUrl),
+    max: POOL_SIZE,
+    connectionTimeoutMillis: QUEUE_TIMEOUT_MS,
+    query_timeout: config.publishTimeoutMs,
+    keepAlive: true,
+    application_name: 'relay-service',
+  });
+  pool.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
+  return pool;
+}
+
+const VERSION = '0.1.0';

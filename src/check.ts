@@ -1,0 +1,102 @@
+import pg from 'pg';
+import type { RelayConfig } from './config.ts';
+import { pgOptions } from './connection-urls.ts';
+import { withDeadline } from './lifecycle.ts';
+import { errorText } from './logger.ts';
+import { missingFromTable } from './outbox/migrate.ts';
+import { hasWakeup } from './outbox/wakeup.ts';
+import { inspectRedis, openRedis } from './preflight.ts';
+
+/** `advice`: it works, but an operator should know. */
+type Verdict = { verdict: 'ok' | 'advice' | 'failed'; subject: string; finding: string };
+
+/** Asks a server that may be away for no longer than this. */
+const TIMEOUT_MS = 10_000;
+/** XADD with MAXLEN ~ and everything else the relay uses; BullMQ recommends it as well. */
+const MINIMUM_REDIS = [6, 2];
+
+/**
+ * Checks everything that the relay needs, and prints a verdict for each.
+ * @returns whether the relay could run
+ */
+export async function runChecks(config: RelayConfig, print: (line: string) => void): Promise<boolean> {
+  const verdicts: Verdict[] = [{ verdict: 'ok', subject: 'configuration', finding: 'every variable is good' }];
+  verdicts.push(...(await checkDatabase(config)), ...(await checkRedis(config)));
+  for (const { verdict, subject, finding } of verdicts) {
+    print(`${verdict.padEnd(7)} ${subject.padEnd(16)} ${finding}`);
+  }
+  return verdicts.every(({ verdict }) => verdict !== 'failed');
+}
+
+async function checkDatabase(config: RelayConfig): Promise<Verdict[]> {
+  const client = new pg.Client({
+    ...pgOptions(config.databaseUrl),
+    connectionTimeoutMillis: TIMEOUT_MS,
+    query_timeout: TIMEOUT_MS,
+  });
+  // An error outside of a query (the server goes away) shows in the next query.
+  client.on('error', () => {});
+  try {
+    await client.connect();
+    const { rows } = await client.query(`SELECT current_setting('server_version') AS version, current_user AS role`);
+    const verdicts: Verdict[] = [
+      { verdict: 'ok', subject: 'database', finding: `PostgreSQL ${rows[0].version}, as role ${rows[0].role}` },
+    ];
+    const missing = await missingFromTable(client);
+    if (missing.length > 0) {
+      const finding = `the outbox lacks ${missing.join(', ')}: run "relay migrate"`;
+      return [...verdicts, { verdict: 'failed', subject: 'table', finding }];
+    }
+    verdicts.push({ verdict: 'ok', subject: 'table', finding: 'identity.outbox has its columns and indexes' });
+    if (!config.notify) return verdicts;
+    verdicts.push(
+      (await hasWakeup(client))
+        ? { verdict: 'ok', subject: 'wake-up', finding: 'the trigger is there' }
+        : {
+            verdict: 'advice',
+            subject: 'wake-up',
+            finding: `no trigger: new events wait up to ${config.pollIntervalMs / 1000} s ("relay migrate" adds it)`,
+          },
+    );
+    return verdicts;
+  } catch (error) {
+    return [{ verdict: 'failed', subject: 'database', finding: errorText(error) }];
+  } finally {
+    await client.end().catch(() => {});
+  }
+}
+
+async function checkRedis(config: RelayConfig): Promise<Verdict[]> {
+  const redis = openRedis(config.redisUrl, {
+    lazyConnect: true,
+    retryStrategy: () => null,
+    maxRetriesPerRequest: 0,
+  });
+  let connectionError: Error | undefined;
+  redis.on('error', (error) => {
+    connectionError ??= error;
+  });
+  try {
+    await withDeadline(TIMEOUT_MS, redis.connect());
+    const { version, aofEnabled, maxmemoryPolicy } = await withDeadline(TIMEOUT_MS, inspectRedis(redis));
+    const [major = 0, minor = 0] = version.split('.').map(Number);
+    const recent = major > (MINIMUM_REDIS[0] as number) || (major === MINIMUM_REDIS[0] && minor >= (MINIMUM_REDIS[1] as number));
+    return [
+      { verdict: recent ? 'ok' : 'failed', subject: 'Redis', finding: `version ${version}${recent ? '' : `; at least ${MINIMUM_REDIS.join('.')} is needed`}` },
+      aofEnabled
+        ? { verdict: 'ok', subject: 'AOF', finding: 'on' }
+        : { verdict: 'advice', subject: 'AOF', finding: 'off: a restart of Redis loses the streams (appendonly yes)' },
+      maxmemoryPolicy === 'noeviction'
+        ? { verdict: 'ok', subject: 'eviction policy', finding: 'noeviction' }
+        : {
+            verdict: 'failed',
+            subject: 'eviction policy',
+            finding: `${maxmemoryPolicy}: Redis may throw away jobs and streams (maxmemory-policy noeviction)`,
+          },
+    ];
+  } catch (error) {
+    return [{ verdict: 'failed', subject: 'Redis', finding: errorText(connectionError ?? error) }];
+  } finally {
+    redis.disconnect();
+  }
+}

@@ -1,0 +1,101 @@
+#!/usr/bin/env node
+import { Command } from 'commander';
+import pg from 'pg';
+import { createRelay } from './app.ts';
+import { runChecks } from './check.ts';
+import { ConfigError, describeVariables, loadConfig, type RelayConfig, unknownVariables } from './config.ts';
+import { pgOptions } from './connection-urls.ts';
+import { NotReadyError } from './lifecycle.ts';
+import { createLogger, errorText } from './logger.ts';
+import { migrate } from './outbox/migrate.ts';
+
+/** sysexits.h, where it has a word for it. */
+const EXIT = { failed: 1, unavailable: 69, config: 78 } as const;
+
+const program = new Command('relay')
+  .description('Outbox relay: publishes domain events from PostgreSQL to Redis Streams, by way of BullMQ.')
+  .addHelpText('after', `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready, 78 wrong configuration.`);
+
+program
+  .command('start')
+  .description('run the relay until SIGTERM or SIGINT')
+  .addHelpText('after', () => `\nEnvironment:\n${describeVariables()}`)
+  .action(() => withConfig(start));
+
+program
+  .command('migrate')
+  .description('create identity.outbox, or adopt the one that is there (only additions; may be run again)')
+  .option('--no-notify', 'leave out the wake-up trigger, or remove it: new events then wait for the poll interval')
+  .action(({ notify }: { notify: boolean }) => withConfig((config) => runMigration(config, notify)));
+
+program
+  .command('check')
+  .description('check configuration, database, table, Redis, AOF and eviction policy; each with a verdict')
+  .action(() => withConfig(async (config) => ((await runChecks(config, print)) ? 0 : EXIT.failed)));
+
+await program.parseAsync();
+
+/** Loads the configuration, runs the command, and turns what went wrong into a clear line and an exit code. */
+async function withConfig(run: (config: RelayConfig) => Promise<number>): Promise<void> {
+  try {
+    process.exitCode = await run(loadConfig(process.env));
+  } catch (error) {
+    if (error instanceof ConfigError) {
+      console.error(`The configuration is wrong:\n${error.message.replace(/^/gm, '  ')}`);
+      process.exitCode = EXIT.config;
+    } else {
+      console.error(`relay: ${errorText(error)}`);
+      process.exitCode = error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
+    }
+  }
+}
+
+async function start(config: RelayConfig): Promise<number> {
+  const logger = createLogger(config.logLevel);
+  for (const { name, nearest } of unknownVariables(process.env)) {
+    logger.warn({ variable: name, ...(nearest && { nearest }) }, 'unknown variable; it has no effect');
+  }
+  const relay = createRelay(config, { logger });
+  const signalled = new Promise<NodeJS.Signals>((resolve) => {
+    for (const signal of ['SIGTERM', 'SIGINT'] as const) {
+      process.once(signal, () => {
+        // A second signal means: now. Nothing is lost by it, other pods take over what was left.
+        for (const again of ['SIGTERM', 'SIGINT'] as const) process.once(again, () => process.exit(EXIT.failed));
+        resolve(signal);
+      });
+    }
+  });
+  const started = relay.start();
+  const first = await Promise.race([started.then(() => 'started' as const), signalled]);
+  if (first === 'started') logger.info({ port: relay.httpPort(), ...settings(config) }, 'relay started');
+  const signal = await signalled;
+  logger.info({ signal }, 'stopping');
+  started.catch(() => {});
+  await relay.stop();
+  // Whatever is still open belongs to a part that overran; it must not keep the process.
+  process.exit(0);
+}
+
+/** What is worth knowing in the log; no URL, no secret. */
+function settings({ databaseUrl: _, redisUrl: __, ...rest }: RelayConfig): Partial<RelayConfig> {
+  return rest;
+}
+
+async function runMigration(config: RelayConfig, notify: boolean): Promise<number> {
+  const client = new pg.Client({ ...pgOptions(config.databaseUrl), connectionTimeoutMillis: config.startupTimeoutMs });
+  try {
+    await client.connect();
+  } catch (error) {
+    throw new NotReadyError(`PostgreSQL cannot be reached (see RELAY_DATABASE_URL): ${errorText(error)}`);
+  }
+  try {
+    await migrate(client, notify, createLogger(config.logLevel));
+  } finally {
+    await client.end();
+  }
+  return 0;
+}
+
+function print(line: string): void {
+  process.stdout.write(`${line}\n`);
+}

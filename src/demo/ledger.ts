@@ -1,0 +1,157 @@
+/**
+ * The audit: what the promises come to, computed from nothing but the table and the streams.
+ */
+import type { Redis } from 'ioredis';
+import type { Pool } from 'pg';
+
+const PAGE_ROWS = 5_000;
+const SAMPLES = 5;
+
+export type LedgerOptions = {
+  pool: Pool;
+  redis: Redis;
+  /** RELAY_STREAM_NAME: the stream of rows without a topic. */
+  defaultStream: string;
+  dlqStream: string;
+  /** Ids of events to leave out, e.g. those that the old system had published. */
+  ignore?: ReadonlySet<string>;
+};
+
+const VIOLATIONS = {
+  lost: 'events with neither a stream entry nor a dead letter',
+  doubled: 'events with more than one stream entry',
+  outOfOrder: 'stream entries behind a later event of their aggregate',
+  publishedWithoutEntry: 'rows marked published without a stream entry',
+  deadWithoutDlq: 'rows marked dead without a dead letter',
+  doubledDeadLetters: 'events with more than one dead letter',
+  leftBehind: 'rows neither published nor dead',
+  unknown: 'stream entries of events that are not in the table',
+} as const;
+
+export type Violation = keyof typeof VIOLATIONS;
+
+export type LedgerGrade = Readonly<
+  Record<Violation, number> & {
+    /** Event ids, a few of each. */
+    samples: Readonly<Record<Violation, readonly string[]>>;
+    events: number;
+    entries: number;
+    deadLetters: number;
+  }
+>;
+
+type Row = {
+  id: string;
+  event_id: string;
+  stream: string;
+  aggregate: string;
+  published: boolean;
+  dead: boolean;
+};
+
+/** Reads the whole table and every stream; meant for up to some 100,000 events, after the relay came to rest. */
+export async function gradeLedger(options: LedgerOptions): Promise<LedgerGrade> {
+  const { pool, redis, defaultStream, dlqStream, ignore = new Set() } = options;
+  const found: Record<Violation, string[]> = {
+    ...{ lost: [], doubled: [], outOfOrder: [], publishedWithoutEntry: [] },
+    ...{ deadWithoutDlq: [], doubledDeadLetters: [], leftBehind: [], unknown: [] },
+  };
+  // Streams first: an event that is published between the two reads must not look like one that came from nowhere.
+  const streams = await streamNames(pool, defaultStream);
+  const entriesOf = new Map<string, string[]>();
+  for (const stream of streams) entriesOf.set(stream, await eventIds(redis, stream, 'event_id'));
+  const deadLetters = await eventIds(redis, dlqStream, 'original_event_id');
+  const rows = await readRows(pool, defaultStream);
+
+  const entryCount = new Map<string, number>();
+  for (const [stream, ids] of entriesOf) {
+    const latest = new Map<string, bigint>();
+    for (const eventId of ids) {
+      const seen = entryCount.get(eventId) ?? 0;
+      entryCount.set(eventId, seen + 1);
+      const row = rows.get(eventId);
+      if (row === undefined || row.stream !== stream) found.unknown.push(eventId);
+      // A second entry is counted as doubled, not as out of order too.
+      if (row === undefined || seen > 0 || ignore.has(eventId)) continue;
+      const id = BigInt(row.id);
+      const before = latest.get(row.aggregate);
+      if (before !== undefined && id < before) found.outOfOrder.push(eventId);
+      else latest.set(row.aggregate, id);
+    }
+  }
+  const deadCount = new Map<string, number>();
+  for (const eventId of deadLetters) deadCount.set(eventId, (deadCount.get(eventId) ?? 0) + 1);
+
+  for (const [eventId, row] of rows) {
+    if (ignore.has(eventId)) continue;
+    const entries = entryCount.get(eventId) ?? 0;
+    const dead = deadCount.get(eventId) ?? 0;
+    if (entries === 0 && dead === 0) found.lost.push(eventId);
+    if (entries > 1) found.doubled.push(eventId);
+    if (row.published && entries === 0) found.publishedWithoutEntry.push(eventId);
+    if (row.dead && dead === 0) found.deadWithoutDlq.push(eventId);
+    if (dead > 1) found.doubledDeadLetters.push(eventId);
+    if (!row.published && !row.dead) found.leftBehind.push(eventId);
+  }
+
+  const violations = Object.keys(VIOLATIONS) as Violation[];
+  const pairs = <T>(value: (violation: Violation) => T) =>
+    Object.fromEntries(violations.map((violation) => [violation, value(violation)])) as Record<Violation, T>;
+  return {
+    ...pairs((violation) => found[violation].length),
+    samples: pairs((violation) => found[violation].slice(0, SAMPLES)),
+    events: rows.size,
+    entries: [...entriesOf.values()].reduce((sum, ids) => sum + ids.length, 0),
+    deadLetters: deadLetters.length,
+  };
+}
+
+/** One line for each kind of violation that occurred; empty when every promise held. */
+export function violationsOf(grade: LedgerGrade): string[] {
+  return (Object.keys(VIOLATIONS) as Violation[])
+    .filter((violation) => grade[violation] > 0)
+    .map((violation) => {
+      const samples = grade.samples[violation].join(', ');
+      return `${violation}: ${grade[violation]} ${VIOLATIONS[violation]} (${samples})`;
+    });
+}
+
+async function streamNames(pool: Pool, defaultStream: string): Promise<string[]> {
+  const { rows } = await pool.query<{ stream: string }>(
+    'SELECT DISTINCT coalesce(topic, $1) AS stream FROM identity.outbox',
+    [defaultStream],
+  );
+  return [...new Set([defaultStream, ...rows.map((row) => row.stream)])];
+}
+
+async function readRows(pool: Pool, defaultStream: string): Promise<Map<string, Row>> {
+  const all = new Map<string, Row>();
+  for (let after = '-9223372036854775808'; ; ) {
+    const { rows } = await pool.query<Row>(
+      `SELECT id::text, event_id::text, coalesce(topic, $1) AS stream, published,
+              aggregate_type || ' ' || aggregate_id AS aggregate, dead_lettered_at IS NOT NULL AS dead
+         FROM identity.outbox WHERE id > $2::bigint ORDER BY outbox.id LIMIT $3`,
+      [defaultStream, after, PAGE_ROWS],
+    );
+    for (const row of rows) all.set(row.event_id, row);
+    const last = rows.at(-1);
+    if (last === undefined || rows.length < PAGE_ROWS) return all;
+    after = last.id;
+  }
+}
+
+/** The event ids of a stream's entries, in its order. A key that is missing or no stream has none. */
+async function eventIds(redis: Redis, stream: string, field: string): Promise<string[]> {
+  if ((await redis.type(stream)) !== 'stream') return [];
+  const ids: string[] = [];
+  for (let start = '-'; ; ) {
+    const entries = await redis.xrange(stream, start, '+', 'COUNT', PAGE_ROWS);
+    for (const [entryId, fields] of entries) {
+      const at = fields.findIndex((name, index) => index % 2 === 0 && name === field);
+      ids.push(at === -1 ? `entry ${entryId} without ${field}` : (fields[at + 1] ?? ''));
+    }
+    const last = entries.at(-1);
+    if (last === undefined || entries.length < PAGE_ROWS) return ids;
+    start = `(${last[0]}`;
+  }
+}

@@ -1,0 +1,142 @@
+/** What the demo shows. Lines only, no cursor movement: it reads the same in a terminal, a log file and CI. */
+import picocolors from 'picocolors';
+import { type LedgerGrade, violationsOf } from './ledger.ts';
+
+const REASON_LENGTH = 75;
+
+export type Shown = Readonly<{ number: number; eventType: string; who: string }>;
+
+export type Pulse = Readonly<{
+  rowsIn: number;
+  entriesOut: number;
+  /** Of the entries that came out since the last pulse. */
+  latenciesMs: readonly number[];
+  onTheirWay: number;
+  newest: Shown | undefined;
+}>;
+
+export type Summary = Readonly<{
+  grade: LedgerGrade;
+  /** Commit to reading the entry, of every event that nothing held back. */
+  latenciesMs: readonly number[];
+  heldBack: number;
+  /** Events made to fail: each must be a dead letter, and no other. */
+  madeToFail: number;
+  /** What went wrong besides, e.g. a pod that did not stop cleanly. */
+  complaints: readonly string[];
+}>;
+
+export type Screen = ReturnType<typeof createScreen>;
+
+export function createScreen(out: NodeJS.WriteStream) {
+  // Not picocolors' own guess: that also colours log files when the variable CI is set.
+  const { NO_COLOR, FORCE_COLOR, TERM } = process.env;
+  const colours = picocolors.createColors(
+    !NO_COLOR && Boolean(FORCE_COLOR || (out.isTTY && TERM !== 'dumb')),
+  );
+  const { bold, cyan, dim, green, red, yellow } = colours;
+  const line = (text = ''): void => void out.write(`${text}\n`);
+  const event = ({ number, eventType, who }: Shown): string =>
+    `${`#${number}`.padStart(6)}  ${eventType.padEnd(12)} ${who.padEnd(20)}`;
+
+  return {
+    title(text: string): void {
+      line();
+      line(bold(text));
+      line();
+    },
+    step: (text: string): void => line(`  ${green('✓')} ${text}`),
+    note: (text: string): void => line(dim(`  ${text}`)),
+    blank: (): void => line(),
+
+    rowIn: (shown: Shown): void => line(`  ${cyan('row in   ')} ${event(shown)}`),
+    entryOut: (shown: Shown, latencyMs: number, remark = ''): void =>
+      line(
+        `  ${green('entry out')} ${event(shown)} ${green(milliseconds(latencyMs).padStart(9))}  ${dim(remark)}`,
+      ),
+    pulse({ rowsIn, entriesOut, latenciesMs, onTheirWay, newest }: Pulse): void {
+      const latency =
+        latenciesMs.length === 0
+          ? ''
+          : `p50 ${milliseconds(percentile(latenciesMs, 50))}, max ${milliseconds(Math.max(...latenciesMs))}`;
+      line(
+        `  ${cyan(`${String(rowsIn).padStart(4)} rows in`)}  ${green(`${String(entriesOut).padStart(4)} entries out`)}  ` +
+          `${String(onTheirWay).padStart(4)} on their way  ${green(latency.padEnd(26))}` +
+          dim(newest === undefined ? '' : `  last in: #${newest.number} ${newest.eventType} ${newest.who}`),
+      );
+    },
+    failing: (shown: Shown, why: string): void =>
+      line(`  ${yellow('row in   ')} ${event(shown)} ${yellow(why)}`),
+    attemptFailed(shown: Shown, attempt: number, reason: string, nextInSeconds: number | undefined): void {
+      const next =
+        nextInSeconds === undefined ? 'no retry left' : `next try in ${nextInSeconds.toFixed(1)} s`;
+      line(
+        `  ${yellow('failed   ')} ${event(shown)} ${yellow(`attempt ${attempt}: ${next}`)}  ${dim(shorten(reason))}`,
+      );
+    },
+    deadLetter: (shown: Shown, stream: string, attempts: string): void =>
+      line(`  ${red('dead     ')} ${event(shown)} ${red(`in ${stream} after ${attempts} attempts`)}`),
+    doubled: (shown: Shown): void => line(`  ${red('DOUBLED  ')} ${event(shown)}`),
+
+    error(text: string): void {
+      const [first = '', ...rest] = text.split('\n');
+      line();
+      line(`  ${red(`✗ ${first}`)}`);
+      for (const more of rest) line(`    ${more}`);
+    },
+
+    /** @returns whether the promises held */
+    summary({ grade, latenciesMs, heldBack, madeToFail, complaints }: Summary): boolean {
+      const wrong = [...violationsOf(grade), ...complaints];
+      if (grade.deadLetters !== madeToFail)
+        wrong.push(`${grade.deadLetters} dead letters instead of ${madeToFail}`);
+      const row = (label: string, value: string, remark = ''): void =>
+        line(`    ${label.padEnd(22)} ${bold(value.padStart(8))}  ${dim(remark)}`);
+      const mustBeZero = (label: string, count: number, remark: string): void =>
+        line(
+          `    ${label.padEnd(22)} ${(count === 0 ? green : red)(String(count).padStart(8))}  ${dim(remark)}`,
+        );
+
+      line();
+      line(bold('  What the table and the streams say'));
+      row('events in', String(grade.events), 'rows committed to identity.outbox');
+      row('entries out', String(grade.entries), 'in the streams');
+      row('dead letters', String(grade.deadLetters), madeToFail > 0 ? 'the event that was made to fail' : '');
+      mustBeZero('duplicates', grade.doubled + grade.doubledDeadLetters, 'events with more than one entry');
+      mustBeZero('order violations', grade.outOfOrder, 'entries behind a later event of their aggregate');
+      mustBeZero('lost', grade.lost, 'events with no entry and no dead letter');
+      if (latenciesMs.length > 0) {
+        const behind = heldBack > 0 ? `, without the ${heldBack} that waited behind the failing one` : '';
+        row('latency p50', milliseconds(percentile(latenciesMs, 50)), `commit to reading the entry${behind}`);
+        row('latency p99', milliseconds(percentile(latenciesMs, 99)));
+      }
+      line();
+      if (wrong.length === 0) {
+        line(
+          `  ${bold(green('✓ The promises held:'))} every event arrived exactly once, in the order of its aggregate.`,
+        );
+      } else {
+        line(`  ${bold(red('✗ The promises did not hold:'))}`);
+        for (const text of wrong) line(`    ${red(text)}`);
+      }
+      line();
+      return wrong.length === 0;
+    },
+  };
+}
+
+/** The nearest rank; of no values, NaN. */
+export function percentile(values: readonly number[], percent: number): number {
+  const sorted = values.toSorted((a, b) => a - b);
+  return sorted[Math.max(0, Math.ceil((percent / 100) * sorted.length) - 1)] ?? Number.NaN;
+}
+
+/** Without what Redis adds about the script: its hash and line. */
+function shorten(reason: string): string {
+  const said = reason.replace(/ script: .*$/, '');
+  return said.length <= REASON_LENGTH ? said : `${said.slice(0, REASON_LENGTH - 1)}…`;
+}
+
+function milliseconds(value: number): string {
+  return value < 100 ? `${value.toFixed(1)} ms` : `${Math.round(value)} ms`;
+}

@@ -1,0 +1,57 @@
+/**
+ * The vocabulary that crosses the borders between stages. Imports nothing.
+ */
+
+/** One row of `identity.outbox` on its way to a stream; also the data of its publish job. */
+export type OutboxEvent = Readonly<{
+  /** `outbox.id`, a bigint as decimal text. Gives the order within an aggregate. */
+  id: string;
+  /** `outbox.event_id`, a uuid. Also the id of the publish job. */
+  eventId: string;
+  eventType: string;
+  aggregateType: string;
+  /** uuid */
+  aggregateId: string;
+  /** Key of the stream: the row's topic, or RELAY_STREAM_NAME where that is null. */
+  topic: string;
+  /** JSON text exactly as PostgreSQL printed it; never parsed and re-serialised on its way. */
+  payload: string;
+  /** `outbox.created_at` as ISO 8601 in UTC with microseconds. */
+  occurredAt: string;
+  /** The payload's `tenant_id`, or null. */
+  tenantId: string | null;
+  /** The payload's `correlation_id`, or null. */
+  correlationId: string | null;
+  /** Failed attempts before this job was made (a job that Redis lost continues where it was). */
+  attempts: number;
+}>;
+
+/** Where one event's entry is, after it was appended. */
+export type Receipt = Readonly<{
+  id: string;
+  /** Stream id that Redis answered, e.g. `1700000000000-0`. */
+  entryId: string;
+}>;
+
+/** What became of one append to a stream. Every reply of Redis ends in exactly one of these. */
+export type AppendOutcome =
+  | { status: 'appended'; entryId: string }
+  /** An earlier run of the same job had appended it: nothing was written now. */
+  | { status: 'already-appended'; entryId: string }
+  /** The job's own hash is gone: finished elsewhere, or lost by Redis. The row decides. */
+  | { status: 'job-gone' }
+  /** Redis refused this very event (wrong type, no permission): it takes the retry road. */
+  | { status: 'refused'; reason: string }
+  /** Redis can take nothing now (unreachable, loading, read-only, full): not the event's fault. */
+  | { status: 'unavailable'; reason: string };
+
+/** What one attempt to publish came to, as far as its job is concerned. */
+export type Attempt =
+  /** Nothing is left to do for the job. */
+  | { kind: 'done' }
+  /** Refused: BullMQ's backoff, and after the last attempt the dead-letter stream. */
+  | { kind: 'retry'; reason: string }
+  /** Nobody can publish now: again soon, at no cost to the event's attempts. */
+  | { kind: 'postpone'; reason: string }
+  /** No attempt can ever succeed: the dead-letter stream at once. */
+  | { kind: 'give-up'; reason: string };

@@ -1,0 +1,87 @@
+/** Ordered start, reverse stop. Imports nothing. */
+
+export type Part = Readonly<{
+  name: string;
+  start?: () => void | Promise<void>;
+  /** `remainingMs`: what is left of the time for the whole stop. */
+  stop?: (remainingMs: number) => void | Promise<void>;
+}>;
+
+export type Lifecycle = Readonly<{
+  start(): Promise<void>;
+  /** Stops what was started, last first; a part that fails or overruns does not keep the others from stopping. */
+  stop(timeoutMs: number): Promise<{ overran: string[]; failed: { name: string; error: Error }[] }>;
+}>;
+
+/** A part whose turn comes after the deadline still gets this long to close its connections. */
+const GRACE_MS = 500;
+
+export function createLifecycle(parts: readonly Part[]): Lifecycle {
+  const started: Part[] = [];
+  let stopping: ReturnType<Lifecycle['stop']> | undefined;
+
+  async function stopAll(timeoutMs: number) {
+    const endsAt = Date.now() + timeoutMs;
+    const overran: string[] = [];
+    const failed: { name: string; error: Error }[] = [];
+    for (const part of started.splice(0).reverse()) {
+      const remainingMs = Math.max(endsAt - Date.now(), GRACE_MS);
+      try {
+        await withDeadline(remainingMs + GRACE_MS, Promise.resolve(part.stop?.(remainingMs)));
+      } catch (error) {
+        if (error instanceof DeadlineError) overran.push(part.name);
+        else failed.push({ name: part.name, error: error as Error });
+      }
+    }
+    return { overran, failed };
+  }
+
+  return {
+    async start() {
+      for (const part of parts) {
+        // Before it starts: a part that fails half-way is stopped too.
+        started.push(part);
+        await part.start?.();
+        if (stopping) return;
+      }
+    },
+    stop(timeoutMs) {
+      stopping ??= stopAll(timeoutMs);
+      return stopping;
+    },
+  };
+}
+
+/** A part cannot start; the message tells an operator why and what to do. */
+export class NotReadyError extends Error {
+  override readonly name = 'NotReadyError';
+}
+
+/**
+ * @returns what `work` resolves to
+ * @throws DeadlineError when it has not settled within `ms`; it goes on, but nobody waits for it
+ */
+export async function withDeadline<T>(ms: number, work: Promise<T>): Promise<T> {
+  let timer: NodeJS.Timeout | undefined;
+  const deadline = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new DeadlineError(ms)), ms);
+  });
+  try {
+    return await Promise.race([work, deadline]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+export class DeadlineError extends Error {
+  constructor(ms: number) {
+    super(`no answer within ${ms} ms`);
+  }
+}
+
+/** Whether `work` succeeded within `ms`. */
+export const succeedsWithin = (ms: number, work: Promise<unknown>): Promise<boolean> =>
+  withDeadline(ms, work).then(
+    () => true,
+    () => false,
+  );

@@ -1,0 +1,58 @@
+import { sql } from 'drizzle-orm';
+import { bigserial, boolean, index, integer, jsonb, pgSchema, text, timestamp, uuid } from 'drizzle-orm/pg-core';
+
+const instant = (name: string) => timestamp(name, { withTimezone: true });
+
+/**
+ * `identity.outbox`, as the backend's own migrations made it, plus two columns of the relay.
+ *
+ * | state     | condition                                                                        |
+ * |-----------|----------------------------------------------------------------------------------|
+ * | fresh     | not published, `next_attempt_at` null                                            |
+ * | leased    | not published, `next_attempt_at` in the future: its job is in BullMQ             |
+ * | due       | not published, `next_attempt_at` has passed: nothing was heard, look again       |
+ * | parked    | not published, `next_attempt_at` infinity: behind an earlier row of its aggregate |
+ * | published | `published`, with `published_at` and the receipt `stream_entry_id`               |
+ * | dead      | not published, `dead_lettered_at` set, `next_attempt_at` infinity                |
+ *
+ * All indexes of the relay are partial on unpublished rows, so that published rows cost nothing.
+ */
+export const outbox = pgSchema('identity').table(
+  'outbox',
+  {
+    id: bigserial('id', { mode: 'bigint' }).primaryKey(),
+    eventId: uuid('event_id').notNull().unique().defaultRandom(),
+    eventType: text('event_type').notNull(),
+    aggregateType: text('aggregate_type').notNull().default('user'),
+    aggregateId: uuid('aggregate_id').notNull(),
+    payload: jsonb('payload').notNull(),
+    createdAt: instant('created_at').notNull().defaultNow(),
+    published: boolean('published').notNull().default(false),
+    /** Failed attempts so far. */
+    attempts: integer('attempts').notNull().default(0),
+    nextAttemptAt: instant('next_attempt_at'),
+    publishedAt: instant('published_at'),
+    errorMessage: text('error_message'),
+    topic: text('topic').default('identity.user.v1'),
+    deadLetteredAt: instant('dead_lettered_at'),
+    /** The receipt: the id that Redis answered to the append. */
+    streamEntryId: text('stream_entry_id'),
+  },
+  (row) => [
+    index('relay_outbox_fresh').on(row.id).where(sql`not published and next_attempt_at is null`),
+    index('relay_outbox_due')
+      .on(row.nextAttemptAt)
+      .where(sql`not published and next_attempt_at < 'infinity'::timestamptz`),
+    index('relay_outbox_live')
+      .on(row.aggregateType, row.aggregateId, row.id)
+      .where(sql`not published and dead_lettered_at is null`),
+    index('relay_outbox_parked')
+      .on(row.aggregateType, row.aggregateId, row.id)
+      .where(
+        sql`not published and dead_lettered_at is null and next_attempt_at = 'infinity'::timestamptz`,
+      ),
+    index('relay_outbox_dead')
+      .on(row.aggregateType, row.aggregateId, row.id)
+      .where(sql`not published and dead_lettered_at is not null`),
+  ],
+);

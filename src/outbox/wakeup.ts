@@ -1,0 +1,193 @@
+import type pg from 'pg';
+import type { Logger } from '../logger.ts';
+import type { Pool, Queryable } from './database.ts';
+
+/**
+ * Wake-up: an insert into the outbox asks the relay for a claim, by LISTEN/NOTIFY.
+ *
+ * NOTIFY makes commits queue up behind one database-wide lock, so writers must stay quiet while the relay
+ * is busy anyway. They learn that from an advisory lock: an idle relay holds it exclusively ("armed").
+ * The trigger tries to share it. Cannot: the relay sleeps, notify. Can: the relay is awake, say nothing, and
+ * keep the share until commit. So a relay that wants to sleep gets the lock only when every quiet writer
+ * has committed, claims once more, and has missed nobody.
+ */
+
+const CHANNEL = 'relay_outbox';
+/** Any constant pair will do; spells "rlay", "wake". Advisory locks are per database. */
+const ARMED = '1919705465, 2002873189';
+
+const RECONNECT_DELAY_MS = 1_000;
+const HEARTBEAT_MS = 10_000;
+const QUERY_TIMEOUT_MS = 5_000;
+
+export async function installWakeup(db: Queryable): Promise<'installed' | 'present'> {
+  await db.query(`
+    CREATE OR REPLACE FUNCTION identity.relay_outbox_wakeup() RETURNS trigger LANGUAGE plpgsql AS $wakeup$
+    BEGIN
+      IF NOT pg_try_advisory_xact_lock_shared(${ARMED}) THEN
+        PERFORM pg_notify('${CHANNEL}', '');
+      END IF;
+      RETURN NULL;
+    END $wakeup$`);
+  if (await hasWakeup(db)) return 'present';
+  await db.query(`
+    CREATE TRIGGER relay_outbox_wakeup AFTER INSERT ON identity.outbox
+    FOR EACH STATEMENT EXECUTE FUNCTION identity.relay_outbox_wakeup()`);
+  return 'installed';
+}
+
+export async function removeWakeup(db: Queryable): Promise<'removed' | 'absent'> {
+  if (!(await hasWakeup(db))) return 'absent';
+  await db.query('DROP TRIGGER relay_outbox_wakeup ON identity.outbox');
+  await db.query('DROP FUNCTION IF EXISTS identity.relay_outbox_wakeup()');
+  return 'removed';
+}
+
+export async function hasWakeup(db: Queryable): Promise<boolean> {
+  const { rowCount } = await db.query(
+    `SELECT FROM pg_trigger WHERE tgrelid = 'identity.outbox'::regclass AND tgname = 'relay_outbox_wakeup'`,
+  );
+  return rowCount === 1;
+}
+
+/**
+ * - `armed`: writers notify from now on; claim once more, then sleep.
+ * - `already-armed`: this or another pod had armed it: sleep.
+ * - `writers`: somebody who said nothing has yet to commit: claim again soon.
+ * - `deaf`: no notifications here (switched off, no trigger, PgBouncer): sleep, the poll interval is there.
+ */
+export type Arming = 'armed' | 'already-armed' | 'writers' | 'deaf';
+
+export type Wakeup = Readonly<{
+  start(): void;
+  stop(): Promise<void>;
+  arm(): Promise<Arming>;
+}>;
+
+export function createWakeup(deps: { pool: Pool; logger: Logger; onWake: () => void }): Wakeup {
+  const { pool, logger, onWake } = deps;
+  let stopped = true;
+  /** The listening connection, once it has proved that notifications arrive. */
+  let listener: pg.PoolClient | undefined;
+  let armed = false;
+  let loop: Promise<void> | undefined;
+  let interrupt = (): void => {};
+
+  const query = (client: pg.PoolClient, text: string) =>
+    client.query({ text, query_timeout: QUERY_TIMEOUT_MS } as pg.QueryConfig);
+
+  const onNotification = (client: pg.PoolClient) => () => {
+    onWake();
+    if (!armed) return;
+    armed = false;
+    query(client, `SELECT pg_advisory_unlock(${ARMED})`).catch(() => interrupt());
+  };
+
+  /** Holds one connection until it fails or the relay stops. */
+  async function listen(): Promise<void> {
+    const client = await pool.connect();
+    let failed: Error | undefined;
+    try {
+      const broken = new Promise<void>((resolve) => {
+        interrupt = resolve;
+        client.on('error', (error) => {
+          failed = error;
+          resolve();
+        });
+        client.on('end', resolve);
+      });
+      if (!(await canHear(client))) {
+        logger.warn(
+          {},
+          'no notification arrives on this database connection (PgBouncer?): new events wait for the poll interval',
+        );
+        failed = new Error('deaf');
+        await broken;
+        return;
+      }
+      client.on('notification', onNotification(client));
+      listener = client;
+      onWake(); // whatever was missed while nobody listened
+      while (!stopped) {
+        const beat = await Promise.race([broken.then(() => 'broken'), pause(HEARTBEAT_MS, broken)]);
+        if (beat === 'broken' || stopped) break;
+        await query(client, 'SELECT 1');
+      }
+    } catch (error) {
+      failed = error as Error;
+      throw error;
+    } finally {
+      listener = undefined;
+      armed = false;
+      // Released only to be closed: it holds a session lock and LISTENs.
+      client.removeAllListeners('notification');
+      client.release(failed ?? true);
+    }
+  }
+
+  async function canHear(client: pg.PoolClient): Promise<boolean> {
+    await query(client, `LISTEN ${CHANNEL}`);
+    const heard = new Promise<true>((resolve) => client.once('notification', () => resolve(true)));
+    await query(client, `SELECT pg_notify('${CHANNEL}', '')`);
+    return Promise.race([heard, pause(2_000, heard).then(() => false)]);
+  }
+
+  return {
+    start() {
+      if (!stopped) return;
+      stopped = false;
+      loop = (async () => {
+        while (!stopped) {
+          try {
+            await listen();
+          } catch (error) {
+            logger.warn({ err: error }, 'lost the connection that listens for new events; polling until it is back');
+          }
+          if (!stopped) {
+            const stopping = new Promise<void>((resolve) => {
+              interrupt = resolve;
+            });
+            await pause(RECONNECT_DELAY_MS, stopping);
+          }
+        }
+      })();
+    },
+
+    async stop() {
+      stopped = true;
+      interrupt();
+      await loop;
+    },
+
+    async arm() {
+      const client = listener;
+      if (!client) return 'deaf';
+      if (armed) return 'already-armed';
+      // Asking who else has it means locking the whole lock table for a moment: only where the try failed.
+      const { rows } = await query(
+        client,
+        `SELECT CASE
+           WHEN pg_try_advisory_lock(${ARMED}) THEN 'armed'
+           WHEN EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted
+             AND (classid, objid) = (${ARMED}) AND objsubid = 2
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) THEN 'already-armed'
+           ELSE 'writers' END AS outcome`,
+      );
+      const outcome = rows[0].outcome as Arming;
+      if (listener !== client) return 'deaf';
+      armed = outcome === 'armed';
+      return outcome;
+    },
+  };
+}
+
+/** Waits for `ms`, or until `unless` settles; leaves no timer behind. */
+function pause(ms: number, unless: Promise<unknown>): Promise<void> {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, ms);
+    void unless.then(() => {
+      clearTimeout(timer);
+      resolve();
+    });
+  });
+}

@@ -1,0 +1,90 @@
+import { Redis, type RedisOptions } from 'ioredis';
+import { redisOptions } from './connection-urls.ts';
+import { NotReadyError, withDeadline } from './lifecycle.ts';
+import { errorText, type Logger } from './logger.ts';
+import type { Pool } from './outbox/database.ts';
+import { missingFromTable } from './outbox/migrate.ts';
+
+/** The servers: how they are reached, and what must be there before the relay can work. */
+
+export function openRedis(redisUrl: string, options: RedisOptions): Redis {
+  // ioredis' types want the reply mapping said, though this is the default.
+  return new Redis({ ...redisOptions(redisUrl), ...options } as RedisOptions & { replyMapping?: 'legacy' });
+}
+
+const RETRY_MS = 500;
+const LOG_EVERY_MS = 5_000;
+
+/**
+ * Waits until database and Redis answer, and checks the table.
+ * @throws {NotReadyError} when one does not answer within `timeoutMs`, or the table is not as it must be
+ */
+export async function waitForServers(deps: {
+  pool: Pool;
+  redis: readonly Redis[];
+  timeoutMs: number;
+  logger: Logger;
+}): Promise<void> {
+  const { pool, redis, timeoutMs, logger } = deps;
+  const endsAt = Date.now() + timeoutMs;
+  await Promise.all([
+    waitFor('PostgreSQL', 'RELAY_DATABASE_URL', () => pool.query('SELECT 1'), endsAt, logger),
+    ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', () => answers(it), endsAt, logger)),
+  ]);
+  const client = await pool.connect();
+  try {
+    const missing = await missingFromTable(client);
+    if (missing.length > 0) {
+      throw new NotReadyError(`the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`);
+    }
+  } finally {
+    client.release();
+  }
+}
+
+async function answers(redis: Redis): Promise<void> {
+  if (redis.status !== 'ready') throw new Error(`connection is ${redis.status}`);
+  await redis.ping();
+}
+
+async function waitFor(
+  server: string,
+  variable: string,
+  ask: () => Promise<unknown>,
+  endsAt: number,
+  logger: Logger,
+): Promise<void> {
+  let loggedAt = Date.now();
+  for (;;) {
+    try {
+      await withDeadline(Math.max(endsAt - Date.now(), 100), ask());
+      return;
+    } catch (error) {
+      if (Date.now() >= endsAt) {
+        throw new NotReadyError(`${server} cannot be reached (see ${variable}): ${errorText(error)}`);
+      }
+      if (Date.now() - loggedAt >= LOG_EVERY_MS) {
+        loggedAt = Date.now();
+        logger.warn({ err: error, server }, 'waiting for a server to answer');
+      }
+      await new Promise((resolve) => setTimeout(resolve, Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1))));
+    }
+  }
+}
+
+export type RedisFacts = Readonly<{ version: string; aofEnabled: boolean; maxmemoryPolicy: string }>;
+
+/** From INFO: what decides whether Redis may be trusted with streams. */
+export async function inspectRedis(redis: Redis): Promise<RedisFacts> {
+  const info = new Map(
+    (await redis.info()).split('\r\n').map((line): [string, string] => {
+      const colon = line.indexOf(':');
+      return [line.slice(0, colon), line.slice(colon + 1)];
+    }),
+  );
+  return {
+    version: info.get('redis_version') ?? 'unknown',
+    aofEnabled: info.get('aof_enabled') === '1',
+    maxmemoryPolicy: info.get('maxmemory_policy') ?? 'unknown',
+  };
+}

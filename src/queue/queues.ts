@@ -1,0 +1,155 @@
+import { Queue, type Worker } from 'bullmq';
+import type { Redis, RedisOptions } from 'ioredis';
+import type { OutboxEvent } from '../event.ts';
+import { succeedsWithin } from '../lifecycle.ts';
+
+export type QueueOptions = Readonly<{
+  queuePrefix: string;
+  queueName: string;
+  maxRetryAttempts: number;
+  retryBaseDelayMs: number;
+}>;
+
+/** Publish jobs in Redis, by state; failed ones are kept apart (they wait for nobody). */
+export type InFlight = Readonly<{ waiting: number; active: number; delayed: number; failed: number; total: number }>;
+
+/**
+ * What BullMQ knows of an event's job.
+ * - `alive`: waiting, delayed, or active with somebody working on it (or soon found to be stalled)
+ * - `failed`: its retries are spent
+ * - `missing`: done, or lost
+ */
+export type JobFate = 'alive' | 'failed' | 'missing';
+
+/** A publish job whose retries are spent, as its dead letter needs it. */
+export type FailedJob = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
+
+export type Queues = ReturnType<typeof createQueues>;
+
+/** For everything but waiting for jobs: no database transaction is held open across a Redis outage. */
+export const QUEUE_CONNECTION: RedisOptions = {
+  enableOfflineQueue: false,
+  autoResendUnfulfilledCommands: false,
+  maxRetriesPerRequest: 0,
+};
+
+/** BullMQ's own connection for its workers: commands wait until Redis is back. */
+export const WORKER_CONNECTION: RedisOptions = { maxRetriesPerRequest: null, enableOfflineQueue: true };
+
+/** A killed pod's jobs are taken over within two of these. */
+const LOCK_DURATION_MS = 5_000;
+
+export const WORKER_OPTIONS = {
+  autorun: false,
+  lockDuration: LOCK_DURATION_MS,
+  stalledInterval: LOCK_DURATION_MS,
+  /** How long a worker waits after an error of the connection before it asks again. */
+  runRetryDelay: 1_000,
+} as const;
+
+/** Waits for the jobs in hand until the deadline; what is left then goes to the other pods' stalled check. */
+export async function closeWorker(worker: Worker, deadlineMs: number): Promise<void> {
+  const finished = await succeedsWithin(deadlineMs, worker.pause());
+  await succeedsWithin(CLOSE_TIMEOUT_MS, worker.close(!finished));
+}
+
+const CLOSE_TIMEOUT_MS = 2_000;
+
+export const claimQueueName = (queueName: string) => `${queueName}-claim`;
+export const publishQueueName = (queueName: string) => `${queueName}-publish`;
+
+export function createQueues(redis: Redis, options: QueueOptions) {
+  const shared = { connection: redis, prefix: options.queuePrefix };
+  const claim = new Queue(claimQueueName(options.queueName), shared);
+  const publish = new Queue<OutboxEvent, void, string>(publishQueueName(options.queueName), {
+    ...shared,
+    defaultJobOptions: {
+      // Frees the id, and is the cheapest setting.
+      removeOnComplete: true,
+      // Failed jobs stay until their dead letter is written; how many after that is bounded by us.
+      removeOnFail: false,
+      stackTraceLimit: 0,
+    },
+  });
+
+  /**
+   * The job's total number of runs and its backoff. BullMQ waits base * 2^(runs - 1); a job that has to be
+   * made again continues where its predecessor was.
+   */
+  function retries(priorAttempts: number) {
+    const attempts = Math.max(1, options.maxRetryAttempts + 1 - priorAttempts);
+    const delay = options.retryBaseDelayMs * 2 ** Math.min(priorAttempts, options.maxRetryAttempts);
+    return { attempts, backoff: { type: 'exponential', delay } };
+  }
+
+  return {
+    claim,
+    publish,
+
+    /** Redis key of an event's publish job. */
+    jobKey: (eventId: string): string => publish.toKey(eventId),
+
+    /**
+     * Adds one publish job per event; one that is there already is left as it is.
+     * @throws when any of them could not be added (others may have been)
+     */
+    async addPublishJobs(events: readonly OutboxEvent[]): Promise<void> {
+      const retried = events.filter((event) => event.attempts > 0);
+      // A row that somebody made fresh again may still have its failed job, whose id would shadow the new one.
+      await Promise.all(
+        retried.map(async (event) => {
+          if ((await publish.getJobState(event.eventId)) === 'failed') await publish.remove(event.eventId);
+        }),
+      );
+      await publish.addBulk(
+        events.map((event) => ({
+          name: event.eventType,
+          data: event,
+          opts: { jobId: event.eventId, ...retries(event.attempts) },
+        })),
+      );
+    },
+
+    async inFlight(): Promise<InFlight> {
+      const counts = await publish.getJobCounts('waiting', 'active', 'delayed', 'prioritized', 'failed');
+      const { waiting = 0, active = 0, delayed = 0, prioritized = 0, failed = 0 } = counts;
+      return { waiting, active, delayed, failed, total: waiting + active + delayed + prioritized };
+    },
+
+    async jobFate(eventId: string): Promise<JobFate> {
+      const state = await publish.getJobState(eventId);
+      if (state === 'failed') return 'failed';
+      if (state !== 'unknown') return (await redis.exists(publish.toKey(eventId))) ? 'alive' : 'missing';
+      // A hash in no list (Redis came back with half of the truth): out of the way of the job to come.
+      await redis.del(publish.toKey(eventId));
+      return 'missing';
+    },
+
+    async failedJob(eventId: string): Promise<FailedJob | null> {
+      const job = await publish.getJob(eventId);
+      if (!job?.finishedOn) return null;
+      return {
+        event: job.data,
+        attempts: job.data.attempts + job.attemptsMade,
+        reason: job.failedReason,
+        failedAt: new Date(job.finishedOn),
+      };
+    },
+
+    /** The oldest failed jobs beyond the newest `kept`, at most `limit`. */
+    async failedBeyond(kept: number, limit: number): Promise<string[]> {
+      const excess = (await publish.getJobCountByTypes('failed')) - kept;
+      if (excess <= 0) return [];
+      const jobs = await publish.getFailed(kept, kept + Math.min(excess, limit) - 1);
+      return jobs.flatMap((job) => job?.id ?? []);
+    },
+
+    async remove(eventId: string): Promise<void> {
+      await publish.remove(eventId);
+    },
+
+    async close(): Promise<void> {
+      await Promise.allSettled([claim.close(), publish.close()]);
+    },
+  };
+}

@@ -1,0 +1,100 @@
+import type { Queue } from 'bullmq';
+import type { Redis } from 'ioredis';
+import type { Logger } from '../logger.ts';
+
+/** Names of the claim queue's jobs. */
+export const TICK = 'tick';
+export const WAKE = 'wake';
+
+/** How soon a scheduler that vanished (FLUSHALL, obliterate, a removed tick) is back at the latest. */
+const HEAL_INTERVAL_MS = 2_000;
+
+export type Scheduler = Readonly<{
+  start(): void;
+  stop(): Promise<void>;
+  /** Asks for a claim now; any number of wishes in the meantime make one more claim. Never throws. */
+  wake(): Promise<void>;
+  /** When it last looked, whether it succeeded or not; ms since the epoch. */
+  lastLookAt(): number;
+}>;
+
+/**
+ * The repeatable job that claims. Any number of pods may run one: they uphold the same schedule.
+ *
+ * It also notices when Redis forgot everything: a key that outlives every job is gone.
+ */
+export function createScheduler(deps: {
+  queue: Queue;
+  redis: Redis;
+  /** The key that tells a Redis that remembers from one that was emptied. */
+  memoryKey: string;
+  pollIntervalMs: number;
+  /** Redis is empty, or new: no job of any leased row is there. */
+  onMemoryLost: () => Promise<void>;
+  logger: Logger;
+}): Scheduler {
+  const { queue, redis, memoryKey, pollIntervalMs, logger } = deps;
+  let timer: NodeJS.Timeout | undefined;
+  let running: Promise<void> = Promise.resolve();
+  let stopped = true;
+  let lookedAt = Date.now();
+
+  async function heal(): Promise<void> {
+    if ((await redis.exists(memoryKey)) === 0) {
+      await deps.onMemoryLost();
+      await redis.set(memoryKey, new Date().toISOString(), 'NX');
+    }
+    // Upserting while the queue is paused leaves one more tick behind each time.
+    if (await queue.isPaused()) return;
+    await queue.upsertJobScheduler(
+      TICK,
+      { every: pollIntervalMs },
+      // A tick that fails is not retried: the next one is its retry.
+      { name: TICK, opts: { attempts: 1, removeOnComplete: true, removeOnFail: { count: 20 } } },
+    );
+  }
+
+  async function look(): Promise<void> {
+    try {
+      await heal();
+    } catch (error) {
+      logger.warn({ err: error }, 'cannot uphold the claim schedule; trying again');
+    }
+    lookedAt = Date.now();
+    if (!stopped) timer = setTimeout(lookAgain, HEAL_INTERVAL_MS);
+  }
+  function lookAgain(): void {
+    running = look();
+  }
+
+  return {
+    start() {
+      if (!stopped) return;
+      stopped = false;
+      lookAgain();
+    },
+    async stop() {
+      stopped = true;
+      clearTimeout(timer);
+      await running;
+    },
+    async wake() {
+      try {
+        await queue.add(
+          WAKE,
+          {},
+          {
+            // The only mode of deduplication that keeps a wish which arrives in mid-claim.
+            deduplication: { id: WAKE, keepLastIfActive: true },
+            attempts: 1,
+            removeOnComplete: true,
+            removeOnFail: true,
+          },
+        );
+      } catch (error) {
+        logger.warn({ err: error }, 'cannot ask for a claim; the next tick will');
+      }
+    },
+    lastLookAt: () => lookedAt,
+  };
+}

@@ -1,0 +1,117 @@
+import type { Redis, RedisOptions, Result } from 'ioredis';
+import type { AppendOutcome, OutboxEvent } from '../event.ts';
+import { deadLetterFields, envelopeFields } from './envelope.ts';
+
+/**
+ * Appends an entry and remembers its id in the publish job's own hash, atomically; run again, it answers
+ * what it remembers. The memory needs no time window: it lives and dies with the job. Hash gone: the job was
+ * finished elsewhere or Redis lost it, so nothing is appended and the row decides.
+ *
+ * KEYS: stream, job hash. ARGV: field of the hash, MAXLEN (0 = never trim), then the entry's fields.
+ */
+const APPEND_ONCE = `
+local known = redis.call('HGET', KEYS[2], ARGV[1])
+if known then return {known, 0} end
+if redis.call('EXISTS', KEYS[2]) == 0 then return {} end
+local id
+if ARGV[2] == '0' then
+  id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, 3))
+else
+  id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', unpack(ARGV, 3))
+end
+redis.call('HSET', KEYS[2], ARGV[1], id)
+return {id, 1}`;
+
+/** Fields of the job's hash that are ours. BullMQ keeps and ignores them. */
+const ENTRY = 'relay:entry';
+const DEAD_LETTER_ENTRY = 'relay:dlq';
+
+declare module 'ioredis' {
+  interface RedisCommander<Context> {
+    appendOnce(stream: string, jobHash: string, ...args: string[]): Result<string[] | [string, number], Context>;
+  }
+}
+
+export type StreamOptions = Readonly<{
+  dlqStreamName: string;
+  /** Approximate length at which a stream is trimmed; 0 = never. */
+  streamMaxLen: number;
+  dlqMaxLen: number;
+  /** Keys that begin with this belong to BullMQ. */
+  queueKeyPrefix: string;
+  /** Redis key of an event's publish job. */
+  jobKey: (eventId: string) => string;
+}>;
+
+export type Stream = ReturnType<typeof createStream>;
+
+/**
+ * What the append connection must be: it neither queues nor resends across a reconnect, so that an append of
+ * unknown fate is asked again instead of overtaking what came after it.
+ */
+export const APPEND_CONNECTION: RedisOptions = {
+  enableOfflineQueue: false,
+  autoResendUnfulfilledCommands: false,
+  maxRetriesPerRequest: 0,
+  enableAutoPipelining: true,
+};
+
+export function createStream(redis: Redis, options: StreamOptions) {
+  redis.defineCommand('appendOnce', { numberOfKeys: 2, lua: APPEND_ONCE });
+
+  async function appendOnce(stream: string, maxLen: number, event: OutboxEvent, memory: string, fields: string[]) {
+    try {
+      const reply = await redis.appendOnce(stream, options.jobKey(event.eventId), memory, String(maxLen), ...fields);
+      return outcomeOf(reply);
+    } catch (error) {
+      return outcomeOfError(error as Error);
+    }
+  }
+
+  return {
+    /** Appends the event to the stream of its topic, once. Never throws. */
+    publish: (event: OutboxEvent): Promise<AppendOutcome> =>
+      appendOnce(event.topic, options.streamMaxLen, event, ENTRY, envelopeFields(event)),
+
+    /** Appends the event to the dead-letter stream, once. Never throws. */
+    deadLetter: (event: OutboxEvent, failure: { reason: string; attempts: number; failedAt: Date }) =>
+      appendOnce(
+        options.dlqStreamName,
+        options.dlqMaxLen,
+        event,
+        DEAD_LETTER_ENTRY,
+        deadLetterFields(event, failure),
+      ),
+
+    /** Why this topic can never be the key of a stream, or null. */
+    topicProblem(topic: string): string | null {
+      if (topic === '') return 'topic is empty';
+      if (topic === options.dlqStreamName) return 'topic is the dead-letter stream';
+      if (topic.startsWith(options.queueKeyPrefix)) return `topic begins with ${options.queueKeyPrefix}, where BullMQ keeps its keys`;
+      return null;
+    },
+  };
+}
+
+/** A reply that is not a stream id must never pass for success. */
+function outcomeOf(reply: unknown): AppendOutcome {
+  const [entryId, appended] = Array.isArray(reply) ? reply : [];
+  if (typeof entryId === 'string' && /^\d+-\d+$/.test(entryId)) {
+    return { status: appended === 1 ? 'appended' : 'already-appended', entryId };
+  }
+  if (Array.isArray(reply) && reply.length === 0) return { status: 'job-gone' };
+  return { status: 'refused', reason: 'Redis gave no stream id in answer to the append' };
+}
+
+/** Replies by which Redis refuses everybody, whatever the event. */
+const NOBODY_NOW = /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED|NOAUTH|WRONGPASS)/;
+
+function outcomeOfError(error: Error): AppendOutcome {
+  // Redis says where in the script it refused: before the refusal up to version 6, after it since 7.
+  const reason = error.message
+    .replace(/^ERR Error running script.*?@user_script:\s*\d+:\s*-?/, '')
+    .replace(/ script: [0-9a-f]{40}, on @user_script:\d+\.?$/, '')
+    .slice(0, 500);
+  const answered = error.name === 'ReplyError';
+  return { status: answered && !NOBODY_NOW.test(reason) ? 'refused' : 'unavailable', reason };
+}

@@ -1,0 +1,66 @@
+import { Ajv2020, type ErrorObject } from 'ajv/dist/2020.js';
+import ajvFormats from 'ajv-formats';
+import { EVENT_SCHEMAS } from './event-schemas.ts';
+
+/**
+ * Every way in which a payload breaks the schema of its event type, as `member: what is wrong`; none for a valid
+ * payload and for an event type without a schema. Safe to log and to store: no value of the payload is in it.
+ */
+export type Validate = (eventType: string, payloadJson: string) => string[];
+
+/** A payload of a thousand wrong members must not make a log line or a dead letter of a thousand lines. */
+const MAX_VIOLATIONS = 50;
+const MAX_NAME_LENGTH = 100;
+
+export function createValidator(): Validate {
+  const ajv = new Ajv2020({ allErrors: true, allowUnionTypes: true });
+  // A CommonJS module: its default export is the function itself at run time, a namespace to TypeScript.
+  ajvFormats.default(ajv, ['uuid', 'email', 'date-time']);
+  // A Map: an event type may be called `constructor`.
+  const schemas = new Map(
+    Object.entries(EVENT_SCHEMAS).map(([eventType, schema]) => [eventType, ajv.compile(schema)]),
+  );
+
+  return (eventType, payloadJson) => {
+    const schema = schemas.get(eventType);
+    if (schema === undefined) return [];
+    let payload: unknown;
+    try {
+      payload = JSON.parse(payloadJson);
+    } catch {
+      return ['payload: is not JSON'];
+    }
+    if (schema(payload)) return [];
+    const errors = schema.errors ?? [];
+    const violations = errors.slice(0, MAX_VIOLATIONS).map(violationOf);
+    const left = errors.length - violations.length;
+    return left > 0 ? [...violations, `and ${left} more`] : violations;
+  };
+}
+
+/** Ajv's own texts are used only where they hold nothing but parts of the schema. */
+function violationOf({ keyword, params, instancePath, message }: ErrorObject): string {
+  const member = (name?: unknown): string =>
+    shown([...instancePath.split('/').slice(1), ...(name === undefined ? [] : [String(name)])].join('/')) ||
+    'payload';
+  switch (keyword) {
+    case 'required':
+      return `${member(params.missingProperty)}: is missing`;
+    case 'additionalProperties':
+      return `${member(params.additionalProperty)}: is not allowed`;
+    case 'enum':
+      return `${member()}: must be one of ${params.allowedValues.join(', ')}`;
+    case 'type':
+      return `${member()}: must be ${[params.type].flat().join(' or ')}`;
+    case 'format':
+      return `${member()}: must be in the format ${params.format}`;
+    default:
+      return `${member()}: ${message ?? `breaks the rule ${keyword}`}`;
+  }
+}
+
+/** A member's name comes from the payload: cut, and without control characters. */
+function shown(name: string): string {
+  const cut = name.length > MAX_NAME_LENGTH ? `${name.slice(0, MAX_NAME_LENGTH)}...` : name;
+  return cut.replace(/[\p{C}\p{Z}]/gu, '?');
+}

@@ -1,0 +1,93 @@
+import type { OutboxEvent, Receipt } from '../event.ts';
+import type { Logger } from '../logger.ts';
+
+/** Rows in one transaction at most. */
+const BATCH_LIMIT = 500;
+/** Transactions at once: one commits while the next is being gathered and planned. */
+const CONCURRENT_BATCHES = 2;
+/** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
+const RETRY_DELAYS_MS = [100, 400, 1_600];
+
+export type Acknowledger = Readonly<{
+  /**
+   * Resolves when the event's row is marked published.
+   * @throws when the database did not take it; the append is remembered, so the job may simply run again
+   */
+  acknowledge(event: OutboxEvent, entryId: string): Promise<void>;
+  /** Resolves when nothing is left to write. */
+  drain(): Promise<void>;
+}>;
+
+type Pending = { event: OutboxEvent; receipt: Receipt; resolve: () => void; reject: (error: Error) => void };
+
+/**
+ * Gathers acknowledgements into batches that size themselves: what arrives while the running transactions
+ * are busy goes into the next one. So an idle relay acknowledges at once, a busy one hundreds together.
+ */
+export function createAcknowledger(deps: {
+  /** Marks the rows published and sees to their successors. */
+  markPublished: (receipts: Receipt[]) => Promise<OutboxEvent[]>;
+  /** Events whose aggregate had no row to go on with, as far as that transaction could see. */
+  onNoSuccessor: (events: OutboxEvent[]) => void;
+  logger: Logger;
+}): Acknowledger {
+  const { markPublished, onNoSuccessor, logger } = deps;
+  let pending: Pending[] = [];
+  let running = 0;
+  let scheduled = false;
+  let onIdle: (() => void)[] = [];
+
+  function schedule(): void {
+    if (scheduled || pending.length === 0 || running >= CONCURRENT_BATCHES) return;
+    scheduled = true;
+    // After the I/O of this turn of the loop: one read from Redis often answers many appends.
+    setImmediate(() => {
+      scheduled = false;
+      const batch = pending.splice(0, BATCH_LIMIT);
+      running++;
+      void flush(batch).finally(() => {
+        running--;
+        schedule();
+        if (running === 0 && pending.length === 0) for (const idle of onIdle.splice(0)) idle();
+      });
+      schedule();
+    });
+  }
+
+  async function flush(batch: Pending[]): Promise<void> {
+    try {
+      const promoted = await persist(batch.map((it) => it.receipt));
+      for (const it of batch) it.resolve();
+      const continued = new Set(promoted.map(aggregateKey));
+      const last = batch.map((it) => it.event).filter((event) => !continued.has(aggregateKey(event)));
+      if (last.length > 0) onNoSuccessor(last);
+    } catch (error) {
+      for (const it of batch) it.reject(error as Error);
+    }
+  }
+
+  async function persist(receipts: Receipt[]): Promise<OutboxEvent[]> {
+    for (let attempt = 0; ; attempt++) {
+      try {
+        return await markPublished(receipts);
+      } catch (error) {
+        const delay = RETRY_DELAYS_MS[attempt];
+        if (delay === undefined) throw error;
+        logger.warn({ err: error, events: receipts.length, retryInMs: delay }, 'cannot mark events published; again');
+        await new Promise((resolve) => setTimeout(resolve, delay));
+      }
+    }
+  }
+
+  return {
+    acknowledge: (event, entryId) =>
+      new Promise((resolve, reject) => {
+        pending.push({ event, receipt: { id: event.id, entryId }, resolve, reject });
+        schedule();
+      }),
+    drain: () =>
+      running === 0 && pending.length === 0 ? Promise.resolve() : new Promise((resolve) => onIdle.push(resolve)),
+  };
+}
+
+const aggregateKey = (event: OutboxEvent) => `${event.aggregateId} ${event.aggregateType}`;

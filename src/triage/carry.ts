@@ -1,0 +1,50 @@
+import type { AppendOutcome, Attempt, OutboxEvent } from '../event.ts';
+import type { Logger } from '../logger.ts';
+import { errorText } from '../logger.ts';
+import { decide } from './decide.ts';
+
+/** One attempt to bring one event from its job to its stream: check, append, decide, acknowledge. */
+export function createCarry(deps: {
+  /** Why the topic can never be the key of a stream, or null. */
+  topicProblem: (topic: string) => string | null;
+  /** How the payload breaks the schema of its event type, without quoting it. */
+  violations: (eventType: string, payload: string) => string[];
+  /** Whether a violation keeps the event out of the stream. */
+  strict: boolean;
+  publish: (event: OutboxEvent) => Promise<AppendOutcome>;
+  acknowledge: (event: OutboxEvent, entryId: string) => Promise<void>;
+  logger: Logger;
+}) {
+  const { logger } = deps;
+
+  function problemOf(event: OutboxEvent): string | null {
+    const topicProblem = deps.topicProblem(event.topic);
+    if (topicProblem !== null) return topicProblem;
+    const violations = deps.violations(event.eventType, event.payload);
+    if (violations.length === 0) return null;
+    if (deps.strict) return `payload breaks the schema of ${event.eventType}: ${violations.join('; ')}`;
+    const { eventId, eventType } = event;
+    logger.warn({ eventId, eventType, violations }, 'payload breaks the schema of its event type; published all the same');
+    return null;
+  }
+
+  return async function carry(event: OutboxEvent): Promise<Attempt> {
+    const problem = problemOf(event);
+    if (problem !== null) return { kind: 'give-up', reason: problem };
+    const verdict = decide(await deps.publish(event));
+    switch (verdict.kind) {
+      case 'acknowledge':
+        try {
+          await deps.acknowledge(event, verdict.entryId);
+        } catch (error) {
+          return { kind: 'postpone', reason: `appended, but its row could not be marked: ${errorText(error)}` };
+        }
+        return { kind: 'done' };
+      case 'let-go':
+        logger.warn({ eventId: event.eventId, topic: event.topic }, 'the job vanished before its append; its row decides');
+        return { kind: 'done' };
+      default:
+        return verdict;
+    }
+  };
+}

@@ -1,0 +1,43 @@
+import type { AppendOutcome, OutboxEvent } from '../event.ts';
+import type { Logger } from '../logger.ts';
+
+export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
+
+/**
+ * Gives an event up: one entry in the dead-letter stream, then the row is dead and its aggregate goes on
+ * (or is held). Both halves are idempotent and the failed job stays until both are done, so that whoever
+ * finds it (the failed-event handler, or the reconciliation of due rows after a crash) may run it again.
+ */
+export function createDeadLetter(deps: {
+  append: (event: OutboxEvent, failure: Failure) => Promise<AppendOutcome>;
+  /** Marks the row dead and sees to its successor. */
+  markDead: (dead: { id: string; attempts: number; reason: string }) => Promise<void>;
+  onDead: (event: OutboxEvent) => void;
+  logger: Logger;
+}) {
+  const { append, markDead, onDead, logger } = deps;
+
+  return async function deadLetter(failure: Failure): Promise<void> {
+    const { event, attempts, reason } = failure;
+    const about = { eventId: event.eventId, topic: event.topic, eventType: event.eventType, attempts };
+    const outcome = await append(event, failure);
+    switch (outcome.status) {
+      case 'appended':
+      case 'already-appended':
+        await markDead({ id: event.id, attempts, reason });
+        logger.warn({ ...about, reason, dlqEntryId: outcome.entryId }, 'event moved to the dead-letter stream');
+        onDead(event);
+        return;
+      case 'job-gone':
+        logger.warn(about, 'the failed job was removed before its dead letter was written; its row will be tried again');
+        return;
+      case 'refused':
+      case 'unavailable':
+        logger.error(
+          { ...about, reason: outcome.reason },
+          'cannot write the dead-letter entry; the event stays in the outbox and this is tried again when its lease ends',
+        );
+        return;
+    }
+  };
+}

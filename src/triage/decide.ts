@@ -1,0 +1,22 @@
+import type { AppendOutcome, Attempt } from '../event.ts';
+
+/** What is to become of an event after one append: its row is to be acknowledged, or let go, or the attempt failed. */
+export type Verdict =
+  | { kind: 'acknowledge'; entryId: string }
+  /** The job is no longer ours: touch nothing, the row's state decides. */
+  | { kind: 'let-go' }
+  | Exclude<Attempt, { kind: 'done' }>;
+
+export function decide(outcome: AppendOutcome): Verdict {
+  switch (outcome.status) {
+    case 'appended':
+    case 'already-appended':
+      return { kind: 'acknowledge', entryId: outcome.entryId };
+    case 'job-gone':
+      return { kind: 'let-go' };
+    case 'refused':
+      return { kind: 'retry', reason: outcome.reason };
+    case 'unavailable':
+      return { kind: 'postpone', reason: outcome.reason };
+  }
+}

@@ -1,0 +1,53 @@
+import type { Logger } from '../logger.ts';
+import type { Failure } from './dead-letter.ts';
+
+const BATCH = 100;
+/** Batches of one round; the next tick goes on. */
+const MAX_BATCHES = 50;
+
+type Row = Readonly<{ id: string; eventId: string }>;
+
+/**
+ * Looks after rows whose lease has ended: what became of their jobs? Alive: another lease. Gone: the row is
+ * fresh again. Failed: its dead letter was not finished (a pod died in between), so finish it.
+ */
+export function createReconcile<Tx>(deps: {
+  transaction: <T>(work: (tx: Tx) => Promise<T>) => Promise<T>;
+  lockDue: (tx: Tx, limit: number) => Promise<Row[]>;
+  returnToFresh: (tx: Tx, ids: string[]) => Promise<void>;
+  extendLease: (tx: Tx, ids: string[]) => Promise<void>;
+  jobFate: (eventId: string) => Promise<'alive' | 'failed' | 'missing'>;
+  failedJob: (eventId: string) => Promise<Failure | null>;
+  deadLetter: (failure: Failure) => Promise<void>;
+  logger: Logger;
+}) {
+  const { logger } = deps;
+
+  return async function reconcile(): Promise<void> {
+    const seen = { alive: 0, failed: 0, missing: 0 };
+    for (let batch = 0; batch < MAX_BATCHES; batch++) {
+      const rows = await deps.transaction(async (tx) => {
+        const due = await deps.lockDue(tx, BATCH);
+        if (due.length === 0) return [];
+        // Under the rows' locks: nobody can add their jobs meanwhile.
+        const fates = await Promise.all(due.map((row) => deps.jobFate(row.eventId)));
+        const judged = due.map((row, i) => ({ ...row, fate: fates[i] as 'alive' | 'failed' | 'missing' }));
+        for (const row of judged) seen[row.fate]++;
+        const missing = judged.filter((row) => row.fate === 'missing').map((row) => row.id);
+        const others = judged.filter((row) => row.fate !== 'missing').map((row) => row.id);
+        if (missing.length > 0) await deps.returnToFresh(tx, missing);
+        if (others.length > 0) await deps.extendLease(tx, others);
+        return judged;
+      });
+      for (const row of rows) {
+        if (row.fate !== 'failed') continue;
+        const failure = await deps.failedJob(row.eventId);
+        if (failure) await deps.deadLetter(failure);
+      }
+      if (rows.length < BATCH) break;
+    }
+    if (seen.missing > 0) logger.warn({ events: seen.missing }, 'publish jobs were lost; their events are claimed again');
+    if (seen.failed > 0) logger.warn({ events: seen.failed }, 'finished dead letters that had been left half done');
+    if (seen.alive > 0) logger.debug({ events: seen.alive }, 'leases extended');
+  };
+}

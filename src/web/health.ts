@@ -1,0 +1,60 @@
+import { withDeadline } from '../lifecycle.ts';
+import { errorText } from '../logger.ts';
+
+/** What the health endpoints say; they ask, they do not remember. */
+
+export type Check = Readonly<{ status: 'healthy' | 'degraded' | 'unhealthy'; [detail: string]: unknown }>;
+
+export type Probes = Readonly<{
+  database: () => Promise<Record<string, unknown>>;
+  redis: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
+  backlog: () => Promise<Record<string, unknown> & { oldestWaitingSeconds: number | null }>;
+}>;
+
+const PROBE_TIMEOUT_MS = 3_000;
+/** An event that should be out but has waited so long makes the backlog count as degraded. */
+const WAITING_TOO_LONG_SECONDS = 60;
+
+export function createHealth(probes: Probes) {
+  async function check<T>(probe: () => Promise<T>, judge: (found: T) => Check): Promise<Check> {
+    const startedAt = performance.now();
+    try {
+      const found = judge(await withDeadline(PROBE_TIMEOUT_MS, probe()));
+      return { ...found, latency_ms: Math.round(performance.now() - startedAt) };
+    } catch (error) {
+      return { status: 'unhealthy', error: errorText(error) };
+    }
+  }
+
+  const database = () => check(probes.database, () => ({ status: 'healthy' }));
+  const redis = () =>
+    check(probes.redis, ({ aofEnabled, ...details }) => ({
+      status: aofEnabled ? 'healthy' : 'degraded',
+      aof_enabled: aofEnabled,
+      ...details,
+      ...(!aofEnabled && { warning: 'AOF is off: a restart of Redis loses the streams' }),
+    }));
+  const backlog = () =>
+    check(probes.backlog, ({ oldestWaitingSeconds, ...counts }) => ({
+      status: (oldestWaitingSeconds ?? 0) > WAITING_TOO_LONG_SECONDS ? 'degraded' : 'healthy',
+      ...counts,
+      oldest_waiting_seconds: oldestWaitingSeconds,
+    }));
+
+  return {
+    async ready(): Promise<Record<string, Check>> {
+      const [db, cache] = await Promise.all([database(), redis()]);
+      return { database: db, redis: cache };
+    },
+    async detailed(): Promise<Record<string, Check>> {
+      const [db, cache, waiting] = await Promise.all([database(), redis(), backlog()]);
+      return { database: db, redis: cache, backlog: waiting };
+    },
+  };
+}
+
+/** The worst of them. */
+export function overall(checks: Record<string, Check>): Check['status'] {
+  const found = Object.values(checks).map((check) => check.status);
+  return found.includes('unhealthy') ? 'unhealthy' : found.includes('degraded') ? 'degraded' : 'healthy';
+}

@@ -1,0 +1,70 @@
+import { fastify } from 'fastify';
+import { NotReadyError } from '../lifecycle.ts';
+import type { createHealth } from './health.ts';
+import { overall } from './health.ts';
+
+export type WebServer = Readonly<{
+  start(): Promise<void>;
+  stop(): Promise<void>;
+  /** Port that is listened on, once started. */
+  port(): number;
+}>;
+
+/**
+ * - `/livez`: 200 while this process makes progress; a restart helps otherwise
+ * - `/readyz`: 200 while database and Redis answer and the relay is not stopping
+ * - `/health`, `/health/detailed`: the same question in the platform's form; 503 when unhealthy
+ */
+export function createWebServer(deps: {
+  host: string;
+  port: number;
+  version: string;
+  health: ReturnType<typeof createHealth>;
+  /** What keeps this process from making progress; empty when nothing does. */
+  stuck: () => string[];
+  phase: () => 'starting' | 'running' | 'stopping';
+}): WebServer {
+  const { health, phase } = deps;
+  const service = { service: 'relay-service', version: deps.version };
+  const app = fastify({ logger: false, forceCloseConnections: true, requestTimeout: 10_000 });
+
+  app.get('/livez', async (_request, reply) => {
+    const reasons = phase() === 'running' ? deps.stuck() : [];
+    return reply.code(reasons.length > 0 ? 503 : 200).send({ status: reasons.length > 0 ? 'stuck' : 'alive', reasons });
+  });
+
+  app.get('/readyz', async (_request, reply) => {
+    if (phase() !== 'running') return reply.code(503).send({ status: phase() });
+    const checks = await health.ready();
+    const ready = overall(checks) !== 'unhealthy';
+    return reply.code(ready ? 200 : 503).send({ status: ready ? 'ready' : 'not ready', checks });
+  });
+
+  app.get('/health', async (_request, reply) => {
+    const status = phase() === 'running' ? overall(await health.ready()) : phase();
+    return reply.code(status === 'healthy' || status === 'degraded' ? 200 : 503).send({ status, ...service });
+  });
+
+  app.get('/health/detailed', async (_request, reply) => {
+    const checks = await health.detailed();
+    const status = phase() === 'running' ? overall(checks) : phase();
+    return reply
+      .code(status === 'healthy' || status === 'degraded' ? 200 : 503)
+      .send({ status, ...service, timestamp: new Date().toISOString(), checks });
+  });
+
+  return {
+    async start() {
+      await app.listen({ host: deps.host, port: deps.port }).catch((error: NodeJS.ErrnoException) => {
+        throw new NotReadyError(
+          `cannot listen on ${deps.host}:${deps.port} (see RELAY_HTTP_HOST, RELAY_HTTP_PORT): ${error.code ?? error.message}`,
+        );
+      });
+    },
+    stop: () => app.close(),
+    port: () => {
+      const address = app.server.address();
+      return typeof address === 'object' && address ? address.port : deps.port;
+    },
+  };
+}

@@ -1,0 +1,14 @@
+import { join } from 'node:path';
+import { inject } from 'vitest';
+import { type Pod, startPod as startDemoPod } from '../../src/demo/pod.ts';
+import { atEndOfFile } from './cleanup.ts';
+
+/** A relay in its own process (`node dist/cli.js start`), killed after the test file if it still runs. */
+export async function startPod(
+  env: Readonly<Record<string, string>>,
+  args?: readonly string[],
+): Promise<Pod> {
+  const pod = await startDemoPod({ cli: join(inject('root'), 'dist/cli.js'), env, ...(args && { args }) });
+  atEndOfFile(() => pod.kill('SIGKILL'));
+  return pod;
+}

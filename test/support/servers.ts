@@ -1,0 +1,65 @@
+import { randomBytes } from 'node:crypto';
+import { join } from 'node:path';
+import { Client } from 'pg';
+import { inject } from 'vitest';
+import { type PrivateRedis, type PrivateRedisOptions, startPrivateRedis } from '../../src/demo/servers.ts';
+import { type TemporaryFolder, temporaryFolder } from '../../src/demo/watchdog.ts';
+import { atEndOfFile } from './cleanup.ts';
+import { databaseUrl, TEMPLATE } from './database-url.ts';
+
+/** Any number: PostgreSQL refuses to copy a template that another session copies or connects to. */
+const COPY_LOCK = 20_771_001;
+
+export type TestDatabase = { url: string; name: string; drop(): Promise<void> };
+
+/** A database of the run's server: a copy of the migrated template, or an empty one. Dropped after the test file. */
+export async function createDatabase({
+  template = true,
+}: {
+  template?: boolean;
+} = {}): Promise<TestDatabase> {
+  const name = `test_${randomBytes(8).toString('hex')}`;
+  await asAdmin(async (admin) => {
+    await admin.query('SELECT pg_advisory_lock($1)', [COPY_LOCK]);
+    await admin.query(`CREATE DATABASE ${name} TEMPLATE ${template ? TEMPLATE : 'template0'}`);
+  });
+  const drop = (): Promise<void> =>
+    asAdmin(async (admin) => {
+      await admin.query(`DROP DATABASE IF EXISTS ${name} WITH (FORCE)`);
+    });
+  atEndOfFile(drop);
+  return { url: databaseUrl(inject('adminUrl'), name), name, drop };
+}
+
+async function asAdmin(work: (admin: Client) => Promise<void>): Promise<void> {
+  const admin = new Client({ connectionString: inject('adminUrl') });
+  await admin.connect();
+  try {
+    await work(admin);
+  } finally {
+    // Ends the session, and with it the lock.
+    await admin.end();
+  }
+}
+
+/** A Redis of this test file's own, stopped after it. */
+export async function createRedis(
+  options: Omit<PrivateRedisOptions, 'directory'> = {},
+): Promise<PrivateRedis> {
+  const directory = join(await folderOfFile(), `redis-${randomBytes(4).toString('hex')}`);
+  const redis = await startPrivateRedis({ directory, ...options });
+  // Nobody needs what it holds, so it need not write it down first.
+  atEndOfFile(() => redis.kill('SIGKILL'));
+  return redis;
+}
+
+let folder: Promise<TemporaryFolder> | undefined;
+
+/** A temporary folder, removed after the test file. */
+export async function folderOfFile(): Promise<string> {
+  folder ??= temporaryFolder('relay-test-').then((made) => {
+    atEndOfFile(made.remove);
+    return made;
+  });
+  return (await folder).path;
+}

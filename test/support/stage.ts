@@ -1,0 +1,180 @@
+import { Queue } from 'bullmq';
+import { Redis } from 'ioredis';
+import { Pool } from 'pg';
+import { type RelayConfig, loadConfig } from '../../src/config.ts';
+import type { LedgerGrade } from '../../src/demo/ledger.ts';
+import type { Pod } from '../../src/demo/pod.ts';
+import type { PrivateRedis } from '../../src/demo/servers.ts';
+import { atEndOfFile } from './cleanup.ts';
+import { expectPromisesHeld } from './ledger.ts';
+import { startPod } from './pods.ts';
+import { createDatabase, createRedis } from './servers.ts';
+import { waitFor } from './wait.ts';
+
+export const STREAM = 'identity.user.v1';
+export const DLQ = 'identity.user.v1.dlq';
+
+/** How long a relay that is not disturbed may take over anything, on a machine that is busy with other things. */
+export const PATIENCE_MS = 60_000;
+
+export type Entry = Readonly<{ entryId: string; fields: Readonly<Record<string, string>> }>;
+
+/** One row as the next reader of PostgreSQL sees it; what is compared as text is text. */
+export type Row = Readonly<{
+  id: string;
+  event_id: string;
+  published: boolean;
+  published_at: Date | null;
+  attempts: number;
+  next_attempt_at: Date | number | null;
+  error_message: string | null;
+  dead_lettered_at: Date | null;
+  stream_entry_id: string | null;
+  payload: string;
+}>;
+
+export type Stage = Readonly<{
+  databaseUrl: string;
+  pool: Pool;
+  server: PrivateRedis;
+  redis: Redis;
+  /** What every pod of this stage is started with. */
+  env: Readonly<Record<string, string>>;
+  /** The same as a library user would hold it. */
+  config(env?: Readonly<Record<string, string>>): RelayConfig;
+  /** Starts a pod and waits until it is ready. */
+  pod(env?: Readonly<Record<string, string>>): Promise<Pod>;
+  /** Runs `relay <args>` to its end. */
+  command(
+    args: readonly string[],
+    env?: Readonly<Record<string, string>>,
+  ): Promise<{ code: number | null; lines: readonly string[] }>;
+  /** Resolves when every row is published or dead. */
+  rested(timeoutMs?: number): Promise<void>;
+  /** Every promise held, as table and streams show it. */
+  expectPromisesHeld(): Promise<LedgerGrade>;
+  entries(stream?: string): Promise<Entry[]>;
+  row(eventId: string): Promise<Row>;
+  rows(): Promise<Row[]>;
+  count(condition: string): Promise<number>;
+  /** The BullMQ queue, as an operator's tool would open it. */
+  queue(kind: 'claim' | 'publish'): Queue;
+}>;
+
+export type StageOptions = Readonly<{
+  /** Default: a migrated database of the run's PostgreSQL. */
+  databaseUrl?: string;
+  /** Arguments of redis-server. */
+  redisArgs?: readonly string[];
+  env?: Readonly<Record<string, string>>;
+}>;
+
+/** A database, a Redis and whatever is needed to look at them; all of it gone after the test file. */
+export async function setStage(options: StageOptions = {}): Promise<Stage> {
+  const [databaseUrl, server] = await Promise.all([
+    options.databaseUrl ?? createDatabase().then(({ url }) => url),
+    createRedis({ args: options.redisArgs ?? [] }),
+  ]);
+  const pool = new Pool({ connectionString: databaseUrl, max: 8 });
+  const redis = new Redis(server.url, { maxRetriesPerRequest: null });
+  // Servers go away in these tests on purpose; a query or command that suffers from it fails by itself.
+  pool.on('error', () => {});
+  redis.on('error', () => {});
+  atEndOfFile(async () => {
+    redis.disconnect();
+    await pool.end();
+  });
+  const env = { RELAY_DATABASE_URL: databaseUrl, RELAY_REDIS_URL: server.url, ...options.env };
+
+  const rows = async (condition: string, values: unknown[] = []): Promise<Row[]> => {
+    const found = await pool.query<Row>(
+      `SELECT id::text, event_id::text, published, published_at, attempts, next_attempt_at, error_message,
+              dead_lettered_at, stream_entry_id, payload::text
+         FROM identity.outbox WHERE ${condition} ORDER BY outbox.id`,
+      values,
+    );
+    return found.rows;
+  };
+  const count = async (condition: string): Promise<number> => {
+    const { rows } = await pool.query<{ n: number }>(
+      `SELECT count(*)::int AS n FROM identity.outbox WHERE ${condition}`,
+    );
+    return rows[0]?.n ?? 0;
+  };
+
+  return {
+    databaseUrl,
+    pool,
+    server,
+    redis,
+    env,
+    config: (more) => loadConfig({ ...env, ...more }),
+    async pod(more) {
+      const pod = await startPod({ ...env, ...more });
+      await pod.waitReady();
+      return pod;
+    },
+    async command(args, more) {
+      const pod = await startPod({ ...env, ...more }, args);
+      const { code } = await pod.exited;
+      return { code, lines: pod.lines };
+    },
+    async rested(timeoutMs = PATIENCE_MS) {
+      let left = -1;
+      const noneLeft = async () => {
+        left = await count('NOT published AND dead_lettered_at IS NULL');
+        return left === 0;
+      };
+      await waitFor(noneLeft, { what: 'every row to be published or dead', timeoutMs }).catch((error) => {
+        throw new Error(`${left} rows are left`, { cause: error });
+      });
+    },
+    expectPromisesHeld: () => expectPromisesHeld({ pool, redis, defaultStream: STREAM, dlqStream: DLQ }),
+    entries: (stream = STREAM) => readEntries(redis, stream),
+    async row(eventId) {
+      const [row] = await rows('event_id = $1', [eventId]);
+      if (row === undefined) throw new Error(`no row has event_id ${eventId}`);
+      return row;
+    },
+    rows: () => rows('true'),
+    count,
+    queue(kind) {
+      const queue = new Queue(`relay-${kind}`, { connection: { url: server.url, maxRetriesPerRequest: null } });
+      queue.on('error', () => {});
+      atEndOfFile(() => queue.close());
+      return queue;
+    },
+  };
+}
+
+async function readEntries(redis: Redis, stream: string): Promise<Entry[]> {
+  return (await redis.xrange(stream, '-', '+')).map(([entryId, flat]) => {
+    const fields: Record<string, string> = {};
+    for (let i = 0; i < flat.length; i += 2) fields[flat[i] as string] = flat[i + 1] as string;
+    return { entryId, fields };
+  });
+}
+
+export type RowChange = Row & Readonly<{ at: Date }>;
+
+/**
+ * Keeps every state that a row goes through, with the database's time of the change: whoever polls would miss some.
+ * Answers how to read the states of one row.
+ */
+export async function recordHistory(pool: Pool): Promise<(eventId: string) => Promise<RowChange[]>> {
+  await pool.query(`
+    CREATE TABLE history AS SELECT now() AS at, o.* FROM identity.outbox o LIMIT 0;
+    ALTER TABLE history ADD COLUMN place bigserial;
+    CREATE FUNCTION keep_history() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+      INSERT INTO history SELECT clock_timestamp(), NEW.*;
+      RETURN NULL;
+    END $$;
+    CREATE TRIGGER keep_history AFTER UPDATE ON identity.outbox FOR EACH ROW EXECUTE FUNCTION keep_history()`);
+  return async (eventId) => {
+    const { rows } = await pool.query<RowChange>('SELECT * FROM history WHERE event_id = $1 ORDER BY place', [
+      eventId,
+    ]);
+    return rows;
+  };
+}
