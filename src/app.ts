@@ -4,20 +4,19 @@
  * Stages know nothing of each other; what one needs of another is passed in here.
  */
 import type { Redis, RedisOptions } from 'ioredis';
-import pg from 'pg';
-import { pgOptions } from './connection-urls.ts';
 import type { RelayConfig } from './config.ts';
 import type { OutboxEvent, Receipt } from './event.ts';
 import { createLifecycle } from './lifecycle.ts';
 import { createLogger, type Logger } from './logger.ts';
 import type { Pool } from './outbox/database.ts';
 import { createOutbox } from './outbox/outbox.ts';
+import { createPool } from './outbox/pool.ts';
 import { createWakeup } from './outbox/wakeup.ts';
+import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
 import { type ClaimRound, createClaimWorker } from './queue/claim.ts';
 import { createPublishWorker } from './queue/publish.ts';
 import { createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
-import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
 import { APPEND_CONNECTION, createStream } from './stream/append.ts';
 import { createValidator } from './stream/validate.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
@@ -83,7 +82,8 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
       if (!running) return;
       running.beginStop();
       stopped ??= running.lifecycle.stop(config.shutdownTimeoutMs).then(({ overran, failed }) => {
-        for (const { name, error } of failed) logger.warn({ part: name, err: error }, 'a part did not stop cleanly');
+        for (const { name, error } of failed)
+          logger.warn({ part: name, err: error }, 'a part did not stop cleanly');
         if (overran.length > 0) {
           logger.warn({ parts: overran }, 'not everything ended in time; other pods take over what was left');
         }
@@ -99,7 +99,16 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
   const ordered = config.ordering === 'aggregate';
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
 
-  const ownPool = deps.pool ? undefined : createPool(config, logger);
+  const ownPool = deps.pool
+    ? undefined
+    : createPool(config.databaseUrl, {
+        max: POOL_SIZE,
+        connectionTimeoutMillis: QUEUE_TIMEOUT_MS,
+        query_timeout: config.publishTimeoutMs,
+        keepAlive: true,
+        application_name: 'relay-service',
+      });
+  ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
   const pool = deps.pool ?? (ownPool as Pool);
   const connections: Redis[] = [];
   const connect = (role: string, options: RedisOptions): Redis => {
@@ -134,7 +143,10 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
     onMemoryLost: async () => {
       const events = await outbox.endLeases();
       if (events === 0) return;
-      logger.warn({ events }, 'Redis has lost its jobs, or is a new one: the events that were on their way are claimed again');
+      logger.warn(
+        { events },
+        'Redis has lost its jobs, or is a new one: the events that were on their way are claimed again',
+      );
       void scheduler.wake();
     },
     logger,
@@ -153,7 +165,9 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
   const wakeup = createWakeup({ pool, logger, onWake: () => void scheduler.wake() });
 
   /** A change of rows and the jobs that follow from it: the jobs are added before the commit. */
-  const withSuccessors = (change: (tx: Parameters<typeof outbox.markPublished>[0]) => Promise<OutboxEvent[]>) =>
+  const withSuccessors = (
+    change: (tx: Parameters<typeof outbox.markPublished>[0]) => Promise<OutboxEvent[]>,
+  ) =>
     outbox.transaction('durable', async (tx) => {
       const successors = await change(tx);
       if (successors.length > 0) await queues.addPublishJobs(successors);
@@ -204,19 +218,22 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
 
   async function claim(): Promise<ClaimRound> {
     if ((await room()) < worthwhile) return { kind: 'no-room' };
-    const { round, parked } = await outbox.transaction('repeatable', async (tx): Promise<{ round: ClaimRound; parked: OutboxEvent[] }> => {
-      if (!(await outbox.takeClaimTurn(tx))) return { round: { kind: 'busy' }, parked: [] };
-      // Asked again, now that nobody else adds: the cap is a cap.
-      const limit = Math.min(config.batchSize, await room());
-      if (limit <= 0) return { round: { kind: 'no-room' }, parked: [] };
-      const claimed = await outbox.claimFresh(tx, limit);
-      if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
-      const taken = claimed.leased.length + claimed.parked.length;
-      return {
-        round: { kind: taken === limit ? 'more' : 'all', events: claimed.leased.length },
-        parked: claimed.parked as OutboxEvent[],
-      };
-    });
+    const { round, parked } = await outbox.transaction(
+      'repeatable',
+      async (tx): Promise<{ round: ClaimRound; parked: OutboxEvent[] }> => {
+        if (!(await outbox.takeClaimTurn(tx))) return { round: { kind: 'busy' }, parked: [] };
+        // Asked again, now that nobody else adds: the cap is a cap.
+        const limit = Math.min(config.batchSize, await room());
+        if (limit <= 0) return { round: { kind: 'no-room' }, parked: [] };
+        const claimed = await outbox.claimFresh(tx, limit);
+        if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
+        const taken = claimed.leased.length + claimed.parked.length;
+        return {
+          round: { kind: taken === limit ? 'more' : 'all', events: claimed.leased.length },
+          parked: claimed.parked as OutboxEvent[],
+        };
+      },
+    );
     watchOrphans(parked);
     return round;
   }
@@ -285,7 +302,9 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
     stuck: () => [
       ...(publishWorker.isRunning() ? [] : ['the publish worker does not run']),
       ...(claimWorker.isRunning() ? [] : ['the claim worker does not run']),
-      ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS ? ['nobody looks after the claim schedule'] : []),
+      ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
+        ? ['nobody looks after the claim schedule']
+        : []),
     ],
     phase: () => phase,
   });
@@ -294,13 +313,16 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
     { name: 'HTTP server', ...(deps.http !== false && { start: web.start, stop: web.stop }) },
     {
       name: 'connections',
-      start: () => waitForServers({ pool, redis: connections, timeoutMs: config.startupTimeoutMs, logger }),
       stop: async () => {
         for (const redis of connections) redis.disconnect();
         await ownPool?.end();
       },
     },
     { name: 'queues', stop: queues.close },
+    {
+      name: 'servers',
+      start: () => waitForServers({ pool, redis: connections, timeoutMs: config.startupTimeoutMs, logger }),
+    },
     { name: 'acknowledgements', stop: acknowledger.drain },
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },
@@ -323,19 +345,6 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
     },
     httpPort: () => (deps.http === false ? undefined : web.port()),
   };
-}
-
-function createPool(config: RelayConfig, logger: Logger): pg.Pool {
-  const pool = new pg.Pool({
-    ...pgOptions(config.databaseUrl),
-    max: POOL_SIZE,
-    connectionTimeoutMillis: QUEUE_TIMEOUT_MS,
-    query_timeout: config.publishTimeoutMs,
-    keepAlive: true,
-    application_name: 'relay-service',
-  });
-  pool.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
-  return pool;
 }
 
 const VERSION = '0.1.0';

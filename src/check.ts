@@ -1,9 +1,8 @@
-import pg from 'pg';
 import type { RelayConfig } from './config.ts';
-import { pgOptions } from './connection-urls.ts';
 import { withDeadline } from './lifecycle.ts';
 import { errorText } from './logger.ts';
 import { missingFromTable } from './outbox/migrate.ts';
+import { createClient } from './outbox/pool.ts';
 import { hasWakeup } from './outbox/wakeup.ts';
 import { inspectRedis, openRedis } from './preflight.ts';
 
@@ -20,7 +19,9 @@ const MINIMUM_REDIS = [6, 2];
  * @returns whether the relay could run
  */
 export async function runChecks(config: RelayConfig, print: (line: string) => void): Promise<boolean> {
-  const verdicts: Verdict[] = [{ verdict: 'ok', subject: 'configuration', finding: 'every variable is good' }];
+  const verdicts: Verdict[] = [
+    { verdict: 'ok', subject: 'configuration', finding: 'every variable is good' },
+  ];
   verdicts.push(...(await checkDatabase(config)), ...(await checkRedis(config)));
   for (const { verdict, subject, finding } of verdicts) {
     print(`${verdict.padEnd(7)} ${subject.padEnd(16)} ${finding}`);
@@ -29,8 +30,7 @@ export async function runChecks(config: RelayConfig, print: (line: string) => vo
 }
 
 async function checkDatabase(config: RelayConfig): Promise<Verdict[]> {
-  const client = new pg.Client({
-    ...pgOptions(config.databaseUrl),
+  const client = createClient(config.databaseUrl, {
     connectionTimeoutMillis: TIMEOUT_MS,
     query_timeout: TIMEOUT_MS,
   });
@@ -38,16 +38,26 @@ async function checkDatabase(config: RelayConfig): Promise<Verdict[]> {
   client.on('error', () => {});
   try {
     await client.connect();
-    const { rows } = await client.query(`SELECT current_setting('server_version') AS version, current_user AS role`);
+    const { rows } = await client.query(
+      `SELECT current_setting('server_version') AS version, current_user AS role`,
+    );
     const verdicts: Verdict[] = [
-      { verdict: 'ok', subject: 'database', finding: `PostgreSQL ${rows[0].version}, as role ${rows[0].role}` },
+      {
+        verdict: 'ok',
+        subject: 'database',
+        finding: `PostgreSQL ${rows[0].version}, as role ${rows[0].role}`,
+      },
     ];
     const missing = await missingFromTable(client);
     if (missing.length > 0) {
       const finding = `the outbox lacks ${missing.join(', ')}: run "relay migrate"`;
       return [...verdicts, { verdict: 'failed', subject: 'table', finding }];
     }
-    verdicts.push({ verdict: 'ok', subject: 'table', finding: 'identity.outbox has its columns and indexes' });
+    verdicts.push({
+      verdict: 'ok',
+      subject: 'table',
+      finding: 'identity.outbox has its columns and indexes',
+    });
     if (!config.notify) return verdicts;
     verdicts.push(
       (await hasWakeup(client))
@@ -80,12 +90,22 @@ async function checkRedis(config: RelayConfig): Promise<Verdict[]> {
     await withDeadline(TIMEOUT_MS, redis.connect());
     const { version, aofEnabled, maxmemoryPolicy } = await withDeadline(TIMEOUT_MS, inspectRedis(redis));
     const [major = 0, minor = 0] = version.split('.').map(Number);
-    const recent = major > (MINIMUM_REDIS[0] as number) || (major === MINIMUM_REDIS[0] && minor >= (MINIMUM_REDIS[1] as number));
+    const recent =
+      major > (MINIMUM_REDIS[0] as number) ||
+      (major === MINIMUM_REDIS[0] && minor >= (MINIMUM_REDIS[1] as number));
     return [
-      { verdict: recent ? 'ok' : 'failed', subject: 'Redis', finding: `version ${version}${recent ? '' : `; at least ${MINIMUM_REDIS.join('.')} is needed`}` },
+      {
+        verdict: recent ? 'ok' : 'failed',
+        subject: 'Redis',
+        finding: `version ${version}${recent ? '' : `; at least ${MINIMUM_REDIS.join('.')} is needed`}`,
+      },
       aofEnabled
         ? { verdict: 'ok', subject: 'AOF', finding: 'on' }
-        : { verdict: 'advice', subject: 'AOF', finding: 'off: a restart of Redis loses the streams (appendonly yes)' },
+        : {
+            verdict: 'advice',
+            subject: 'AOF',
+            finding: 'off: a restart of Redis loses the streams (appendonly yes)',
+          },
       maxmemoryPolicy === 'noeviction'
         ? { verdict: 'ok', subject: 'eviction policy', finding: 'noeviction' }
         : {

@@ -1,20 +1,22 @@
 #!/usr/bin/env node
 import { Command } from 'commander';
-import pg from 'pg';
 import { createRelay } from './app.ts';
 import { runChecks } from './check.ts';
 import { ConfigError, describeVariables, loadConfig, type RelayConfig, unknownVariables } from './config.ts';
-import { pgOptions } from './connection-urls.ts';
 import { NotReadyError } from './lifecycle.ts';
 import { createLogger, errorText } from './logger.ts';
 import { migrate } from './outbox/migrate.ts';
+import { createClient } from './outbox/pool.ts';
 
 /** sysexits.h, where it has a word for it. */
 const EXIT = { failed: 1, unavailable: 69, config: 78 } as const;
 
 const program = new Command('relay')
   .description('Outbox relay: publishes domain events from PostgreSQL to Redis Streams, by way of BullMQ.')
-  .addHelpText('after', `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready, 78 wrong configuration.`);
+  .addHelpText(
+    'after',
+    `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready, 78 wrong configuration.`,
+  );
 
 program
   .command('start')
@@ -25,7 +27,10 @@ program
 program
   .command('migrate')
   .description('create identity.outbox, or adopt the one that is there (only additions; may be run again)')
-  .option('--no-notify', 'leave out the wake-up trigger, or remove it: new events then wait for the poll interval')
+  .option(
+    '--no-notify',
+    'leave out the wake-up trigger, or remove it: new events then wait for the poll interval',
+  )
   .action(({ notify }: { notify: boolean }) => withConfig((config) => runMigration(config, notify)));
 
 program
@@ -60,7 +65,8 @@ async function start(config: RelayConfig): Promise<number> {
     for (const signal of ['SIGTERM', 'SIGINT'] as const) {
       process.once(signal, () => {
         // A second signal means: now. Nothing is lost by it, other pods take over what was left.
-        for (const again of ['SIGTERM', 'SIGINT'] as const) process.once(again, () => process.exit(EXIT.failed));
+        for (const again of ['SIGTERM', 'SIGINT'] as const)
+          process.once(again, () => process.exit(EXIT.failed));
         resolve(signal);
       });
     }
@@ -82,7 +88,7 @@ function settings({ databaseUrl: _, redisUrl: __, ...rest }: RelayConfig): Parti
 }
 
 async function runMigration(config: RelayConfig, notify: boolean): Promise<number> {
-  const client = new pg.Client({ ...pgOptions(config.databaseUrl), connectionTimeoutMillis: config.startupTimeoutMs });
+  const client = createClient(config.databaseUrl, { connectionTimeoutMillis: config.startupTimeoutMs });
   try {
     await client.connect();
   } catch (error) {

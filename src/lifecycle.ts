@@ -42,7 +42,7 @@ export function createLifecycle(parts: readonly Part[]): Lifecycle {
         // Before it starts: a part that fails half-way is stopped too.
         started.push(part);
         await part.start?.();
-        if (stopping) return;
+        if (stopping !== undefined) return;
       }
     },
     stop(timeoutMs) {

@@ -35,7 +35,9 @@ export async function waitForServers(deps: {
   try {
     const missing = await missingFromTable(client);
     if (missing.length > 0) {
-      throw new NotReadyError(`the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`);
+      throw new NotReadyError(
+        `the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`,
+      );
     }
   } finally {
     client.release();
@@ -67,7 +69,9 @@ async function waitFor(
         loggedAt = Date.now();
         logger.warn({ err: error, server }, 'waiting for a server to answer');
       }
-      await new Promise((resolve) => setTimeout(resolve, Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1))));
+      await new Promise((resolve) =>
+        setTimeout(resolve, Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1))),
+      );
     }
   }
 }

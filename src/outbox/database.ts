@@ -43,8 +43,11 @@ export async function transaction<T>(
   ];
   const tx: Queryable = {
     query: ((text: string, values?: unknown[]) =>
-      client.query({ text, ...(values && { values }), query_timeout: deadlineMs + 1_000 } as pg.QueryConfig)) as
-      Queryable['query'],
+      client.query({
+        text,
+        ...(values && { values }),
+        query_timeout: deadlineMs + 1_000,
+      } as pg.QueryConfig)) as Queryable['query'],
   };
   try {
     await tx.query(['BEGIN', ...settings].join('; '));

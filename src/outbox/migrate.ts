@@ -1,6 +1,6 @@
 import { fileURLToPath } from 'node:url';
-import { drizzle } from 'drizzle-orm/node-postgres';
 import { readMigrationFiles } from 'drizzle-orm/migrator';
+import { drizzle } from 'drizzle-orm/node-postgres';
 import { migrate as runMigrations } from 'drizzle-orm/node-postgres/migrator';
 import { getTableConfig } from 'drizzle-orm/pg-core';
 import type pg from 'pg';
@@ -104,6 +104,8 @@ export async function missingFromTable(client: Pick<pg.Client, 'query'>): Promis
   const table = getTableConfig(outbox);
   return [
     ...table.columns.filter((it) => !columns.includes(it.name)).map((it) => `column ${it.name}`),
-    ...table.indexes.filter((it) => !indexes.includes(it.config.name ?? '')).map((it) => `index ${it.config.name}`),
+    ...table.indexes
+      .filter((it) => !indexes.includes(it.config.name ?? ''))
+      .map((it) => `index ${it.config.name}`),
   ];
 }

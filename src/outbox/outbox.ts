@@ -92,8 +92,12 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
         ORDER BY n.id LIMIT 1
       ) head
       WHERE (head.next_attempt_at IS NULL OR head.next_attempt_at = 'infinity')
-      ${held ? `AND NOT EXISTS (SELECT FROM identity.outbox d WHERE NOT d.published
-          AND d.dead_lettered_at IS NOT NULL AND ${SAME_AGGREGATE('d', 'head')} AND d.id < head.id)` : ''}
+      ${
+        held
+          ? `AND NOT EXISTS (SELECT FROM identity.outbox d WHERE NOT d.published
+          AND d.dead_lettered_at IS NOT NULL AND ${SAME_AGGREGATE('d', 'head')} AND d.id < head.id)`
+          : ''
+      }
     ), promoted AS (
       UPDATE identity.outbox o SET next_attempt_at = now() + $3 ${MS}
       FROM heads WHERE o.id = heads.id
@@ -166,7 +170,10 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      * Marks a row dead and, unless dead rows hold their aggregate, leases its successor. Nothing happens
      * to a row that is published or dead already.
      */
-    async markDead(tx: Queryable, dead: { id: string; attempts: number; reason: string }): Promise<OutboxEvent[]> {
+    async markDead(
+      tx: Queryable,
+      dead: { id: string; attempts: number; reason: string },
+    ): Promise<OutboxEvent[]> {
       const bury = (id: string, attempts: string, reason: string) => `
         UPDATE identity.outbox o
         SET dead_lettered_at = now(), next_attempt_at = 'infinity', attempts = ${attempts}, error_message = ${reason}
@@ -185,11 +192,17 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
     },
 
     /** Mirrors a failed attempt on its row: how many there were, why, and when the next one comes. */
-    async recordFailure(failure: { id: string; attempts: number; reason: string; retryInMs: number }): Promise<void> {
+    async recordFailure(failure: {
+      id: string;
+      attempts: number;
+      reason: string;
+      retryInMs: number;
+    }): Promise<void> {
       await pool.query(
         `UPDATE identity.outbox o
          SET attempts = $2, error_message = $3, next_attempt_at = now() + $4 ${MS}
-         WHERE o.id = $1 AND ${LIVE('o')} AND o.next_attempt_at < 'infinity' AND o.attempts < $2`,
+         -- Not "and leased": an attempt may fail before the lease that started it is committed.
+         WHERE o.id = $1 AND ${LIVE('o')} AND o.attempts < $2`,
         [failure.id, failure.attempts, failure.reason, failure.retryInMs],
       );
     },

@@ -11,6 +11,13 @@ export function createPool(databaseUrl: string, options: pg.PoolConfig = {}): pg
   return new pg.Pool({ ...fromUrl, ...(preferTls && { Client: PreferTlsClient }), ...options });
 }
 
+/** One connection, otherwise like `createPool`. */
+export function createClient(databaseUrl: string, options: pg.ClientConfig = {}): pg.Client {
+  const { preferTls, ...fromUrl } = pgOptions(databaseUrl);
+  const merged = { ...fromUrl, ...options };
+  return preferTls ? new PreferTlsClient(merged) : new pg.Client(merged);
+}
+
 /** The parts of node-postgres' Connection that its type declarations leave out (8.23, `lib/connection.js`). */
 type Internals = {
   connect(port: number | string, host?: string): void;

@@ -31,7 +31,10 @@ export type Transaction = pg.ClientBase | PgDatabase<PgQueryResultHKT, any, any>
  *
  * @returns the row's id (the position in its aggregate's order) and its event id
  */
-export async function appendEvent(tx: Transaction, event: NewEvent): Promise<{ id: bigint; eventId: string }> {
+export async function appendEvent(
+  tx: Transaction,
+  event: NewEvent,
+): Promise<{ id: bigint; eventId: string }> {
   const db = 'insert' in tx ? tx : drizzle(tx as pg.Client);
   const { eventType, aggregateType, aggregateId, payload, topic, eventId } = event;
   const [row] = await db

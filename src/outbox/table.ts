@@ -1,5 +1,15 @@
 import { sql } from 'drizzle-orm';
-import { bigserial, boolean, index, integer, jsonb, pgSchema, text, timestamp, uuid } from 'drizzle-orm/pg-core';
+import {
+  bigserial,
+  boolean,
+  index,
+  integer,
+  jsonb,
+  pgSchema,
+  text,
+  timestamp,
+  uuid,
+} from 'drizzle-orm/pg-core';
 
 const instant = (name: string) => timestamp(name, { withTimezone: true });
 
@@ -48,9 +58,7 @@ export const outbox = pgSchema('identity').table(
       .where(sql`not published and dead_lettered_at is null`),
     index('relay_outbox_parked')
       .on(row.aggregateType, row.aggregateId, row.id)
-      .where(
-        sql`not published and dead_lettered_at is null and next_attempt_at = 'infinity'::timestamptz`,
-      ),
+      .where(sql`not published and dead_lettered_at is null and next_attempt_at = 'infinity'::timestamptz`),
     index('relay_outbox_dead')
       .on(row.aggregateType, row.aggregateId, row.id)
       .where(sql`not published and dead_lettered_at is not null`),

@@ -141,7 +141,10 @@ export function createWakeup(deps: { pool: Pool; logger: Logger; onWake: () => v
           try {
             await listen();
           } catch (error) {
-            logger.warn({ err: error }, 'lost the connection that listens for new events; polling until it is back');
+            logger.warn(
+              { err: error },
+              'lost the connection that listens for new events; polling until it is back',
+            );
           }
           if (!stopped) {
             const stopping = new Promise<void>((resolve) => {

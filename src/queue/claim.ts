@@ -83,7 +83,9 @@ export function createClaimWorker(deps: {
     maxStalledCount: 1_000_000,
   });
   worker.on('error', (error) => logger.warn({ err: error }, 'claim worker'));
-  worker.on('failed', (_job, error) => logger.warn({ err: error }, 'claiming failed; nothing was claimed, trying again'));
+  worker.on('failed', (_job, error) =>
+    logger.warn({ err: error }, 'claiming failed; nothing was claimed, trying again'),
+  );
 
   return {
     start() {

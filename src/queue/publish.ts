@@ -33,7 +33,12 @@ export function createPublishWorker(deps: {
   options: PublishOptions;
   /** One attempt to publish; must not throw for anything that is the event's fault. */
   attempt: (event: OutboxEvent) => Promise<Attempt>;
-  recordFailure: (failure: { id: string; attempts: number; reason: string; retryInMs: number }) => Promise<void>;
+  recordFailure: (failure: {
+    id: string;
+    attempts: number;
+    reason: string;
+    retryInMs: number;
+  }) => Promise<void>;
   deadLetter: (failure: FailedJob) => Promise<void>;
   delayedCount: () => Promise<number>;
   logger: Logger;
@@ -43,7 +48,11 @@ export function createPublishWorker(deps: {
 
   async function process(job: Job<OutboxEvent>, token?: string): Promise<void> {
     const event = job.data;
-    const about = { eventId: event.eventId, topic: event.topic, attempt: event.attempts + job.attemptsMade + 1 };
+    const about = {
+      eventId: event.eventId,
+      topic: event.topic,
+      attempt: event.attempts + job.attemptsMade + 1,
+    };
     const outcome = await withDeadline(options.publishTimeoutMs, deps.attempt(event)).catch(
       (error: Error): Attempt => ({ kind: 'postpone', reason: error.message }),
     );
@@ -52,7 +61,10 @@ export function createPublishWorker(deps: {
         logger.debug(about, 'event published');
         return;
       case 'postpone':
-        logger.warn({ ...about, reason: outcome.reason, retryInMs: POSTPONE_MS }, 'cannot publish now; event postponed');
+        logger.warn(
+          { ...about, reason: outcome.reason, retryInMs: POSTPONE_MS },
+          'cannot publish now; event postponed',
+        );
         await job.moveToDelayed(Date.now() + POSTPONE_MS, token);
         throw new DelayedError();
       case 'give-up':
@@ -82,7 +94,10 @@ export function createPublishWorker(deps: {
       announceRetry(job, failure);
       return true;
     } catch (error) {
-      logger.warn({ err: error, eventId: job.data.eventId }, 'cannot note a retry on its row; it waits in Redis');
+      logger.warn(
+        { err: error, eventId: job.data.eventId },
+        'cannot note a retry on its row; it waits in Redis',
+      );
       return false;
     }
   }
@@ -107,10 +122,16 @@ export function createPublishWorker(deps: {
     }
   }
 
-  function announceRetry(job: Job<OutboxEvent>, failure: { attempts: number; reason: string; retryInMs: number }) {
+  function announceRetry(
+    job: Job<OutboxEvent>,
+    failure: { attempts: number; reason: string; retryInMs: number },
+  ) {
     const { eventId, topic } = job.data;
     const { attempts, reason, retryInMs } = failure;
-    logger.info({ eventId, topic, attempt: attempts, reason, retryInMs }, 'publishing failed; retry scheduled');
+    logger.info(
+      { eventId, topic, attempt: attempts, reason, retryInMs },
+      'publishing failed; retry scheduled',
+    );
   }
 
   const worker = new Worker<OutboxEvent>(publishQueueName(options.queueName), process, {

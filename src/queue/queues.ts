@@ -11,7 +11,13 @@ export type QueueOptions = Readonly<{
 }>;
 
 /** Publish jobs in Redis, by state; failed ones are kept apart (they wait for nobody). */
-export type InFlight = Readonly<{ waiting: number; active: number; delayed: number; failed: number; total: number }>;
+export type InFlight = Readonly<{
+  waiting: number;
+  active: number;
+  delayed: number;
+  failed: number;
+  total: number;
+}>;
 
 /**
  * What BullMQ knows of an event's job.
@@ -66,9 +72,7 @@ export function createQueues(redis: Redis, options: QueueOptions) {
     defaultJobOptions: {
       // Frees the id, and is the cheapest setting.
       removeOnComplete: true,
-      // Failed jobs stay until their dead letter is written; how many after that is bounded by us.
-      removeOnFail: false,
-      stackTraceLimit: 0,
+      // Failed jobs stay (BullMQ's default) until their dead letter is written; how many after that we bound.
     },
   });
 

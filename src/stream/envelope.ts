@@ -6,28 +6,45 @@ const SCHEMA_VERSION = '1';
 /** The event's stream entry: one flat field per member of the envelope, all strings, as XADD takes them. */
 export function envelopeFields(event: OutboxEvent): string[] {
   const fields = [
-    'event_id', event.eventId,
-    'event_type', event.eventType,
-    'topic', event.topic,
-    'schema_version', SCHEMA_VERSION,
-    'occurred_at', event.occurredAt,
-    'tenant_id', event.tenantId ?? NO_TENANT,
-    'aggregate_id', event.aggregateId,
-    'aggregate_type', event.aggregateType,
-    'payload', event.payload,
+    'event_id',
+    event.eventId,
+    'event_type',
+    event.eventType,
+    'topic',
+    event.topic,
+    'schema_version',
+    SCHEMA_VERSION,
+    'occurred_at',
+    event.occurredAt,
+    'tenant_id',
+    event.tenantId ?? NO_TENANT,
+    'aggregate_id',
+    event.aggregateId,
+    'aggregate_type',
+    event.aggregateType,
+    'payload',
+    event.payload,
   ];
   if (event.correlationId !== null) fields.push('correlation_id', event.correlationId);
   return fields;
 }
 
 /** The event's entry in the dead-letter stream: its envelope, and why and when it was given up. */
-export function deadLetterFields(event: OutboxEvent, failure: { reason: string; attempts: number; failedAt: Date }) {
+export function deadLetterFields(
+  event: OutboxEvent,
+  failure: { reason: string; attempts: number; failedAt: Date },
+) {
   return [
     ...envelopeFields(event),
-    'original_event_id', event.eventId,
-    'error_message', failure.reason,
-    'attempts', String(failure.attempts),
-    'failed_at', failure.failedAt.toISOString(),
-    'created_at', event.occurredAt,
+    'original_event_id',
+    event.eventId,
+    'error_message',
+    failure.reason,
+    'attempts',
+    String(failure.attempts),
+    'failed_at',
+    failure.failedAt.toISOString(),
+    'created_at',
+    event.occurredAt,
   ];
 }

@@ -24,7 +24,10 @@ export function createCarry(deps: {
     if (violations.length === 0) return null;
     if (deps.strict) return `payload breaks the schema of ${event.eventType}: ${violations.join('; ')}`;
     const { eventId, eventType } = event;
-    logger.warn({ eventId, eventType, violations }, 'payload breaks the schema of its event type; published all the same');
+    logger.warn(
+      { eventId, eventType, violations },
+      'payload breaks the schema of its event type; published all the same',
+    );
     return null;
   }
 
@@ -37,11 +40,17 @@ export function createCarry(deps: {
         try {
           await deps.acknowledge(event, verdict.entryId);
         } catch (error) {
-          return { kind: 'postpone', reason: `appended, but its row could not be marked: ${errorText(error)}` };
+          return {
+            kind: 'postpone',
+            reason: `appended, but its row could not be marked: ${errorText(error)}`,
+          };
         }
         return { kind: 'done' };
       case 'let-go':
-        logger.warn({ eventId: event.eventId, topic: event.topic }, 'the job vanished before its append; its row decides');
+        logger.warn(
+          { eventId: event.eventId, topic: event.topic },
+          'the job vanished before its append; its row decides',
+        );
         return { kind: 'done' };
       default:
         return verdict;

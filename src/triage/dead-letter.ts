@@ -25,11 +25,17 @@ export function createDeadLetter(deps: {
       case 'appended':
       case 'already-appended':
         await markDead({ id: event.id, attempts, reason });
-        logger.warn({ ...about, reason, dlqEntryId: outcome.entryId }, 'event moved to the dead-letter stream');
+        logger.warn(
+          { ...about, reason, dlqEntryId: outcome.entryId },
+          'event moved to the dead-letter stream',
+        );
         onDead(event);
         return;
       case 'job-gone':
-        logger.warn(about, 'the failed job was removed before its dead letter was written; its row will be tried again');
+        logger.warn(
+          about,
+          'the failed job was removed before its dead letter was written; its row will be tried again',
+        );
         return;
       case 'refused':
       case 'unavailable':

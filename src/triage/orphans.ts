@@ -38,7 +38,10 @@ export function createOrphanWatch(deps: {
       try {
         if ((await release(some.map(([, aggregate]) => aggregate))) > 0) onReleased();
       } catch (error) {
-        logger.warn({ err: error, aggregates: some.length }, 'cannot look for rows parked behind nobody; the sweep will');
+        logger.warn(
+          { err: error, aggregates: some.length },
+          'cannot look for rows parked behind nobody; the sweep will',
+        );
       }
     }
   }

@@ -46,8 +46,10 @@ export function createReconcile<Tx>(deps: {
       }
       if (rows.length < BATCH) break;
     }
-    if (seen.missing > 0) logger.warn({ events: seen.missing }, 'publish jobs were lost; their events are claimed again');
-    if (seen.failed > 0) logger.warn({ events: seen.failed }, 'finished dead letters that had been left half done');
+    if (seen.missing > 0)
+      logger.warn({ events: seen.missing }, 'publish jobs were lost; their events are claimed again');
+    if (seen.failed > 0)
+      logger.warn({ events: seen.failed }, 'finished dead letters that had been left half done');
     if (seen.alive > 0) logger.debug({ events: seen.alive }, 'leases extended');
   };
 }

@@ -30,7 +30,9 @@ export function createWebServer(deps: {
 
   app.get('/livez', async (_request, reply) => {
     const reasons = phase() === 'running' ? deps.stuck() : [];
-    return reply.code(reasons.length > 0 ? 503 : 200).send({ status: reasons.length > 0 ? 'stuck' : 'alive', reasons });
+    return reply
+      .code(reasons.length > 0 ? 503 : 200)
+      .send({ status: reasons.length > 0 ? 'stuck' : 'alive', reasons });
   });
 
   app.get('/readyz', async (_request, reply) => {

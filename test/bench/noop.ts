@@ -32,7 +32,9 @@ for await (const line of createInterface({ input: process.stdin })) {
   const startedAt = performance.now();
   for (let added = 0; added < jobs; added += BATCH) {
     const size = Math.min(BATCH, jobs - added);
-    await queue.addBulk(Array.from({ length: size }, (_, i) => ({ name: 'noop', data: { i: added + i, payload } })));
+    await queue.addBulk(
+      Array.from({ length: size }, (_, i) => ({ name: 'noop', data: { i: added + i, payload } })),
+    );
   }
   await finished;
   console.log(String(performance.now() - startedAt));

@@ -21,7 +21,8 @@ const DRAIN_DEADLINE_MS = 300_000;
 
 const positive = (text: string) => {
   const value = Number(text);
-  if (!Number.isInteger(value) || value < 1) throw new InvalidArgumentError('expected a whole number above 0');
+  if (!Number.isInteger(value) || value < 1)
+    throw new InvalidArgumentError('expected a whole number above 0');
   return value;
 };
 const list = (text: string) => text.split(',').map(positive);
@@ -31,7 +32,7 @@ const options = new Command('bench')
   .option('--events <n>', 'events per run', positive, 20_000)
   .option('--runs <n>', 'runs of each contender', positive, 3)
   .option('--aggregates <list>', 'numbers of aggregates that the events belong to', list, [20_000, 1_000])
-  .option('--concurrency <n>', 'publish jobs at once (default: the relay\'s own)', positive)
+  .option('--concurrency <n>', "publish jobs at once (default: the relay's own)", positive)
   .option('--no-fsync', 'run PostgreSQL without fsync')
   .parse()
   .opts<{ events: number; runs: number; aggregates: number[]; concurrency?: number; fsync: boolean }>();
@@ -62,7 +63,15 @@ async function bench(): Promise<void> {
   await admin.connect();
   undo.push(() => admin.end());
   const silent = () => {};
-  const logger = { trace: silent, debug: silent, info: silent, warn: silent, error: silent, fatal: silent, child: () => logger };
+  const logger = {
+    trace: silent,
+    debug: silent,
+    info: silent,
+    warn: silent,
+    error: silent,
+    fatal: silent,
+    child: () => logger,
+  };
   await migrate(admin, true, logger);
   const redis = new Redis(redisServer.url);
   undo.push(async () => redis.disconnect());
@@ -83,7 +92,9 @@ async function bench(): Promise<void> {
   undo.push(() => pod.kill());
   await pod.waitReady();
 
-  console.log(`node ${process.version}, ${options.events} events per run, ${options.runs} runs, fsync ${options.fsync ? 'on' : 'off'}`);
+  console.log(
+    `node ${process.version}, ${options.events} events per run, ${options.runs} runs, fsync ${options.fsync ? 'on' : 'off'}`,
+  );
   await noop(options.events); // both warm
   await drain(options.events);
   for (const aggregates of options.aggregates) {
@@ -100,7 +111,8 @@ async function bench(): Promise<void> {
           `${relay.statements.toFixed(3)} transactions per event`,
       );
     }
-    const median = (of: (it: (typeof rates)[number]) => number) => rates.map(of).sort((a, b) => a - b)[Math.floor(rates.length / 2)] as number;
+    const median = (of: (it: (typeof rates)[number]) => number) =>
+      rates.map(of).sort((a, b) => a - b)[Math.floor(rates.length / 2)] as number;
     console.log(
       `${aggregates} aggregates: relay ${Math.round(median((it) => it.relay))}/s, no-op queue ${Math.round(median((it) => it.noop))}/s, ` +
         `ratio ${median((it) => it.ratio).toFixed(2)} (median; ${rates.map((it) => it.ratio.toFixed(2)).join(', ')})`,
@@ -137,8 +149,15 @@ async function bench(): Promise<void> {
     );
     const after = await costs();
     const grade = await gradeLedger({ pool, redis, defaultStream: STREAM, dlqStream: `${STREAM}.dlq` });
-    for (const violation of ['lost', 'doubled', 'outOfOrder', 'publishedWithoutEntry', 'leftBehind'] as const) {
-      if (grade[violation] > 0) throw new Error(`${grade[violation]} x ${violation}: ${grade.samples[violation]}`);
+    for (const violation of [
+      'lost',
+      'doubled',
+      'outOfOrder',
+      'publishedWithoutEntry',
+      'leftBehind',
+    ] as const) {
+      if (grade[violation] > 0)
+        throw new Error(`${grade[violation]} x ${violation}: ${grade.samples[violation]}`);
     }
     return {
       rate: options.events / rows[0].seconds,
@@ -172,9 +191,13 @@ async function cpuMicros(pid: number): Promise<number> {
 /** @returns a function that runs so many jobs and answers with jobs per second */
 async function startNoop(redisUrl: string): Promise<(jobs: number) => Promise<number>> {
   const script = fileURLToPath(new URL('./noop.ts', import.meta.url));
-  const child = spawn(process.execPath, ['--import', 'tsx', script, redisUrl, String(options.concurrency ?? 100)], {
-    stdio: ['pipe', 'pipe', 'inherit'],
-  });
+  const child = spawn(
+    process.execPath,
+    ['--import', 'tsx', script, redisUrl, String(options.concurrency ?? 100)],
+    {
+      stdio: ['pipe', 'pipe', 'inherit'],
+    },
+  );
   undo.push(async () => child.stdin.end());
   const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
   const next = async () => {

@@ -2,7 +2,7 @@ import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, inject, test } from 'vitest';
 import { startPrivatePostgres } from '../../src/demo/servers.ts';
-import { createPool } from '../../src/outbox/pool.ts';
+import { createClient, createPool } from '../../src/outbox/pool.ts';
 import { CERTIFICATE, PRIVATE_KEY } from '../support/certificate.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { folderOfFile } from '../support/servers.ts';
@@ -33,6 +33,14 @@ describe('a server without TLS', () => {
       await expect(isEncrypted(inject('adminUrl') + query)).rejects.toThrow('does not support SSL');
     },
   );
+
+  test('is reached by a single client as well', async () => {
+    const client = createClient(inject('adminUrl'), { application_name: 'pool test' });
+    await client.connect();
+    const { rows } = await client.query('SHOW application_name');
+    await client.end();
+    expect(rows).toEqual([{ application_name: 'pool test' }]);
+  });
 
   test('is used in full: parameters, several statements, notifications', async () => {
     const pool = createPool(inject('adminUrl'), { max: 1 });

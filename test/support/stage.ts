@@ -1,11 +1,12 @@
+import { inspect } from 'node:util';
 import { Queue } from 'bullmq';
 import { Redis } from 'ioredis';
 import { Pool } from 'pg';
+import { onTestFinished } from 'vitest';
 import { type RelayConfig, loadConfig } from '../../src/config.ts';
 import type { LedgerGrade } from '../../src/demo/ledger.ts';
 import type { Pod } from '../../src/demo/pod.ts';
 import type { PrivateRedis } from '../../src/demo/servers.ts';
-import { atEndOfFile } from './cleanup.ts';
 import { expectPromisesHeld } from './ledger.ts';
 import { startPod } from './pods.ts';
 import { createDatabase, createRedis } from './servers.ts';
@@ -69,7 +70,7 @@ export type StageOptions = Readonly<{
   env?: Readonly<Record<string, string>>;
 }>;
 
-/** A database, a Redis and whatever is needed to look at them; all of it gone after the test file. */
+/** For one test: a database, a Redis and whatever is needed to look at them. Its pods and its Redis end with the test. */
 export async function setStage(options: StageOptions = {}): Promise<Stage> {
   const [databaseUrl, server] = await Promise.all([
     options.databaseUrl ?? createDatabase().then(({ url }) => url),
@@ -80,9 +81,14 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
   // Servers go away in these tests on purpose; a query or command that suffers from it fails by itself.
   pool.on('error', () => {});
   redis.on('error', () => {});
-  atEndOfFile(async () => {
+  const pods: Pod[] = [];
+  const queues: Queue[] = [];
+  onTestFinished(async () => {
+    await Promise.all(pods.map((pod) => pod.kill('SIGKILL')));
+    await Promise.allSettled(queues.map((queue) => queue.close()));
     redis.disconnect();
     await pool.end();
+    await server.kill('SIGKILL');
   });
   const env = { RELAY_DATABASE_URL: databaseUrl, RELAY_REDIS_URL: server.url, ...options.env };
 
@@ -111,6 +117,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     config: (more) => loadConfig({ ...env, ...more }),
     async pod(more) {
       const pod = await startPod({ ...env, ...more });
+      pods.push(pod);
       await pod.waitReady();
       return pod;
     },
@@ -120,13 +127,12 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
       return { code, lines: pod.lines };
     },
     async rested(timeoutMs = PATIENCE_MS) {
-      let left = -1;
-      const noneLeft = async () => {
-        left = await count('NOT published AND dead_lettered_at IS NULL');
-        return left === 0;
-      };
-      await waitFor(noneLeft, { what: 'every row to be published or dead', timeoutMs }).catch((error) => {
-        throw new Error(`${left} rows are left`, { cause: error });
+      const isLeft = 'NOT published AND dead_lettered_at IS NULL';
+      const noneLeft = async () => (await count(isLeft)) === 0;
+      await waitFor(noneLeft, { what: 'every row to be published or dead', timeoutMs }).catch(async (error) => {
+        const left = await rows(isLeft);
+        const some = left.slice(0, 3).map(({ payload: _, ...row }) => inspect(row, { breakLength: 110 }));
+        throw new Error(`${left.length} rows are left:\n${some.join('\n')}`, { cause: error });
       });
     },
     expectPromisesHeld: () => expectPromisesHeld({ pool, redis, defaultStream: STREAM, dlqStream: DLQ }),
@@ -141,7 +147,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     queue(kind) {
       const queue = new Queue(`relay-${kind}`, { connection: { url: server.url, maxRetriesPerRequest: null } });
       queue.on('error', () => {});
-      atEndOfFile(() => queue.close());
+      queues.push(queue);
       return queue;
     },
   };
