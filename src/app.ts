@@ -6,7 +6,7 @@
 import type { Redis, RedisOptions } from 'ioredis';
 import type { RelayConfig } from './config.ts';
 import type { OutboxEvent, Receipt } from './event.ts';
-import { createLifecycle } from './lifecycle.ts';
+import { createLifecycle, succeedsWithin } from './lifecycle.ts';
 import { createLogger, type Logger } from './logger.ts';
 import type { Pool } from './outbox/database.ts';
 import { createOutbox } from './outbox/outbox.ts';
@@ -60,45 +60,74 @@ const TRIM_LIMIT = 1_000;
 const STUCK_AFTER_MS = 60_000;
 /** Answer of a healthy server; commands that take longer are given up and asked again. */
 const QUEUE_TIMEOUT_MS = 5_000;
+const RECONNECT_DELAY_MS = 1_000;
+const CLOSE_TIMEOUT_MS = 2_000;
 const POOL_SIZE = 10;
 
 export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
   const logger = deps.logger ?? createLogger(config.logLevel);
+  let starting: Promise<void> | undefined;
+  let stopping: Promise<void> | undefined;
+  let servers: Servers | undefined;
   let running: ReturnType<typeof assemble> | undefined;
-  let stopped: Promise<void> | undefined;
+
+  async function start(): Promise<void> {
+    servers = openServers(config, deps, logger);
+    const { pool, queueRedis, appendRedis, workerRedis } = servers;
+    const redis = [queueRedis, appendRedis, workerRedis];
+    await waitForServers({ pool, redis, timeoutMs: config.startupTimeoutMs, logger });
+    if (stopping !== undefined) return;
+    running = assemble(config, servers, logger, deps.http !== false);
+    await running.lifecycle.start();
+  }
+
+  async function stop(): Promise<void> {
+    running?.beginStop();
+    const { overran, failed } = (await running?.lifecycle.stop(config.shutdownTimeoutMs)) ?? {
+      overran: [],
+      failed: [],
+    };
+    for (const { name, error } of failed) {
+      logger.warn({ part: name, err: error }, 'a part did not stop cleanly');
+    }
+    if (overran.length > 0) {
+      logger.warn({ parts: overran }, 'not everything ended in time; other pods take over what was left');
+    }
+    await succeedsWithin(CLOSE_TIMEOUT_MS, servers?.close() ?? Promise.resolve());
+    logger.info({}, 'stopped');
+  }
 
   return {
     async start() {
-      if (running) return;
-      running = assemble(config, deps, logger);
+      starting ??= start();
       try {
-        await running.lifecycle.start();
+        await starting;
       } catch (error) {
-        await running.lifecycle.stop(config.shutdownTimeoutMs);
+        stopping ??= stop();
+        await stopping;
         throw error;
       }
     },
     async stop() {
-      if (!running) return;
-      running.beginStop();
-      stopped ??= running.lifecycle.stop(config.shutdownTimeoutMs).then(({ overran, failed }) => {
-        for (const { name, error } of failed)
-          logger.warn({ part: name, err: error }, 'a part did not stop cleanly');
-        if (overran.length > 0) {
-          logger.warn({ parts: overran }, 'not everything ended in time; other pods take over what was left');
-        }
-        logger.info({}, 'stopped');
-      });
-      await stopped;
+      stopping ??= stop();
+      await stopping;
     },
     httpPort: () => running?.httpPort(),
   };
 }
 
-function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
-  const ordered = config.ordering === 'aggregate';
-  let phase: 'starting' | 'running' | 'stopping' = 'starting';
+type Servers = Readonly<{
+  pool: Pool;
+  /** For the queues: fails fast. */
+  queueRedis: Redis;
+  /** For the streams alone: neither queues nor resends. */
+  appendRedis: Redis;
+  /** For BullMQ's workers: waits until Redis is back. */
+  workerRedis: Redis;
+  close(): Promise<void>;
+}>;
 
+function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Servers {
   const ownPool = deps.pool
     ? undefined
     : createPool(config.databaseUrl, {
@@ -109,26 +138,51 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
         application_name: 'relay-service',
       });
   ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
-  const pool = deps.pool ?? (ownPool as Pool);
+
   const connections: Redis[] = [];
   const connect = (role: string, options: RedisOptions): Redis => {
     const all: RedisOptions = {
       ...options,
       lazyConnect: false,
       connectionName: `relay-${role}`,
-      retryStrategy: (tries) => Math.min(tries * 100, 1_000),
+      retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
     };
     const redis = deps.redis ? deps.redis.duplicate(all) : openRedis(config.redisUrl, all);
-    redis.on('error', (error) => logger.warn({ err: error, connection: role }, 'Redis connection'));
+    let lost = false;
+    redis.on('error', (error) => {
+      if (!lost)
+        logger.warn(
+          { err: error, connection: role },
+          'no connection to Redis; trying again until it is back',
+        );
+      lost = true;
+    });
+    redis.on('ready', () => {
+      if (lost) logger.warn({ connection: role }, 'the connection to Redis is back');
+      lost = false;
+    });
     connections.push(redis);
     return redis;
   };
-  const queueRedis = connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS });
-  const appendRedis = connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs });
-  const workerRedis = connect('worker', WORKER_CONNECTION);
+  return {
+    pool: deps.pool ?? (ownPool as Pool),
+    queueRedis: connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS }),
+    appendRedis: connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs }),
+    workerRedis: connect('worker', WORKER_CONNECTION),
+    async close() {
+      for (const redis of connections) redis.disconnect();
+      await ownPool?.end();
+    },
+  };
+}
+
+function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: boolean) {
+  const { pool, queueRedis, appendRedis, workerRedis } = servers;
+  const ordered = config.ordering === 'aggregate';
+  let phase: 'starting' | 'running' | 'stopping' = 'starting';
 
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
-  const queues = createQueues(queueRedis, config);
+  const queues = createQueues(queueRedis, config, logger);
   const stream = createStream(appendRedis, {
     ...config,
     queueKeyPrefix: `${config.queuePrefix}:`,
@@ -310,19 +364,8 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
   });
 
   const lifecycle = createLifecycle([
-    { name: 'HTTP server', ...(deps.http !== false && { start: web.start, stop: web.stop }) },
-    {
-      name: 'connections',
-      stop: async () => {
-        for (const redis of connections) redis.disconnect();
-        await ownPool?.end();
-      },
-    },
+    { name: 'HTTP server', ...(http && { start: web.start, stop: web.stop }) },
     { name: 'queues', stop: queues.close },
-    {
-      name: 'servers',
-      start: () => waitForServers({ pool, redis: connections, timeoutMs: config.startupTimeoutMs, logger }),
-    },
     { name: 'acknowledgements', stop: acknowledger.drain },
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },
@@ -343,7 +386,7 @@ function assemble(config: RelayConfig, deps: RelayDeps, logger: Logger) {
     beginStop: () => {
       phase = 'stopping';
     },
-    httpPort: () => (deps.http === false ? undefined : web.port()),
+    httpPort: () => (http ? web.port() : undefined),
   };
 }
 

@@ -45,17 +45,21 @@ async function withConfig(run: (config: RelayConfig) => Promise<number>): Promis
   try {
     process.exitCode = await run(loadConfig(process.env));
   } catch (error) {
-    if (error instanceof ConfigError) {
-      console.error(`The configuration is wrong:\n${error.message.replace(/^/gm, '  ')}`);
-      process.exitCode = EXIT.config;
-    } else {
-      console.error(`relay: ${errorText(error)}`);
-      process.exitCode = error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
-    }
+    fail(error);
   }
 }
 
-async function start(config: RelayConfig): Promise<number> {
+function fail(error: unknown): void {
+  if (error instanceof ConfigError) {
+    console.error(`The configuration is wrong:\n${error.message.replace(/^/gm, '  ')}`);
+    process.exitCode = EXIT.config;
+  } else {
+    console.error(`relay: ${errorText(error)}`);
+    process.exitCode = error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
+  }
+}
+
+async function start(config: RelayConfig): Promise<never> {
   const logger = createLogger(config.logLevel);
   for (const { name, nearest } of unknownVariables(process.env)) {
     logger.warn({ variable: name, ...(nearest && { nearest }) }, 'unknown variable; it has no effect');
@@ -71,15 +75,18 @@ async function start(config: RelayConfig): Promise<number> {
       });
     }
   });
-  const started = relay.start();
-  const first = await Promise.race([started.then(() => 'started' as const), signalled]);
-  if (first === 'started') logger.info({ port: relay.httpPort(), ...settings(config) }, 'relay started');
-  const signal = await signalled;
-  logger.info({ signal }, 'stopping');
-  started.catch(() => {});
-  await relay.stop();
+  const started = relay.start().then(() => 'started' as const);
+  try {
+    const first = await Promise.race([started, signalled]);
+    if (first === 'started') logger.info({ port: relay.httpPort(), ...settings(config) }, 'relay started');
+    logger.info({ signal: await signalled }, 'stopping');
+    started.catch((error) => logger.warn({ err: error }, 'stopped while starting'));
+    await relay.stop();
+  } catch (error) {
+    fail(error);
+  }
   // Whatever is still open belongs to a part that overran; it must not keep the process.
-  process.exit(0);
+  process.exit();
 }
 
 /** What is worth knowing in the log; no URL, no secret. */

@@ -35,6 +35,8 @@ export async function transaction<T>(
   work: (tx: Queryable) => Promise<T>,
 ): Promise<T> {
   const client = await pool.connect();
+  // A connection that breaks between two statements says so by this event alone, and unheard it ends the process.
+  client.on('error', nextStatementFails);
   const settings = [
     ...(durability === 'repeatable' ? ['SET LOCAL synchronous_commit = off'] : []),
     `SET LOCAL statement_timeout = ${deadlineMs}`,
@@ -62,5 +64,10 @@ export async function transaction<T>(
     );
     client.release(!rolledBack);
     throw error;
+  } finally {
+    // Since the release the pool listens.
+    client.off('error', nextStatementFails);
   }
 }
+
+const nextStatementFails = (): void => {};

@@ -324,7 +324,7 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
              ${count(`NOT o.published AND o.next_attempt_at < 'infinity' AND o.next_attempt_at <= now()`)} AS "due",
              ${count(`${LIVE('o')} AND o.next_attempt_at = 'infinity'`)} AS "parked",
              ${count('NOT o.published AND o.dead_lettered_at IS NOT NULL')} AS "dead",
-             (SELECT greatest(0, extract(epoch FROM now() - min(created_at)))::float8 FROM (
+             (SELECT CASE WHEN count(*) > 0 THEN greatest(0, extract(epoch FROM now() - min(created_at)))::float8 END FROM (
                (SELECT created_at FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
                 ORDER BY id LIMIT 1)
                UNION ALL

@@ -1,7 +1,7 @@
 import { type Job, Worker } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { Logger } from '../logger.ts';
-import { claimQueueName, closeWorker, WORKER_OPTIONS } from './queues.ts';
+import { claimQueueName, closeWorker, reportErrors, WORKER_OPTIONS } from './queues.ts';
 import { TICK } from './scheduler.ts';
 
 /** A claim job gives way after so long and asks for another: other pods get their turn, dashboards move. */
@@ -82,7 +82,7 @@ export function createClaimWorker(deps: {
     // A claim job that was cut off is simply run again: nothing about it can be to blame.
     maxStalledCount: 1_000_000,
   });
-  worker.on('error', (error) => logger.warn({ err: error }, 'claim worker'));
+  reportErrors(worker, logger);
   worker.on('failed', (_job, error) =>
     logger.warn({ err: error }, 'claiming failed; nothing was claimed, trying again'),
   );

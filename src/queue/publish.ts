@@ -3,7 +3,7 @@ import type { Redis } from 'ioredis';
 import type { Attempt, OutboxEvent } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
-import { closeWorker, type FailedJob, publishQueueName, WORKER_OPTIONS } from './queues.ts';
+import { closeWorker, type FailedJob, publishQueueName, reportErrors, WORKER_OPTIONS } from './queues.ts';
 
 /** How soon an event is tried again when nobody could publish it. */
 const POSTPONE_MS = 1_000;
@@ -141,7 +141,7 @@ export function createPublishWorker(deps: {
     concurrency: options.concurrency,
     maxStalledCount: MAX_STALLED,
   });
-  worker.on('error', (error) => logger.warn({ err: error }, 'publish worker'));
+  reportErrors(worker, logger);
   worker.on('stalled', (eventId) => logger.warn({ eventId }, 'took over an event from a pod that stopped'));
   worker.on('failed', (job, error) => {
     // A handler that rejects would end the process.

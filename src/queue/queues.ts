@@ -2,6 +2,7 @@ import { Queue, type Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
 import type { OutboxEvent } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
+import type { Logger } from '../logger.ts';
 
 export type QueueOptions = Readonly<{
   queuePrefix: string;
@@ -53,6 +54,19 @@ export const WORKER_OPTIONS = {
   runRetryDelay: 1_000,
 } as const;
 
+/** The same error of a worker is reported once in so long: an outage makes one a second. */
+const REPEAT_AFTER_MS = 10_000;
+
+export function reportErrors(worker: Worker, logger: Logger): void {
+  const reportedAt = new Map<string, number>();
+  worker.on('error', (error) => {
+    if (Date.now() - (reportedAt.get(error.message) ?? 0) < REPEAT_AFTER_MS) return;
+    if (reportedAt.size >= 100) reportedAt.clear();
+    reportedAt.set(error.message, Date.now());
+    logger.warn({ err: error, queue: worker.name }, 'a worker met an error; it goes on');
+  });
+}
+
 /** Waits for the jobs in hand until the deadline; what is left then goes to the other pods' stalled check. */
 export async function closeWorker(worker: Worker, deadlineMs: number): Promise<void> {
   const finished = await succeedsWithin(deadlineMs, worker.pause());
@@ -64,7 +78,7 @@ const CLOSE_TIMEOUT_MS = 2_000;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
-export function createQueues(redis: Redis, options: QueueOptions) {
+export function createQueues(redis: Redis, options: QueueOptions, logger: Logger) {
   const shared = { connection: redis, prefix: options.queuePrefix };
   const claim = new Queue(claimQueueName(options.queueName), shared);
   const publish = new Queue<OutboxEvent, void, string>(publishQueueName(options.queueName), {
@@ -75,6 +89,9 @@ export function createQueues(redis: Redis, options: QueueOptions) {
       // Failed jobs stay (BullMQ's default) until their dead letter is written; how many after that we bound.
     },
   });
+
+  // Whoever owns the connection reports its errors; without a listener BullMQ would print them.
+  for (const queue of [claim, publish]) queue.on('error', (error) => logger.debug({ err: error }, 'queue'));
 
   /**
    * The job's total number of runs and its backoff. BullMQ waits base * 2^(runs - 1); a job that has to be

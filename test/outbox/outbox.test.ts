@@ -388,11 +388,22 @@ describe('a failed attempt', () => {
     expect(await row(1)).toMatchObject({ state: 'leased', attempts: 3, errorMessage: 'failure 3' });
   });
 
+  test('that is quicker than the commit of its claim waits for it, and counts', async () => {
+    await insertOfUser(1);
+    let failed: Promise<unknown> = Promise.resolve();
+    await outbox.transaction('repeatable', async (tx) => {
+      await outbox.claimFresh(tx, 1);
+      failed = fail(1, 1);
+      await somebodyWaitsForALock();
+    });
+    await failed;
+    expect(await row(1)).toMatchObject({ state: 'leased', attempts: 1, errorMessage: 'failure 1' });
+    expect((await row(1)).msLeft).toBeGreaterThan(115_000);
+  });
+
   test.each([
     ['published', PUBLISHED],
     ['dead', DEAD],
-    ['parked', PARKED],
-    ['fresh', 'next_attempt_at = NULL'],
   ])('never touches a row that is %s', async (state, assignments) => {
     await insertOfUser(1);
     await set(1, assignments);

@@ -2,10 +2,17 @@ import { randomBytes } from 'node:crypto';
 import { join } from 'node:path';
 import { Client } from 'pg';
 import { inject } from 'vitest';
-import { type PrivateRedis, type PrivateRedisOptions, startPrivateRedis } from '../../src/demo/servers.ts';
+import {
+  type PrivatePostgres,
+  type PrivateRedis,
+  type PrivateRedisOptions,
+  startPrivatePostgres,
+  startPrivateRedis,
+} from '../../src/demo/servers.ts';
 import { type TemporaryFolder, temporaryFolder } from '../../src/demo/watchdog.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { databaseUrl, TEMPLATE } from './database-url.ts';
+import { startPod } from './pods.ts';
 
 /** Any number: PostgreSQL refuses to copy a template that another session copies or connects to. */
 const COPY_LOCK = 20_771_001;
@@ -62,4 +69,15 @@ export async function folderOfFile(): Promise<string> {
     return made;
   });
   return (await folder).path;
+}
+
+/** A PostgreSQL of this test file's own, to be killed or stopped, with a migrated database. */
+export async function createPostgres(): Promise<PrivatePostgres> {
+  const directory = join(await folderOfFile(), `postgres-${randomBytes(4).toString('hex')}`);
+  const postgres = await startPrivatePostgres({ directory });
+  atEndOfFile(() => postgres.kill('SIGQUIT'));
+  const migration = await startPod({ RELAY_DATABASE_URL: postgres.url }, ['migrate']);
+  const { code } = await migration.exited;
+  if (code !== 0) throw new Error(`The migration failed:\n${migration.lines.join('\n')}`);
+  return postgres;
 }

@@ -45,6 +45,8 @@ export type Stage = Readonly<{
   config(env?: Readonly<Record<string, string>>): RelayConfig;
   /** Starts a pod and waits until it is ready. */
   pod(env?: Readonly<Record<string, string>>): Promise<Pod>;
+  /** Starts `relay <args>`, and waits for nothing. */
+  spawn(args: readonly string[], env?: Readonly<Record<string, string>>): Promise<Pod>;
   /** Runs `relay <args>` to its end. */
   command(
     args: readonly string[],
@@ -108,6 +110,12 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     return rows[0]?.n ?? 0;
   };
 
+  async function spawn(args: readonly string[], more?: Readonly<Record<string, string>>): Promise<Pod> {
+    const pod = await startPod({ ...env, ...more }, args);
+    pods.push(pod);
+    return pod;
+  }
+
   return {
     databaseUrl,
     pool,
@@ -116,13 +124,13 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     env,
     config: (more) => loadConfig({ ...env, ...more }),
     async pod(more) {
-      const pod = await startPod({ ...env, ...more });
-      pods.push(pod);
+      const pod = await spawn(['start'], more);
       await pod.waitReady();
       return pod;
     },
+    spawn,
     async command(args, more) {
-      const pod = await startPod({ ...env, ...more }, args);
+      const pod = await spawn(args, more);
       const { code } = await pod.exited;
       return { code, lines: pod.lines };
     },

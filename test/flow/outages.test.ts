@@ -1,0 +1,124 @@
+import { expect, test } from 'vitest';
+import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { startLoad } from '../support/load.ts';
+import { createPostgres } from '../support/servers.ts';
+import { type Stage, STREAM, setStage } from '../support/stage.ts';
+import { waitFor } from '../support/wait.ts';
+
+/** Longer than PUBLISH_TIMEOUT: what was on its way is given up and asked again. */
+const OUTAGE_MS = 3_000;
+const SHORT_TIMEOUTS = { RELAY_PUBLISH_TIMEOUT: '1', RELAY_CLAIM_LEASE: '5', RELAY_POLL_INTERVAL: '1' };
+
+/** Two pods under load, an outage in its midst, and the load going on after it. */
+async function suffer(stage: Stage, outage: () => Promise<void>): Promise<void> {
+  await Promise.all([stage.pod(), stage.pod()]);
+  await insertEvents(stage.pool, someEvents(800, 40));
+  const load = startLoad(stage.pool);
+  await waitFor(async () => (await stage.redis.xlen(STREAM)) > 200, { what: 'the load to flow' });
+  await outage();
+  const event = anEvent();
+  await waitFor(
+    () =>
+      insertEvents(stage.pool, [event]).then(
+        () => true,
+        () => false,
+      ),
+    { what: 'the database to take an event after the outage' },
+  );
+  await waitFor(async () => (await stage.row(event.eventId)).published, {
+    what: 'the flow to resume by itself',
+    timeoutMs: 40_000,
+  });
+  await load.stop();
+  await stage.rested();
+  const grade = await stage.expectPromisesHeld();
+  expect(grade.deadLetters).toBe(0);
+  expect(await stage.count('attempts > 0 OR error_message IS NOT NULL'), 'events it cost an attempt').toBe(0);
+}
+
+const hold = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
+
+test('a Redis that hangs for some seconds costs no event and no attempt', async () => {
+  const stage = await setStage({ env: SHORT_TIMEOUTS });
+  await suffer(stage, async () => {
+    stage.server.pause();
+    await hold(OUTAGE_MS);
+    stage.server.resume();
+  });
+}, 120_000);
+
+test('a Redis that is restarted costs no event and no attempt', async () => {
+  const stage = await setStage({ env: SHORT_TIMEOUTS });
+  await suffer(stage, () => stage.server.restart());
+}, 120_000);
+
+test('a Redis that is away for some seconds costs no event and no attempt', async () => {
+  const stage = await setStage({ env: SHORT_TIMEOUTS });
+  await suffer(stage, async () => {
+    await stage.server.stop();
+    await hold(OUTAGE_MS);
+    await stage.server.restart();
+  });
+}, 120_000);
+
+test('a full Redis costs no event and no attempt, and the flow resumes when it has room again', async () => {
+  const stage = await setStage({ env: SHORT_TIMEOUTS });
+  await suffer(stage, async () => {
+    await stage.redis.config('SET', 'maxmemory', '1');
+    const errors = async () => Number(/errorstat_OOM:count=(\d+)/.exec(await stage.redis.info('errorstats'))?.[1]);
+    await waitFor(async () => (await errors()) > 10, { what: 'Redis to refuse what the relay asks' });
+    await stage.redis.config('SET', 'maxmemory', '0');
+  });
+}, 120_000);
+
+test('a PostgreSQL that crashes and recovers costs no event and no attempt', async () => {
+  const postgres = await createPostgres();
+  const stage = await setStage({ databaseUrl: postgres.url, env: SHORT_TIMEOUTS });
+  await suffer(stage, async () => {
+    await postgres.kill('SIGQUIT');
+    await hold(OUTAGE_MS);
+    await postgres.restart();
+  });
+}, 120_000);
+
+test('a pod that starts while its servers are away waits for them, says so, and then works', async () => {
+  const postgres = await createPostgres();
+  const stage = await setStage({ databaseUrl: postgres.url, env: { RELAY_STARTUP_TIMEOUT: '60' } });
+  const event = anEvent();
+  await insertEvents(stage.pool, [event]);
+  await Promise.all([stage.server.stop(), postgres.stop()]);
+  const pod = await stage.spawn(['start']);
+  for (const server of ['PostgreSQL', 'Redis']) {
+    await waitFor(() => pod.logs().some((line) => line.level === 'warn' && line.server === server), {
+      what: `the pod to say that it waits for ${server}`,
+      timeoutMs: 30_000,
+    });
+  }
+  expect((await fetch(`${pod.url}/readyz`)).status).toBe(503);
+  await Promise.all([stage.server.restart(), postgres.restart()]);
+  await pod.waitReady();
+  await stage.rested();
+  expect((await stage.entries()).map(({ fields }) => fields.event_id)).toEqual([event.eventId]);
+}, 120_000);
+
+for (const [server, variable] of [
+  ['Redis', 'RELAY_REDIS_URL'],
+  ['PostgreSQL', 'RELAY_DATABASE_URL'],
+] as const) {
+  test(`a pod that cannot reach ${server} in time exits 69 and says which variable to look at`, async () => {
+    const stage = await setStage({ env: { RELAY_STARTUP_TIMEOUT: '1' } });
+    const nowhere = { Redis: 'redis://127.0.0.1:9', PostgreSQL: 'postgres://me:hunter2@127.0.0.1:9/db' }[server];
+    const { code, lines } = await stage.command(['start'], { [variable]: nowhere });
+    expect(code).toBe(69);
+    expect(lines.at(-1)).toMatch(new RegExp(`${server} cannot be reached.*${variable}.*ECONNREFUSED`));
+    expect(lines.join('\n')).not.toContain('hunter2');
+  }, 60_000);
+}
+
+test('a pod whose database has no outbox yet exits 69 and says what to run', async () => {
+  const stage = await setStage();
+  await stage.pool.query('DROP SCHEMA identity CASCADE');
+  const { code, lines } = await stage.command(['start']);
+  expect(code).toBe(69);
+  expect(lines.at(-1)).toMatch(/identity\.outbox.*relay migrate/);
+}, 60_000);

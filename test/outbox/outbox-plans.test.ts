@@ -1,0 +1,176 @@
+/**
+ * Cost: what a statement touches does not grow with the table, the backlog, or one aggregate's queue, whatever the
+ * statistics say and whatever other indexes there are.
+ */
+import { randomUUID } from 'node:crypto';
+import pg from 'pg';
+import { beforeAll, describe, expect, test } from 'vitest';
+import type { Pool } from '../../src/outbox/database.ts';
+import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
+import { createDatabase } from '../support/servers.ts';
+import { openPool } from '../support/stages.ts';
+
+const PUBLISHED_ROWS = 200_000;
+const PARKED_ROWS = 20_000;
+const FRESH_ROWS = 20_000;
+const HOT = { aggregateType: 'user', aggregateId: randomUUID() };
+/** Of hot aggregate: its first row, leased; the rest is parked behind it. */
+const HOT_HEAD = PUBLISHED_ROWS + 1;
+const BATCH = 100;
+const DUE_IDS = Array.from({ length: BATCH }, (_, i) => String(HOT_HEAD + PARKED_ROWS + 1 + i));
+
+/** One step of a plan, as EXPLAIN tells it. */
+type Step = {
+  'Node Type': string;
+  'Relation Name'?: string;
+  'Index Name'?: string;
+  'Actual Rows': number;
+  'Actual Loops': number;
+  'Rows Removed by Filter'?: number;
+  'Rows Removed by Index Recheck'?: number;
+  Plans?: Step[];
+};
+
+type Cost = { rowsTouched: number; indexes: string[]; scans: string[]; mostRowsSorted: number };
+
+let pool: pg.Pool;
+
+beforeAll(async () => {
+  pool = openPool((await createDatabase()).url);
+  await pool.query(`
+    ALTER TABLE identity.outbox SET (autovacuum_enabled = off);
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, published, published_at)
+    SELECT 'UserCreated', gen_random_uuid(), '{"tenant_id": "x"}', true, now()
+      FROM generate_series(1, ${PUBLISHED_ROWS});
+    ANALYZE identity.outbox;
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserUpdated', '${HOT.aggregateId}', '{}', CASE WHEN n = 0 THEN now() + interval '1 minute' ELSE 'infinity' END
+      FROM generate_series(0, ${PARKED_ROWS}) n;
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserUpdated', gen_random_uuid(), '{}', now() - n * interval '1 second' FROM generate_series(1, 2000) n;
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload)
+    SELECT 'UserUpdated', gen_random_uuid(), '{}' FROM generate_series(1, ${FRESH_ROWS});
+  `);
+});
+
+const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
+  ['a claim', (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)), 10 * BATCH],
+  ['due rows', (it) => it.transaction('repeatable', (tx) => it.lockDue(tx, BATCH)), 3 * BATCH],
+  [
+    'an acknowledgement, with 20,000 rows waiting behind it',
+    (it) =>
+      it.transaction('durable', (tx) =>
+        it.markPublished(
+          tx,
+          Array.from({ length: BATCH }, (_, i) => ({ id: String(HOT_HEAD + i), entryId: `1-${i}` })),
+        ),
+      ),
+    15 * BATCH,
+  ],
+  [
+    'a dead letter, with 20,000 rows waiting behind it',
+    (it) =>
+      it.transaction('durable', (tx) => it.markDead(tx, { id: String(HOT_HEAD), attempts: 6, reason: 'x' })),
+    20,
+  ],
+  ['the release of orphans', (it) => it.releaseOrphans(Array(BATCH).fill(HOT)), 10 * BATCH],
+  [
+    'a failed attempt',
+    (it) => it.recordFailure({ id: String(HOT_HEAD), attempts: 1, reason: 'x', retryInMs: 1_000 }),
+    10,
+  ],
+  [
+    'the return of due rows',
+    (it) => it.transaction('repeatable', (tx) => it.returnToFresh(tx, DUE_IDS)),
+    3 * BATCH,
+  ],
+  [
+    'the extension of leases',
+    (it) => it.transaction('repeatable', (tx) => it.extendLease(tx, DUE_IDS)),
+    3 * BATCH,
+  ],
+  ['the question which events are settled', (it) => it.unsettled([randomUUID(), randomUUID()]), 10],
+  ['the list of aggregates with parked rows', (it) => it.parkedAggregates(null, BATCH), 3 * BATCH],
+];
+
+describe.each([
+  ['the relay’s own indexes', ''],
+  [
+    'the platform’s indexes as well',
+    `CREATE INDEX ix_outbox_published ON identity.outbox (published);
+     CREATE INDEX ix_outbox_event_type ON identity.outbox (event_type);
+     CREATE INDEX ix_outbox_aggregate_id ON identity.outbox (aggregate_id);
+     CREATE INDEX ix_outbox_next_attempt_at ON identity.outbox (next_attempt_at) WHERE NOT published;
+     CREATE INDEX ix_outbox_created_at ON identity.outbox (created_at);
+     CREATE INDEX ix_outbox_topic ON identity.outbox (topic);`,
+  ],
+])('with %s, and statistics from before the backlog,', (_, ddl) => {
+  beforeAll(async () => {
+    if (ddl !== '') await pool.query(ddl);
+  });
+
+  for (const deadLetterPolicy of ['continue', 'hold'] as const) {
+    test.each(statements)(`%s touches few rows, by index (${deadLetterPolicy})`, async (_name, run, limit) => {
+      const costs: Cost[] = [];
+      const outbox = createOutbox(explaining(pool, costs), {
+        ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000 },
+        ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
+      });
+      await run(outbox);
+      expect(costs).toHaveLength(1);
+      const [{ rowsTouched, indexes, scans, mostRowsSorted }] = costs as [Cost];
+      expect(rowsTouched).toBeLessThanOrEqual(limit);
+      expect(scans).toEqual([]);
+      expect(indexes.filter((name) => !/^(relay_outbox_\w+|outbox_pkey|outbox_event_id_unique)$/.test(name))).toEqual([]);
+      expect(mostRowsSorted).toBeLessThanOrEqual(BATCH);
+    });
+  }
+});
+
+/**
+ * The pool, where each statement on the table is explained, executed, and rolled back in the end: the plan is the one
+ * that the statement has in its own transaction, with its own settings and parameters.
+ */
+function explaining(real: pg.Pool, costs: Cost[]): Pool {
+  async function explain(client: pg.PoolClient, { text, values = [] }: pg.QueryConfig) {
+    const query = pg.Client.prototype.query.bind(client) as pg.Client['query'];
+    if (text === 'COMMIT') return query('ROLLBACK');
+    if (!text.includes('identity.outbox')) return query(text, values);
+    const { rows } = await query(`EXPLAIN (ANALYZE, FORMAT JSON) ${text}`, values);
+    costs.push(costOf(rows[0]['QUERY PLAN'][0].Plan));
+    return { rows: [], rowCount: 0 };
+  }
+  return {
+    query: (async (text: string, values: unknown[]) => {
+      const client = await real.connect();
+      await client.query('BEGIN');
+      const result = await explain(client, { text, values });
+      await client.query('ROLLBACK');
+      client.release();
+      return result;
+    }) as unknown as pg.Pool['query'],
+    connect: (async () => {
+      const client = await real.connect();
+      const query = (config: pg.QueryConfig) => explain(client, config);
+      return Object.create(client, { query: { value: query } });
+    }) as pg.Pool['connect'],
+  };
+}
+
+function costOf(plan: Step): Cost {
+  const steps = (function all(step: Step): Step[] {
+    return [step, ...(step.Plans ?? []).flatMap(all)];
+  })(plan);
+  const onTable = steps.filter((step) => step['Relation Name'] === 'outbox' && /Scan$/.test(step['Node Type']));
+  const rowsOf = (step: Step) =>
+    (step['Actual Rows'] +
+      (step['Rows Removed by Filter'] ?? 0) +
+      (step['Rows Removed by Index Recheck'] ?? 0)) *
+    step['Actual Loops'];
+  return {
+    rowsTouched: Math.round(onTable.reduce((sum, step) => sum + rowsOf(step), 0)),
+    indexes: steps.flatMap((step) => step['Index Name'] ?? []),
+    scans: onTable.map((step) => step['Node Type']).filter((type) => !/^Index (Only )?Scan$/.test(type)),
+    mostRowsSorted: Math.max(0, ...steps.filter((step) => step['Node Type'].includes('Sort')).map(rowsOf)),
+  };
+}
