@@ -99,6 +99,8 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
 
   return {
     async start() {
+      if (stopping !== undefined)
+        throw new Error('a relay that was stopped does not start again: create another');
       starting ??= start();
       try {
         await starting;
@@ -109,6 +111,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
       }
     },
     async stop() {
+      if (starting === undefined) return;
       stopping ??= stop();
       await stopping;
     },
@@ -262,34 +265,30 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     logger,
   });
 
-  /** Room for further jobs. Each active one may bring its successor before it leaves. */
-  async function room(): Promise<number> {
-    const { total, active } = await queues.inFlight();
-    return config.maxInFlight - total - (ordered ? active : 0);
-  }
+  /** Jobs that a round is about to add: Redis does not count them yet. */
+  let reserved = 0;
   /** Less room than this is not worth a transaction. */
   const worthwhile = Math.min(config.batchSize, Math.ceil(config.maxInFlight / 2));
 
   async function claim(): Promise<ClaimRound> {
-    if ((await room()) < worthwhile) return { kind: 'no-room' };
-    const { round, parked } = await outbox.transaction(
-      'repeatable',
-      async (tx): Promise<{ round: ClaimRound; parked: OutboxEvent[] }> => {
-        if (!(await outbox.takeClaimTurn(tx))) return { round: { kind: 'busy' }, parked: [] };
-        // Asked again, now that nobody else adds: the cap is a cap.
-        const limit = Math.min(config.batchSize, await room());
-        if (limit <= 0) return { round: { kind: 'no-room' }, parked: [] };
+    const { total, active } = await queues.inFlight();
+    // Each active job may bring its successor before it leaves.
+    const room = config.maxInFlight - total - (ordered ? active : 0) - reserved;
+    if (room < worthwhile) return { kind: 'no-room' };
+    const limit = Math.min(config.batchSize, room);
+    reserved += limit;
+    try {
+      const { leased, parked } = await outbox.transaction('repeatable', async (tx) => {
         const claimed = await outbox.claimFresh(tx, limit);
         if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
-        const taken = claimed.leased.length + claimed.parked.length;
-        return {
-          round: { kind: taken === limit ? 'more' : 'all', events: claimed.leased.length },
-          parked: claimed.parked as OutboxEvent[],
-        };
-      },
-    );
-    watchOrphans(parked);
-    return round;
+        return claimed;
+      });
+      watchOrphans(parked);
+      const kind = leased.length + parked.length === limit ? 'more' : 'all';
+      return { kind, events: leased.length };
+    } finally {
+      reserved -= limit;
+    }
   }
 
   const reconcile = createReconcile({
@@ -331,6 +330,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     queuePrefix: config.queuePrefix,
     queueName: config.queueName,
     claim,
+    exclusively: outbox.inClaimTurn,
     maintain,
     arm: config.notify ? wakeup.arm : async () => 'deaf',
     wake: scheduler.wake,

@@ -3,7 +3,7 @@ import { Command } from 'commander';
 import { createRelay } from './app.ts';
 import { runChecks } from './check.ts';
 import { ConfigError, describeVariables, loadConfig, type RelayConfig, unknownVariables } from './config.ts';
-import { NotReadyError } from './lifecycle.ts';
+import { NotReadyError, succeedsWithin } from './lifecycle.ts';
 import { createLogger, errorText } from './logger.ts';
 import { migrate } from './outbox/migrate.ts';
 import { createClient } from './outbox/pool.ts';
@@ -81,7 +81,8 @@ async function start(config: RelayConfig): Promise<never> {
     if (first === 'started') logger.info({ port: relay.httpPort(), ...settings(config) }, 'relay started');
     logger.info({ signal: await signalled }, 'stopping');
     started.catch((error) => logger.warn({ err: error }, 'stopped while starting'));
-    await relay.stop();
+    // Parts that overrun get a grace each, which may add up to some seconds more.
+    await succeedsWithin(config.shutdownTimeoutMs, relay.stop());
   } catch (error) {
     fail(error);
   }

@@ -29,7 +29,7 @@ export async function waitForServers(deps: {
   const endsAt = Date.now() + timeoutMs;
   await Promise.all([
     waitFor('PostgreSQL', 'RELAY_DATABASE_URL', () => pool.query('SELECT 1'), endsAt, logger),
-    ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', () => answers(it), endsAt, logger)),
+    ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', answers(it), endsAt, logger)),
   ]);
   const client = await pool.connect();
   try {
@@ -44,9 +44,16 @@ export async function waitForServers(deps: {
   }
 }
 
-async function answers(redis: Redis): Promise<void> {
-  if (redis.status !== 'ready') throw new Error(`connection is ${redis.status}`);
-  await redis.ping();
+/** Asks for a sign of life. A connection that is not ready has told why by its last error. */
+function answers(redis: Redis): () => Promise<unknown> {
+  let reason: Error | undefined;
+  redis.on('error', (error) => {
+    reason = error;
+  });
+  return async () => {
+    if (redis.status !== 'ready') throw reason ?? new Error(`connection is ${redis.status}`);
+    await redis.ping();
+  };
 }
 
 async function waitFor(

@@ -14,6 +14,14 @@ export type Pool = Pick<pg.Pool, 'connect' | 'query'>;
 const PLANNER = ['enable_seqscan', 'enable_bitmapscan', 'enable_sort'].map((it) => `SET LOCAL ${it} = off`);
 
 /**
+ * A named statement is planned once per connection: 0.5 ms less for each acknowledgement. A pooler that hands out
+ * another connection with each transaction (PgBouncer before 1.21) makes the name unknown, or known already: then
+ * we do without names from there on. The transaction it happened to is tried again by its owner.
+ */
+let statementsKept = true;
+const STATEMENT_FORGOTTEN = new Set(['26000', '42P05']);
+
+/**
  * - `durable`: when it returns, a crash of PostgreSQL cannot undo it
  * - `repeatable`: a crash may undo it, and doing it again is harmless. Leasing rows is: their jobs are there and
  *   are not added twice, and an acknowledgement that follows makes the lease durable with it. Spares the disk's
@@ -44,12 +52,16 @@ export async function transaction<T>(
     ...PLANNER,
   ];
   const tx: Queryable = {
-    query: ((text: string, values?: unknown[]) =>
-      client.query({
-        text,
-        ...(values && { values }),
+    query: ((statement: string | pg.QueryConfig, values?: unknown[]) => {
+      const { name, ...query }: pg.QueryConfig =
+        typeof statement === 'string' ? { text: statement, ...(values && { values }) } : statement;
+      const kept = name !== undefined && statementsKept;
+      return client.query({
+        ...query,
+        ...(kept && { name }),
         query_timeout: deadlineMs + 1_000,
-      } as pg.QueryConfig)) as Queryable['query'],
+      } as pg.QueryConfig);
+    }) as Queryable['query'],
   };
   try {
     await tx.query(['BEGIN', ...settings].join('; '));
@@ -58,6 +70,7 @@ export async function transaction<T>(
     client.release();
     return result;
   } catch (error) {
+    if (STATEMENT_FORGOTTEN.has((error as pg.DatabaseError).code ?? '')) statementsKept = false;
     const rolledBack = await tx.query('ROLLBACK').then(
       () => true,
       () => false,

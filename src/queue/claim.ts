@@ -6,17 +6,26 @@ import { TICK } from './scheduler.ts';
 
 /** A claim job gives way after so long and asks for another: other pods get their turn, dashboards move. */
 const TURN_MS = 2_000;
-/** Looks again this soon while there is no room, while another pod claims, or while a writer has yet to commit. */
+/** Looks again this soon while there is no room, or while a writer has yet to commit. */
 const PAUSE_MS = 5;
+/** Asks again for the turn this soon while another pod has it. */
+const BUSY_PAUSE_MS = 25;
+/** Rounds that overlap: the database works on one while Redis takes the jobs of the other. */
+const LANES = 2;
 
 /**
  * What one round found.
  * - `more`: as much as it could take, so there may be more
  * - `all`: everything that is fresh, `events` of it (perhaps none)
  * - `no-room`: as many jobs in Redis as are allowed
- * - `busy`: another pod is claiming
  */
-export type ClaimRound = { kind: 'more' | 'all'; events: number } | { kind: 'no-room' } | { kind: 'busy' };
+export type ClaimRound = { kind: 'more' | 'all'; events: number } | { kind: 'no-room' };
+
+type Turn = Readonly<{
+  events: number;
+  /** Nothing is left, and who writes from now on will wake us (or the next tick does). */
+  exhausted: boolean;
+}>;
 
 export type ClaimWorker = Readonly<{
   start(): void;
@@ -32,6 +41,8 @@ export function createClaimWorker(deps: {
   queuePrefix: string;
   queueName: string;
   claim: () => Promise<ClaimRound>;
+  /** Runs `turn` unless another pod has the turn: one claims at a time, so that the cap on jobs is a cap. */
+  exclusively: (turn: () => Promise<Turn>) => Promise<Turn | 'busy'>;
   /** What a tick does besides claiming: reconcile, sweep, trim. */
   maintain: () => Promise<void>;
   /** Asks writers to wake us up from now on. */
@@ -45,33 +56,49 @@ export function createClaimWorker(deps: {
 
   async function process(job: Job): Promise<void> {
     if (job.name === TICK) await deps.maintain();
-    const { events, exhausted } = await takeTurn();
+    const turn = await deps.exclusively(takeTurn);
     lastTurnAt = Date.now();
-    if (events > 0) logger.info({ events }, 'claimed a batch of events');
-    if (!exhausted && !stopping) await deps.wake();
+    if (turn === 'busy') await pause(BUSY_PAUSE_MS);
+    else if (turn.events > 0) logger.info({ events: turn.events }, 'claimed events');
+    // What another pod has seen when it ends its turn may be older than the wish that brought us here.
+    if ((turn === 'busy' || !turn.exhausted) && !stopping) await deps.wake();
   }
 
   /** Claims until nothing is left (and writers will wake us), or the turn is over. */
-  async function takeTurn(): Promise<{ events: number; exhausted: boolean }> {
+  async function takeTurn(): Promise<Turn> {
     const endsAt = Date.now() + TURN_MS;
+    const goesOn = () => !stopping && Date.now() < endsAt;
     let events = 0;
     let armed = false;
-    while (!stopping && Date.now() < endsAt) {
-      const round = await claim();
-      if (round.kind === 'no-room' || round.kind === 'busy') {
-        await pause();
-        continue;
+    while (goesOn()) {
+      const lanes = await Promise.allSettled(Array.from({ length: LANES }, () => claimAll(goesOn)));
+      for (const lane of lanes) {
+        if (lane.status === 'rejected') throw lane.reason;
+        events += lane.value;
       }
-      events += round.events;
-      if (round.kind === 'more') continue;
+      if (!goesOn()) break;
       // Whoever wrote before the wake-up was armed said nothing: armed, look once more.
       if (armed) return { events, exhausted: true };
       const arming = await deps.arm();
       if (arming === 'already-armed' || arming === 'deaf') return { events, exhausted: true };
       if (arming === 'armed') armed = true;
-      else await pause();
+      else await pause(PAUSE_MS);
     }
     return { events, exhausted: false };
+  }
+
+  /** One lane: round after round until one finds less than it could take. */
+  async function claimAll(goesOn: () => boolean): Promise<number> {
+    let events = 0;
+    while (goesOn()) {
+      const round = await claim();
+      if (round.kind === 'no-room') await pause(PAUSE_MS);
+      else {
+        events += round.events;
+        if (round.kind === 'all') break;
+      }
+    }
+    return events;
   }
 
   const worker = new Worker(claimQueueName(deps.queueName), process, {
@@ -100,4 +127,4 @@ export function createClaimWorker(deps: {
   };
 }
 
-const pause = () => new Promise<void>((resolve) => setTimeout(resolve, PAUSE_MS));
+const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));

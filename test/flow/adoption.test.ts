@@ -3,7 +3,8 @@ import type { Pool } from 'pg';
 import { expect, test } from 'vitest';
 import { anEvent, createOldTable, insertEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
-import { type Stage, STREAM, setStage } from '../support/stage.ts';
+import { type Stage, STREAM, setStage } from '../support/flow.ts';
+import { waitFor } from '../support/wait.ts';
 
 const DICTIONARY = 'dictionary.word.v1';
 const NO_TENANT = '00000000-0000-0000-0000-000000000000';
@@ -111,8 +112,22 @@ test('three pods that migrate an old table at once all succeed, and the relay ca
 test('three pods that migrate an empty database at once all succeed', async () => {
   const { url } = await createDatabase({ template: false });
   const stage = await setStage({ databaseUrl: url });
-  const outcomes = await Promise.all([1, 2, 3].map(() => stage.command(['migrate'])));
-  for (const { code, lines } of outcomes) expect(code, lines.join('\n')).toBe(0);
+  // Nobody can make a schema until all three are here.
+  const client = await stage.pool.connect();
+  await client.query('BEGIN');
+  await client.query('LOCK TABLE pg_catalog.pg_namespace IN SHARE MODE');
+  const migrations = [1, 2, 3].map(() => stage.command(['migrate']));
+  const sessions = `SELECT count(*)::int AS there, (count(*) FILTER (WHERE wait_event_type = 'Lock'))::int AS waiting
+    FROM pg_stat_activity
+    WHERE datname = current_database() AND backend_type = 'client backend' AND application_name <> 'test'`;
+  const areHere = async () => {
+    const { there, waiting } = (await stage.pool.query(sessions)).rows[0];
+    return there === 3 && waiting >= 1;
+  };
+  await waitFor(areHere, { what: 'three migrations under way' });
+  await client.query('COMMIT');
+  client.release();
+  for (const { code, lines } of await Promise.all(migrations)) expect(code, lines.join('\n')).toBe(0);
   const event = anEvent();
   await insertEvents(stage.pool, [event]);
   await stage.pod();
@@ -129,9 +144,7 @@ test('an open transaction of a writer does not keep the migration of an old tabl
     const migration = stage.command(['migrate']);
     // It is waiting for the writer's table lock or snapshot; other writers must not have to wait for it.
     const waiting = `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`;
-    await expect
-      .poll(async () => (await stage.pool.query(waiting)).rowCount, { timeout: 20_000 })
-      .toBeGreaterThan(0);
+    await waitFor(async () => (await stage.pool.query(waiting)).rowCount, { what: 'the migration to wait' });
     await writer.query('COMMIT');
     const { code, lines } = await migration;
     expect(code, lines.join('\n')).toBe(0);

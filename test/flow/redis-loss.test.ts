@@ -2,7 +2,7 @@ import { expect, test } from 'vitest';
 import type { SampleEvent } from '../../src/demo/sample.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { startLoad } from '../support/load.ts';
-import { type Stage, STREAM, setStage } from '../support/stage.ts';
+import { type Stage, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 const SHORT_LEASE = { RELAY_CLAIM_LEASE: '2', RELAY_PUBLISH_TIMEOUT: '1' };

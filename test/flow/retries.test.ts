@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { DLQ, recordHistory, type RowChange, STREAM, setStage } from '../support/stage.ts';
+import { DLQ, recordHistory, type RowChange, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 /** A topic whose key holds a string: Redis refuses every append to it. */
@@ -15,9 +15,12 @@ test('an event that Redis refuses is retried with doubling delays, then dead-let
     topic: BAD_TOPIC,
     payload: { tenant_id: '7b0f3c52-4f0e-4a39-9a55-2f5f6a1b8c11', note: 'ünïcode' },
   });
-  const successors = someEvents(3, 1, { aggregateId: bad.aggregateId });
+  const successors = someEvents(5, 1, { aggregateId: bad.aggregateId });
   const others = someEvents(200, 50);
-  await insertEvents(stage.pool, [bad, ...successors, ...others]);
+  await insertEvents(stage.pool, [bad, ...successors.slice(0, 3), ...others]);
+  await waitFor(async () => (await stage.row(bad.eventId)).attempts > 0, { what: 'a first attempt' });
+  // They wait as well, though they find their predecessor between two attempts.
+  await insertEvents(stage.pool, successors.slice(3));
   await stage.rested();
 
   const history = await historyOf(bad.eventId);
@@ -104,6 +107,31 @@ test('an event that can be published again after some retries goes on in its ord
   const grade = await stage.expectPromisesHeld();
   expect(grade).toMatchObject({ events: 30, entries: 30, deadLetters: 0 });
 });
+
+test('an attempt that fails before the claim that started it is committed counts, and the next one waits its time', async () => {
+  const stage = await setStage({ env: { RELAY_RETRY_BASE_DELAY: '0.8', RELAY_MAX_RETRY_ATTEMPTS: '1' } });
+  await stage.redis.set(BAD_TOPIC, 'a string');
+  // A database whose commits take 300 ms, whenever a row is leased that was fresh or parked.
+  await stage.pool.query(`
+    CREATE FUNCTION commit_slowly() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END $$;
+    CREATE CONSTRAINT TRIGGER commit_slowly AFTER UPDATE ON identity.outbox DEFERRABLE INITIALLY DEFERRED
+      FOR EACH ROW WHEN ((OLD.next_attempt_at IS NULL OR OLD.next_attempt_at = 'infinity')
+                         AND NEW.next_attempt_at < 'infinity' AND NEW.topic = '${BAD_TOPIC}')
+      EXECUTE FUNCTION commit_slowly()`);
+  const historyOf = await recordHistory(stage.pool);
+  await stage.pod();
+  const claimed = anEvent({ topic: BAD_TOPIC });
+  const first = anEvent();
+  const promoted = anEvent({ topic: BAD_TOPIC, aggregateId: first.aggregateId });
+  await insertEvents(stage.pool, [claimed, first, promoted]);
+  await stage.rested();
+  for (const { eventId } of [claimed, promoted]) {
+    const failed = failures(await historyOf(eventId));
+    expect(failed.map((row) => [row.attempts, row.error_message?.includes('WRONGTYPE')])).toEqual([[1, true]]);
+    expect(await stage.row(eventId)).toMatchObject({ attempts: 2, dead_lettered_at: expect.any(Date) });
+  }
+}, 60_000);
 
 test('a held aggregate stays behind its dead event until somebody makes that one fresh again', async () => {
   const stage = await setStage({

@@ -2,7 +2,7 @@ import { expect, test } from 'vitest';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { startLoad } from '../support/load.ts';
 import { catchMidAppend } from '../support/mid-append.ts';
-import { setStage, STREAM } from '../support/stage.ts';
+import { setStage, STREAM } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 const status = async (url: string): Promise<number | string> =>
@@ -83,6 +83,6 @@ test('SIGTERM ends a pod that is still waiting for its servers', async () => {
   const stage = await setStage();
   await stage.server.kill();
   const pod = await stage.spawn(['start']);
-  await waitFor(async () => (await status(`${pod.url}/readyz`)) === 503, { what: 'the pod to answer' });
+  await waitFor(() => pod.logs().some((line) => line.level === 'warn'), { what: 'the pod to miss its Redis' });
   expect(await pod.kill('SIGTERM')).toEqual({ code: 0, signal: null });
 });

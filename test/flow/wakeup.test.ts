@@ -4,7 +4,7 @@ import { expect, onTestFinished, test } from 'vitest';
 import type { SampleEvent } from '../../src/demo/sample.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { startLoad } from '../support/load.ts';
-import { type Stage, STREAM, setStage } from '../support/stage.ts';
+import { type Stage, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 /** Too long for any of these tests: whatever arrives, arrives by the wake-up. */

@@ -193,7 +193,9 @@ test('a migration that fails lets the next one through', async () => {
 test('what is missing is named, one by one', async () => {
   const { url, pool } = await emptyDatabase();
   await runMigration(url);
-  await pool.query('ALTER TABLE identity.outbox DROP COLUMN stream_entry_id; DROP INDEX identity.relay_outbox_due');
+  await pool.query(
+    'ALTER TABLE identity.outbox DROP COLUMN stream_entry_id; DROP INDEX identity.relay_outbox_due',
+  );
   expect(await missingFromTable(pool)).toEqual(['column stream_entry_id', 'index relay_outbox_due']);
 });
 

@@ -18,13 +18,15 @@ const OPTIONS: OutboxOptions = {
 const USER = randomUUID();
 const ANYBODY = { aggregateType: 'user', aggregateId: USER };
 
+let databaseUrl: string;
 let pool: pg.Pool;
 let outbox: Outbox;
 let holding: Outbox;
 let unordered: Outbox;
 
 beforeAll(async () => {
-  pool = openPool((await createDatabase()).url);
+  databaseUrl = (await createDatabase()).url;
+  pool = openPool(databaseUrl);
   outbox = createOutbox(pool, OPTIONS);
   holding = createOutbox(pool, { ...OPTIONS, deadLetterPolicy: 'hold' });
   unordered = createOutbox(pool, { ...OPTIONS, ordering: 'none' });
@@ -84,7 +86,8 @@ describe('a claim', () => {
   });
 
   test('gives the event as its row has it, the payload as PostgreSQL prints it', async () => {
-    const payload = '{"n": 12345678901234567890.10, "text": "Jörg \\u0001 \\"x\\"", "tenant_id": "t", "correlation_id": "c"}';
+    const payload =
+      '{"n": 12345678901234567890.10, "text": "Jörg \\u0001 \\"x\\"", "tenant_id": "t", "correlation_id": "c"}';
     const event = anEvent({ aggregateType: 'account', payload, topic: null });
     await insertEvents(pool, [event]);
     await pool.query(`UPDATE identity.outbox SET attempts = 2, created_at = '2026-01-02T03:04:05.678901+02'`);
@@ -102,10 +105,18 @@ describe('a claim', () => {
   });
 
   test('knows no tenant where the payload names none, or is no object', async () => {
-    await insert({ payload: '{"tenant_id": "", "correlation_id": null}' }, { payload: '[1, 2]' }, { payload: 'null' });
+    await insert(
+      { payload: '{"tenant_id": "", "correlation_id": null}' },
+      { payload: '[1, 2]' },
+      { payload: 'null' },
+    );
     const { leased } = await claim();
     expect(leased.map((it) => [it.tenantId, it.correlationId])).toEqual(Array(3).fill([null, null]));
-    expect(leased.map((it) => it.payload)).toEqual(['{"tenant_id": "", "correlation_id": null}', '[1, 2]', 'null']);
+    expect(leased.map((it) => it.payload)).toEqual([
+      '{"tenant_id": "", "correlation_id": null}',
+      '[1, 2]',
+      'null',
+    ]);
   });
 
   test('survives a row whose time of creation is infinite', async () => {
@@ -116,7 +127,11 @@ describe('a claim', () => {
 
   test('parks every row behind an earlier one of its aggregate, in the same batch or claimed before', async () => {
     const [other] = someEvents(1);
-    await insertEvents(pool, [anEvent({ aggregateId: USER }), anEvent({ aggregateId: USER }), other as SampleEvent]);
+    await insertEvents(pool, [
+      anEvent({ aggregateId: USER }),
+      anEvent({ aggregateId: USER }),
+      other as SampleEvent,
+    ]);
     const first = await claim();
     expect(idsOf(first.leased)).toEqual(['1', '3']);
     expect(first.parked).toMatchObject([ANYBODY]);
@@ -178,13 +193,25 @@ describe('a claim', () => {
     expect(await row(1)).toMatchObject({ state: 'leased', deadLetteredAt: null });
   });
 
-  test('is one transaction’s turn at a time, until that ends', async () => {
-    const turn = () => outbox.transaction('repeatable', (tx) => outbox.takeClaimTurn(tx));
-    await outbox.transaction('repeatable', async (tx) => {
-      expect(await outbox.takeClaimTurn(tx)).toBe(true);
-      expect(await turn()).toBe(false);
+  test('is one pod’s turn at a time, until that ends, well or badly', async () => {
+    const other = createOutbox(openPool(databaseUrl), OPTIONS);
+    const turn = async () => 'my turn';
+    const taken = await outbox.inClaimTurn(async () => {
+      expect(await other.inClaimTurn(turn)).toBe('busy');
+      return 'mine';
     });
-    expect(await turn()).toBe(true);
+    expect(taken).toBe('mine');
+    await expect(outbox.inClaimTurn(() => Promise.reject(new Error('no room')))).rejects.toThrow('no room');
+    expect(await other.inClaimTurn(turn)).toBe('my turn');
+  });
+
+  test('that overlaps another keeps the order: what is behind a row in another’s hand is parked', async () => {
+    await insertOfUser(4);
+    await outbox.transaction('repeatable', async (tx) => {
+      expect(idsOf((await outbox.claimFresh(tx, 2)).leased)).toEqual(['1']);
+      expect(await claim(2)).toMatchObject({ leased: [], parked: [ANYBODY, ANYBODY] });
+    });
+    expect(await states()).toEqual(['leased', 'parked', 'parked', 'parked']);
   });
 });
 

@@ -1,7 +1,13 @@
 import type pg from 'pg';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import type { Pool } from '../../src/outbox/database.ts';
-import { createWakeup, hasWakeup, installWakeup, removeWakeup, type Wakeup } from '../../src/outbox/wakeup.ts';
+import {
+  createWakeup,
+  hasWakeup,
+  installWakeup,
+  removeWakeup,
+  type Wakeup,
+} from '../../src/outbox/wakeup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
 import { openPool, silent } from '../support/stages.ts';
@@ -53,9 +59,16 @@ async function startEar() {
 
 const insert = (db: pg.Pool | pg.ClientBase = pool) => insertEvents(db, [anEvent()]);
 const terminateListener = () =>
-  pool.query('SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1', [LISTENER]);
+  pool.query('SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1', [
+    LISTENER,
+  ]);
 const locksHeld = async () =>
-  (await pool.query(`SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2`)).rowCount;
+  (
+    await pool.query(
+      `SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'
+          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`,
+    )
+  ).rowCount;
 
 describe('writers', () => {
   test('say nothing while the relay is awake', async () => {
@@ -135,7 +148,10 @@ describe('writers', () => {
       if ((await relay.arm()) !== 'armed') continue;
       await take();
       if (taken.size === WRITERS * INSERTS) break;
-      await waitFor(() => relay.heard.wakes > wakes, { what: 'a writer to wake the relay', timeoutMs: 5_000 });
+      await waitFor(() => relay.heard.wakes > wakes, {
+        what: 'a writer to wake the relay',
+        timeoutMs: 5_000,
+      });
     }
     await Promise.all(writers);
     expect(taken.size).toBe(WRITERS * INSERTS);

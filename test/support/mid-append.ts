@@ -2,7 +2,7 @@ import { Client } from 'pg';
 import { onTestFinished } from 'vitest';
 import type { Pod } from '../../src/demo/pod.ts';
 import { insertEvents, someEvents } from './events.ts';
-import type { Stage } from './stage.ts';
+import type { Stage } from './flow.ts';
 import { waitFor } from './wait.ts';
 
 const EVENTS = 60;

@@ -13,7 +13,14 @@ export function openPool(url: string, options: pg.PoolConfig = {}): pg.Pool {
   const pool = new pg.Pool({ connectionString: url, ...options });
   // Some tests kill its connections.
   pool.on('error', () => {});
-  atEndOfFile(() => pool.end());
+  // A test that failed may not have given its clients back, and the pool would wait for them.
+  const inUse = new Set<pg.PoolClient>();
+  pool.on('acquire', (client) => inUse.add(client));
+  pool.on('release', (_error, client) => inUse.delete(client));
+  atEndOfFile(() => {
+    for (const client of inUse) client.release(true);
+    return pool.end();
+  });
   return pool;
 }
 
@@ -37,7 +44,8 @@ export const silent: Logger = {
 
 /** An event as the claim hands it on, without a row. */
 export function aClaimedEvent(overrides: Partial<OutboxEvent> = {}): OutboxEvent {
-  const { eventId, eventType, aggregateType, aggregateId, topic, payload, createdAt }: SampleEvent = anEvent();
+  const { eventId, eventType, aggregateType, aggregateId, topic, payload, createdAt }: SampleEvent =
+    anEvent();
   return {
     ...{ id: '1', eventId, eventType, aggregateType, aggregateId, topic: topic ?? 'identity.user.v1' },
     payload: JSON.stringify(payload),

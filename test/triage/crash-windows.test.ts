@@ -14,7 +14,15 @@ import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { expectPromisesHeld } from '../support/ledger.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
-import { deferred, openPool, openRedis, readRows, readStates, readStream, silent } from '../support/stages.ts';
+import {
+  deferred,
+  openPool,
+  openRedis,
+  readRows,
+  readStates,
+  readStream,
+  silent,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const BROKEN_TOPIC = 'not.a.stream';
@@ -134,7 +142,7 @@ describe.concurrent('a pod that lives, but', () => {
     const relay = createRelay(stage.config, {
       pool: watchedPool(openPool(stage.databaseUrl), {
         after: async (text) => {
-          if (text !== 'COMMIT' || lost > 0 || !(await stage.isPublished(0))) return;
+          if (text !== 'COMMIT' || !(await stage.isPublished(0)) || lost > 0) return;
           lost++;
           throw new Error('connection lost after COMMIT');
         },
@@ -156,7 +164,7 @@ describe.concurrent('a pod that lives, but', () => {
     const relay = createRelay(stage.config, {
       pool: watchedPool(openPool(stage.databaseUrl), {
         after: async (text) => {
-          if (text !== 'COMMIT' || lost > 0 || (await stage.states())[0] === 'fresh') return;
+          if (text !== 'COMMIT' || (await stage.states())[0] === 'fresh' || lost > 0) return;
           lost++;
           throw new Error('connection lost after COMMIT');
         },
@@ -249,10 +257,13 @@ async function setStage([head = anEvent(), ...others]: SampleEvent[], first: Par
         async () => (await readStates(pool)).every((state) => state === 'published' || state === 'dead'),
         { what: 'every row to be published or dead', timeoutMs: TAKE_OVER_MS },
       );
-      await waitFor(async () => (await publishQueue.getJobCountByTypes('waiting', 'active', 'delayed')) === 0, {
-        what: 'no publish job to be left',
-        timeoutMs: TAKE_OVER_MS,
-      });
+      await waitFor(
+        async () => (await publishQueue.getJobCountByTypes('waiting', 'active', 'delayed')) === 0,
+        {
+          what: 'no publish job to be left',
+          timeoutMs: TAKE_OVER_MS,
+        },
+      );
       const { dlqStreamName: dlqStream, streamName: defaultStream } = config;
       await expectPromisesHeld({ pool, redis, defaultStream, dlqStream });
     },

@@ -78,7 +78,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     options.databaseUrl ?? createDatabase().then(({ url }) => url),
     createRedis({ args: options.redisArgs ?? [] }),
   ]);
-  const pool = new Pool({ connectionString: databaseUrl, max: 8 });
+  const pool = new Pool({ connectionString: databaseUrl, max: 8, application_name: 'test' });
   const redis = new Redis(server.url, { maxRetriesPerRequest: null });
   // Servers go away in these tests on purpose; a query or command that suffers from it fails by itself.
   pool.on('error', () => {});

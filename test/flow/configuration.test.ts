@@ -1,0 +1,58 @@
+import { expect, test } from 'vitest';
+import { startPod } from '../support/pods.ts';
+
+const WRONG: Record<string, string> = {
+  RELAY_DATABASE_URL: 'mysql://admin:hunter2@db/prod',
+  RELAY_REDIS_URL: 'redis://admin:hunter2@cache:99999/0',
+  RELAY_BATCH_SIZE: 'many',
+  RELAY_POLL_INTERVAL: '-5',
+  RELAY_STREAM_MAXLEN: '1e5',
+  RELAY_ORDERING: 'random',
+  RELAY_NOTIFY: 'maybe',
+  RELAY_LOG_LEVEL: 'loud',
+  RELAY_HTTP_PORT: '70000',
+  RELAY_QUEUE_NAME: 'a:b',
+  RELAY_CLAIM_LEASE: '',
+};
+
+for (const command of ['start', 'migrate', 'check']) {
+  test(`relay ${command} with a wrong configuration names every wrong variable, and nothing secret, and exits 78`, async () => {
+    const pod = await startPod(WRONG, [command]);
+    expect((await pod.exited).code).toBe(78);
+    const text = pod.lines.join('\n');
+    for (const name of Object.keys(WRONG)) expect(text).toMatch(new RegExp(`^\\s*${name}: .+`, 'm'));
+    expect(text).not.toMatch(/hunter2|admin/);
+    expect(text).not.toMatch(/^\s+at /m);
+    expect(text).not.toContain('node_modules');
+    // One heading, one line for each.
+    expect(pod.lines).toHaveLength(1 + Object.keys(WRONG).length);
+  });
+}
+
+test('good values that contradict each other are named too', async () => {
+  const pod = await startPod(
+    { RELAY_CLAIM_LEASE: '5', RELAY_PUBLISH_TIMEOUT: '5', RELAY_BATCH_SIZE: '50', RELAY_MAX_IN_FLIGHT: '10' },
+    ['start'],
+  );
+  expect((await pod.exited).code).toBe(78);
+  const text = pod.lines.join('\n');
+  expect(text).toMatch(/RELAY_PUBLISH_TIMEOUT: .*RELAY_CLAIM_LEASE/);
+  expect(text).toMatch(/RELAY_BATCH_SIZE: .*RELAY_MAX_IN_FLIGHT/);
+});
+
+test('help is there for the program and for each command, and tells every variable to whoever starts it', async () => {
+  for (const args of [['--help'], ['start', '--help'], ['migrate', '--help'], ['check', '--help']]) {
+    const pod = await startPod({}, args);
+    expect((await pod.exited).code).toBe(0);
+    expect(pod.lines[0]).toMatch(/^Usage: relay/);
+    if (args[0] === 'start') expect(pod.lines.join('\n')).toContain('RELAY_MAX_IN_FLIGHT');
+  }
+});
+
+test('an unknown command or option is refused with a non-zero exit code', async () => {
+  for (const args of [['stat'], ['start', '--fast']]) {
+    const pod = await startPod({}, args);
+    expect((await pod.exited).code, args.join(' ')).not.toBe(0);
+    expect(pod.lines.join('\n')).toMatch(/unknown (command|option)/);
+  }
+});

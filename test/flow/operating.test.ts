@@ -1,0 +1,111 @@
+import { expect, test } from 'vitest';
+import type { SampleEvent } from '../../src/demo/sample.ts';
+import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { DLQ, type Stage, setStage } from '../support/flow.ts';
+import { blocksUnder } from '../support/readme.ts';
+import { waitFor } from '../support/wait.ts';
+
+/** A topic whose key holds a string: Redis refuses every append to it. */
+const BAD_TOPIC = 'identity.broken.v1';
+
+const QUICK = { RELAY_RETRY_BASE_DELAY: '0.1', RELAY_MAX_RETRY_ATTEMPTS: '2', RELAY_POLL_INTERVAL: '0.5' };
+
+/** The README's statements under `heading` that begin with `verb`, with `value` where its reader has to fill in. */
+function statement(heading: string, verb: 'SELECT' | 'UPDATE', value = ''): string {
+  const found = blocksUnder(heading, 'sql').filter((text) => text.startsWith(verb));
+  expect(found, `${verb} under "${heading}"`).toHaveLength(1);
+  return (found[0] as string).replace('…', value);
+}
+
+/** Events that Redis refuses, of one aggregate, all dead. */
+async function deadEvents(stage: Stage, count: number): Promise<SampleEvent[]> {
+  await stage.redis.set(BAD_TOPIC, 'a string');
+  const events = someEvents(count, 1, { topic: BAD_TOPIC });
+  await insertEvents(stage.pool, events);
+  await stage.rested();
+  return events;
+}
+
+test('the README’s statement replays dead events, in their order, with retries of their own', async () => {
+  const stage = await setStage({ env: QUICK });
+  await stage.pod();
+  const dead = await deadEvents(stage, 3);
+  const found = await stage.pool.query(statement('Dead letters', 'SELECT'));
+  expect(found.rows.map((row) => row.event_id)).toEqual(dead.map((event) => event.eventId));
+
+  const replay = statement('Dead letters', 'UPDATE', dead.map(({ eventId }) => eventId).join(`', '`));
+  // The cause is still there: every event is tried again, with one retry less, and dies again.
+  const again = (await stage.pool.query(replay)).rowCount;
+  expect(again).toBe(3);
+  await stage.rested();
+  expect((await stage.rows()).map((row) => row.attempts)).toEqual([3, 3, 3]);
+  expect(await stage.entries(DLQ)).toHaveLength(6);
+
+  await stage.redis.del(BAD_TOPIC);
+  await stage.pool.query(replay);
+  await stage.rested();
+  expect((await stage.entries(BAD_TOPIC)).map(({ fields }) => fields.event_id)).toEqual(
+    dead.map((event) => event.eventId),
+  );
+  for (const row of await stage.rows())
+    expect(row).toMatchObject({ published: true, dead_lettered_at: null });
+  // Nothing is left to replay, and what is published is not touched.
+  expect((await stage.pool.query(replay)).rowCount).toBe(0);
+}, 60_000);
+
+test('the README’s statement skips a dead event that holds its aggregate', async () => {
+  const stage = await setStage({ env: { ...QUICK, RELAY_DEAD_LETTER_POLICY: 'hold' } });
+  await stage.pod();
+  const [dead] = await deadEvents(stage, 1);
+  const successors = someEvents(4, 1, { aggregateId: dead?.aggregateId as string });
+  await insertEvents(stage.pool, successors);
+  await waitFor(async () => (await stage.count(`next_attempt_at = 'infinity'`)) === 5, {
+    what: 'the successors to be held',
+  });
+  const skip = statement('An aggregate is held', 'UPDATE', dead?.eventId);
+  expect((await stage.pool.query(skip)).rowCount).toBe(1);
+  await stage.rested();
+  expect((await stage.entries()).map(({ fields }) => fields.event_id)).toEqual(
+    successors.map((event) => event.eventId),
+  );
+  expect(await stage.row(dead?.eventId as string)).toMatchObject({ published: true, stream_entry_id: null });
+}, 60_000);
+
+test('the README’s statement appends again what Redis lost, once and in order, and nothing else', async () => {
+  const stage = await setStage({ env: QUICK });
+  await stage.pod();
+  await insertEvents(stage.pool, someEvents(20));
+  await stage.rested();
+  const { rows } = await stage.pool.query('SELECT now()::text AS now');
+  const lost = someEvents(100, 10);
+  await insertEvents(stage.pool, lost);
+  await stage.rested();
+  await stage.redis.flushall();
+  const repeat = statement('Redis lost its data', 'UPDATE', rows[0].now);
+  expect((await stage.pool.query(repeat)).rowCount).toBe(100);
+  await stage.rested();
+  const eventIds = (await stage.entries()).map(({ fields }) => fields.event_id as string);
+  expect(eventIds.toSorted()).toEqual(lost.map((event) => event.eventId).toSorted());
+  const place = new Map(eventIds.map((eventId, i) => [eventId, i]));
+  for (const user of new Set(lost.map((event) => event.aggregateId))) {
+    const places = lost.filter((it) => it.aggregateId === user).map((it) => place.get(it.eventId) as number);
+    expect(places).toEqual(places.toSorted((a, b) => a - b));
+  }
+}, 60_000);
+
+test('the README’s statement finds the event that its aggregate waits for', async () => {
+  const stage = await setStage({ env: { RELAY_RETRY_BASE_DELAY: '60' } });
+  await stage.redis.set(BAD_TOPIC, 'a string');
+  await stage.pod();
+  const failing = anEvent({ topic: BAD_TOPIC });
+  await insertEvents(stage.pool, [failing, ...someEvents(5, 1, { aggregateId: failing.aggregateId })]);
+  await waitFor(async () => (await stage.row(failing.eventId)).attempts > 0, { what: 'a failed attempt' });
+  const { rows } = await stage.pool.query(statement('The backlog grows', 'SELECT'));
+  expect(rows).toEqual([
+    expect.objectContaining({
+      event_id: failing.eventId,
+      topic: BAD_TOPIC,
+      error_message: expect.stringContaining('WRONGTYPE'),
+    }),
+  ]);
+});

@@ -1,0 +1,242 @@
+import { Queue } from 'bullmq';
+import type { Redis } from 'ioredis';
+import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import type { PrivateRedis } from '../../src/demo/servers.ts';
+import { withDeadline } from '../../src/lifecycle.ts';
+import { type ClaimRound, type ClaimWorker, createClaimWorker } from '../../src/queue/claim.ts';
+import { claimQueueName, WORKER_CONNECTION } from '../../src/queue/queues.ts';
+import { createScheduler } from '../../src/queue/scheduler.ts';
+import { createRedis } from '../support/servers.ts';
+import { deferred, openRedis, silent } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+type Arming = 'armed' | 'already-armed' | 'writers' | 'deaf';
+
+const MORE: ClaimRound = { kind: 'more', events: 10 };
+const ALL: ClaimRound = { kind: 'all', events: 3 };
+const NOTHING: ClaimRound = { kind: 'all', events: 0 };
+
+let server: PrivateRedis;
+let admin: Redis;
+let queue: Queue;
+const running: ClaimWorker[] = [];
+
+beforeAll(async () => {
+  server = await createRedis();
+  admin = openRedis(server.url);
+  queue = new Queue(claimQueueName('relay'), { connection: admin });
+});
+
+beforeEach(async () => {
+  await admin.flushall();
+});
+
+afterEach(async () => {
+  await Promise.all(running.splice(0).map((it) => it.stop(3_000)));
+});
+
+/** The real wish for a claim. */
+const wake = () =>
+  createScheduler({
+    ...{ queue, redis: admin, memoryKey: 'memory', pollIntervalMs: 60_000, logger: silent },
+    onMemoryLost: async () => {},
+  }).wake();
+
+/**
+ * A claim worker whose rounds come out as told, one after the other; afterwards everything is claimed. What it asked
+ * for is in `log`: rounds by their kind, armings by their outcome, and wishes for another turn.
+ */
+function startWorker(
+  rounds: (ClaimRound | Error)[],
+  armings: Arming[] = [],
+  { endless, turns = [] }: { endless?: ClaimRound; turns?: 'busy'[] } = {},
+) {
+  const log: string[] = [];
+  const worker = createClaimWorker({
+    connection: openRedis(server.url, WORKER_CONNECTION),
+    ...{ queuePrefix: 'bull', queueName: 'relay', logger: silent },
+    claim: async () => {
+      const round = rounds.shift() ?? endless ?? NOTHING;
+      log.push(round instanceof Error ? 'error' : round.kind);
+      if (round instanceof Error) throw round;
+      return round;
+    },
+    exclusively: (turn) => {
+      if (turns.shift() !== 'busy') return turn();
+      log.push('busy');
+      return Promise.resolve('busy');
+    },
+    maintain: async () => void log.push('maintain'),
+    arm: async () => {
+      const arming = armings.shift() ?? 'already-armed';
+      log.push(arming);
+      return arming;
+    },
+    wake: async () => {
+      log.push('wake');
+      await wake();
+    },
+  });
+  running.push(worker);
+  worker.start();
+  return { worker, log };
+}
+
+const idle = () =>
+  waitFor(async () => (await queue.getJobCountByTypes('waiting', 'active', 'delayed')) === 0, {
+    what: 'the claim queue to be empty',
+  });
+
+/** Rounds may overlap, so how many there are is not said; that some lie between two other steps is. */
+const stepsOf = (log: readonly string[]) =>
+  log
+    .map((it) => (it === 'more' || it === 'all' || it === 'no-room' ? 'claim' : it))
+    .filter((it, at, all) => it !== all[at - 1]);
+
+describe('a claim job', () => {
+  test('goes on while there is more, then arms the wake-up and looks a last time', async () => {
+    const rounds: ClaimRound[] = [MORE, MORE, MORE, MORE, ALL];
+    const { log } = startWorker(rounds, ['armed']);
+    await wake();
+    await idle();
+    expect(stepsOf(log)).toEqual(['claim', 'armed', 'claim']);
+    expect(log.lastIndexOf('more')).toBeLessThan(log.indexOf('armed'));
+    expect(rounds).toEqual([]);
+  });
+
+  test('takes all that is found in the last look', async () => {
+    const rounds: ClaimRound[] = [NOTHING, NOTHING, MORE, MORE, MORE];
+    const { log } = startWorker(rounds, ['armed']);
+    await wake();
+    await idle();
+    expect(stepsOf(log)).toEqual(['claim', 'armed', 'claim']);
+    expect(log.indexOf('more')).toBeGreaterThan(log.indexOf('armed'));
+    expect(rounds).toEqual([]);
+  });
+
+  test.each(['already-armed', 'deaf'] as const)(
+    'needs no last look when the wake-up is %s',
+    async (arming) => {
+      const { log } = startWorker([ALL], [arming]);
+      await wake();
+      await idle();
+      expect(stepsOf(log)).toEqual(['claim', arming]);
+    },
+  );
+
+  test('looks again while a writer has yet to commit', async () => {
+    const { log } = startWorker([], ['writers', 'writers', 'armed']);
+    await wake();
+    await idle();
+    expect(stepsOf(log)).toEqual(['claim', 'writers', 'claim', 'writers', 'claim', 'armed', 'claim']);
+  });
+
+  test('waits for room without ending', async () => {
+    const { log } = startWorker(Array(6).fill({ kind: 'no-room' }));
+    await wake();
+    await idle();
+    expect(stepsOf(log)).toEqual(['claim', 'already-armed']);
+    expect(log.filter((it) => it === 'no-room')).toHaveLength(6);
+  });
+
+  test('asks for another claim while another pod is claiming: what that one sees may be older', async () => {
+    const { log } = startWorker([], [], { turns: ['busy', 'busy'] });
+    await wake();
+    await waitFor(() => log.includes('already-armed'), { what: 'its own turn' });
+    await idle();
+    expect(stepsOf(log)).toEqual(['busy', 'wake', 'busy', 'wake', 'claim', 'already-armed']);
+  });
+
+  test('gives way after two seconds, and asks for another turn', async () => {
+    const begun = Date.now();
+    const { log } = startWorker([], [], { endless: { kind: 'no-room' } });
+    await wake();
+    await waitFor(() => log.includes('wake'), { what: 'the wish for another turn' });
+    expect(Date.now() - begun).toBeGreaterThan(1_900);
+    const { length } = log;
+    await waitFor(() => log.length > length + 10, { what: 'the next turn' });
+    expect(log).not.toContain('maintain');
+  });
+
+  test('that fails does not keep the next one from running', async () => {
+    const { log } = startWorker([new Error('no database'), ALL]);
+    await wake();
+    await waitFor(() => log.includes('error'), { what: 'the failure' });
+    await idle();
+    await wake();
+    await waitFor(() => log.includes('all'), { what: 'the next claim' });
+    await idle();
+  });
+
+  test('sees to the other duties first when it is a tick, and only then', async () => {
+    const { log } = startWorker([ALL]);
+    await queue.add('tick', {}, { removeOnComplete: true });
+    await idle();
+    expect(stepsOf(log)).toEqual(['maintain', 'claim', 'already-armed']);
+    await wake();
+    await idle();
+    expect(log.filter((it) => it === 'maintain')).toHaveLength(1);
+  });
+});
+
+describe('a claim worker', () => {
+  test('stops after the round in hand, and asks for nothing more', async () => {
+    const [started, finish] = [deferred(), deferred()];
+    let finished = false;
+    let late = 0;
+    let woken = false;
+    const worker = createClaimWorker({
+      connection: openRedis(server.url, WORKER_CONNECTION),
+      ...{ queuePrefix: 'bull', queueName: 'relay', logger: silent },
+      claim: async () => {
+        if (finished) late++;
+        started.resolve();
+        await finish.promise;
+        return MORE;
+      },
+      exclusively: (turn) => turn(),
+      maintain: async () => {},
+      arm: async () => 'deaf',
+      wake: async () => {
+        woken = true;
+      },
+    });
+    worker.start();
+    await wake();
+    await started.promise;
+    expect(worker.isRunning()).toBe(true);
+    const stopping = worker.stop(5_000);
+    finished = true;
+    finish.resolve();
+    await withDeadline(4_000, stopping);
+    expect(worker.isRunning()).toBe(false);
+    expect([late, woken]).toEqual([0, false]);
+    expect(await queue.getJobCountByTypes('active')).toBe(0);
+  });
+
+  test('does not wait for a round that hangs beyond the deadline', async () => {
+    const started = deferred();
+    const worker = createClaimWorker({
+      connection: openRedis(server.url, WORKER_CONNECTION),
+      ...{ queuePrefix: 'bull', queueName: 'relay', logger: silent },
+      claim: () => {
+        started.resolve();
+        return new Promise(() => {});
+      },
+      exclusively: (turn) => turn(),
+      ...{ maintain: async () => {}, arm: async () => 'deaf', wake: async () => {} },
+    });
+    worker.start();
+    await wake();
+    await started.promise;
+    await withDeadline(4_000, worker.stop(200));
+  });
+
+  test('says when it last came to an end', async () => {
+    const { worker } = startWorker([ALL]);
+    const before = worker.lastTurnAt();
+    await wake();
+    await idle();
+    await waitFor(() => worker.lastTurnAt() >= before, { what: 'the turn to end' });
+  });
+});

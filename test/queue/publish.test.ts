@@ -1,0 +1,313 @@
+import type { Redis } from 'ioredis';
+import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import type { PrivateRedis } from '../../src/demo/servers.ts';
+import type { Attempt, OutboxEvent } from '../../src/event.ts';
+import { withDeadline } from '../../src/lifecycle.ts';
+import { createPublishWorker, type PublishOptions, type PublishWorker } from '../../src/queue/publish.ts';
+import { createQueues, type FailedJob, type Queues, WORKER_CONNECTION } from '../../src/queue/queues.ts';
+import { createRedis } from '../support/servers.ts';
+import { aClaimedEvent, deferred, openRedis, silent } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+const BASE_MS = 20;
+const QUEUE = { queuePrefix: 'bull', queueName: 'relay', retryBaseDelayMs: BASE_MS };
+
+type Failure = { id: string; attempts: number; reason: string; retryInMs: number };
+
+let server: PrivateRedis;
+let admin: Redis;
+let queues: Queues;
+const running: PublishWorker[] = [];
+
+beforeAll(async () => {
+  server = await createRedis();
+  admin = openRedis(server.url);
+  queues = createQueues(admin, { ...QUEUE, maxRetryAttempts: 3 }, silent);
+});
+
+beforeEach(async () => {
+  await admin.flushall();
+});
+
+afterEach(async () => {
+  await Promise.all(running.splice(0).map((it) => it.stop(1_000)));
+});
+
+/** A worker whose attempts come out as told; what it noted on rows and gave up is in `notes` and `dead`. */
+function startWorker(
+  attempt: (event: OutboxEvent) => Promise<Attempt>,
+  options: Partial<PublishOptions> = {},
+  deps: Partial<Parameters<typeof createPublishWorker>[0]> = {},
+) {
+  const notes: Failure[] = [];
+  const dead: FailedJob[] = [];
+  const worker = createPublishWorker({
+    connection: openRedis(server.url, WORKER_CONNECTION),
+    options: { ...QUEUE, concurrency: 10, publishTimeoutMs: 5_000, maxDelayed: 100, ...options },
+    attempt,
+    recordFailure: async (failure) => void notes.push(failure),
+    deadLetter: async (failure) => void dead.push(failure),
+    delayedCount: async () => (await queues.inFlight()).delayed,
+    logger: silent,
+    ...deps,
+  });
+  running.push(worker);
+  worker.start();
+  return { worker, notes, dead };
+}
+
+const outcomes = (...list: Attempt[]) => {
+  const rest = [...list];
+  return async (): Promise<Attempt> => rest.shift() ?? { kind: 'done' };
+};
+const stateOf = (event: OutboxEvent) => queues.publish.getJobState(event.eventId);
+const isGone = (event: OutboxEvent) =>
+  waitFor(async () => (await stateOf(event)) === 'unknown', { what: 'the job to be done' });
+
+describe('an attempt', () => {
+  test('that is done ends the job, and nothing is noted', async () => {
+    const { notes, dead } = startWorker(outcomes({ kind: 'done' }));
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await isGone(event);
+    expect([notes, dead]).toEqual([[], []]);
+  });
+
+  test('gets the event as it was claimed, byte for byte', async () => {
+    const got: OutboxEvent[] = [];
+    startWorker(async (event) => {
+      got.push(event);
+      return { kind: 'done' };
+    });
+    const event = aClaimedEvent({
+      payload: '{"n": 12345678901234567890.10, "t": "Jörg \\u0000"}',
+      tenantId: 't',
+    });
+    await queues.addPublishJobs([event]);
+    await isGone(event);
+    expect(got).toEqual([event]);
+  });
+
+  test('that was refused is retried, each time after twice the delay, then given up', async () => {
+    const { notes, dead } = startWorker(async () => ({ kind: 'retry', reason: 'WRONGTYPE' }));
+    const event = aClaimedEvent({ id: '42' });
+    await queues.addPublishJobs([event]);
+    await waitFor(() => dead.length > 0, { what: 'the event to be given up' });
+    expect(notes).toEqual(
+      [1, 2, 3].map((attempts) => ({
+        ...{ id: '42', attempts, reason: 'WRONGTYPE', retryInMs: BASE_MS * 2 ** (attempts - 1) },
+      })),
+    );
+    expect(dead).toMatchObject([{ event, attempts: 4, reason: 'WRONGTYPE', failedAt: expect.any(Date) }]);
+    expect(await stateOf(event)).toBe('failed');
+  });
+
+  test('of a job that was made again counts from the attempts before', async () => {
+    const { notes, dead } = startWorker(async () => ({ kind: 'retry', reason: 'x' }));
+    await queues.addPublishJobs([aClaimedEvent({ attempts: 2 })]);
+    await waitFor(() => dead.length > 0, { what: 'the event to be given up' });
+    expect(notes).toMatchObject([{ attempts: 3, retryInMs: BASE_MS * 4 }]);
+    expect(dead).toMatchObject([{ attempts: 4 }]);
+  });
+
+  test('that can never succeed is given up at once', async () => {
+    const { notes, dead } = startWorker(async () => ({ kind: 'give-up', reason: 'topic is empty' }));
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await waitFor(() => dead.length > 0, { what: 'the event to be given up' });
+    expect(dead).toMatchObject([{ attempts: 1, reason: 'topic is empty' }]);
+    expect(notes).toEqual([]);
+    expect(await stateOf(event)).toBe('failed');
+  });
+
+  test('that nobody could make is postponed at no cost, and made soon', async () => {
+    const postponed: Attempt = { kind: 'postpone', reason: 'OOM' };
+    const { notes, dead } = startWorker(outcomes(postponed));
+    const event = aClaimedEvent({ attempts: 3 }); // its only attempt is left
+    await queues.addPublishJobs([event]);
+    await waitFor(async () => (await stateOf(event)) === 'delayed', { what: 'the job to be postponed' });
+    const job = await queues.publish.getJob(event.eventId);
+    expect(job).toMatchObject({ attemptsMade: 0 });
+    expect(job?.delay).toBeLessThanOrEqual(1_000);
+    await isGone(event);
+    expect([notes, dead]).toEqual([[], []]);
+  });
+
+  test('that hangs is ended by its deadline, and made again', async () => {
+    let attempts = 0;
+    const { notes, dead } = startWorker(
+      () => {
+        attempts++;
+        return attempts === 1 ? new Promise(() => {}) : Promise.resolve({ kind: 'done' });
+      },
+      { publishTimeoutMs: 100 },
+    );
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await isGone(event);
+    expect(attempts).toBe(2);
+    expect([notes, dead]).toEqual([[], []]);
+  });
+
+  test('that throws is nobody’s fault: it is made again', async () => {
+    let attempts = 0;
+    const { dead } = startWorker(async () => {
+      attempts++;
+      if (attempts === 1) throw new Error('unforeseen');
+      return { kind: 'done' };
+    });
+    const event = aClaimedEvent({ attempts: 3 });
+    await queues.addPublishJobs([event]);
+    await isGone(event);
+    expect(dead).toEqual([]);
+  });
+});
+
+describe('when too many retries wait in Redis', () => {
+  test('further ones wait on their rows: the job is gone, the row knows when', async () => {
+    const { notes, dead } = startWorker(async () => ({ kind: 'retry', reason: 'x' }), { maxDelayed: 0 });
+    const event = aClaimedEvent({ id: '7', attempts: 1 });
+    await queues.addPublishJobs([event]);
+    await isGone(event);
+    expect(notes).toEqual([{ id: '7', attempts: 2, reason: 'x', retryInMs: BASE_MS * 2 }]);
+    expect(dead).toEqual([]);
+  });
+
+  test('the last attempt is given up all the same', async () => {
+    const { dead } = startWorker(async () => ({ kind: 'retry', reason: 'x' }), { maxDelayed: 0 });
+    const event = aClaimedEvent({ attempts: 3 });
+    await queues.addPublishJobs([event]);
+    await waitFor(() => dead.length > 0, { what: 'the event to be given up' });
+    expect(await stateOf(event)).toBe('failed');
+  });
+
+  test('no more of them than allowed stay in Redis', async () => {
+    const long = createQueues(admin, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
+    const { notes } = startWorker(async () => ({ kind: 'retry', reason: 'x' }), {
+      ...{ maxDelayed: 5, concurrency: 1, retryBaseDelayMs: 60_000 },
+    });
+    await long.addPublishJobs(Array.from({ length: 12 }, () => aClaimedEvent()));
+    await waitFor(() => notes.length === 12, { what: 'all to have failed once' });
+    await waitFor(async () => (await queues.inFlight()).total === 5, { what: 'the others to be gone' });
+    expect(await queues.inFlight()).toMatchObject({ delayed: 5, total: 5 });
+    expect(new Set(notes.map((it) => it.retryInMs))).toEqual(new Set([60_000]));
+  });
+
+  test('a retry whose row cannot be noted stays in Redis', async () => {
+    startWorker(
+      async () => ({ kind: 'retry', reason: 'x' }),
+      { maxDelayed: 0, retryBaseDelayMs: 60_000 },
+      { recordFailure: () => Promise.reject(new Error('no database')) },
+    );
+    const long = createQueues(admin, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
+    const event = aClaimedEvent();
+    await long.addPublishJobs([event]);
+    await waitFor(async () => (await stateOf(event)) === 'delayed', { what: 'the job to wait' });
+  });
+});
+
+describe('a worker', () => {
+  test('lives on when nothing can be noted on rows and no dead letter be written', async () => {
+    startWorker(
+      async (event) => (event.payload === '"bad"' ? { kind: 'give-up', reason: 'bad' } : { kind: 'done' }),
+      {},
+      {
+        recordFailure: () => Promise.reject(new Error('no database')),
+        deadLetter: () => Promise.reject(new Error('no database')),
+      },
+    );
+    const bad = aClaimedEvent({ payload: '"bad"' });
+    const good = aClaimedEvent();
+    await queues.addPublishJobs([bad]);
+    await waitFor(async () => (await stateOf(bad)) === 'failed', { what: 'the bad one to fail' });
+    await queues.addPublishJobs([good]);
+    await isGone(good);
+  });
+
+  test('that stops takes no more jobs and finishes those in hand', async () => {
+    const [started, finish] = [deferred(), deferred()];
+    const { worker } = startWorker(
+      async () => {
+        started.resolve();
+        await finish.promise;
+        return { kind: 'done' };
+      },
+      { concurrency: 1 },
+    );
+    const [first, second] = [aClaimedEvent(), aClaimedEvent()];
+    await queues.addPublishJobs([first]);
+    await started.promise;
+    await queues.addPublishJobs([second]);
+    const stopping = worker.stop(5_000);
+    finish.resolve();
+    await withDeadline(4_000, stopping);
+    expect(await stateOf(first)).toBe('unknown');
+    expect(await stateOf(second)).toBe('waiting');
+    expect(worker.isRunning()).toBe(false);
+  });
+
+  test('that stops waits for the dead letter that is being written', async () => {
+    const [started, finish] = [deferred(), deferred()];
+    let written = false;
+    const { worker } = startWorker(
+      async () => ({ kind: 'give-up', reason: 'x' }),
+      {},
+      {
+        deadLetter: async () => {
+          started.resolve();
+          await finish.promise;
+          written = true;
+        },
+      },
+    );
+    await queues.addPublishJobs([aClaimedEvent()]);
+    await started.promise;
+    const stopping = worker.stop(5_000);
+    finish.resolve();
+    await withDeadline(4_000, stopping);
+    expect(written).toBe(true);
+  });
+
+  test('that stops does not wait beyond its deadline: the job is handed back and another takes it over', async () => {
+    const started = deferred();
+    const hanging = startWorker(
+      () => {
+        started.resolve();
+        return new Promise(() => {});
+      },
+      { publishTimeoutMs: 60_000 },
+    );
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await started.promise;
+    await withDeadline(5_000, hanging.worker.stop(100));
+    const taken = deferred<OutboxEvent>();
+    startWorker(async (it) => {
+      taken.resolve(it);
+      return { kind: 'done' };
+    });
+    expect(await withDeadline(20_000, taken.promise)).toEqual(event);
+    await isGone(event);
+  });
+
+  test('does not spin while Redis is full and jobs are waiting; it goes on once there is room', async () => {
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await admin.config('SET', 'maxmemory', '1');
+    try {
+      startWorker(outcomes());
+      const refusals = async () => {
+        const [, count = '0'] = /total_error_replies:(\d+)/.exec(await admin.info('stats')) ?? [];
+        return Number(count);
+      };
+      await waitFor(async () => (await refusals()) > 0, { what: 'the worker to be refused' });
+      const before = await refusals();
+      const begun = Date.now();
+      await waitFor(() => Date.now() - begun > 1_500, { what: 'a second and a half to pass' });
+      expect((await refusals()) - before).toBeLessThan(50);
+    } finally {
+      await admin.config('SET', 'maxmemory', '0');
+    }
+    await isGone(event);
+  });
+});

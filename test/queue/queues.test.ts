@@ -1,0 +1,284 @@
+import { type Job, Worker } from 'bullmq';
+import type { Redis } from 'ioredis';
+import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import type { PrivateRedis } from '../../src/demo/servers.ts';
+import type { OutboxEvent } from '../../src/event.ts';
+import { withDeadline } from '../../src/lifecycle.ts';
+import {
+  createQueues,
+  publishQueueName,
+  QUEUE_CONNECTION,
+  type Queues,
+  WORKER_CONNECTION,
+} from '../../src/queue/queues.ts';
+import { createRedis } from '../support/servers.ts';
+import { aClaimedEvent, deferred, openRedis, silent } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+const OPTIONS = { queuePrefix: 'bull', queueName: 'relay', maxRetryAttempts: 5, retryBaseDelayMs: 60_000 };
+
+let server: PrivateRedis;
+let admin: Redis;
+let queues: Queues;
+
+beforeAll(async () => {
+  server = await createRedis();
+  admin = openRedis(server.url);
+  const redis = openRedis(server.url, QUEUE_CONNECTION);
+  await waitFor(() => redis.status === 'ready', { what: 'the connection' });
+  queues = createQueues(redis, OPTIONS, silent);
+});
+
+beforeEach(async () => {
+  await admin.flushall();
+});
+
+/** Runs publish jobs in the given way until the work is done. */
+async function working<T>(
+  run: (job: Job<OutboxEvent>) => Promise<void>,
+  work: (worker: Worker) => Promise<T>,
+) {
+  const worker = new Worker<OutboxEvent>(publishQueueName(OPTIONS.queueName), run, {
+    connection: openRedis(server.url, WORKER_CONNECTION),
+    prefix: OPTIONS.queuePrefix,
+  });
+  worker.on('error', () => {});
+  try {
+    return await work(worker);
+  } finally {
+    await worker.close();
+  }
+}
+
+/** Lets an event's only run fail. */
+async function failed(event: OutboxEvent, reason = 'refused'): Promise<OutboxEvent> {
+  await queues.addPublishJobs([{ ...event, attempts: OPTIONS.maxRetryAttempts }]);
+  await working(
+    async () => {
+      throw new Error(reason);
+    },
+    () =>
+      waitFor(async () => (await queues.publish.getJobState(event.eventId)) === 'failed', {
+        what: 'the job to fail',
+      }),
+  );
+  return event;
+}
+
+describe('publish jobs', () => {
+  test('are added once each, with the event as their data', async () => {
+    const events = [aClaimedEvent(), aClaimedEvent({ payload: '{"n": 12345678901234567890.10}' })];
+    await queues.addPublishJobs(events);
+    for (const event of events) {
+      expect(await queues.publish.getJob(event.eventId)).toMatchObject({
+        ...{ id: event.eventId, name: event.eventType, data: event },
+      });
+    }
+    await queues.addPublishJobs(events.map((event) => ({ ...event, payload: 'another' })));
+    expect(await queues.inFlight()).toMatchObject({ waiting: 2, total: 2 });
+    expect((await queues.publish.getJob(events[0]?.eventId ?? ''))?.data).toEqual(events[0]);
+  });
+
+  test('are found under the key that the append goes by', async () => {
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    expect(await admin.hget(queues.jobKey(event.eventId), 'timestamp')).toMatch(/^\d+$/);
+  });
+
+  test('cost nothing in Redis once they are done', async () => {
+    await queues.addPublishJobs([aClaimedEvent()]);
+    await working(
+      async () => {},
+      () => waitFor(async () => (await queues.inFlight()).total === 0, { what: 'the job to be done' }),
+    );
+    expect(await queues.publish.getJobCountByTypes('completed')).toBe(0);
+    expect(await admin.keys('bull:relay-publish:????????-*')).toEqual([]);
+  });
+
+  test('are counted by state; failed ones take no room', async () => {
+    await failed(aClaimedEvent());
+    await queues.addPublishJobs([aClaimedEvent(), aClaimedEvent()]);
+    expect(await queues.inFlight()).toEqual({ waiting: 2, active: 0, delayed: 0, failed: 1, total: 2 });
+  });
+
+  test('that cannot be added are an error at once, not a wait', async () => {
+    const fragile = await createRedis();
+    const redis = openRedis(fragile.url, { ...QUEUE_CONNECTION, commandTimeout: 2_000 });
+    await waitFor(() => redis.status === 'ready', { what: 'the connection' });
+    const through = createQueues(redis, OPTIONS, silent);
+    await through.addPublishJobs([aClaimedEvent()]);
+    await fragile.kill();
+    await waitFor(() => redis.status !== 'ready', { what: 'the connection to be lost' });
+    await expect(withDeadline(1_000, through.addPublishJobs([aClaimedEvent()]))).rejects.not.toThrow(
+      'no answer within',
+    );
+    await through.close();
+  });
+
+  test('are refused together when Redis is full: no silent success', async () => {
+    await queues.addPublishJobs([aClaimedEvent()]);
+    await admin.config('SET', 'maxmemory', '1');
+    try {
+      await expect(queues.addPublishJobs([aClaimedEvent(), aClaimedEvent()])).rejects.toThrow('OOM');
+    } finally {
+      await admin.config('SET', 'maxmemory', '0');
+    }
+  });
+});
+
+describe('retries', () => {
+  /** The delays, in seconds, that BullMQ gives a job whose every run fails; the waits are cut short. */
+  async function delaysOf(event: OutboxEvent): Promise<number[]> {
+    const delays: number[] = [];
+    const spent = deferred();
+    await queues.addPublishJobs([event]);
+    await working(
+      async () => {
+        throw new Error('refused');
+      },
+      async (worker) => {
+        worker.on('failed', (job) => {
+          if (!job || job.finishedOn) return spent.resolve();
+          delays.push(job.delay / 1_000);
+          job.promote().catch((error) => spent.reject(error));
+        });
+        await withDeadline(10_000, spent.promise);
+      },
+    );
+    return delays;
+  }
+
+  test('come after 60, 120, 240, 480 and 960 s', async () => {
+    expect(await delaysOf(aClaimedEvent())).toEqual([60, 120, 240, 480, 960]);
+  });
+
+  test.each([
+    [1, [120, 240, 480, 960]],
+    [3, [480, 960]],
+    [5, []],
+    [9, []],
+  ])('of a job that is made again after %i failed attempts go on from there', async (attempts, delays) => {
+    expect(await delaysOf(aClaimedEvent({ attempts }))).toEqual(delays);
+  });
+});
+
+describe('a failed job', () => {
+  test('is as its dead letter needs it', async () => {
+    const event = await failed(aClaimedEvent(), 'WRONGTYPE Operation');
+    const job = await queues.failedJob(event.eventId);
+    expect(job).toMatchObject({
+      event: { ...event, attempts: 5 },
+      attempts: 6,
+      reason: 'WRONGTYPE Operation',
+    });
+    expect(Math.abs((job?.failedAt.getTime() ?? 0) - Date.now())).toBeLessThan(10_000);
+  });
+
+  test('is none while the job has runs left, and none when there is no job', async () => {
+    const event = aClaimedEvent();
+    expect(await queues.failedJob(event.eventId)).toBeNull();
+    await queues.addPublishJobs([event]);
+    expect(await queues.failedJob(event.eventId)).toBeNull();
+  });
+
+  test('makes way for a row that was made fresh again', async () => {
+    const event = await failed(aClaimedEvent());
+    await queues.addPublishJobs([{ ...event, attempts: 6 }]);
+    expect(await queues.publish.getJobState(event.eventId)).toBe('waiting');
+    expect((await queues.publish.getJob(event.eventId))?.attemptsMade).toBe(0);
+  });
+
+  test('that is waiting or running again is left as it is', async () => {
+    const event = aClaimedEvent({ attempts: 2 });
+    await queues.addPublishJobs([event]);
+    await queues.addPublishJobs([{ ...event, payload: 'another' }]);
+    expect((await queues.publish.getJob(event.eventId))?.data).toEqual(event);
+  });
+
+  test('beyond the newest that are kept is named, and can be removed', async () => {
+    const events: OutboxEvent[] = [];
+    for (let i = 0; i < 5; i++) events.push(await failed(aClaimedEvent()));
+    const ids = events.map((event) => event.eventId);
+    expect(await queues.failedBeyond(5, 100)).toEqual([]);
+    expect((await queues.failedBeyond(2, 100)).sort()).toEqual(ids.slice(0, 3).sort());
+    expect(await queues.failedBeyond(2, 1)).toHaveLength(1);
+    for (const id of await queues.failedBeyond(2, 100)) await queues.remove(id);
+    expect(await queues.failedBeyond(2, 100)).toEqual([]);
+    expect((await queues.publish.getFailed()).map((job) => job.id).sort()).toEqual(ids.slice(3).sort());
+  });
+});
+
+describe('the fate of a job', () => {
+  test('is alive while it waits, runs, or waits for its retry', async () => {
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    expect(await queues.jobFate(event.eventId)).toBe('alive');
+    const [started, finish] = [deferred(), deferred()];
+    await working(
+      async () => {
+        started.resolve();
+        await finish.promise;
+        throw new Error('refused');
+      },
+      async () => {
+        await started.promise;
+        expect(await queues.jobFate(event.eventId)).toBe('alive');
+        finish.resolve();
+        await waitFor(async () => (await queues.publish.getJobState(event.eventId)) === 'delayed', {
+          what: 'the job to wait for its retry',
+        });
+        expect(await queues.jobFate(event.eventId)).toBe('alive');
+      },
+    );
+  });
+
+  test('is alive while the queue is paused', async () => {
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await queues.publish.pause();
+    expect(await queues.jobFate(event.eventId)).toBe('alive');
+  });
+
+  test('is failed when its retries are spent', async () => {
+    const event = await failed(aClaimedEvent());
+    expect(await queues.jobFate(event.eventId)).toBe('failed');
+  });
+
+  test('is missing when it is done, or never was', async () => {
+    const event = aClaimedEvent();
+    expect(await queues.jobFate(event.eventId)).toBe('missing');
+    await queues.addPublishJobs([event]);
+    await queues.remove(event.eventId);
+    expect(await queues.jobFate(event.eventId)).toBe('missing');
+  });
+
+  test('is missing when only its hash is left, which is put out of the way', async () => {
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await admin.lrem(queues.publish.toKey('wait'), 0, event.eventId);
+    expect(await queues.jobFate(event.eventId)).toBe('missing');
+    await queues.addPublishJobs([event]);
+    expect(await queues.jobFate(event.eventId)).toBe('alive');
+    expect(await runOnce()).toEqual([event.eventId]);
+  });
+
+  test('is missing when only a list still names it; made again, it runs', async () => {
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await admin.del(queues.jobKey(event.eventId));
+    expect(await queues.jobFate(event.eventId)).toBe('missing');
+    await queues.addPublishJobs([event]);
+    expect(await queues.jobFate(event.eventId)).toBe('alive');
+    expect([...new Set(await runOnce())]).toEqual([event.eventId]);
+  });
+
+  /** The jobs that run, until none is left. */
+  async function runOnce(): Promise<(string | undefined)[]> {
+    const ran: (string | undefined)[] = [];
+    await working(
+      async (job) => void ran.push(job.id),
+      () => waitFor(async () => (await queues.inFlight()).total === 0, { what: 'the jobs to be done' }),
+    );
+    return ran;
+  }
+});

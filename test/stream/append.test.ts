@@ -1,0 +1,302 @@
+import type { Redis } from 'ioredis';
+import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import type { PrivateRedis } from '../../src/demo/servers.ts';
+import type { OutboxEvent } from '../../src/event.ts';
+import { withDeadline } from '../../src/lifecycle.ts';
+import { APPEND_CONNECTION, createStream, type Stream } from '../../src/stream/append.ts';
+import { createRedis } from '../support/servers.ts';
+import { aClaimedEvent, openRedis, readStream } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+const TOPIC = 'identity.user.v1';
+const DLQ = 'identity.user.v1.dlq';
+const jobKey = (eventId: string) => `bull:relay-publish:${eventId}`;
+const ENTRY_ID = /^\d+-\d+$/;
+
+/** As the relay connects, with time enough only for a healthy server. */
+const CONNECTION = { ...APPEND_CONNECTION, commandTimeout: 1_000, retryStrategy: () => 50 };
+
+function streamOn(redis: Redis, options: { streamMaxLen?: number; dlqMaxLen?: number } = {}): Stream {
+  return createStream(redis, {
+    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, queueKeyPrefix: 'bull:', jobKey },
+    ...options,
+  });
+}
+
+/** The publish job's hash, as far as the stream knows it. */
+async function jobOf(redis: Redis, event: OutboxEvent): Promise<OutboxEvent> {
+  await redis.hset(jobKey(event.eventId), { name: event.eventType, data: '{}', timestamp: '1700000000000' });
+  return event;
+}
+
+async function connected(url: string): Promise<Redis> {
+  const redis = openRedis(url, CONNECTION);
+  await waitFor(() => redis.status === 'ready', { what: 'the append connection' });
+  return redis;
+}
+
+let server: PrivateRedis;
+let admin: Redis;
+let stream: Stream;
+
+beforeAll(async () => {
+  server = await createRedis();
+  admin = openRedis(server.url);
+  stream = streamOn(await connected(server.url));
+});
+
+beforeEach(async () => {
+  await admin.flushall();
+});
+
+const anEventWithJob = (overrides: Partial<OutboxEvent> = {}) => jobOf(admin, aClaimedEvent(overrides));
+const FAILURE = { reason: 'WRONGTYPE', attempts: 6, failedAt: new Date('2026-01-02T03:04:05.678Z') };
+
+describe('an event', () => {
+  test('is appended with exactly the fields of the envelope', async () => {
+    const payload = '{"n": 12345678901234567890.10, "text": "Jörg\\u0000 \\"x\\"", "z": [1,  2]}';
+    const event = await anEventWithJob({
+      payload,
+      occurredAt: '2026-01-02T03:04:05.678901Z',
+      tenantId: 'tenant',
+    });
+    const outcome = await stream.publish(event);
+    expect(outcome).toEqual({ status: 'appended', entryId: expect.stringMatching(ENTRY_ID) });
+    expect(await readStream(admin, TOPIC)).toEqual([
+      {
+        ...{ event_id: event.eventId, event_type: 'UserCreated', topic: TOPIC, schema_version: '1' },
+        ...{ occurred_at: '2026-01-02T03:04:05.678901Z', tenant_id: 'tenant', payload },
+        ...{ aggregate_id: event.aggregateId, aggregate_type: 'user' },
+      },
+    ]);
+  });
+
+  test('carries a correlation id only when it has one, and the null tenant when it has none', async () => {
+    await stream.publish(await anEventWithJob({ correlationId: 'correlation' }));
+    await stream.publish(await anEventWithJob());
+    const [first, second] = await readStream(admin, TOPIC);
+    expect(first).toMatchObject({
+      correlation_id: 'correlation',
+      tenant_id: '00000000-0000-0000-0000-000000000000',
+    });
+    expect(second).not.toHaveProperty('correlation_id');
+  });
+
+  test('goes to the stream of its topic', async () => {
+    await stream.publish(await anEventWithJob({ topic: 'dictionary.word.v1' }));
+    expect(await readStream(admin, 'dictionary.word.v1')).toHaveLength(1);
+    expect(await admin.exists(TOPIC)).toBe(0);
+  });
+
+  test('is appended once: asked again, the same id is answered and nothing is written', async () => {
+    const event = await anEventWithJob();
+    const first = await stream.publish(event);
+    expect(first.status).toBe('appended');
+    const again = await Promise.all([stream.publish(event), stream.publish(event)]);
+    for (const outcome of again) expect(outcome).toEqual({ ...first, status: 'already-appended' });
+    expect(await readStream(admin, TOPIC)).toHaveLength(1);
+  });
+
+  test('is appended once, though several ask at the same time', async () => {
+    const event = await anEventWithJob();
+    const other = streamOn(await connected(server.url));
+    const outcomes = await Promise.all([stream, other, stream, other].map((it) => it.publish(event)));
+    expect(outcomes.filter((it) => it.status === 'appended')).toHaveLength(1);
+    expect(outcomes.filter((it) => it.status === 'already-appended')).toHaveLength(3);
+    expect(await readStream(admin, TOPIC)).toHaveLength(1);
+  });
+
+  test('whose job is gone is not appended, and leaves nothing behind', async () => {
+    const event = aClaimedEvent();
+    expect(await stream.publish(event)).toEqual({ status: 'job-gone' });
+    expect(await stream.deadLetter(event, FAILURE)).toEqual({ status: 'job-gone' });
+    expect(await admin.keys('*')).toEqual([]);
+  });
+
+  test('whose job is gone is not brought back by an entry that was remembered alone', async () => {
+    const event = await anEventWithJob();
+    await stream.publish(event);
+    await admin.del(jobKey(event.eventId));
+    expect(await stream.publish(event)).toEqual({ status: 'job-gone' });
+    expect(await readStream(admin, TOPIC)).toHaveLength(1);
+  });
+});
+
+describe('a dead letter', () => {
+  test('has the old fields, the rest of the envelope, and why and when', async () => {
+    const event = await anEventWithJob({ tenantId: 'tenant', correlationId: 'correlation' });
+    expect(await stream.deadLetter(event, FAILURE)).toMatchObject({ status: 'appended' });
+    expect(await readStream(admin, DLQ)).toEqual([
+      {
+        ...{ original_event_id: event.eventId, event_type: 'UserCreated', aggregate_id: event.aggregateId },
+        ...{ payload: event.payload, error_message: 'WRONGTYPE', attempts: '6' },
+        ...{ failed_at: '2026-01-02T03:04:05.678Z', created_at: event.occurredAt },
+        ...{ event_id: event.eventId, topic: TOPIC, tenant_id: 'tenant', aggregate_type: 'user' },
+        ...{ schema_version: '1', occurred_at: event.occurredAt, correlation_id: 'correlation' },
+      },
+    ]);
+  });
+
+  test('is appended once, apart from the entry of the event itself', async () => {
+    const event = await anEventWithJob();
+    const entry = await stream.publish(event);
+    const letter = await stream.deadLetter(event, FAILURE);
+    expect(await stream.deadLetter(event, { ...FAILURE, reason: 'another' })).toEqual({
+      ...letter,
+      status: 'already-appended',
+    });
+    expect(await stream.publish(event)).toEqual({ ...entry, status: 'already-appended' });
+    expect(await readStream(admin, DLQ)).toHaveLength(1);
+    expect(await readStream(admin, TOPIC)).toHaveLength(1);
+  });
+});
+
+describe('trimming', () => {
+  const append = async (through: Stream, count: number) => {
+    const events = await Promise.all(Array.from({ length: count }, () => anEventWithJob()));
+    await Promise.all(events.map(through.publish));
+  };
+
+  test('keeps about as many entries as are allowed, never fewer', async () => {
+    const trimmed = streamOn(await connected(server.url), { streamMaxLen: 150 });
+    await append(trimmed, 1_000);
+    const { length } = await readStream(admin, TOPIC);
+    expect(length).toBeGreaterThanOrEqual(150);
+    expect(length).toBeLessThan(300); // whole nodes of 100 entries
+  });
+
+  test('does not happen at 0, and each stream has its own limit', async () => {
+    await append(streamOn(await connected(server.url), { dlqMaxLen: 1 }), 500);
+    expect(await readStream(admin, TOPIC)).toHaveLength(500);
+  });
+});
+
+describe('an event that Redis refuses', () => {
+  test('because the key is no stream: the reason says so, and nothing of the script', async () => {
+    await admin.set(TOPIC, 'a string');
+    const event = await anEventWithJob();
+    expect(await stream.publish(event)).toEqual({
+      status: 'refused',
+      reason: 'WRONGTYPE Operation against a key holding the wrong kind of value',
+    });
+    // Once the reason is gone, it is appended as if nothing had been.
+    await admin.del(TOPIC);
+    expect(await stream.publish(event)).toMatchObject({ status: 'appended' });
+  });
+
+  test.each([
+    ['the command', '~* +@all -xadd', /command/],
+    ['the key', '~bull:* +@all', /key/],
+  ])('because it may not use %s', async (_, rules, named) => {
+    await admin.call('ACL', 'SETUSER', 'weak', 'reset', 'on', '>secret', ...rules.split(' '));
+    const weak = streamOn(await connected(server.url.replace('//', '//weak:secret@')));
+    const outcome = await weak.publish(await anEventWithJob());
+    expect(outcome).toMatchObject({ status: 'refused', reason: expect.stringMatching(named) });
+    expect(JSON.stringify(outcome)).not.toMatch(/user_script|[0-9a-f]{40}|@/);
+    expect(await admin.exists(TOPIC)).toBe(0);
+  });
+
+  test('with an answer that is no stream id never passes for published', async () => {
+    const event = await anEventWithJob();
+    for (const junk of ['OK', '1', '-1', '1700000000000', '1-2-3', ' ']) {
+      await admin.hset(jobKey(event.eventId), 'relay:entry', junk);
+      expect(await stream.publish(event)).toMatchObject({ status: 'refused' });
+    }
+  });
+});
+
+describe('while Redis can take nothing', () => {
+  test('because it is full, events are not to blame; then they are appended', async () => {
+    const event = await anEventWithJob();
+    await admin.config('SET', 'maxmemory', '1');
+    try {
+      expect(await stream.publish(event)).toMatchObject({
+        status: 'unavailable',
+        reason: expect.stringMatching(/^OOM command not allowed when used memory > 'maxmemory'/),
+      });
+    } finally {
+      await admin.config('SET', 'maxmemory', '0');
+    }
+    expect(await stream.publish(event)).toMatchObject({ status: 'appended' });
+  });
+
+  test('because it is a replica', async () => {
+    const replica = await createRedis({ args: ['--replicaof', '127.0.0.1', String(server.port)] });
+    const reader = openRedis(replica.url);
+    const event = await anEventWithJob();
+    await waitFor(() => reader.exists(jobKey(event.eventId)), { what: 'the replica to be in step' });
+    const outcome = await streamOn(await connected(replica.url)).publish(event);
+    expect(outcome).toMatchObject({ status: 'unavailable', reason: expect.stringMatching(/^READONLY/) });
+  });
+
+  test('because it is away, this is said at once, and nothing old is appended when it is back', async () => {
+    const fragile = await createRedis();
+    const redis = await connected(fragile.url);
+    const through = streamOn(redis);
+    const before = openRedis(fragile.url);
+    const event = await jobOf(before, aClaimedEvent());
+    await fragile.kill();
+    await waitFor(() => redis.status !== 'ready', { what: 'the connection to be lost' });
+    const outcomes = await withDeadline(
+      1_000,
+      Promise.all([through.publish(event), through.publish(event), through.deadLetter(event, FAILURE)]),
+    );
+    for (const outcome of outcomes) expect(outcome.status).toBe('unavailable');
+    await fragile.restart();
+    await waitFor(() => redis.status === 'ready', { what: 'the connection to be back' });
+    const other = await jobOf(before, aClaimedEvent());
+    expect(await through.publish(other)).toMatchObject({ status: 'appended' });
+    expect((await readStream(before, TOPIC)).map((entry) => entry.event_id)).toEqual([other.eventId]);
+    expect(await before.exists(DLQ)).toBe(0);
+  });
+
+  test('because it hangs, nobody waits for long; what it did take in the end is found done', async () => {
+    const slow = await createRedis();
+    const redis = await connected(slow.url);
+    const through = streamOn(redis);
+    const event = await jobOf(openRedis(slow.url), aClaimedEvent());
+    slow.pause();
+    try {
+      expect(await withDeadline(3_000, through.publish(event))).toMatchObject({ status: 'unavailable' });
+    } finally {
+      slow.resume();
+    }
+    await waitFor(() => redis.ping().catch(() => false), { what: 'Redis to answer again' });
+    expect(await through.publish(event)).toMatchObject({ status: 'already-appended' });
+    expect(await readStream(openRedis(slow.url), TOPIC)).toHaveLength(1);
+  });
+});
+
+describe('the script', () => {
+  test('is given to Redis again when Redis forgot it, for each of many appends at once', async () => {
+    await stream.publish(await anEventWithJob());
+    await admin.script('FLUSH');
+    const events = await Promise.all(Array.from({ length: 20 }, () => anEventWithJob()));
+    const outcomes = await Promise.all(events.map(stream.publish));
+    expect(outcomes.map((it) => it.status)).toEqual(Array(20).fill('appended'));
+    await admin.script('FLUSH');
+    expect(await stream.publish(await anEventWithJob())).toMatchObject({ status: 'appended' });
+    expect(await readStream(admin, TOPIC)).toHaveLength(22);
+  });
+
+  test('is given to a Redis that was started anew', async () => {
+    const fragile = await createRedis();
+    const redis = await connected(fragile.url);
+    const through = streamOn(redis);
+    const other = openRedis(fragile.url);
+    expect(await through.publish(await jobOf(other, aClaimedEvent()))).toMatchObject({ status: 'appended' });
+    await fragile.restart();
+    await waitFor(() => redis.status === 'ready', { what: 'the connection to be back' });
+    const events = await Promise.all([1, 2, 3].map(() => jobOf(other, aClaimedEvent())));
+    const outcomes = await Promise.all(events.map(through.publish));
+    expect(outcomes.map((it) => it.status)).toEqual(['appended', 'appended', 'appended']);
+  });
+});
+
+test('a topic that can never be the key of a stream is known by its name', () => {
+  expect(stream.topicProblem(TOPIC)).toBeNull();
+  expect(stream.topicProblem('bullish')).toBeNull();
+  expect(stream.topicProblem('')).toBe('topic is empty');
+  expect(stream.topicProblem(DLQ)).toBe('topic is the dead-letter stream');
+  expect(stream.topicProblem('bull:relay-publish:wait')).toMatch(/^topic begins with bull:/);
+});

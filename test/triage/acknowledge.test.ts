@@ -1,0 +1,186 @@
+import type pg from 'pg';
+import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import type { OutboxEvent, Receipt } from '../../src/event.ts';
+import { withDeadline } from '../../src/lifecycle.ts';
+import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
+import { createAcknowledger } from '../../src/triage/acknowledge.ts';
+import { insertEvents, someEvents } from '../support/events.ts';
+import { createDatabase } from '../support/servers.ts';
+import { openPool, readRows, readStates, silent } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+let pool: pg.Pool;
+let outbox: Outbox;
+
+beforeAll(async () => {
+  pool = openPool((await createDatabase()).url);
+  outbox = createOutbox(pool, {
+    ...{ ordering: 'aggregate', deadLetterPolicy: 'continue', claimLeaseMs: 60_000 },
+    ...{ streamName: 'identity.user.v1', statementTimeoutMs: 10_000 },
+  });
+});
+
+beforeEach(async () => {
+  await pool.query('TRUNCATE identity.outbox RESTART IDENTITY');
+});
+
+const writeReceipts = (receipts: Receipt[]) =>
+  outbox.transaction('durable', (tx) => outbox.markPublished(tx, receipts));
+
+/** An acknowledger on the real table; `last` are the events that had no successor. */
+function startAcknowledger(markPublished: (receipts: Receipt[]) => Promise<OutboxEvent[]> = writeReceipts) {
+  const last: string[] = [];
+  const acknowledger = createAcknowledger({
+    markPublished,
+    onNoSuccessor: (events) => void last.push(...events.map((event) => event.id)),
+    logger: silent,
+  });
+  return { ...acknowledger, last };
+}
+
+/** Rows that were claimed. */
+async function claimed(count: number, aggregates = count): Promise<OutboxEvent[]> {
+  await insertEvents(pool, someEvents(count, aggregates));
+  return (await outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, count))).leased;
+}
+
+/** In how many transactions the rows were written that are published. */
+async function transactions(): Promise<number> {
+  const { rows } = await pool.query(
+    'SELECT count(DISTINCT xmin::text)::int AS n FROM identity.outbox WHERE published',
+  );
+  return rows[0].n;
+}
+
+describe('an acknowledgement', () => {
+  test('is done when the row is published, with its receipt', async () => {
+    const [event] = (await claimed(1)) as [OutboxEvent];
+    await startAcknowledger().acknowledge(event, '1700000000000-3');
+    expect(await readRows(pool)).toMatchObject([{ state: 'published', streamEntryId: '1700000000000-3' }]);
+  });
+
+  test('shares its transaction with those that arrive together', async () => {
+    const events = await claimed(50);
+    const { acknowledge } = startAcknowledger();
+    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`)));
+    expect(new Set(await readStates(pool))).toEqual(new Set(['published']));
+    expect(await transactions()).toBe(1);
+  });
+
+  test('shares it with all that arrived while the database was busy', async () => {
+    const events = await claimed(302);
+    const { acknowledge } = startAcknowledger();
+    const blocker = await pool.connect();
+    await blocker.query('BEGIN');
+    await blocker.query('SELECT FROM identity.outbox WHERE id <= 2 FOR UPDATE');
+    const all: Promise<void>[] = [];
+    // Two transactions at once may wait for the blocked rows; everything else gathers meanwhile.
+    for (const [i, event] of events.entries()) {
+      all.push(acknowledge(event, `1-${i}`));
+      if (i < 2) await blockedSessions(i + 1);
+    }
+    await blocker.query('COMMIT');
+    blocker.release();
+    await Promise.all(all);
+    expect(new Set(await readStates(pool))).toEqual(new Set(['published']));
+    expect(await transactions()).toBe(3);
+  });
+
+  test('is never in a transaction of more than 500', async () => {
+    const events = await claimed(1_200);
+    const { acknowledge } = startAcknowledger();
+    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`)));
+    const { rows } = await pool.query(
+      'SELECT count(*)::int AS n FROM identity.outbox WHERE published GROUP BY xmin::text ORDER BY 1 DESC',
+    );
+    expect(rows.reduce((sum, row) => sum + row.n, 0)).toBe(1_200);
+    expect(rows[0].n).toBeLessThanOrEqual(500);
+  });
+
+  test('tells of events that nothing follows, once they are committed', async () => {
+    const events = await claimed(3, 2); // 1 and 3 are one aggregate's
+    const { acknowledge, last } = startAcknowledger();
+    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`)));
+    expect(await readStates(pool)).toEqual(['published', 'published', 'leased']);
+    expect(last).toEqual(['2']);
+  });
+});
+
+describe('a write that fails', () => {
+  test('is tried again: the events know nothing of it', async () => {
+    const events = await claimed(3);
+    let failures = 2;
+    const { acknowledge } = startAcknowledger((receipts) =>
+      failures-- > 0 ? Promise.reject(new Error('no database')) : writeReceipts(receipts),
+    );
+    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`)));
+    expect(await readStates(pool)).toEqual(['published', 'published', 'published']);
+  });
+
+  test('although it was committed is harmless to try again', async () => {
+    const [event] = (await claimed(3, 1)) as [OutboxEvent];
+    let failures = 1;
+    const { acknowledge } = startAcknowledger(async (receipts) => {
+      const successors = await writeReceipts(receipts);
+      if (failures-- > 0) throw new Error('connection lost after COMMIT');
+      return successors;
+    });
+    await acknowledge(event, '1-1');
+    expect(await readStates(pool)).toEqual(['published', 'leased', 'parked']);
+  });
+
+  test('again and again is given back to the job, and the next one is not held up', async () => {
+    const events = await claimed(2);
+    let broken = true;
+    const { acknowledge, drain } = startAcknowledger((receipts) =>
+      broken ? Promise.reject(new Error('no database')) : writeReceipts(receipts),
+    );
+    const [first, second] = events as [OutboxEvent, OutboxEvent];
+    await expect(withDeadline(10_000, acknowledge(first, '1-1'))).rejects.toThrow('no database');
+    expect(await readStates(pool)).toEqual(['leased', 'leased']);
+    broken = false;
+    await acknowledge(second, '1-2');
+    await acknowledge(first, '1-1');
+    expect(await readStates(pool)).toEqual(['published', 'published']);
+    await drain();
+  });
+});
+
+describe('draining', () => {
+  test('ends when everything is written', async () => {
+    const events = await claimed(600);
+    const { acknowledge, drain } = startAcknowledger();
+    const all = Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`)));
+    await drain();
+    expect(new Set(await readStates(pool))).toEqual(new Set(['published']));
+    await all;
+  });
+
+  test('ends at once when there is nothing to write', async () => {
+    await withDeadline(1_000, startAcknowledger().drain());
+  });
+
+  test('waits for a write that is tried again', async () => {
+    const [event] = (await claimed(1)) as [OutboxEvent];
+    let failures = 1;
+    const { acknowledge, drain } = startAcknowledger((receipts) =>
+      failures-- > 0 ? Promise.reject(new Error('no database')) : writeReceipts(receipts),
+    );
+    const acknowledged = acknowledge(event, '1-1');
+    await drain();
+    expect(await readStates(pool)).toEqual(['published']);
+    await acknowledged;
+  });
+});
+
+async function blockedSessions(count: number): Promise<void> {
+  await waitFor(
+    async () => {
+      const { rowCount } = await pool.query(
+        `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`,
+      );
+      return rowCount === count;
+    },
+    { what: `${count} transactions to be blocked` },
+  );
+}

@@ -1,0 +1,89 @@
+import { describe, expect, test } from 'vitest';
+import type { AppendOutcome } from '../../src/event.ts';
+import { createCarry } from '../../src/triage/carry.ts';
+import { aClaimedEvent, silent } from '../support/stages.ts';
+
+const ENTRY_ID = '1700000000000-0';
+const APPENDED: AppendOutcome = { status: 'appended', entryId: ENTRY_ID };
+
+/** One attempt with the given findings; `done` tells what it brought about. */
+async function attempt(
+  findings: {
+    outcome?: AppendOutcome;
+    topicProblem?: string;
+    violations?: string[];
+    strict?: boolean;
+    acknowledge?: () => Promise<void>;
+  } = {},
+) {
+  const done: string[] = [];
+  const carry = createCarry({
+    topicProblem: () => findings.topicProblem ?? null,
+    violations: () => findings.violations ?? [],
+    strict: findings.strict ?? false,
+    publish: async () => {
+      done.push('appended');
+      return findings.outcome ?? APPENDED;
+    },
+    acknowledge: async (_, entryId) => {
+      await findings.acknowledge?.();
+      done.push(`acknowledged ${entryId}`);
+    },
+    logger: silent,
+  });
+  return { attempt: await carry(aClaimedEvent()), done };
+}
+
+describe('an attempt', () => {
+  test('appends, acknowledges with what Redis answered, and is done', async () => {
+    for (const status of ['appended', 'already-appended'] as const) {
+      expect(await attempt({ outcome: { status, entryId: ENTRY_ID } })).toEqual({
+        attempt: { kind: 'done' },
+        done: ['appended', `acknowledged ${ENTRY_ID}`],
+      });
+    }
+  });
+
+  test('whose job is gone acknowledges nothing', async () => {
+    expect(await attempt({ outcome: { status: 'job-gone' } })).toEqual({
+      attempt: { kind: 'done' },
+      done: ['appended'],
+    });
+  });
+
+  test('that was refused is retried, one that found nobody there is postponed', async () => {
+    expect(await attempt({ outcome: { status: 'refused', reason: 'WRONGTYPE' } })).toEqual({
+      attempt: { kind: 'retry', reason: 'WRONGTYPE' },
+      done: ['appended'],
+    });
+    expect(await attempt({ outcome: { status: 'unavailable', reason: 'OOM' } })).toEqual({
+      attempt: { kind: 'postpone', reason: 'OOM' },
+      done: ['appended'],
+    });
+  });
+
+  test('whose row could not be marked is made again, at no cost', async () => {
+    const { attempt: outcome } = await attempt({
+      acknowledge: () => Promise.reject(new Error('no database')),
+    });
+    expect(outcome).toEqual({ kind: 'postpone', reason: expect.stringContaining('no database') });
+  });
+
+  test('with an impossible topic is given up before anything is written', async () => {
+    expect(await attempt({ topicProblem: 'topic is empty' })).toEqual({
+      attempt: { kind: 'give-up', reason: 'topic is empty' },
+      done: [],
+    });
+  });
+
+  test('with a payload that breaks its schema is given up in strict mode, with every violation named', async () => {
+    expect(await attempt({ violations: ['email: is missing', 'x: is not allowed'], strict: true })).toEqual({
+      attempt: {
+        kind: 'give-up',
+        reason: 'payload breaks the schema of UserCreated: email: is missing; x: is not allowed',
+      },
+      done: [],
+    });
+    expect((await attempt({ violations: ['email: is missing'] })).attempt).toEqual({ kind: 'done' });
+  });
+});

@@ -1,0 +1,17 @@
+import { expect, test } from 'vitest';
+import { decide } from '../../src/triage/decide.ts';
+
+test('only an append that Redis answered with an id is acknowledged', () => {
+  const entryId = '1700000000000-0';
+  expect(decide({ status: 'appended', entryId })).toEqual({ kind: 'acknowledge', entryId });
+  expect(decide({ status: 'already-appended', entryId })).toEqual({ kind: 'acknowledge', entryId });
+});
+
+test('an event whose job is gone is let go: its row decides', () => {
+  expect(decide({ status: 'job-gone' })).toEqual({ kind: 'let-go' });
+});
+
+test('a refusal costs an attempt, an outage does not', () => {
+  expect(decide({ status: 'refused', reason: 'WRONGTYPE' })).toEqual({ kind: 'retry', reason: 'WRONGTYPE' });
+  expect(decide({ status: 'unavailable', reason: 'OOM' })).toEqual({ kind: 'postpone', reason: 'OOM' });
+});
