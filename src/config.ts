@@ -204,7 +204,7 @@ const table = {
   concurrency: variable(
     'RELAY_CONCURRENCY',
     wholeNumber(1, 1_000, 'jobs'),
-    '100',
+    '200',
     'Publish jobs that one pod works on at once',
   ),
   maxInFlight: variable(

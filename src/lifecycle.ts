@@ -14,7 +14,7 @@ export type Lifecycle = Readonly<{
 }>;
 
 /** A part whose turn comes after the deadline still gets this long to close its connections. */
-const GRACE_MS = 500;
+const GRACE_MS = 200;
 
 export function createLifecycle(parts: readonly Part[]): Lifecycle {
   const started: Part[] = [];

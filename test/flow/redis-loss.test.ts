@@ -130,4 +130,6 @@ test('a retry whose job was removed comes back at its time, and its attempts go 
   await stage.rested();
   expect(await stage.row(bad.eventId)).toMatchObject({ attempts: 3, dead_lettered_at: expect.any(Date) });
   expect(await stage.entries('identity.user.v1.dlq')).toHaveLength(1);
+  // What Redis counted: three tries, not one and then three.
+  expect(/errorstat_WRONGTYPE:count=(\d+)/.exec(await stage.redis.info('errorstats'))?.[1]).toBe('3');
 }, 60_000);

@@ -20,7 +20,8 @@ test('on SIGTERM readiness turns 503 first, what is in hand is finished and mark
   expect(await status(`${pod.url}/livez`)).toBe(200);
   await release();
   expect(await exited).toEqual({ code: 0, signal: null });
-  // Nothing is left for others to find out: every entry's row is marked.
+  // Nothing is left for others to find out: no job looks as if somebody worked on it, every entry's row is marked.
+  expect(await stage.queue('publish').getActiveCount()).toBe(0);
   const entries = await stage.entries();
   expect(entries.length).toBeGreaterThanOrEqual(20);
   for (const { fields, entryId } of entries) {

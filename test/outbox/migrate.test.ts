@@ -214,7 +214,8 @@ test('the migrations are up to date with the table: drizzle-kit finds nothing to
   const { stdout } = await promisify(execFile)(
     process.execPath,
     [join(root, 'node_modules/drizzle-kit/bin.cjs'), 'generate', '--config=drizzle.config.json'],
-    { cwd: folder, timeout: 25_000 },
+    // It caches what it compiles where temporary files are: in our folder, which is removed.
+    { cwd: folder, timeout: 25_000, env: { ...process.env, TMPDIR: folder } },
   );
   expect(stdout).toContain('No schema changes');
   expect(await readdir(join(folder, 'drizzle'))).toEqual(before);

@@ -1,5 +1,5 @@
 import type pg from 'pg';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { Pool } from '../../src/outbox/database.ts';
 import {
   createWakeup,
@@ -20,9 +20,13 @@ let pool: pg.Pool;
 let databaseUrl: string;
 const wakeups: Wakeup[] = [];
 
-beforeEach(async () => {
+beforeAll(async () => {
   databaseUrl = (await createDatabase()).url;
   pool = openPool(databaseUrl);
+});
+
+beforeEach(async () => {
+  await pool.query('TRUNCATE identity.outbox');
 });
 
 afterEach(async () => {
@@ -204,15 +208,20 @@ describe('arming', () => {
     expect(await ear.heard()).toBe(0);
   });
 
-  test('in one database leaves the writers of another alone', async () => {
+  test('in one database has nothing to do with another', async () => {
+    const elsewhere = await startWakeup(openPool((await createDatabase()).url));
+    expect(await elsewhere.arm()).toBe('armed');
     const relay = await startWakeup();
-    const elsewhere = openPool((await createDatabase()).url);
-    const writer = await elsewhere.connect();
+    const writer = await pool.connect();
     await writer.query('BEGIN');
     await insert(writer);
-    expect(await relay.arm()).toBe('armed');
-    await writer.query('ROLLBACK');
+    expect(await relay.arm()).toBe('writers');
+    await writer.query('COMMIT');
     writer.release();
+    expect(await relay.arm()).toBe('armed');
+    await insert();
+    await waitFor(() => relay.heard.wakes > 0, { what: 'the relay to wake up' });
+    expect(elsewhere.heard.wakes).toBe(0);
   });
 });
 
