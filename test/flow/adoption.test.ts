@@ -2,8 +2,8 @@ import { randomUUID } from 'node:crypto';
 import type { Pool } from 'pg';
 import { expect, test } from 'vitest';
 import { anEvent, createOldTable, insertEvents } from '../support/events.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { createDatabase } from '../support/servers.ts';
-import { type Stage, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 const DICTIONARY = 'dictionary.word.v1';

@@ -10,8 +10,8 @@ import { Pool } from 'pg';
 import { expect, inject, onTestFinished, test } from 'vitest';
 import { appendEvent, createRelay, type Logger } from '../../src/app.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { folderOfFile } from '../support/servers.ts';
 import { type Stage, setStage } from '../support/flow.ts';
+import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
 type Line = { level: string; fields: Record<string, unknown>; message: string };
@@ -84,6 +84,9 @@ test('starting twice and stopping twice is the same as once', async () => {
   await Promise.all([relay.stop(), relay.stop()]);
   await relay.stop();
   await stage.expectPromisesHeld();
+  // Nothing that was opened twice stayed open.
+  const clients = async () => String(await stage.redis.client('LIST')).match(/name=relay-\S*/g) ?? [];
+  await waitFor(async () => (await clients()).length === 0, { what: 'the Redis connections to be closed' });
   // Not one that looks started and does nothing.
   await expect(relay.start()).rejects.toThrow(/create another/);
 }, 60_000);
@@ -199,7 +202,11 @@ test('an event that is appended in a drizzle transaction exists if and only if t
   const stage = await setStage();
   await stage.pod();
   const db = drizzle(stage.pool);
-  const event = { eventType: 'SomethingElse', aggregateId: randomUUID(), payload: { word: 'Straße', list: [1] } };
+  const event = {
+    eventType: 'SomethingElse',
+    aggregateId: randomUUID(),
+    payload: { word: 'Straße', list: [1] },
+  };
   await expect(
     db.transaction(async (tx) => {
       await appendEvent(tx, event);

@@ -76,7 +76,7 @@ test('the backlog tells rows by state, and is degraded when an event that should
   // Claiming stops too, so what comes now stays fresh.
   await stage.queue('claim').pause();
   await insertEvents(stage.pool, [anEvent({ createdAt: new Date(Date.now() - 90_000) })]);
-  await waitFor(async () => (await backlog() as { fresh: number }).fresh === 1, { what: 'a fresh row' });
+  await waitFor(async () => ((await backlog()) as { fresh: number }).fresh === 1, { what: 'a fresh row' });
   const found = (await backlog()) as { status: string; oldest_waiting_seconds: number };
   expect(found.status).toBe('degraded');
   expect(found.oldest_waiting_seconds).toBeGreaterThan(89);
@@ -92,7 +92,10 @@ test('while Redis hangs the relay is alive and not ready, and ready again after 
       status: 503,
       body: {
         status: 'not ready',
-        checks: { database: { status: 'healthy' }, redis: { status: 'unhealthy', error: expect.any(String) } },
+        checks: {
+          database: { status: 'healthy' },
+          redis: { status: 'unhealthy', error: expect.any(String) },
+        },
       },
     });
     expect(await ask(`${pod.url}/health`)).toMatchObject({ status: 503, body: { status: 'unhealthy' } });
@@ -130,7 +133,10 @@ test('relay check finds nothing to complain about in a good environment', async 
   expect(code, lines.join('\n')).toBe(0);
   const verdicts = lines.map((line) => /^(\S+)\s+(.+?)\s{2,}/.exec(line)?.slice(1, 3));
   expect(verdicts).toEqual(
-    ['configuration', 'database', 'table', 'wake-up', 'Redis', 'AOF', 'eviction policy'].map((it) => ['ok', it]),
+    ['configuration', 'database', 'table', 'wake-up', 'Redis', 'AOF', 'eviction policy'].map((it) => [
+      'ok',
+      it,
+    ]),
   );
 });
 

@@ -1,8 +1,8 @@
 import { expect, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { STREAM, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
 import { catchMidAppend } from '../support/mid-append.ts';
-import { STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 test('kill -9 of one of two pods, caught between append and acknowledgement, doubles and loses nothing', async () => {

@@ -1,7 +1,7 @@
 import { expect, test } from 'vitest';
 import { insertEvents, someEvents } from '../support/events.ts';
-import { writeEvents } from '../support/load.ts';
 import { setStage } from '../support/flow.ts';
+import { writeEvents } from '../support/load.ts';
 
 const COUNT = 1_500;
 

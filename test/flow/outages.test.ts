@@ -1,8 +1,8 @@
 import { expect, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
 import { createPostgres } from '../support/servers.ts';
-import { type Stage, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 /** Longer than PUBLISH_TIMEOUT: what was on its way is given up and asked again. */
@@ -66,7 +66,8 @@ test('a full Redis costs no event and no attempt, and the flow resumes when it h
   const stage = await setStage({ env: SHORT_TIMEOUTS });
   await suffer(stage, async () => {
     await stage.redis.config('SET', 'maxmemory', '1');
-    const errors = async () => Number(/errorstat_OOM:count=(\d+)/.exec(await stage.redis.info('errorstats'))?.[1]);
+    const errors = async () =>
+      Number(/errorstat_OOM:count=(\d+)/.exec(await stage.redis.info('errorstats'))?.[1]);
     await waitFor(async () => (await errors()) > 10, { what: 'Redis to refuse what the relay asks' });
     await stage.redis.config('SET', 'maxmemory', '0');
   });
@@ -112,7 +113,9 @@ for (const [server, variable] of [
 ] as const) {
   test(`a pod that cannot reach ${server} in time exits 69 and says which variable to look at`, async () => {
     const stage = await setStage({ env: { RELAY_STARTUP_TIMEOUT: '1' } });
-    const nowhere = { Redis: 'redis://127.0.0.1:9', PostgreSQL: 'postgres://me:hunter2@127.0.0.1:9/db' }[server];
+    const nowhere = { Redis: 'redis://127.0.0.1:9', PostgreSQL: 'postgres://me:hunter2@127.0.0.1:9/db' }[
+      server
+    ];
     const { code, lines } = await stage.command(['start'], { [variable]: nowhere });
     expect(code).toBe(69);
     expect(lines.join('\n')).toMatch(new RegExp(`${server} cannot be reached.*${variable}.*ECONNREFUSED`));

@@ -38,7 +38,9 @@ test('payloads arrive byte for byte as PostgreSQL prints them', async () => {
     const payload = entries.get(row.event_id)?.payload;
     expect(payload === row.payload, `payload of ${row.payload.slice(0, 60)}`).toBe(true);
   }
-  const withTenant = entries.get(events[Object.keys(PAYLOADS).indexOf('a tenant and a correlation')]?.eventId);
+  const withTenant = entries.get(
+    events[Object.keys(PAYLOADS).indexOf('a tenant and a correlation')]?.eventId,
+  );
   expect(withTenant).toMatchObject({ tenant_id: TENANT, correlation_id: TENANT });
   const plain = entries.get(events[0]?.eventId);
   expect(plain?.tenant_id).toBe('00000000-0000-0000-0000-000000000000');
@@ -52,7 +54,9 @@ test('a dead letter holds the payload byte for byte too', async () => {
   const events = Object.values(PAYLOADS).map((payload) => anEvent({ payload, topic: 'identity.broken.v1' }));
   await insertEvents(stage.pool, events);
   await stage.rested();
-  const deadLetters = new Map((await stage.entries(DLQ)).map(({ fields }) => [fields.event_id, fields.payload]));
+  const deadLetters = new Map(
+    (await stage.entries(DLQ)).map(({ fields }) => [fields.event_id, fields.payload]),
+  );
   for (const row of await stage.rows()) expect(deadLetters.get(row.event_id)).toBe(row.payload);
 }, 60_000);
 
@@ -61,7 +65,14 @@ test('a topic that can be no stream is dead-lettered at once with the reason, an
   await stage.pod();
   await insertEvents(stage.pool, [anEvent()]);
   await stage.rested();
-  const topics = ['', DLQ, 'bull:relay-publish:wait', 'bull:relay-publish:meta', 'bull:relay-claim:id', 'bull:'];
+  const topics = [
+    '',
+    DLQ,
+    'bull:relay-publish:wait',
+    'bull:relay-publish:meta',
+    'bull:relay-claim:id',
+    'bull:',
+  ];
   const typesBefore = await keyTypes();
   const bad = topics.map((topic) => anEvent({ topic }));
   const good = bad.map(({ aggregateId }) => anEvent({ aggregateId }));
@@ -73,17 +84,27 @@ test('a topic that can be no stream is dead-lettered at once with the reason, an
   for (const { eventId, topic } of bad) {
     const row = await stage.row(eventId);
     expect(row, `topic ${topic}`).toMatchObject({ published: false, attempts: 1 });
-    expect(row.error_message, `topic ${topic}`).toMatch(/^topic (is empty|is the dead-letter|begins with bull:)/);
-    expect(deadLetters.get(eventId)).toMatchObject({ topic, error_message: row.error_message, attempts: '1' });
+    expect(row.error_message, `topic ${topic}`).toMatch(
+      /^topic (is empty|is the dead-letter|begins with bull:)/,
+    );
+    expect(deadLetters.get(eventId)).toMatchObject({
+      topic,
+      error_message: row.error_message,
+      attempts: '1',
+    });
   }
   for (const { eventId } of good) expect((await stage.row(eventId)).published).toBe(true);
   const typesAfter = await keyTypes();
   expect(typesAfter).toMatchObject(typesBefore);
-  expect(Object.keys(typesAfter).filter((key) => topics.includes(key) && !(key in typesBefore))).toEqual([DLQ]);
+  expect(Object.keys(typesAfter).filter((key) => topics.includes(key) && !(key in typesBefore))).toEqual([
+    DLQ,
+  ]);
 
   /** Type of each key that outlives a job. */
   async function keyTypes(): Promise<Record<string, string>> {
-    const keys = (await stage.redis.keys('*')).filter((key) => /:(meta|id|events|repeat)$|^identity/.test(key));
+    const keys = (await stage.redis.keys('*')).filter((key) =>
+      /:(meta|id|events|repeat)$|^identity/.test(key),
+    );
     const types = await Promise.all(keys.map(async (key) => [key, await stage.redis.type(key)] as const));
     return Object.fromEntries(types);
   }

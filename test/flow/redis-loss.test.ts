@@ -1,8 +1,8 @@
 import { expect, test } from 'vitest';
 import type { SampleEvent } from '../../src/demo/sample.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
-import { type Stage, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 const SHORT_LEASE = { RELAY_CLAIM_LEASE: '2', RELAY_PUBLISH_TIMEOUT: '1' };
@@ -92,7 +92,9 @@ test('a schedule that somebody removed comes back', async () => {
     else await claim.removeJobScheduler(schedule.key);
     const event = anEvent();
     await insertEvents(stage.pool, [event]);
-    await waitFor(async () => (await stage.row(event.eventId)).published, { what: 'the event to be published' });
+    await waitFor(async () => (await stage.row(event.eventId)).published, {
+      what: 'the event to be published',
+    });
   }
   await stage.expectPromisesHeld();
 }, 60_000);
@@ -108,7 +110,12 @@ test('events whose jobs were removed one by one come back when their lease ends,
     what: 'the jobs of the first event of each aggregate',
   });
   const jobs = await publish.getWaiting();
-  expect(jobs.map((job) => job.id).toSorted()).toEqual(events.slice(0, 10).map((it) => it.eventId).toSorted());
+  expect(jobs.map((job) => job.id).toSorted()).toEqual(
+    events
+      .slice(0, 10)
+      .map((it) => it.eventId)
+      .toSorted(),
+  );
   for (const job of jobs) await job.remove();
   await publish.resume();
   await stage.rested();

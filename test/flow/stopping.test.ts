@@ -1,8 +1,8 @@
 import { expect, test } from 'vitest';
 import { insertEvents, someEvents } from '../support/events.ts';
+import { STREAM, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
 import { catchMidAppend } from '../support/mid-append.ts';
-import { setStage, STREAM } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 const status = async (url: string): Promise<number | string> =>
@@ -84,6 +84,8 @@ test('SIGTERM ends a pod that is still waiting for its servers', async () => {
   const stage = await setStage();
   await stage.server.kill();
   const pod = await stage.spawn(['start']);
-  await waitFor(() => pod.logs().some((line) => line.level === 'warn'), { what: 'the pod to miss its Redis' });
+  await waitFor(() => pod.logs().some((line) => line.level === 'warn'), {
+    what: 'the pod to miss its Redis',
+  });
   expect(await pod.kill('SIGTERM')).toEqual({ code: 0, signal: null });
 });

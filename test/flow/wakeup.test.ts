@@ -3,8 +3,8 @@ import { Redis } from 'ioredis';
 import { expect, onTestFinished, test } from 'vitest';
 import type { SampleEvent } from '../../src/demo/sample.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
-import { type Stage, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 /** Too long for any of these tests: whatever arrives, arrives by the wake-up. */
@@ -77,7 +77,9 @@ test('a writer that wrote while the relay was busy, and commits when it is idle,
   try {
     const late = await writeSilently(stage, () => insertInOpenTransaction());
     // Everything else is published, and nothing more is written: the relay would sleep, were it not for this writer.
-    await waitFor(async () => (await stage.count('NOT published')) === 0, { what: 'the load to be published' });
+    await waitFor(async () => (await stage.count('NOT published')) === 0, {
+      what: 'the load to be published',
+    });
     await writer.query('COMMIT');
     await waitFor(async () => (await stage.row(late.eventId)).published, {
       what: 'the late event to be published',
@@ -132,6 +134,8 @@ test('the wake-up survives the loss of its database connection', async () => {
   // Whatever is written before it listens again is found when it does.
   const event = anEvent();
   await insertEvents(stage.pool, [event]);
-  await waitFor(async () => (await stage.row(event.eventId)).published, { what: 'the event to be published' });
+  await waitFor(async () => (await stage.row(event.eventId)).published, {
+    what: 'the event to be published',
+  });
   await latencies(stage, 3);
 }, 60_000);

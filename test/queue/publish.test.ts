@@ -248,7 +248,7 @@ describe('a worker', () => {
 
   test('that stops waits for the dead letter that is being written', async () => {
     const [started, finish] = [deferred(), deferred()];
-    let written = false;
+    const order: string[] = [];
     const { worker } = startWorker(
       async () => ({ kind: 'give-up', reason: 'x' }),
       {},
@@ -256,16 +256,20 @@ describe('a worker', () => {
         deadLetter: async () => {
           started.resolve();
           await finish.promise;
-          written = true;
+          order.push('written');
         },
       },
     );
     await queues.addPublishJobs([aClaimedEvent()]);
     await started.promise;
-    const stopping = worker.stop(5_000);
+    const stopping = worker.stop(5_000).then(() => order.push('stopped'));
+    await waitFor(async () => !(await admin.client('LIST'))?.toString().includes('cmd=bzpopmin'), {
+      what: 'the worker to have closed its own connection',
+    });
+    await queues.inFlight();
     finish.resolve();
     await withDeadline(4_000, stopping);
-    expect(written).toBe(true);
+    expect(order).toEqual(['written', 'stopped']);
   });
 
   test('that stops does not wait beyond its deadline: the job is handed back and another takes it over', async () => {

@@ -3,7 +3,7 @@ import { Queue } from 'bullmq';
 import { Redis } from 'ioredis';
 import { Pool } from 'pg';
 import { onTestFinished } from 'vitest';
-import { type RelayConfig, loadConfig } from '../../src/config.ts';
+import { loadConfig, type RelayConfig } from '../../src/config.ts';
 import type { LedgerGrade } from '../../src/demo/ledger.ts';
 import type { Pod } from '../../src/demo/pod.ts';
 import type { PrivateRedis } from '../../src/demo/servers.ts';
@@ -137,11 +137,13 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     async rested(timeoutMs = PATIENCE_MS) {
       const isLeft = 'NOT published AND dead_lettered_at IS NULL';
       const noneLeft = async () => (await count(isLeft)) === 0;
-      await waitFor(noneLeft, { what: 'every row to be published or dead', timeoutMs }).catch(async (error) => {
-        const left = await rows(isLeft);
-        const some = left.slice(0, 3).map(({ payload: _, ...row }) => inspect(row, { breakLength: 110 }));
-        throw new Error(`${left.length} rows are left:\n${some.join('\n')}`, { cause: error });
-      });
+      await waitFor(noneLeft, { what: 'every row to be published or dead', timeoutMs }).catch(
+        async (error) => {
+          const left = await rows(isLeft);
+          const some = left.slice(0, 3).map(({ payload: _, ...row }) => inspect(row, { breakLength: 110 }));
+          throw new Error(`${left.length} rows are left:\n${some.join('\n')}`, { cause: error });
+        },
+      );
     },
     expectPromisesHeld: () => expectPromisesHeld({ pool, redis, defaultStream: STREAM, dlqStream: DLQ }),
     entries: (stream = STREAM) => readEntries(redis, stream),
@@ -153,7 +155,9 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     rows: () => rows('true'),
     count,
     queue(kind) {
-      const queue = new Queue(`relay-${kind}`, { connection: { url: server.url, maxRetriesPerRequest: null } });
+      const queue = new Queue(`relay-${kind}`, {
+        connection: { url: server.url, maxRetriesPerRequest: null },
+      });
       queue.on('error', () => {});
       queues.push(queue);
       return queue;

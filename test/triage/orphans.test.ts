@@ -70,6 +70,7 @@ describe('an aggregate that is watched', () => {
     const watch = startWatch({
       release: async (aggregates) => {
         looks.push(aggregates.map((it) => it.aggregateId));
+        await parked();
         if (looks.length === 1 && second) watch.watch([second]);
         return outbox.releaseOrphans(aggregates);
       },
