@@ -28,6 +28,7 @@ import { createHealth } from './web/health.ts';
 import { createWebServer } from './web/server.ts';
 
 export { ConfigError, loadConfig, type RelayConfig } from './config.ts';
+export { serializeError } from './logger.ts';
 export { appendEvent, type NewEvent, type Transaction } from './outbox/producer.ts';
 export type { Logger, Pool };
 
@@ -266,6 +267,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     recordFailure: outbox.recordFailure,
     deadLetter,
     delayedCount: async () => (await queues.inFlight()).delayed,
+    forget: queues.remove,
     logger,
   });
 

@@ -1,7 +1,7 @@
-import { type Job, Worker } from 'bullmq';
+import type { Job } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { Logger } from '../logger.ts';
-import { claimQueueName, closeWorker, reportErrors, WORKER_OPTIONS } from './queues.ts';
+import { claimQueueName, closeWorker, PatientWorker, reportErrors, WORKER_OPTIONS } from './queues.ts';
 import { TICK } from './scheduler.ts';
 
 /** A claim job gives way after so long and asks for another: other pods get their turn, dashboards move. */
@@ -101,7 +101,7 @@ export function createClaimWorker(deps: {
     return events;
   }
 
-  const worker = new Worker(claimQueueName(deps.queueName), process, {
+  const worker = new PatientWorker(claimQueueName(deps.queueName), process, {
     ...WORKER_OPTIONS,
     connection: deps.connection,
     prefix: deps.queuePrefix,

@@ -1,9 +1,16 @@
-import { DelayedError, type Job, UnrecoverableError, Worker } from 'bullmq';
+import { DelayedError, type Job, UnrecoverableError } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { Attempt, OutboxEvent } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
-import { closeWorker, type FailedJob, publishQueueName, reportErrors, WORKER_OPTIONS } from './queues.ts';
+import {
+  closeWorker,
+  type FailedJob,
+  PatientWorker,
+  publishQueueName,
+  reportErrors,
+  WORKER_OPTIONS,
+} from './queues.ts';
 
 /** How soon an event is tried again when nobody could publish it. */
 const POSTPONE_MS = 1_000;
@@ -15,7 +22,6 @@ export type PublishOptions = Readonly<{
   queueName: string;
   concurrency: number;
   publishTimeoutMs: number;
-  retryBaseDelayMs: number;
   /** Retries that may wait in Redis at once; beyond, they wait on their rows. */
   maxDelayed: number;
 }>;
@@ -41,6 +47,8 @@ export function createPublishWorker(deps: {
   }) => Promise<void>;
   deadLetter: (failure: FailedJob) => Promise<void>;
   delayedCount: () => Promise<number>;
+  /** Removes the event's job. */
+  forget: (eventId: string) => Promise<void>;
   logger: Logger;
 }): PublishWorker {
   const { options, logger } = deps;
@@ -70,35 +78,7 @@ export function createPublishWorker(deps: {
       case 'give-up':
         throw new UnrecoverableError(outcome.reason);
       case 'retry':
-        if (await waitsOnItsRow(job, outcome.reason)) return;
         throw new Error(outcome.reason);
-    }
-  }
-
-  /**
-   * When half of the jobs in Redis are waiting for a retry, further ones wait on their rows instead: fresh
-   * events must always find room. The row's lease brings the event back when its time has come.
-   */
-  async function waitsOnItsRow(job: Job<OutboxEvent>, reason: string): Promise<boolean> {
-    const attempts = job.attemptsMade + 1;
-    if (attempts >= (job.opts.attempts ?? 1)) return false;
-    try {
-      if ((await deps.delayedCount()) < options.maxDelayed) return false;
-      const failure = {
-        id: job.data.id,
-        attempts: job.data.attempts + attempts,
-        reason,
-        retryInMs: options.retryBaseDelayMs * 2 ** (job.data.attempts + attempts - 1),
-      };
-      await deps.recordFailure(failure);
-      announceRetry(job, failure);
-      return true;
-    } catch (error) {
-      logger.warn(
-        { err: error, eventId: job.data.eventId },
-        'cannot note a retry on its row; it waits in Redis',
-      );
-      return false;
     }
   }
 
@@ -112,7 +92,16 @@ export function createPublishWorker(deps: {
       } else {
         const failure = { id: event.id, attempts, reason: error.message, retryInMs: job.delay };
         await deps.recordFailure(failure);
-        announceRetry(job, failure);
+        const { eventId, topic } = event;
+        const { reason, retryInMs } = failure;
+        logger.info(
+          { eventId, topic, attempt: attempts, reason, retryInMs },
+          'publishing failed; retry scheduled',
+        );
+        // Fresh events must always find room: when retries take up more than their share of the jobs in Redis, this
+        // one waits on its row, whose lease ends when its time has come. Counted after it was added, so that any
+        // number that fail at once all see themselves.
+        if ((await deps.delayedCount()) > options.maxDelayed) await deps.forget(eventId);
       }
     } catch (err) {
       logger.error(
@@ -122,19 +111,7 @@ export function createPublishWorker(deps: {
     }
   }
 
-  function announceRetry(
-    job: Job<OutboxEvent>,
-    failure: { attempts: number; reason: string; retryInMs: number },
-  ) {
-    const { eventId, topic } = job.data;
-    const { attempts, reason, retryInMs } = failure;
-    logger.info(
-      { eventId, topic, attempt: attempts, reason, retryInMs },
-      'publishing failed; retry scheduled',
-    );
-  }
-
-  const worker = new Worker<OutboxEvent>(publishQueueName(options.queueName), process, {
+  const worker = new PatientWorker<OutboxEvent>(publishQueueName(options.queueName), process, {
     ...WORKER_OPTIONS,
     connection: deps.connection,
     prefix: options.queuePrefix,

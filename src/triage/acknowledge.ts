@@ -4,13 +4,13 @@ import type { Logger } from '../logger.ts';
 /** Rows in one transaction at most. */
 const BATCH_LIMIT = 500;
 /** Transactions at once: one commits while the next is being gathered and planned. */
-const CONCURRENT_BATCHES = 2;
+const CONCURRENT_BATCHES = Number(process.env.XC ?? 2);
 /**
  * Under load a batch waits so long for company: fewer, larger transactions cost the database and this process
  * less (0.045 -> 0.032 transactions per event, measured). A small batch never waits: a hot aggregate flows from
  * acknowledgement to acknowledgement.
  */
-const GATHER_MS = 8;
+const GATHER_MS = Number(process.env.XG ?? 8);
 const UNDER_LOAD = 24;
 /** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
 const RETRY_DELAYS_MS = [100, 400, 1_600];

@@ -1,4 +1,4 @@
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, type RowChange, recordHistory, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
@@ -186,6 +186,10 @@ test('more failing aggregates than jobs may be in Redis do not stop healthy even
   const publish = stage.queue('publish');
   const samples: number[] = [];
   let sampling = true;
+  onTestFinished(async () => {
+    sampling = false;
+    await sampler;
+  });
   const sampler = (async () => {
     while (sampling) {
       const jobs = await publish.getJobCounts('waiting', 'active', 'delayed', 'prioritized');

@@ -48,6 +48,7 @@ function startWorker(
     recordFailure: async (failure) => void notes.push(failure),
     deadLetter: async (failure) => void dead.push(failure),
     delayedCount: async () => (await queues.inFlight()).delayed,
+    forget: queues.remove,
     logger: silent,
     ...deps,
   });
@@ -184,19 +185,19 @@ describe('when too many retries wait in Redis', () => {
   test('no more of them than allowed stay in Redis', async () => {
     const long = createQueues(admin, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
     const { notes } = startWorker(async () => ({ kind: 'retry', reason: 'x' }), {
-      ...{ maxDelayed: 5, concurrency: 1, retryBaseDelayMs: 60_000 },
+      ...{ maxDelayed: 5, concurrency: 10 },
     });
     await long.addPublishJobs(Array.from({ length: 12 }, () => aClaimedEvent()));
     await waitFor(() => notes.length === 12, { what: 'all to have failed once' });
-    await waitFor(async () => (await queues.inFlight()).total === 5, { what: 'the others to be gone' });
-    expect(await queues.inFlight()).toMatchObject({ delayed: 5, total: 5 });
+    // Many fail at the same moment: each must see that there are too many, none may count on the others.
+    await waitFor(async () => (await queues.inFlight()).total <= 5, { what: 'the others to be gone' });
     expect(new Set(notes.map((it) => it.retryInMs))).toEqual(new Set([60_000]));
   });
 
   test('a retry whose row cannot be noted stays in Redis', async () => {
     startWorker(
       async () => ({ kind: 'retry', reason: 'x' }),
-      { maxDelayed: 0, retryBaseDelayMs: 60_000 },
+      { maxDelayed: 0 },
       { recordFailure: () => Promise.reject(new Error('no database')) },
     );
     const long = createQueues(admin, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
