@@ -5,19 +5,20 @@
  */
 import type { Redis, RedisOptions } from 'ioredis';
 import type { RelayConfig } from './config.ts';
-import type { OutboxEvent, Receipt } from './event.ts';
+import type { OutboxEvent } from './event.ts';
 import { createLifecycle, succeedsWithin } from './lifecycle.ts';
 import { createLogger, type Logger } from './logger.ts';
-import type { Pool } from './outbox/database.ts';
+import type { Pool, Queryable } from './outbox/database.ts';
 import { createOutbox } from './outbox/outbox.ts';
 import { createPool } from './outbox/pool.ts';
 import { createWakeup } from './outbox/wakeup.ts';
 import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
-import { type ClaimRound, createClaimWorker } from './queue/claim.ts';
+import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts';
 import { createPublishWorker } from './queue/publish.ts';
 import { createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
 import { APPEND_CONNECTION, createStream } from './stream/append.ts';
+import { createMemory, MemoryLostError } from './stream/memory.ts';
 import { createValidator } from './stream/validate.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
@@ -197,10 +198,13 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     jobKey: queues.jobKey,
   });
 
+  const memoryKey = `${config.queuePrefix}:${config.queueName}:memory`;
+  const memory = createMemory(appendRedis, memoryKey);
+
   const scheduler = createScheduler({
     queue: queues.claim,
     redis: queueRedis,
-    memoryKey: `${config.queuePrefix}:${config.queueName}:memory`,
+    memoryKey,
     pollIntervalMs: config.pollIntervalMs,
     onMemoryLost: async () => {
       const events = await outbox.endLeases();
@@ -228,17 +232,32 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
 
   /** A change of rows and the jobs that follow from it: the jobs are added before the commit. */
   const withSuccessors = (
-    change: (tx: Parameters<typeof outbox.markPublished>[0]) => Promise<OutboxEvent[]>,
+    change: (tx: Queryable) => Promise<OutboxEvent[]>,
+    stillTrue: () => Promise<void> = async () => {},
   ) =>
     outbox.transaction('durable', async (tx) => {
       const successors = await change(tx);
+      await stillTrue();
       if (successors.length > 0) await queues.addPublishJobs(successors);
       return successors;
     });
 
   const acknowledger = createAcknowledger({
-    markPublished: (receipts: Receipt[]) => withSuccessors((tx) => outbox.markPublished(tx, receipts)),
+    markPublished: async (receipts, generation) => {
+      // An entry that Redis lost between append and commit must not count as published: asked before successors
+      // follow, and once more when the commit is through.
+      const intact = () => memory.assertIntactSince(generation);
+      const successors = await withSuccessors((tx) => outbox.markPublished(tx, receipts), intact);
+      try {
+        await intact();
+      } catch (error) {
+        if (error instanceof MemoryLostError) await outbox.takeBack(receipts);
+        throw error;
+      }
+      return successors;
+    },
     onNoSuccessor: watchOrphans,
+    isFinal: (error) => error instanceof MemoryLostError,
     logger,
   });
 
@@ -255,6 +274,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     topicProblem: stream.topicProblem,
     violations: config.validation === 'off' ? () => [] : createValidator(),
     strict: config.validation === 'strict',
+    generation: memory.generation,
     publish: stream.publish,
     acknowledge: acknowledger.acknowledge,
     logger,
@@ -271,18 +291,27 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     logger,
   });
 
-  /** Jobs that a round is about to add: Redis does not count them yet. */
+  /** Jobs that rounds are about to add; and of these, the ones that were added since the last count. */
   let reserved = 0;
-  /** Less room than this is not worth a transaction. */
-  const worthwhile = Math.min(config.batchSize, Math.ceil(config.maxInFlight / 2));
+  let added = 0;
+  let counting: Promise<unknown> = Promise.resolve();
+
+  /** How many jobs a round may add; 0 when too few to be worth it. One count at a time, so that none is missed. */
+  function reserve(): Promise<number> {
+    const counted = counting.then(async () => {
+      reserved -= added;
+      added = 0;
+      const limit = claimable(await queues.inFlight(), reserved, config);
+      reserved += limit;
+      return limit;
+    });
+    counting = counted.catch(() => {});
+    return counted;
+  }
 
   async function claim(): Promise<ClaimRound> {
-    const { total, active } = await queues.inFlight();
-    // Each active job may bring its successor before it leaves.
-    const room = config.maxInFlight - total - (ordered ? active : 0) - reserved;
-    if (room < worthwhile) return { kind: 'no-room' };
-    const limit = Math.min(config.batchSize, room);
-    reserved += limit;
+    const limit = await reserve();
+    if (limit === 0) return { kind: 'no-room' };
     try {
       const { leased, parked } = await outbox.transaction('repeatable', async (tx) => {
         const claimed = await outbox.claimFresh(tx, limit);
@@ -293,7 +322,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
       const kind = leased.length + parked.length === limit ? 'more' : 'all';
       return { kind, events: leased.length };
     } finally {
-      reserved -= limit;
+      added += limit;
     }
   }
 

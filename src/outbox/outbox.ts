@@ -188,6 +188,17 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       return rows;
     },
 
+    /** Redis lost these entries while their rows were being marked: the next claim takes them again. */
+    async takeBack(receipts: readonly Receipt[]): Promise<void> {
+      await pool.query(
+        `UPDATE identity.outbox o
+         SET published = false, published_at = NULL, stream_entry_id = NULL, next_attempt_at = NULL
+         FROM unnest($1::bigint[], $2::text[]) AS r (id, entry_id)
+         WHERE o.id = r.id AND o.published AND o.stream_entry_id = r.entry_id`,
+        [receipts.map((it) => it.id), receipts.map((it) => it.entryId)],
+      );
+    },
+
     /**
      * Marks a row dead and, unless dead rows hold their aggregate, leases its successor. Nothing happens
      * to a row that is published or dead already.

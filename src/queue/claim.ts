@@ -1,7 +1,14 @@
 import type { Job } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { Logger } from '../logger.ts';
-import { claimQueueName, closeWorker, PatientWorker, reportErrors, WORKER_OPTIONS } from './queues.ts';
+import {
+  claimQueueName,
+  closeWorker,
+  type InFlight,
+  PatientWorker,
+  reportErrors,
+  WORKER_OPTIONS,
+} from './queues.ts';
 import { TICK } from './scheduler.ts';
 
 /** A claim job gives way after so long and asks for another: other pods get their turn, dashboards move. */
@@ -20,6 +27,33 @@ const LANES = 2;
  * - `no-room`: as many jobs in Redis as are allowed
  */
 export type ClaimRound = { kind: 'more' | 'all'; events: number } | { kind: 'no-room' };
+
+/**
+ * How many jobs may be added so that there are never more than `maxInFlight`, 0 when too few to be worth a
+ * transaction. In order, a job that is acknowledged brings its successor before it leaves, so as many jobs as can be
+ * active at once may count twice: those that are, and at least as many as this pod can work on.
+ *
+ * @param reserved jobs about to be added that Redis does not count yet
+ */
+export function claimable(
+  inFlight: InFlight,
+  reserved: number,
+  options: Readonly<{
+    ordering: 'aggregate' | 'none';
+    maxInFlight: number;
+    concurrency: number;
+    batchSize: number;
+  }>,
+): number {
+  const { maxInFlight, batchSize } = options;
+  const room = maxInFlight - inFlight.total - reserved;
+  const busy = inFlight.waiting + inFlight.active + reserved;
+  const doubled = Math.max(inFlight.active, options.concurrency);
+  const limit = options.ordering === 'none' ? room : Math.max(room - doubled, Math.floor((room - busy) / 2));
+  // However small the limit, while nothing is on its way one event is: retries that wait must not stop the rest.
+  if (limit <= 0 && busy === 0 && room > 0) return 1;
+  return limit < Math.min(batchSize, Math.ceil(maxInFlight / 4)) ? 0 : Math.min(limit, batchSize);
+}
 
 type Turn = Readonly<{
   events: number;

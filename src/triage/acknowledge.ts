@@ -4,13 +4,13 @@ import type { Logger } from '../logger.ts';
 /** Rows in one transaction at most. */
 const BATCH_LIMIT = 500;
 /** Transactions at once: one commits while the next is being gathered and planned. */
-const CONCURRENT_BATCHES = Number(process.env.XC ?? 2);
+const CONCURRENT_BATCHES = 2;
 /**
  * Under load a batch waits so long for company: fewer, larger transactions cost the database and this process
  * less (0.045 -> 0.032 transactions per event, measured). A small batch never waits: a hot aggregate flows from
  * acknowledgement to acknowledgement.
  */
-const GATHER_MS = Number(process.env.XG ?? 8);
+const GATHER_MS = 8;
 const UNDER_LOAD = 24;
 /** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
 const RETRY_DELAYS_MS = [100, 400, 1_600];
@@ -18,27 +18,36 @@ const RETRY_DELAYS_MS = [100, 400, 1_600];
 export type Acknowledger = Readonly<{
   /**
    * Resolves when the event's row is marked published.
+   * @param generation of Redis' memory in which the append was sent
    * @throws when the database did not take it; the append is remembered, so the job may simply run again
    */
-  acknowledge(event: OutboxEvent, entryId: string): Promise<void>;
+  acknowledge(event: OutboxEvent, entryId: string, generation: number): Promise<void>;
   /** Resolves when nothing is left to write. */
   drain(): Promise<void>;
 }>;
 
-type Pending = { event: OutboxEvent; receipt: Receipt; resolve: () => void; reject: (error: Error) => void };
+type Pending = {
+  event: OutboxEvent;
+  receipt: Receipt;
+  generation: number;
+  resolve: () => void;
+  reject: (error: Error) => void;
+};
 
 /**
  * Gathers acknowledgements into batches that size themselves: what arrives while the running transactions
  * are busy goes into the next one. So an idle relay acknowledges at once, a busy one hundreds together.
  */
 export function createAcknowledger(deps: {
-  /** Marks the rows published and sees to their successors. */
-  markPublished: (receipts: Receipt[]) => Promise<OutboxEvent[]>;
+  /** Marks the rows published and sees to their successors; `generation` is that of the oldest append. */
+  markPublished: (receipts: Receipt[], generation: number) => Promise<OutboxEvent[]>;
   /** Events whose aggregate had no row to go on with, as far as that transaction could see. */
   onNoSuccessor: (events: OutboxEvent[]) => void;
+  /** Whether trying the same write again is of no use. */
+  isFinal: (error: unknown) => boolean;
   logger: Logger;
 }): Acknowledger {
-  const { markPublished, onNoSuccessor, logger } = deps;
+  const { markPublished, onNoSuccessor, isFinal, logger } = deps;
   const pending: Pending[] = [];
   let running = 0;
   let scheduled = false;
@@ -67,7 +76,7 @@ export function createAcknowledger(deps: {
 
   async function flush(batch: Pending[]): Promise<void> {
     try {
-      const promoted = await persist(batch.map((it) => it.receipt));
+      const promoted = await persist(batch);
       for (const it of batch) it.resolve();
       const continued = new Set(promoted.map(aggregateKey));
       const last = batch.map((it) => it.event).filter((event) => !continued.has(aggregateKey(event)));
@@ -77,13 +86,15 @@ export function createAcknowledger(deps: {
     }
   }
 
-  async function persist(receipts: Receipt[]): Promise<OutboxEvent[]> {
+  async function persist(batch: Pending[]): Promise<OutboxEvent[]> {
+    const receipts = batch.map((it) => it.receipt);
+    const generation = Math.min(...batch.map((it) => it.generation));
     for (let attempt = 0; ; attempt++) {
       try {
-        return await markPublished(receipts);
+        return await markPublished(receipts, generation);
       } catch (error) {
         const delay = RETRY_DELAYS_MS[attempt];
-        if (delay === undefined) throw error;
+        if (delay === undefined || isFinal(error)) throw error;
         logger.warn(
           { err: error, events: receipts.length, retryInMs: delay },
           'cannot mark events published; again',
@@ -94,9 +105,9 @@ export function createAcknowledger(deps: {
   }
 
   return {
-    acknowledge: (event, entryId) =>
+    acknowledge: (event, entryId, generation) =>
       new Promise((resolve, reject) => {
-        pending.push({ event, receipt: { id: event.id, entryId }, resolve, reject });
+        pending.push({ event, receipt: { id: event.id, entryId }, generation, resolve, reject });
         schedule();
       }),
     drain: () =>

@@ -3,7 +3,7 @@ import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
-import { type ClaimRound, type ClaimWorker, createClaimWorker } from '../../src/queue/claim.ts';
+import { type ClaimRound, type ClaimWorker, claimable, createClaimWorker } from '../../src/queue/claim.ts';
 import { claimQueueName, WORKER_CONNECTION } from '../../src/queue/queues.ts';
 import { createScheduler } from '../../src/queue/scheduler.ts';
 import { createRedis } from '../support/servers.ts';
@@ -238,5 +238,38 @@ describe('a claim worker', () => {
     await wake();
     await idle();
     await waitFor(() => worker.lastTurnAt() >= before, { what: 'the turn to end' });
+  });
+});
+
+describe('room for further jobs', () => {
+  const counts = (waiting: number, active: number, delayed = 0) => ({
+    ...{ waiting, active, delayed, failed: 0, total: waiting + active + delayed },
+  });
+  const options = { ordering: 'aggregate', maxInFlight: 1_000, concurrency: 200, batchSize: 100 } as const;
+
+  test('an empty queue takes a batch, a full one nothing', () => {
+    expect(claimable(counts(0, 0), 0, options)).toBe(100);
+    expect(claimable(counts(800, 200), 0, options)).toBe(0);
+  });
+
+  test.each([1, 2, 3, 20, 100, 1_000])('in order, never more than %i with every successor', (maxInFlight) => {
+    for (let delayed = 0; delayed <= maxInFlight / 2; delayed += Math.ceil(maxInFlight / 10)) {
+      let waiting = 0;
+      for (;;) {
+        const limit = claimable(counts(waiting, 0, delayed), 0, { ...options, maxInFlight });
+        if (limit === 0) break;
+        waiting += limit;
+      }
+      // All that this pod can work on are active at once, and each has brought its successor.
+      const most = waiting + delayed + Math.min(waiting, options.concurrency);
+      expect(most).toBeLessThanOrEqual(maxInFlight > 2 ? maxInFlight : maxInFlight + 1);
+      expect(waiting, 'there is always room for some').toBeGreaterThan(0);
+    }
+  });
+
+  test('jobs that a round is about to add are counted, and without order a job takes one place', () => {
+    expect(claimable(counts(0, 0), 1_000, options)).toBe(0);
+    expect(claimable(counts(750, 200), 0, { ...options, ordering: 'none' })).toBe(0);
+    expect(claimable(counts(600, 0), 0, { ...options, ordering: 'none', batchSize: 400 })).toBe(400);
   });
 });

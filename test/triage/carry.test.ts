@@ -21,6 +21,7 @@ async function attempt(
     topicProblem: () => findings.topicProblem ?? null,
     violations: () => findings.violations ?? [],
     strict: findings.strict ?? false,
+    generation: () => 0,
     publish: async () => {
       done.push('appended');
       return findings.outcome ?? APPENDED;
