@@ -237,8 +237,10 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   ) =>
     outbox.transaction('durable', async (tx) => {
       const successors = await change(tx);
-      await stillTrue();
-      if (successors.length > 0) await queues.addPublishJobs(successors);
+      if (successors.length > 0) {
+        await stillTrue();
+        await queues.addPublishJobs(successors);
+      }
       return successors;
     });
 

@@ -10,7 +10,7 @@ const CONCURRENT_BATCHES = 2;
  * less (0.045 -> 0.032 transactions per event, measured). A small batch never waits: a hot aggregate flows from
  * acknowledgement to acknowledgement.
  */
-const GATHER_MS = 8;
+const GATHER_MS = 4;
 const UNDER_LOAD = 24;
 /** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
 const RETRY_DELAYS_MS = [100, 400, 1_600];
