@@ -157,7 +157,8 @@ test('a process that embeds the relay ends by itself when everything is stopped'
     timeout: 30_000,
     killSignal: 'SIGKILL',
   });
-  expect(stdout.trim().split('\n').at(-1)).toBe('everything is stopped');
+  // Not the last line always: log lines and this one take different ways to the same pipe.
+  expect(stdout.split('\n')).toContain('everything is stopped');
   expect((await stage.entries()).length).toBe(2);
 }, 60_000);
 
