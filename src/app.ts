@@ -284,7 +284,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
 
   const publishWorker = createPublishWorker({
     connection: workerRedis,
-    options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 2) },
+    options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 4) },
     attempt: carry,
     recordFailure: outbox.recordFailure,
     deadLetter,

@@ -31,7 +31,8 @@ export type ClaimRound = { kind: 'more' | 'all'; events: number } | { kind: 'no-
 /**
  * How many jobs may be added so that there are never more than `maxInFlight`, 0 when too few to be worth a
  * transaction. In order, a job that is acknowledged brings its successor before it leaves, so as many jobs as can be
- * active at once may count twice: those that are, and at least as many as this pod can work on.
+ * active at once may count twice: those that are, and at least as many as this pod can work on. Retries that wait
+ * will be active again.
  *
  * @param reserved jobs about to be added that Redis does not count yet
  */
@@ -47,12 +48,14 @@ export function claimable(
 ): number {
   const { maxInFlight, batchSize } = options;
   const room = maxInFlight - inFlight.total - reserved;
-  const busy = inFlight.waiting + inFlight.active + reserved;
+  const jobs = inFlight.total + reserved;
   const doubled = Math.max(inFlight.active, options.concurrency);
-  const limit = options.ordering === 'none' ? room : Math.max(room - doubled, Math.floor((room - busy) / 2));
-  // However small the limit, while nothing is on its way one event is: retries that wait must not stop the rest.
-  if (limit <= 0 && busy === 0 && room > 0) return 1;
-  return limit < Math.min(batchSize, Math.ceil(maxInFlight / 4)) ? 0 : Math.min(limit, batchSize);
+  const limit = options.ordering === 'none' ? room : Math.max(room - doubled, Math.floor((room - jobs) / 2));
+  // One or two places are too few for an event and its successor; it gets through all the same.
+  if (maxInFlight <= 2 && room > 0 && jobs === inFlight.delayed) return 1;
+  // A quarter of the places at most is taken by retries: then there is always enough for another quarter.
+  const worthwhile = Math.min(batchSize, Math.max(1, Math.floor(maxInFlight / 4)));
+  return limit < worthwhile ? 0 : Math.min(limit, batchSize);
 }
 
 type Turn = Readonly<{

@@ -252,20 +252,23 @@ describe('room for further jobs', () => {
     expect(claimable(counts(800, 200), 0, options)).toBe(0);
   });
 
-  test.each([1, 2, 3, 20, 100, 1_000])('in order, never more than %i with every successor', (maxInFlight) => {
-    for (let delayed = 0; delayed <= maxInFlight / 2; delayed += Math.ceil(maxInFlight / 10)) {
-      let waiting = 0;
-      for (;;) {
-        const limit = claimable(counts(waiting, 0, delayed), 0, { ...options, maxInFlight });
-        if (limit === 0) break;
-        waiting += limit;
+  test.each([...Array.from({ length: 40 }, (_, i) => i + 1), 100, 1_000])(
+    'in order, never more than %i with every successor',
+    (maxInFlight) => {
+      for (let delayed = 0; delayed <= maxInFlight / 4; delayed += Math.ceil(maxInFlight / 40)) {
+        let waiting = 0;
+        for (;;) {
+          const limit = claimable(counts(waiting, 0, delayed), 0, { ...options, maxInFlight });
+          if (limit === 0) break;
+          waiting += limit;
+        }
+        // All that this pod can work on are active at once, retries too, and each has brought its successor.
+        const most = waiting + delayed + Math.min(waiting + delayed, options.concurrency);
+        expect(most).toBeLessThanOrEqual(maxInFlight > 2 ? maxInFlight : maxInFlight + 1);
+        expect(waiting, 'there is always room for some').toBeGreaterThan(0);
       }
-      // All that this pod can work on are active at once, and each has brought its successor.
-      const most = waiting + delayed + Math.min(waiting, options.concurrency);
-      expect(most).toBeLessThanOrEqual(maxInFlight > 2 ? maxInFlight : maxInFlight + 1);
-      expect(waiting, 'there is always room for some').toBeGreaterThan(0);
-    }
-  });
+    },
+  );
 
   test('jobs that a round is about to add are counted, and without order a job takes one place', () => {
     expect(claimable(counts(0, 0), 1_000, options)).toBe(0);
