@@ -32,6 +32,8 @@ export async function waitForServers(deps: {
     ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', answers(it), endsAt, logger)),
   ]);
   const client = await pool.connect();
+  // Unheard, an error between two statements ends the process; heard, the next statement fails.
+  client.on('error', () => {});
   try {
     const missing = await missingFromTable(client);
     if (missing.length > 0) {

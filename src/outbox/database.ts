@@ -67,7 +67,7 @@ export async function transaction<T>(
     await tx.query(['BEGIN', ...settings].join('; '));
     const result = await work(tx);
     await tx.query('COMMIT');
-    client.release();
+    giveBack();
     return result;
   } catch (error) {
     if (STATEMENT_FORGOTTEN.has((error as pg.DatabaseError).code ?? '')) statementsKept = false;
@@ -75,11 +75,15 @@ export async function transaction<T>(
       () => true,
       () => false,
     );
-    client.release(!rolledBack);
+    if (rolledBack) giveBack();
+    // Thrown away, it may still have a last word (57P01 while it ends): it keeps its listener.
+    else client.release(true);
     throw error;
-  } finally {
-    // Since the release the pool listens.
-    client.off('error', nextStatementFails);
+  }
+
+  function giveBack(): void {
+    client.release();
+    client.off('error', nextStatementFails); // since the release the pool listens
   }
 }
 
