@@ -199,7 +199,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   });
 
   const memoryKey = `${config.queuePrefix}:${config.queueName}:memory`;
-  const memory = createMemory(appendRedis, memoryKey);
+  const memory = createMemory(appendRedis, `${memoryKey}:appends`);
 
   const scheduler = createScheduler({
     queue: queues.claim,
@@ -403,6 +403,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const lifecycle = createLifecycle([
     { name: 'HTTP server', ...(http && { start: web.start, stop: web.stop }) },
     { name: 'queues', stop: queues.close },
+    { name: 'memory', start: () => memory.assertIntactSince(0) },
     { name: 'acknowledgements', stop: acknowledger.drain },
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },

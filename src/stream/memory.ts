@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
 
 /** Redis lost its data since the append: the entry is gone, whatever its receipt says. */
@@ -19,7 +20,7 @@ export type Memory = Readonly<{
 }>;
 
 /**
- * Notices that Redis was emptied, by a key that outlives every job (the scheduler makes it again). FLUSHALL breaks
+ * Notices that Redis was emptied, by a key that outlives every job. FLUSHALL breaks
  * no connection, so nothing else tells an append of a moment ago from one that is there.
  *
  * @param redis the append connection: replies keep their order, so when this one answers, every append that was
@@ -27,16 +28,19 @@ export type Memory = Readonly<{
  */
 export function createMemory(redis: Redis, key: string): Memory {
   let generation = 0;
-  /** undefined: not asked yet; null: nobody has made it, or made it again. */
-  let known: string | null | undefined;
+  let known: string | undefined;
 
   return {
     generation: () => generation,
     async assertIntactSince(since) {
       const found = await redis.get(key);
-      // From nothing to something is no loss: the key is made once, or again after a loss that was counted.
-      if (typeof known === 'string' && found !== known) generation++;
-      known = found;
+      if (known !== undefined && found !== known) generation++;
+      known = found ?? undefined;
+      if (found === null) {
+        // Made again at once, or the next loss would look like this one. Sent before any append of the new generation.
+        await redis.set(key, randomUUID(), 'NX');
+        known = (await redis.get(key)) ?? undefined;
+      }
       if (generation !== since) throw new MemoryLostError();
     },
   };

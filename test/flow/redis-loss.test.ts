@@ -49,6 +49,8 @@ test('FLUSHALL under load: whatever was not in the stream yet arrives once and i
   const place = new Map(rows.map((row) => [row.event_id, BigInt(row.id)]));
   const latest = new Map<string, bigint>();
   for (const { event_id: eventId = '', aggregate_id: aggregateId = '' } of published) {
+    // An entry that was flushed away is appended again, maybe behind a successor that was on its way already.
+    if (gone.has(eventId)) continue;
     const id = place.get(eventId) ?? -1n;
     expect(id > (latest.get(aggregateId) ?? -1n), `${eventId} in its order`).toBe(true);
     latest.set(aggregateId, id);
