@@ -144,6 +144,7 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
         connectionTimeoutMillis: QUEUE_TIMEOUT_MS,
         query_timeout: config.publishTimeoutMs,
         keepAlive: true,
+        pipeline: true,
         application_name: 'relay-service',
       });
   ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));

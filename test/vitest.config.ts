@@ -13,7 +13,6 @@ export default defineConfig({
     maxConcurrency: 3,
     testTimeout: 30_000,
     hookTimeout: 60_000,
-    // A test that only passes now and then tells of a defect.
     // A machine that is shared may starve a pod for seconds; twice in a row is a finding.
     retry: process.env.CI ? 1 : 0,
   },

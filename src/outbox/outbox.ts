@@ -141,8 +141,9 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      * first in its aggregate, parks every other. The caller adds the jobs before the transaction commits.
      */
     async claimFresh(tx: Queryable, limit: number): Promise<Claim> {
-      const { rows } = await tx.query<OutboxEvent & { parked: boolean }>(
-        `WITH fresh AS MATERIALIZED (
+      const { rows } = await tx.query<OutboxEvent & { parked: boolean }>({
+        name: `relay-claim-${options.ordering}-${options.deadLetterPolicy}`,
+        text: `WITH fresh AS MATERIALIZED (
            SELECT id, aggregate_type, aggregate_id FROM identity.outbox
            WHERE NOT published AND next_attempt_at IS NULL
            ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED
@@ -154,8 +155,8 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
              dead_lettered_at = NULL
          FROM judged WHERE o.id = judged.id
          RETURNING judged.parked, ${EVENT.replace('o.payload::text', `CASE WHEN NOT judged.parked THEN o.payload::text END`)}`,
-        [streamName, limit, claimLeaseMs],
-      );
+        values: [streamName, limit, claimLeaseMs],
+      });
       const leased = rows.filter((row) => !row.parked).map(({ parked: _, ...event }) => event);
       leased.sort((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
       return { leased, parked: rows.filter((row) => row.parked) };

@@ -108,8 +108,12 @@ export function createClaimWorker(deps: {
     let events = 0;
     let armed = false;
     while (goesOn()) {
-      const lanes = await Promise.allSettled(Array.from({ length: LANES }, () => claimAll(goesOn)));
-      for (const lane of lanes) {
+      // One round tells whether there is work for more: an idle relay is woken for one event.
+      const first = await claim();
+      if (first.kind !== 'no-room') events += first.events;
+      const lanes = first.kind === 'all' ? 0 : LANES;
+      const claimed = await Promise.allSettled(Array.from({ length: lanes }, () => claimAll(goesOn)));
+      for (const lane of claimed) {
         if (lane.status === 'rejected') throw lane.reason;
         events += lane.value;
       }

@@ -105,7 +105,7 @@ describe('a claim job', () => {
   });
 
   test('takes all that is found in the last look', async () => {
-    const rounds: ClaimRound[] = [NOTHING, NOTHING, MORE, MORE, MORE];
+    const rounds: ClaimRound[] = [NOTHING, MORE, MORE, MORE];
     const { log } = startWorker(rounds, ['armed']);
     await wake();
     await idle();
