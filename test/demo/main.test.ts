@@ -10,7 +10,7 @@ import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
 // Each run mostly waits for retries; several at once make up for it, at the price of a slower start.
-vi.setConfig({ testTimeout: 60_000 });
+vi.setConfig({ testTimeout: 180_000 });
 
 type Demo = {
   child: ChildProcess;
@@ -43,7 +43,7 @@ async function startDemo(args: string[], env: Record<string, string> = {}): Prom
   return { child, output: () => output, exited, temporary };
 }
 
-function says(demo: Demo, text: string | RegExp, timeoutMs = 40_000): Promise<RegExpMatchArray> {
+function says(demo: Demo, text: string | RegExp, timeoutMs = 100_000): Promise<RegExpMatchArray> {
   return waitFor(() => demo.output().match(text), { what: `the demo to say ${text}`, timeoutMs }).catch(
     (error: Error) => {
       throw new Error(`${error.message}; it said:\n${demo.output()}`);
