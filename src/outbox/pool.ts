@@ -8,8 +8,14 @@ import { pgOptions } from '../connection-urls.ts';
  */
 export function createPool(databaseUrl: string, options: pg.PoolConfig = {}): pg.Pool {
   const { preferTls, ...fromUrl } = pgOptions(databaseUrl);
-  return new pg.Pool({ ...fromUrl, ...(preferTls && { Client: PreferTlsClient }), ...options });
+  const pool = new pg.Pool({ ...fromUrl, ...(preferTls && { Client: PreferTlsClient }), ...options });
+  // Ended by the server in the moment it is handed out, a connection says so before its user can listen, and an
+  // error that nobody hears ends the process. Heard, the next statement fails.
+  pool.on('connect', (client) => client.on('error', nextStatementFails));
+  return pool;
 }
+
+const nextStatementFails = (): void => {};
 
 /** One connection, otherwise like `createPool`. */
 export function createClient(databaseUrl: string, options: pg.ClientConfig = {}): pg.Client {

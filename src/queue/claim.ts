@@ -108,15 +108,10 @@ export function createClaimWorker(deps: {
     let events = 0;
     let armed = false;
     while (goesOn()) {
-      // One round tells whether there is work for more: an idle relay is woken for one event.
+      // An idle relay is mostly woken for one event: one round tells whether there is work for all lanes.
       const first = await claim();
       if (first.kind !== 'no-room') events += first.events;
-      const lanes = first.kind === 'all' ? 0 : LANES;
-      const claimed = await Promise.allSettled(Array.from({ length: lanes }, () => claimAll(goesOn)));
-      for (const lane of claimed) {
-        if (lane.status === 'rejected') throw lane.reason;
-        events += lane.value;
-      }
+      if (first.kind !== 'all') events += await claimInLanes(goesOn);
       if (!goesOn()) break;
       // Whoever wrote before the wake-up was armed said nothing: armed, look once more.
       if (armed) return { events, exhausted: true };
@@ -126,6 +121,16 @@ export function createClaimWorker(deps: {
       else await pause(PAUSE_MS);
     }
     return { events, exhausted: false };
+  }
+
+  async function claimInLanes(goesOn: () => boolean): Promise<number> {
+    const lanes = await Promise.allSettled(Array.from({ length: LANES }, () => claimAll(goesOn)));
+    let events = 0;
+    for (const lane of lanes) {
+      if (lane.status === 'rejected') throw lane.reason;
+      events += lane.value;
+    }
+    return events;
   }
 
   /** One lane: round after round until one finds less than it could take. */

@@ -56,6 +56,15 @@ describe('a server without TLS', () => {
   });
 });
 
+test('the end of a connection that nobody listens to does not end the process', async () => {
+  const pool = createPool(inject('adminUrl'), { max: 1 });
+  const client = await pool.connect();
+  // What a server that goes away makes it say; thrown at us if nobody hears it.
+  expect(() => client.emit('error', new Error('terminating connection'))).not.toThrow();
+  client.release(true);
+  await pool.end();
+});
+
 describe('a server with TLS', () => {
   let url = '';
   let certificateFile = '';

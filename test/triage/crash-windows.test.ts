@@ -336,6 +336,8 @@ async function startDoomedPod(config: RelayConfig, admin: pg.Pool, window: Windo
   }
 
   const pool = openPool(config.databaseUrl, { application_name: DOOMED });
+  // Ended while it connects, a connection says so before anybody else can listen.
+  pool.on('connect', (client) => client.on('error', () => {}));
   const options = { ...config, shutdownTimeoutMs: 100 };
   const pod = createRelay(options, {
     pool: watchedPool(pool, admin, {
