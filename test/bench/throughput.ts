@@ -203,7 +203,8 @@ async function processTimes(): Promise<ProcessTimes[]> {
     return {
       pid: Number.parseInt(stat, 10),
       parent: Number(fields[1]),
-      micros: (Number(fields[11]) + Number(fields[12])) * 10_000,
+      // Its own, and that of the children that have ended (backends come and go).
+      micros: fields.slice(11, 15).reduce((sum, ticks) => sum + Number(ticks), 0) * 10_000,
     };
   });
 }
