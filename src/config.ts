@@ -396,18 +396,13 @@ function conflicts(config: Partial<RelayConfig>): ConfigProblem[] {
 }
 
 /** The streams and BullMQ's keys share one Redis: no key may serve two purposes. */
-function keyConflicts({
-  streamName,
-  dlqStreamName,
-  queuePrefix,
-  queueName,
-}: Partial<RelayConfig>): ConfigProblem[] {
+function keyConflicts({ streamName, dlqStreamName, queuePrefix }: Partial<RelayConfig>): ConfigProblem[] {
   const problems: ConfigProblem[] = [];
   if (streamName !== undefined && streamName === dlqStreamName) {
     problems.push({ variable: 'RELAY_DLQ_STREAM_NAME', problem: 'must differ from RELAY_STREAM_NAME' });
   }
-  if (queuePrefix === undefined || queueName === undefined) return problems;
-  const queueKeys = `${queuePrefix}:${queueName}-`;
+  if (queuePrefix === undefined) return problems;
+  const queueKeys = `${queuePrefix}:`;
   const problem = `must not begin with ${quoted(queueKeys)}: BullMQ's own keys do`;
   if (streamName?.startsWith(queueKeys)) problems.push({ variable: 'RELAY_STREAM_NAME', problem });
   if (dlqStreamName?.startsWith(queueKeys)) problems.push({ variable: 'RELAY_DLQ_STREAM_NAME', problem });

@@ -176,8 +176,8 @@ describe('bad values', () => {
     RELAY_POLL_INTERVAL: [...notSeconds, '0', '0.049', '3600.1'],
     RELAY_MAX_RETRY_ATTEMPTS: [...notWhole, '-1', '21'],
     RELAY_RETRY_BASE_DELAY: [...notSeconds, '0', '86401'],
-    RELAY_STREAM_NAME: [...notKey, 'bull:relay-claim:wait'],
-    RELAY_DLQ_STREAM_NAME: [...notKey, 'identity.user.v1', 'bull:relay-'],
+    RELAY_STREAM_NAME: [...notKey, 'bull:relay-claim:wait', 'bull:x', 'bull:relay:memory'],
+    RELAY_DLQ_STREAM_NAME: [...notKey, 'identity.user.v1', 'bull:relay-', 'bull:dlq'],
     RELAY_STREAM_MAXLEN: [...notWhole, '-1', '1000000001'],
     RELAY_DLQ_MAXLEN: [...notWhole, '-1', '1000000001'],
     RELAY_SHUTDOWN_TIMEOUT: [...notSeconds, '0', '3601'],
@@ -272,10 +272,7 @@ describe('values that are wrong together', () => {
     ['RELAY_PUBLISH_TIMEOUT', { RELAY_PUBLISH_TIMEOUT: '5', RELAY_CLAIM_LEASE: '5' }],
     ['RELAY_BATCH_SIZE', { RELAY_BATCH_SIZE: '11', RELAY_MAX_IN_FLIGHT: '10' }],
     ['RELAY_DLQ_STREAM_NAME', { RELAY_STREAM_NAME: 'x', RELAY_DLQ_STREAM_NAME: 'x' }],
-    [
-      'RELAY_STREAM_NAME',
-      { RELAY_STREAM_NAME: 'p:q-publish:id', RELAY_QUEUE_PREFIX: 'p', RELAY_QUEUE_NAME: 'q' },
-    ],
+    ['RELAY_STREAM_NAME', { RELAY_STREAM_NAME: 'p:x', RELAY_QUEUE_PREFIX: 'p' }],
     ['RELAY_RETRY_BASE_DELAY', { RELAY_RETRY_BASE_DELAY: '3600', RELAY_MAX_RETRY_ATTEMPTS: '20' }],
   ];
   test.each(cases)('%s %j', (name, env) => {
