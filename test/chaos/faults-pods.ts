@@ -19,11 +19,33 @@ export const WINDOWS = {
 
 export type Window = keyof typeof WINDOWS;
 
-/** A window comes by chance: the doomed pod has to get the right job. It is fed again and again until it does. */
+const FAILURES: readonly Window[] = ['failure-before-dead-letter', 'dead-letter-before-row'];
+
+/** A window comes by chance: the doomed pod has to get the right job. */
 const DOOM_DEADLINE_MS = 60_000;
+/** Above the 7.5 s that a poisonous event takes to die. */
 const FEED_EVERY_MS = 9_000;
 const POISON_PER_FEED = 15;
+const LURE_EVERY_MS = 1_000;
+/** Long enough for the claim job that runs to come to its end (2 s at most). */
+const PAUSED_MS = 2_100;
 const CLOCK_OFF_BY_MIN = 2;
+
+/** Gives the doomed pod the occasion, as often as it takes. */
+async function lureInto(world: World, window: Window, signal: AbortSignal): Promise<void> {
+  while (!signal.aborted) {
+    if (window.startsWith('claim-')) {
+      // Under load the pod that claims goes on claiming. After a pause the one that has waited longest is next.
+      await world.queues.claim.pause();
+      await pause(PAUSED_MS);
+      await world.queues.claim.resume();
+      await pause(LURE_EVERY_MS, signal);
+    } else if (FAILURES.includes(window)) {
+      await world.workload.poison(POISON_PER_FEED);
+      await pause(FEED_EVERY_MS, signal);
+    } else return;
+  }
+}
 
 async function killInWindow(world: World, window: Window, occurrence: number): Promise<void> {
   const doomed = await world.fleet.extra(
@@ -36,24 +58,22 @@ async function killInWindow(world: World, window: Window, occurrence: number): P
     },
     DOOMED_POD,
   );
-  let died = false;
-  const death = doomed.exited.then(() => {
-    died = true;
+  let death: Awaited<typeof doomed.exited> | undefined;
+  void doomed.exited.then((how) => {
+    death = how;
   });
   const fed = new AbortController();
-  const feeding = (async () => {
-    const needsFailures = window === 'failure-before-dead-letter' || window === 'dead-letter-before-row';
-    while (!fed.signal.aborted && needsFailures) {
-      await world.workload.poison(POISON_PER_FEED);
-      await pause(FEED_EVERY_MS, fed.signal);
-    }
-  })();
-  await Promise.race([death, comesTrue(async () => died, DOOM_DEADLINE_MS)]);
+  const feeding = lureInto(world, window, fed.signal);
+  await comesTrue(async () => death !== undefined, DOOM_DEADLINE_MS);
+  const how = death;
   fed.abort();
   await feeding;
-  const { signal, code } = died ? await doomed.exited : await doomed.kill('SIGKILL');
-  if (!died) throw new Error(`no pod came into the window within ${DOOM_DEADLINE_MS / 1_000} s`);
+  if (how === undefined) {
+    await doomed.kill('SIGKILL');
+    throw new Error(`no pod came into the window within ${DOOM_DEADLINE_MS / 1_000} s`);
+  }
   // A process that kills itself says where on its last line: a pod that the system killed does not count.
+  const { signal, code } = how;
   if (signal !== 'SIGKILL' || doomed.lines.at(-1) !== `dies: ${window}`) {
     const last = doomed.lines.slice(-5).join('\n');
     throw new Error(`the pod ended, but not in the window (${signal ?? `exit code ${code}`}):\n${last}`);

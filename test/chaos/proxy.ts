@@ -29,7 +29,7 @@ export async function startProxy(targetPort: number): Promise<NetworkLink> {
   const { port } = listener.address() as { port: number };
 
   function listen(onPort: number): Promise<Server> {
-    const created = createServer({ noDelay: true }, accept);
+    const created = createServer({ noDelay: true, allowHalfOpen: true }, accept);
     return new Promise((done, fail) => {
       created.once('error', fail);
       created.listen({ host: '127.0.0.1', port: onPort }, () => done(created));
@@ -39,7 +39,7 @@ export async function startProxy(targetPort: number): Promise<NetworkLink> {
   function accept(client: Socket): void {
     const server = swallowing
       ? undefined
-      : openSocket({ host: '127.0.0.1', port: targetPort, noDelay: true });
+      : openSocket({ host: '127.0.0.1', port: targetPort, noDelay: true, allowHalfOpen: true });
     const link: Link = { client, server, dead: swallowing };
     links.add(link);
     for (const socket of [client, server]) {

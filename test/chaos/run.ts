@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { type Fault, LANES, RECOVERY_MS, type Undo } from './fault.ts';
-import { GRADE_NAMES, type Grade, gradeWorld, isClean, since } from './grade.ts';
+import { GRADE_NAMES, GRADES, type Grade, gradeWorld, isClean, since } from './grade.ts';
 import { comesTrue, pause, persistently } from './patience.ts';
 import { createRandom } from './random.ts';
 import { laneOf, type Scheduled, scheduleEach, scheduleTogether } from './schedule.ts';
@@ -126,7 +126,7 @@ async function allTogether(
 
 async function poisonUntil(world: World, signal: AbortSignal): Promise<void> {
   while (!signal.aborted) {
-    await world.workload.poison(1);
+    await world.workload.poisonOnce();
     await pause(POISON_EVERY_MS, signal);
   }
 }
@@ -143,7 +143,7 @@ async function oneByOne(
   for (const scheduled of schedule) {
     if (options.signal?.aborted) break;
     world.workload.setRate(rate);
-    await world.workload.poison(1);
+    await world.workload.poisonOnce();
     await pause(WARM_UP_MS, options.signal);
     const injection = await injectOne(world, scheduled, underWay, options);
     await pause(WARM_UP_MS, options.signal);
@@ -215,7 +215,7 @@ function judge(
   if (!isClean(grade)) {
     const kinds = GRADE_NAMES.filter((name) => grade[name].length > 0);
     for (const kind of kinds)
-      violations.push(`${kind}: ${grade[kind].length} (${grade[kind].slice(0, 5).join(', ')})`);
+      violations.push(`${GRADES[kind]}: ${grade[kind].length} (${grade[kind].slice(0, 5).join(', ')})`);
   }
   if (!settled && signal?.aborted !== true)
     warnings.push(`rows or jobs were left after ${SETTLE_DEADLINE_MS / 1_000} s of peace`);
@@ -224,7 +224,7 @@ function judge(
     else if ((recoveryMs ?? Number.POSITIVE_INFINITY) > (fault.recoveryMs ?? RECOVERY_MS)) {
       const took =
         recoveryMs === undefined ? 'no flow again' : `flow only after ${(recoveryMs / 1_000).toFixed(1)} s`;
-      (each ? violations : warnings).push(`${fault.name}: ${took}`);
+      (each ? violations : warnings).push(`recovery from ${fault.name}: ${took}`);
     }
   }
   return { violations, warnings };

@@ -34,6 +34,8 @@ export type Workload = Readonly<{
   quiet(): Promise<void>;
   /** Commits events that will be refused until their retries are spent, each of another aggregate. */
   poison(count: number): Promise<void>;
+  /** One more such event of the one poisonous aggregate, and a healthy one that has to wait for it. */
+  poisonOnce(): Promise<void>;
   /** Commits these events; tries again while the database is away. */
   write(events: readonly SampleEvent[]): Promise<void>;
   /**
@@ -63,6 +65,7 @@ export function createWorkload(options: { url: string; client: Redis; seed: numb
   const counts = { rolledBack: 0, late: 0, unknown: 0 };
   const hot = Array.from({ length: HOT_AGGREGATES }, () => newAggregate(random));
   const warm: Aggregate[] = [];
+  const poisonous = randomUUID();
   let ratePerS = 0;
   let credit = 0;
   let creditAt = performance.now();
@@ -164,6 +167,8 @@ export function createWorkload(options: { url: string; client: Redis; seed: numb
     write,
     poison: (count) =>
       write(Array.from({ length: count }, () => eventOf({ id: randomUUID(), topic: POISON_TOPIC }))),
+    poisonOnce: () =>
+      write([eventOf({ id: poisonous, topic: POISON_TOPIC }), eventOf({ id: poisonous, topic: null })]),
     async probe(timeoutMs) {
       const startedAt = performance.now();
       const signal = AbortSignal.timeout(timeoutMs);
