@@ -13,11 +13,11 @@ const DEADLINE_MS = 300_000;
 test(
   'nothing is lost, doubled or out of order, whatever fails at the same time',
   async () => {
-    const { violations, grade, injections, counts, logs } = await run({
-      ...{ seed: 3, events: 6_000, pods: 2, durationMs: 40_000, faults: SHORT_MIX },
+    const { violations, injections, counts, logs } = await run({
+      ...{ seed: 3, events: 6_000, pods: 2, durationMs: 30_000, faults: SHORT_MIX },
       ...{ each: false, keep: false },
     });
-    expect(violations, `${JSON.stringify(grade)}\nLogs: ${logs}`).toEqual([]);
+    expect(violations, `logs of pods and servers: ${logs}`).toEqual([]);
     expect(injections.map(({ fault }) => fault.name).sort()).toEqual(
       SHORT_MIX.map(({ name }) => name).sort(),
     );
