@@ -11,20 +11,23 @@ import { createLogger, type Logger } from './logger.ts';
 import type { Pool, Queryable } from './outbox/database.ts';
 import { createOutbox } from './outbox/outbox.ts';
 import { createPool } from './outbox/pool.ts';
+import { createReceipts, type Receipts } from './outbox/receipts.ts';
 import { createWakeup } from './outbox/wakeup.ts';
 import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
 import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts';
 import { createPublishWorker } from './queue/publish.ts';
 import { createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
-import { APPEND_CONNECTION, createStream } from './stream/append.ts';
-import { createMemory, MemoryLostError } from './stream/memory.ts';
+import { APPEND_CONNECTION, createStream, type StreamOptions } from './stream/append.ts';
+import { createEpoch, EpochOverError, type Loss } from './stream/epoch.ts';
+import { createRestorer } from './stream/restore.ts';
 import { createValidator } from './stream/validate.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile } from './triage/reconcile.ts';
+import { createResync, totals } from './triage/resync.ts';
 import { createHealth } from './web/health.ts';
 import { createWebServer } from './web/server.ts';
 
@@ -193,31 +196,43 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
 
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
   const queues = createQueues(queueRedis, config, logger);
-  const stream = createStream(appendRedis, {
+  const receipts = createReceipts(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+  const streamOptions = {
     ...config,
     queueKeyPrefix: `${config.queuePrefix}:`,
     jobKey: queues.jobKey,
-  });
-
-  const memoryKey = `${config.queuePrefix}:${config.queueName}:memory`;
-  const memory = createMemory(appendRedis, `${memoryKey}:appends`);
+    epochKey: epochKeyOf(config),
+  };
 
   const scheduler = createScheduler({
     queue: queues.claim,
-    redis: queueRedis,
-    memoryKey,
     pollIntervalMs: config.pollIntervalMs,
-    onMemoryLost: async () => {
-      const events = await outbox.endLeases();
-      if (events === 0) return;
-      logger.warn(
-        { events },
-        'Redis has lost its jobs, or is a new one: the events that were on their way are claimed again',
-      );
-      void scheduler.wake();
-    },
     logger,
   });
+
+  const epoch = createEpoch({
+    redis: appendRedis,
+    key: streamOptions.epochKey,
+    databaseTime: receipts.time,
+    restore,
+    logger,
+  });
+  const stream = createStream(appendRedis, epoch, streamOptions);
+  const compare = createComparison(appendRedis, receipts, streamOptions, logger);
+
+  /** Redis may have lost entries and jobs: what is missing is appended again before anything new is. */
+  async function restore({ intactUntil, guard }: Loss): Promise<void> {
+    const startedAt = Date.now();
+    await receipts.given();
+    const since = await receipts.comparedFrom(config.resyncWindowMs, intactUntil);
+    const found = totals(await compare({ since, until: 'infinity', guard }));
+    const leases = await outbox.endLeases();
+    logger.warn(
+      { since, ...found, leases, ms: Date.now() - startedAt },
+      'compared what was published with what is there; what was lost is restored',
+    );
+    void scheduler.wake();
+  }
 
   const orphans = createOrphanWatch({
     release: outbox.releaseOrphans,
@@ -231,43 +246,30 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
 
   const wakeup = createWakeup({ pool, logger, onWake: () => void scheduler.wake() });
 
-  /** A change of rows and the jobs that follow from it: the jobs are added before the commit. */
-  const withSuccessors = (
-    change: (tx: Queryable) => Promise<OutboxEvent[]>,
-    stillTrue: () => Promise<void> = async () => {},
-  ) =>
-    outbox.transaction('durable', async (tx) => {
+  /**
+   * Rows get their receipts, and their aggregates' next events the jobs that follow, added before the commit. An
+   * entry that Redis may have lost gives no receipt: asked before the jobs are added, so that no successor can get
+   * ahead of it.
+   */
+  const giveReceipts = (of: string, change: (tx: Queryable) => Promise<OutboxEvent[]>) =>
+    receipts.giving(async (tx) => {
       const successors = await change(tx);
-      if (successors.length > 0) {
-        await stillTrue();
-        await queues.addPublishJobs(successors);
-      }
+      await epoch.confirm(of);
+      if (successors.length > 0) await queues.addPublishJobs(successors);
       return successors;
     });
 
   const acknowledger = createAcknowledger({
-    markPublished: async (receipts, generation) => {
-      // An entry that Redis lost between append and commit must not count as published: asked before successors
-      // follow, and once more when the commit is through.
-      const intact = () => memory.assertIntactSince(generation);
-      const successors = await withSuccessors((tx) => outbox.markPublished(tx, receipts), intact);
-      try {
-        await intact();
-      } catch (error) {
-        if (error instanceof MemoryLostError) await outbox.takeBack(receipts);
-        throw error;
-      }
-      return successors;
-    },
+    markPublished: (batch, of) => giveReceipts(of, (tx) => outbox.markPublished(tx, batch)),
     onNoSuccessor: watchOrphans,
-    isFinal: (error) => error instanceof MemoryLostError,
+    isFinal: (error) => error instanceof EpochOverError,
     logger,
   });
 
   const deadLetter = createDeadLetter({
     append: stream.deadLetter,
-    markDead: async (dead) => {
-      await withSuccessors((tx) => outbox.markDead(tx, dead));
+    markDead: async (dead, of) => {
+      await giveReceipts(of, (tx) => outbox.markDead(tx, dead));
     },
     onDead: (event) => watchOrphans([event]),
     logger,
@@ -277,7 +279,6 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     topicProblem: stream.topicProblem,
     violations: config.validation === 'off' ? () => [] : createValidator(),
     strict: config.validation === 'strict',
-    generation: memory.generation,
     publish: stream.publish,
     acknowledge: acknowledger.acknowledge,
     logger,
@@ -404,7 +405,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const lifecycle = createLifecycle([
     { name: 'HTTP server', ...(http && { start: web.start, stop: web.stop }) },
     { name: 'queues', stop: queues.close },
-    { name: 'memory', start: () => memory.assertIntactSince(0) },
+    { name: 'epoch', start: epoch.start, stop: epoch.stop },
     { name: 'acknowledgements', stop: acknowledger.drain },
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },
@@ -427,6 +428,24 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     },
     httpPort: () => (http ? web.port() : undefined),
   };
+}
+
+/** Redis key of the epoch's name. */
+export const epochKeyOf = ({ queuePrefix, queueName }: RelayConfig) => `${queuePrefix}:${queueName}:epoch`;
+
+/** Compares table and streams. */
+export function createComparison(redis: Redis, receipts: Receipts, options: StreamOptions, logger: Logger) {
+  const restorer = createRestorer(redis, options);
+  return createResync({
+    dlqStreamName: options.dlqStreamName,
+    rows: receipts.rows,
+    events: receipts.events,
+    renew: receipts.renew,
+    absent: restorer.absent,
+    restoreEntry: restorer.entry,
+    restoreDeadLetter: restorer.deadLetter,
+    logger,
+  });
 }
 
 const VERSION = '0.1.0';

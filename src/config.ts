@@ -201,6 +201,12 @@ const table = {
     '60',
     'Time after which a claimed event is looked at again if nothing was heard of it',
   ),
+  resyncWindowMs: variable(
+    'RELAY_RESYNC_WINDOW',
+    seconds(0, 30 * DAY),
+    '3600',
+    'How far back published events are restored when Redis has lost its last entries, or all; 0 = never',
+  ),
   concurrency: variable(
     'RELAY_CONCURRENCY',
     wholeNumber(1, 1_000, 'jobs'),

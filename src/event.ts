@@ -35,9 +35,10 @@ export type Receipt = Readonly<{
 
 /** What became of one append to a stream. Every reply of Redis ends in exactly one of these. */
 export type AppendOutcome =
-  | { status: 'appended'; entryId: string }
+  /** `epoch`: the entry is good for as long as Redis loses nothing, which would end its epoch. */
+  | { status: 'appended'; entryId: string; epoch: string }
   /** An earlier run of the same job had appended it: nothing was written now. */
-  | { status: 'already-appended'; entryId: string }
+  | { status: 'already-appended'; entryId: string; epoch: string }
   /** The job's own hash is gone: finished elsewhere, or lost by Redis. The row decides. */
   | { status: 'job-gone' }
   /** Redis refused this very event (wrong type, no permission): it takes the retry road. */

@@ -54,7 +54,7 @@ const BACKLOG_COUNT_LIMIT = 100_000;
 const ISO_8601 = `'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'`;
 
 /** The row as an OutboxEvent; `$1` is the topic of rows that have none. */
-const EVENT = `
+export const EVENT = `
   o.id::text AS "id", o.event_id AS "eventId", o.event_type AS "eventType",
   o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId", coalesce(o.topic, $1) AS "topic",
   o.payload::text AS "payload", o.attempts AS "attempts",
@@ -171,8 +171,8 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       const entryIds = receipts.map((it) => it.entryId);
       const publish = (idParam: string, entryParam: string) => `
         UPDATE identity.outbox o
-        SET published = true, published_at = coalesce(o.published_at, now()), next_attempt_at = NULL,
-            stream_entry_id = r.entry_id
+        SET published = true, published_at = coalesce(CASE WHEN o.published THEN o.published_at END, now()),
+            next_attempt_at = NULL, stream_entry_id = r.entry_id
         FROM unnest(${idParam}::bigint[], ${entryParam}::text[]) AS r (id, entry_id)
         WHERE o.id = r.id`;
       if (!ordered) {
@@ -189,38 +189,28 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       return rows;
     },
 
-    /** Redis lost these entries while their rows were being marked: the next claim takes them again. */
-    async takeBack(receipts: readonly Receipt[]): Promise<void> {
-      await pool.query(
-        `UPDATE identity.outbox o
-         SET published = false, published_at = NULL, stream_entry_id = NULL, next_attempt_at = NULL
-         FROM unnest($1::bigint[], $2::text[]) AS r (id, entry_id)
-         WHERE o.id = r.id AND o.published AND o.stream_entry_id = r.entry_id`,
-        [receipts.map((it) => it.id), receipts.map((it) => it.entryId)],
-      );
-    },
-
     /**
      * Marks a row dead and, unless dead rows hold their aggregate, leases its successor. Nothing happens
      * to a row that is published or dead already.
      */
     async markDead(
       tx: Queryable,
-      dead: { id: string; attempts: number; reason: string },
+      dead: { id: string; attempts: number; reason: string; entryId: string },
     ): Promise<OutboxEvent[]> {
-      const bury = (id: string, attempts: string, reason: string) => `
+      const bury = (id: string, attempts: string, reason: string, entryId: string) => `
         UPDATE identity.outbox o
-        SET dead_lettered_at = now(), next_attempt_at = 'infinity', attempts = ${attempts}, error_message = ${reason}
+        SET dead_lettered_at = now(), next_attempt_at = 'infinity', attempts = ${attempts}, error_message = ${reason},
+            stream_entry_id = ${entryId}
         WHERE o.id = ${id} AND ${STILL_LIVE('o')}`;
       if (!ordered || held) {
-        await tx.query(bury('$1', '$2', '$3'), [dead.id, dead.attempts, dead.reason]);
+        await tx.query(bury('$1', '$2', '$3', '$4'), [dead.id, dead.attempts, dead.reason, dead.entryId]);
         return [];
       }
       const { rows } = await tx.query<OutboxEvent>(
-        `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5')} RETURNING o.aggregate_type, o.aggregate_id),
+        `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5', '$6')} RETURNING o.aggregate_type, o.aggregate_id),
          ${promote('leaving')}
          SELECT * FROM promoted`,
-        [streamName, [dead.id], claimLeaseMs, dead.attempts, dead.reason],
+        [streamName, [dead.id], claimLeaseMs, dead.attempts, dead.reason, dead.entryId],
       );
       return rows;
     },
@@ -278,11 +268,14 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       return rows.map((row) => row.eventId);
     },
 
-    /** Redis lost its jobs: every lease ends now. Returns how many did. */
+    /**
+     * Redis may have lost jobs: every lease ends now, so that somebody looks. What waits for a retry goes on waiting:
+     * its time comes. Returns how many leases ended.
+     */
     async endLeases(): Promise<number> {
       const { rowCount } = await pool.query(
         `UPDATE identity.outbox SET next_attempt_at = now()
-         WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at > now()`,
+         WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at > now() AND attempts = 0`,
       );
       return rowCount ?? 0;
     },

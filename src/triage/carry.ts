@@ -11,10 +11,8 @@ export function createCarry(deps: {
   violations: (eventType: string, payload: string) => string[];
   /** Whether a violation keeps the event out of the stream. */
   strict: boolean;
-  /** How often Redis has lost its data so far: a receipt is good in its own generation only. */
-  generation: () => number;
   publish: (event: OutboxEvent) => Promise<AppendOutcome>;
-  acknowledge: (event: OutboxEvent, entryId: string, generation: number) => Promise<void>;
+  acknowledge: (event: OutboxEvent, entryId: string, epoch: string) => Promise<void>;
   logger: Logger;
 }) {
   const { logger } = deps;
@@ -36,12 +34,11 @@ export function createCarry(deps: {
   return async function carry(event: OutboxEvent): Promise<Attempt> {
     const problem = problemOf(event);
     if (problem !== null) return { kind: 'give-up', reason: problem };
-    const generation = deps.generation();
     const verdict = decide(await deps.publish(event));
     switch (verdict.kind) {
       case 'acknowledge':
         try {
-          await deps.acknowledge(event, verdict.entryId, generation);
+          await deps.acknowledge(event, verdict.entryId, verdict.epoch);
         } catch (error) {
           return {
             kind: 'postpone',

@@ -10,8 +10,11 @@ export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: s
  */
 export function createDeadLetter(deps: {
   append: (event: OutboxEvent, failure: Failure) => Promise<AppendOutcome>;
-  /** Marks the row dead and sees to its successor. */
-  markDead: (dead: { id: string; attempts: number; reason: string }) => Promise<void>;
+  /** Marks the row dead and sees to its successor; rejects when the entry may be lost since. */
+  markDead: (
+    dead: { id: string; attempts: number; reason: string; entryId: string },
+    epoch: string,
+  ) => Promise<void>;
   onDead: (event: OutboxEvent) => void;
   logger: Logger;
 }) {
@@ -24,7 +27,7 @@ export function createDeadLetter(deps: {
     switch (outcome.status) {
       case 'appended':
       case 'already-appended':
-        await markDead({ id: event.id, attempts, reason });
+        await markDead({ id: event.id, attempts, reason, entryId: outcome.entryId }, outcome.epoch);
         logger.warn(
           { ...about, reason, dlqEntryId: outcome.entryId },
           'event moved to the dead-letter stream',
