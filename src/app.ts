@@ -16,7 +16,7 @@ import { createWakeup } from './outbox/wakeup.ts';
 import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
 import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts';
 import { createPublishWorker } from './queue/publish.ts';
-import { createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
+import { createQueues, publishJobKey, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
 import { APPEND_CONNECTION, createStream, type StreamOptions } from './stream/append.ts';
 import { createEpoch, EpochOverError, type Loss } from './stream/epoch.ts';
@@ -197,12 +197,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
   const queues = createQueues(queueRedis, config, logger);
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
-  const streamOptions = {
-    ...config,
-    queueKeyPrefix: `${config.queuePrefix}:`,
-    jobKey: queues.jobKey,
-    epochKey: epochKeyOf(config),
-  };
+  const streamOptions = streamOptionsOf(config);
 
   const scheduler = createScheduler({
     queue: queues.claim,
@@ -227,10 +222,9 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     const since = await receipts.comparedFrom(config.resyncWindowMs, intactUntil);
     const found = totals(await compare({ since, until: 'infinity', guard }));
     const leases = await outbox.endLeases();
-    logger.warn(
-      { since, ...found, leases, ms: Date.now() - startedAt },
-      'compared what was published with what is there; what was lost is restored',
-    );
+    const about = { since, ...found, leases, ms: Date.now() - startedAt };
+    if (found.lost + found.refused === 0) logger.info(about, 'nothing that was published is missing');
+    else logger.warn(about, 'Redis had lost entries; they were appended again');
     void scheduler.wake();
   }
 
@@ -430,10 +424,15 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   };
 }
 
-/** Redis key of the epoch's name. */
-export const epochKeyOf = ({ queuePrefix, queueName }: RelayConfig) => `${queuePrefix}:${queueName}:epoch`;
+/** What the configuration says about streams and the keys beside them. */
+export const streamOptionsOf = (config: RelayConfig): StreamOptions => ({
+  ...config,
+  queueKeyPrefix: `${config.queuePrefix}:`,
+  jobKey: (eventId) => publishJobKey(config, eventId),
+  epochKey: `${config.queuePrefix}:${config.queueName}:epoch`,
+});
 
-/** Compares table and streams. */
+/** Compares table and streams, and restores; see triage/resync.ts. */
 export function createComparison(redis: Redis, receipts: Receipts, options: StreamOptions, logger: Logger) {
   const restorer = createRestorer(redis, options);
   return createResync({

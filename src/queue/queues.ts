@@ -1,4 +1,4 @@
-import { type Job, Queue, Worker } from 'bullmq';
+import { type Job, Queue, QueueKeys, Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
 import type { OutboxEvent } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
@@ -93,6 +93,12 @@ const CLOSE_TIMEOUT_MS = 2_000;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
+/** Redis key of an event's publish job. */
+export const publishJobKey = (
+  options: Readonly<{ queuePrefix: string; queueName: string }>,
+  eventId: string,
+) => new QueueKeys(options.queuePrefix).toKey(publishQueueName(options.queueName), eventId);
+
 export function createQueues(redis: Redis, options: QueueOptions, logger: Logger) {
   const shared = { connection: redis, prefix: options.queuePrefix };
   const claim = new Queue(claimQueueName(options.queueName), shared);
@@ -121,9 +127,6 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Logger
   return {
     claim,
     publish,
-
-    /** Redis key of an event's publish job. */
-    jobKey: (eventId: string): string => publish.toKey(eventId),
 
     /**
      * Adds one publish job per event; one that is there already is left as it is.

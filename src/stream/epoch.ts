@@ -58,10 +58,18 @@ declare module 'ioredis' {
   }
 }
 
-/** KEYS: epoch, intact. ARGV: epoch, database time. Everything before this moment is there as long as the stamp is. */
+/**
+ * Answers whether the epoch lasts, and stamps it with the time: everything before is there as long as the stamp is.
+ * The server's identity is asked for in here, since a stamp on data that was rolled back would hide what is missing.
+ *
+ * KEYS: epoch, intact. ARGV: epoch, database time ('' = no stamp).
+ */
 const STAMP = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[2], ARGV[2])
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+if string.find(ARGV[1], run .. '/' .. history .. ':', 1, true) ~= 1 then return 0 end
+if ARGV[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2]) end
 return 1`;
 
 /** KEYS: epoch, intact, checker. ARGV: guard, new epoch, database time. */
@@ -131,7 +139,7 @@ export function createEpoch(deps: {
 
   /** Until an epoch is known, or the connection is gone: then `ready` begins again. */
   function find(): void {
-    if (stopped || finding) return;
+    if (stopped || finding !== undefined) return;
     const mine = connection;
     finding = (async () => {
       while (!stopped && epoch === undefined && connection === mine) {
@@ -177,9 +185,9 @@ export function createEpoch(deps: {
       const intactUntil = await redis.get(intactKey);
       // From here on no receipt of an earlier append is confirmed, by any pod.
       await redis.set(key, guard);
-      logger.warn(
+      logger.info(
         { intactUntil, known: found !== null },
-        'Redis was restarted, replaced or emptied: comparing what was published with what is there',
+        'Redis is new here, or was restarted, replaced or emptied: comparing what was published with what is there',
       );
       await deps.restore({ intactUntil, guard });
       const next = `${server}:${randomUUID()}`;
@@ -198,13 +206,9 @@ export function createEpoch(deps: {
       if (redis.status === 'ready') find();
       return;
     }
-    const server = await identityOf(redis);
-    const stamped = await deps.databaseTime().then(
-      (now) => redis.stampEpoch(key, intactKey, known, now),
-      // Without the database nothing is stamped: more is compared, should Redis fail now.
-      async () => ((await redis.get(key)) === known ? 1 : 0),
-    );
-    if (epoch === known && (stamped !== 1 || server === null || !known.startsWith(`${server}:`))) forget();
+    // Without the database nothing is stamped: more is compared, should Redis fail now.
+    const now = await deps.databaseTime().catch(() => '');
+    if (epoch === known && (await redis.stampEpoch(key, intactKey, known, now)) !== 1) forget();
   }
 
   function lookAgain(): void {

@@ -70,7 +70,9 @@ const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
   [
     'a dead letter, with 20,000 rows waiting behind it',
     (it) =>
-      it.transaction('durable', (tx) => it.markDead(tx, { id: String(HOT_HEAD), attempts: 6, reason: 'x' })),
+      it.transaction('durable', (tx) =>
+        it.markDead(tx, { id: String(HOT_HEAD), attempts: 6, reason: 'x', entryId: '1-1' }),
+      ),
     20,
   ],
   ['the release of orphans', (it) => it.releaseOrphans(Array(BATCH).fill(HOT)), 10 * BATCH],

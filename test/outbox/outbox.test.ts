@@ -59,7 +59,7 @@ const acknowledge = (ids: (number | string)[], by = outbox) =>
   by.transaction('durable', (tx) => by.markPublished(tx, ids.map(receipt)));
 const bury = (id: number | string, by = outbox) =>
   by.transaction('durable', (tx) =>
-    by.markDead(tx, { id: String(id), attempts: 6, reason: 'no permission' }),
+    by.markDead(tx, { ...receipt(id), attempts: 6, reason: 'no permission' }),
   );
 const idsOf = (events: readonly { id: string }[]) => events.map((event) => event.id);
 
@@ -366,7 +366,7 @@ describe('a dead letter', () => {
     await bury(1);
     const before = await readRows(pool);
     const again = await outbox.transaction('durable', (tx) =>
-      outbox.markDead(tx, { id: '1', attempts: 9, reason: 'another' }),
+      outbox.markDead(tx, { ...receipt(1), attempts: 9, reason: 'another' }),
     );
     expect(again).toEqual([]);
     expect((await row(1)).deadLetteredAt).toEqual(before[0]?.deadLetteredAt);
@@ -487,6 +487,14 @@ describe('due rows', () => {
     expect(await states()).toEqual(['due', 'due', 'parked', 'published', 'dead', 'fresh']);
     expect(await outbox.endLeases()).toBe(0);
   });
+
+  test('of a row that waits for its retry is left: its time comes', async () => {
+    await insertEvents(pool, someEvents(2));
+    for (const id of [1, 2]) await set(id, LEASED);
+    await set(2, 'attempts = 1');
+    expect(await outbox.endLeases()).toBe(1);
+    expect(await states()).toEqual(['due', 'leased']);
+  });
 });
 
 describe('a row that is parked behind nobody', () => {
@@ -513,7 +521,7 @@ describe('a row that is parked behind nobody', () => {
     await insertOfUser(1);
     await claim();
     await outbox.transaction('durable', async (burying) => {
-      await outbox.markDead(burying, { id: '1', attempts: 1, reason: 'x' });
+      await outbox.markDead(burying, { ...receipt(1), attempts: 1, reason: 'x' });
       await insertOfUser(1);
       await claim();
     });

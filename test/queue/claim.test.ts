@@ -38,8 +38,7 @@ afterEach(async () => {
 /** The real wish for a claim. */
 const wake = () =>
   createScheduler({
-    ...{ queue, redis: admin, memoryKey: 'memory', pollIntervalMs: 60_000, logger: silent },
-    onMemoryLost: async () => {},
+    ...{ queue, pollIntervalMs: 60_000, logger: silent },
   }).wake();
 
 /**

@@ -4,7 +4,8 @@ import { createCarry } from '../../src/triage/carry.ts';
 import { aClaimedEvent, silent } from '../support/stages.ts';
 
 const ENTRY_ID = '1700000000000-0';
-const APPENDED: AppendOutcome = { status: 'appended', entryId: ENTRY_ID };
+const EPOCH = 'epoch';
+const APPENDED: AppendOutcome = { status: 'appended', entryId: ENTRY_ID, epoch: EPOCH };
 
 /** One attempt with the given findings; `done` tells what it brought about. */
 async function attempt(
@@ -21,14 +22,13 @@ async function attempt(
     topicProblem: () => findings.topicProblem ?? null,
     violations: () => findings.violations ?? [],
     strict: findings.strict ?? false,
-    generation: () => 0,
     publish: async () => {
       done.push('appended');
       return findings.outcome ?? APPENDED;
     },
-    acknowledge: async (_, entryId) => {
+    acknowledge: async (_, entryId, epoch) => {
       await findings.acknowledge?.();
-      done.push(`acknowledged ${entryId}`);
+      done.push(`acknowledged ${entryId} of ${epoch}`);
     },
     logger: silent,
   });
@@ -38,9 +38,9 @@ async function attempt(
 describe('an attempt', () => {
   test('appends, acknowledges with what Redis answered, and is done', async () => {
     for (const status of ['appended', 'already-appended'] as const) {
-      expect(await attempt({ outcome: { status, entryId: ENTRY_ID } })).toEqual({
+      expect(await attempt({ outcome: { status, entryId: ENTRY_ID, epoch: EPOCH } })).toEqual({
         attempt: { kind: 'done' },
-        done: ['appended', `acknowledged ${ENTRY_ID}`],
+        done: ['appended', `acknowledged ${ENTRY_ID} of ${EPOCH}`],
       });
     }
   });
