@@ -2,7 +2,7 @@
 import { expect, test } from 'vitest';
 import { powerCut, written } from '../support/aof.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
 import { createRedis } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
