@@ -17,6 +17,7 @@ import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts'
 import { createPublishWorker } from './queue/publish.ts';
 import { createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
+import { createSuspects } from './queue/suspects.ts';
 import { APPEND_CONNECTION, createStream } from './stream/append.ts';
 import { createMemory, MemoryLostError } from './stream/memory.ts';
 import { createValidator } from './stream/validate.ts';
@@ -287,6 +288,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     connection: workerRedis,
     options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 4) },
     attempt: carry,
+    suspects: createSuspects({ redis: queueRedis, jobKey: queues.jobKey, maxCrashes: config.maxCrashes }),
     recordFailure: outbox.recordFailure,
     deadLetter,
     delayedCount: async () => (await queues.inFlight()).delayed,

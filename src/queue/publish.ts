@@ -1,6 +1,6 @@
 import { DelayedError, type Job, UnrecoverableError } from 'bullmq';
 import type { Redis } from 'ioredis';
-import type { Attempt, OutboxEvent } from '../event.ts';
+import type { Attempt, InTurn, OutboxEvent } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 import {
@@ -11,11 +11,10 @@ import {
   reportErrors,
   WORKER_OPTIONS,
 } from './queues.ts';
+import { CrashLimitError, type Suspects } from './suspects.ts';
 
 /** How soon an event is tried again when nobody could publish it. */
 const POSTPONE_MS = 1_000;
-/** A job may be found stalled so often before it is given up as one that kills its pod. */
-const MAX_STALLED = 10;
 
 export type PublishOptions = Readonly<{
   queuePrefix: string;
@@ -38,7 +37,8 @@ export function createPublishWorker(deps: {
   connection: Redis;
   options: PublishOptions;
   /** One attempt to publish; must not throw for anything that is the event's fault. */
-  attempt: (event: OutboxEvent) => Promise<Attempt>;
+  attempt: (event: OutboxEvent, inTurn: InTurn) => Promise<Attempt>;
+  suspects: Suspects;
   recordFailure: (failure: {
     id: string;
     attempts: number;
@@ -51,7 +51,7 @@ export function createPublishWorker(deps: {
   forget: (eventId: string) => Promise<void>;
   logger: Logger;
 }): PublishWorker {
-  const { options, logger } = deps;
+  const { options, suspects, logger } = deps;
   const handlers = new Set<Promise<void>>();
 
   async function process(job: Job<OutboxEvent>, token?: string): Promise<void> {
@@ -61,8 +61,16 @@ export function createPublishWorker(deps: {
       topic: event.topic,
       attempt: event.attempts + job.attemptsMade + 1,
     };
-    const outcome = await withDeadline(options.publishTimeoutMs, deps.attempt(event)).catch(
-      (error: Error): Attempt => ({ kind: 'postpone', reason: error.message }),
+    const expiresAt = Date.now() + options.publishTimeoutMs;
+    const inTurn: InTurn = (append) =>
+      job.stalledCounter > 0
+        ? suspects.alone(event.eventId, expiresAt, append)
+        : suspects.together(expiresAt, append);
+    const outcome = await withDeadline(options.publishTimeoutMs, deps.attempt(event, inTurn)).catch(
+      (error: Error): Attempt => ({
+        kind: error instanceof CrashLimitError ? 'give-up' : 'postpone',
+        reason: error.message,
+      }),
     );
     switch (outcome.kind) {
       case 'done':
@@ -89,6 +97,9 @@ export function createPublishWorker(deps: {
     try {
       if (job.finishedOn) {
         await deps.deadLetter({ event, attempts, reason: error.message, failedAt: new Date(job.finishedOn) });
+        // Whoever retries it from a dashboard means it: it is started again.
+        if (job.stalledCounter > 0)
+          await suspects.absolve(event.eventId, Date.now() + options.publishTimeoutMs);
       } else {
         const failure = { id: event.id, attempts, reason: error.message, retryInMs: job.delay };
         await deps.recordFailure(failure);
@@ -116,7 +127,8 @@ export function createPublishWorker(deps: {
     connection: deps.connection,
     prefix: options.queuePrefix,
     concurrency: options.concurrency,
-    maxStalledCount: MAX_STALLED,
+    // A stall is no crash, and a crash not the fault of all that were in hand: suspects.ts tells them apart.
+    maxStalledCount: 1_000_000,
   });
   reportErrors(worker, logger);
   worker.on('stalled', (eventId) => logger.warn({ eventId }, 'took over an event from a pod that stopped'));
@@ -132,6 +144,7 @@ export function createPublishWorker(deps: {
     async stop(deadlineMs) {
       await closeWorker(worker, deadlineMs);
       await succeedsWithin(deadlineMs, Promise.all(handlers));
+      suspects.stop();
     },
     isRunning: () => worker.isRunning() && !worker.isPaused(),
   };

@@ -1,7 +1,7 @@
-import type { AppendOutcome, Attempt, OutboxEvent } from '../event.ts';
+import type { AppendOutcome, Attempt, InTurn, OutboxEvent } from '../event.ts';
 import type { Logger } from '../logger.ts';
 import { errorText } from '../logger.ts';
-import { decide } from './decide.ts';
+import { decide, type Verdict } from './decide.ts';
 
 /** One attempt to bring one event from its job to its stream: check, append, decide, acknowledge. */
 export function createCarry(deps: {
@@ -33,11 +33,19 @@ export function createCarry(deps: {
     return null;
   }
 
-  return async function carry(event: OutboxEvent): Promise<Attempt> {
+  async function append(event: OutboxEvent): Promise<Verdict> {
     const problem = problemOf(event);
     if (problem !== null) return { kind: 'give-up', reason: problem };
-    const generation = deps.generation();
-    const verdict = decide(await deps.publish(event));
+    return decide(await deps.publish(event));
+  }
+
+  /** @param inTurn runs the part in which an event can harm its pod: from its check to the answer to its append */
+  return async function carry(event: OutboxEvent, inTurn: InTurn = (run) => run()): Promise<Attempt> {
+    let generation = 0;
+    const verdict = await inTurn(() => {
+      generation = deps.generation();
+      return append(event);
+    });
     switch (verdict.kind) {
       case 'acknowledge':
         try {

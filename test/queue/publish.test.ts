@@ -5,6 +5,7 @@ import type { Attempt, OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createPublishWorker, type PublishOptions, type PublishWorker } from '../../src/queue/publish.ts';
 import { createQueues, type FailedJob, type Queues, WORKER_CONNECTION } from '../../src/queue/queues.ts';
+import { createSuspects } from '../../src/queue/suspects.ts';
 import { createRedis } from '../support/servers.ts';
 import { aClaimedEvent, deferred, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
@@ -47,6 +48,7 @@ function startWorker(
     attempt,
     recordFailure: async (failure) => void notes.push(failure),
     deadLetter: async (failure) => void dead.push(failure),
+    suspects: createSuspects({ redis: admin, jobKey: queues.jobKey, maxCrashes: 3 }),
     delayedCount: async () => (await queues.inFlight()).delayed,
     forget: queues.remove,
     logger: silent,
