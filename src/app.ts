@@ -9,13 +9,14 @@ import type { OutboxEvent } from './event.ts';
 import { createLifecycle, succeedsWithin } from './lifecycle.ts';
 import { createLogger, type Logger } from './logger.ts';
 import type { Pool, Queryable } from './outbox/database.ts';
+import { distrustful } from './outbox/distrust.ts';
 import { createOutbox } from './outbox/outbox.ts';
 import { createPool } from './outbox/pool.ts';
 import { createWakeup } from './outbox/wakeup.ts';
 import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
 import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts';
 import { createPublishWorker } from './queue/publish.ts';
-import { createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
+import { ANSWER_TIMEOUT_MS, createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
 import { createSuspects } from './queue/suspects.ts';
 import { APPEND_CONNECTION, createStream } from './stream/append.ts';
@@ -63,6 +64,9 @@ const TRIM_LIMIT = 1_000;
 const STUCK_AFTER_MS = 60_000;
 /** Answer of a healthy server; commands that take longer are given up and asked again. */
 const QUEUE_TIMEOUT_MS = 5_000;
+/** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
+const STATEMENT_TIMEOUT_MS = 4_000;
+const CONNECT_TIMEOUT_MS = 3_000;
 const RECONNECT_DELAY_MS = 1_000;
 const CLOSE_TIMEOUT_MS = 1_000;
 /** Of the time to stop, this much is for finishing what runs; the rest is for closing. */
@@ -142,8 +146,7 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     ? undefined
     : createPool(config.databaseUrl, {
         max: POOL_SIZE,
-        connectionTimeoutMillis: QUEUE_TIMEOUT_MS,
-        query_timeout: config.publishTimeoutMs,
+        connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
         keepAlive: true,
         pipeline: true,
         application_name: 'relay-service',
@@ -155,6 +158,8 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     const all: RedisOptions = {
       ...options,
       lazyConnect: false,
+      socketTimeout: ANSWER_TIMEOUT_MS,
+      connectTimeout: CONNECT_TIMEOUT_MS,
       connectionName: `relay-${role}`,
       retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
     };
@@ -176,7 +181,7 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     return redis;
   };
   return {
-    pool: deps.pool ?? (ownPool as Pool),
+    pool: distrustful(deps.pool ?? (ownPool as Pool), QUEUE_TIMEOUT_MS),
     queueRedis: connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS }),
     appendRedis: connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs }),
     workerRedis: connect('worker', WORKER_CONNECTION),
@@ -192,7 +197,8 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const ordered = config.ordering === 'aggregate';
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
 
-  const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+  const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
+  const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const queues = createQueues(queueRedis, config, logger);
   const stream = createStream(appendRedis, {
     ...config,
