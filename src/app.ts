@@ -7,14 +7,15 @@ import type { Redis, RedisOptions } from 'ioredis';
 import type { RelayConfig } from './config.ts';
 import type { OutboxEvent } from './event.ts';
 import { createLifecycle, succeedsWithin } from './lifecycle.ts';
-import { createLogger, type Logger } from './logger.ts';
+import { createLogger, errorText, type Logger } from './logger.ts';
 import type { Pool, Queryable } from './outbox/database.ts';
 import { distrustful } from './outbox/distrust.ts';
 import { createOutbox } from './outbox/outbox.ts';
 import { createPool } from './outbox/pool.ts';
 import { createWakeup } from './outbox/wakeup.ts';
-import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
+import { createWriteProbe, inspectRedis, openRedis, waitForServers } from './preflight.ts';
 import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts';
+import { createProgressWatch } from './queue/progress.ts';
 import { createPublishWorker } from './queue/publish.ts';
 import { ANSWER_TIMEOUT_MS, createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
@@ -60,6 +61,8 @@ export type Relay = Readonly<{
 
 /** Failed jobs looked through in one round of trimming. */
 const TRIM_LIMIT = 1_000;
+/** Longest time for a claim job with all its duties: 50 batches of due rows, then a turn. */
+const CLAIM_JOB_DEADLINE_MS = 120_000;
 /** A pod that has not looked after the schedule for so long hangs. */
 const STUCK_AFTER_MS = 60_000;
 /** Answer of a healthy server; commands that take longer are given up and asked again. */
@@ -207,6 +210,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   });
 
   const memoryKey = `${config.queuePrefix}:${config.queueName}:memory`;
+  const assertWritable = createWriteProbe(queueRedis, `${config.queuePrefix}:${config.queueName}:probe`);
   const memory = createMemory(appendRedis, `${memoryKey}:appends`);
 
   const scheduler = createScheduler({
@@ -286,6 +290,11 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     strict: config.validation === 'strict',
     generation: memory.generation,
     publish: stream.publish,
+    refusedEverything: (event) =>
+      Promise.all([assertWritable(), queueRedis.exists(queues.jobKey(event.eventId))]).then(
+        () => null,
+        (error) => errorText(error),
+      ),
     acknowledge: acknowledger.acknowledge,
     logger,
   });
@@ -383,12 +392,35 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     logger,
   });
 
+  const progress = createProgressWatch({
+    redis: queueRedis,
+    workplaces: [
+      {
+        worker: publishWorker.worker,
+        queue: queues.publish,
+        // One attempt, and the postponement of it.
+        deadlineMs: 2 * config.publishTimeoutMs,
+        oneByOne: false,
+      },
+      {
+        worker: claimWorker.worker,
+        queue: queues.claim,
+        deadlineMs: CLAIM_JOB_DEADLINE_MS,
+        oneByOne: true,
+      },
+    ],
+    assertWritable,
+  });
+
   const health = createHealth({
     database: async () => {
       await pool.query('SELECT 1');
       return {};
     },
-    redis: () => inspectRedis(queueRedis),
+    redis: async () => {
+      await assertWritable();
+      return inspectRedis(queueRedis);
+    },
     backlog: async () => {
       const { oldestWaitingSeconds, ...counts } = await outbox.backlog();
       return { oldestWaitingSeconds, ...counts };
@@ -405,6 +437,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
       ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
         ? ['nobody looks after the claim schedule']
         : []),
+      ...progress.reasons(),
     ],
     phase: () => phase,
   });
@@ -419,6 +452,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     { name: 'wake-up', ...(config.notify && { start: wakeup.start, stop: wakeup.stop }) },
     { name: 'claim worker', start: claimWorker.start, stop: claimWorker.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
+    { name: 'progress watch', start: progress.start, stop: progress.stop },
     { name: 'first claim', start: scheduler.wake },
     {
       name: 'readiness',

@@ -74,6 +74,7 @@ export type ClaimWorker = Readonly<{
   isRunning(): boolean;
   /** When a claim last came to its end, or was found to have nothing to do; ms since the epoch. */
   lastTurnAt(): number;
+  worker: PatientWorker;
 }>;
 
 /** Runs claim jobs: each claims while there is work and room, so throughput does not depend on the ticks. */
@@ -182,6 +183,7 @@ export function createClaimWorker(deps: {
     },
     isRunning: () => worker.isRunning() && !worker.isPaused(),
     lastTurnAt: () => lastTurnAt,
+    worker,
   };
 }
 

@@ -30,6 +30,7 @@ export type PublishWorker = Readonly<{
   /** Takes no more jobs, waits for those in hand until the deadline, then leaves them to the other pods. */
   stop(deadlineMs: number): Promise<void>;
   isRunning(): boolean;
+  worker: PatientWorker<OutboxEvent>;
 }>;
 
 /** Runs publish jobs: one attempt each, then whatever follows from it. */
@@ -53,9 +54,17 @@ export function createPublishWorker(deps: {
 }): PublishWorker {
   const { options, suspects, logger } = deps;
   const handlers = new Set<Promise<void>>();
+  const report = reportPostponed(logger);
 
   async function process(job: Job<OutboxEvent>, token?: string): Promise<void> {
     const event = job.data;
+    if (event.eventId === undefined) {
+      // Redis lost the job's hash and kept its id in a list. Its row's lease brings the event back; what BullMQ made
+      // of the id must not be in the way then.
+      logger.warn({ eventId: job.id }, 'a job has lost its event; its row decides');
+      job.opts.removeOnComplete = true;
+      return;
+    }
     const about = {
       eventId: event.eventId,
       topic: event.topic,
@@ -77,11 +86,10 @@ export function createPublishWorker(deps: {
         logger.debug(about, 'event published');
         return;
       case 'postpone':
-        logger.warn(
-          { ...about, reason: outcome.reason, retryInMs: POSTPONE_MS },
-          'cannot publish now; event postponed',
-        );
-        await job.moveToDelayed(Date.now() + POSTPONE_MS, token);
+        report(about, outcome.reason);
+        // If not even that is possible, the job stays where it is and its lock ends: found by the stalled check, at no
+        // cost to the event's attempts. Waiting for it would renew the lock for ever.
+        await succeedsWithin(options.publishTimeoutMs, job.moveToDelayed(Date.now() + POSTPONE_MS, token));
         throw new DelayedError();
       case 'give-up':
         throw new UnrecoverableError(outcome.reason);
@@ -147,5 +155,22 @@ export function createPublishWorker(deps: {
       suspects.stop();
     },
     isRunning: () => worker.isRunning() && !worker.isPaused(),
+    worker,
+  };
+}
+
+/** An outage postpones thousands of events a second: one line when it begins, and one in so long while it lasts. */
+const REPORT_INTERVAL_MS = 10_000;
+
+function reportPostponed(logger: Logger): (about: Record<string, unknown>, reason: string) => void {
+  let reportedAt = 0;
+  let events = 0;
+  return (about, reason) => {
+    logger.debug({ ...about, reason, retryInMs: POSTPONE_MS }, 'event postponed');
+    events++;
+    if (Date.now() - reportedAt < REPORT_INTERVAL_MS) return;
+    logger.warn({ events, reason }, 'cannot publish now; events are postponed');
+    reportedAt = Date.now();
+    events = 0;
   };
 }

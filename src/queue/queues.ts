@@ -74,8 +74,38 @@ export const WORKER_OPTIONS = {
  * once: 10,000 times a second, measured. This worker takes a breath.
  */
 export class PatientWorker<T = unknown> extends Worker<T> {
+  readonly #takenAt = new Map<Job<T>, number>();
+  #lastTakenAt = Date.now();
+
   override get maximumBlockTimeout(): number {
     return BLOCK_S;
+  }
+
+  /** When it last began to work on a job, or on nothing yet; ms since the epoch. */
+  lastTakenAt(): number {
+    return this.#lastTakenAt;
+  }
+
+  /** Jobs that it works on, until they are moved on in Redis. */
+  inHand(): number {
+    return this.#takenAt.size;
+  }
+
+  /** When it took the one that it has in hand for the longest time. */
+  oldestTakenAt(): number | undefined {
+    // A Map keeps the order in which they were taken.
+    for (const takenAt of this.#takenAt.values()) return takenAt;
+    return undefined;
+  }
+
+  override async processJob(job: Job<T>, token: string, fetchNext?: () => boolean) {
+    this.#lastTakenAt = Date.now();
+    this.#takenAt.set(job, this.#lastTakenAt);
+    try {
+      return await super.processJob(job, token, fetchNext);
+    } finally {
+      this.#takenAt.delete(job);
+    }
   }
 
   protected override async moveToActive(token: string, name?: string): Promise<Job<T>> {

@@ -3,6 +3,9 @@ import type { Logger } from '../logger.ts';
 import { errorText } from '../logger.ts';
 import { decide, type Verdict } from './decide.ts';
 
+/** How Redis says that the user may not: for the call itself, and from within a script. */
+const NO_PERMISSION = /NOPERM|ACL failure/;
+
 /** One attempt to bring one event from its job to its stream: check, append, decide, acknowledge. */
 export function createCarry(deps: {
   /** Why the topic can never be the key of a stream, or null. */
@@ -14,6 +17,8 @@ export function createCarry(deps: {
   /** How often Redis has lost its data so far: a receipt is good in its own generation only. */
   generation: () => number;
   publish: (event: OutboxEvent) => Promise<AppendOutcome>;
+  /** Asked when permission was refused: why Redis refuses the relay everything, or null when it is this stream. */
+  refusedEverything: (event: OutboxEvent) => Promise<string | null>;
   acknowledge: (event: OutboxEvent, entryId: string, generation: number) => Promise<void>;
   logger: Logger;
 }) {
@@ -36,7 +41,10 @@ export function createCarry(deps: {
   async function append(event: OutboxEvent): Promise<Verdict> {
     const problem = problemOf(event);
     if (problem !== null) return { kind: 'give-up', reason: problem };
-    return decide(await deps.publish(event));
+    const verdict = decide(await deps.publish(event));
+    if (verdict.kind !== 'retry' || !NO_PERMISSION.test(verdict.reason)) return verdict;
+    const reason = await deps.refusedEverything(event);
+    return reason === null ? verdict : { kind: 'postpone', reason };
   }
 
   /** @param inTurn runs the part in which an event can harm its pod: from its check to the answer to its append */
