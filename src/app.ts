@@ -7,17 +7,26 @@ import type { Redis, RedisOptions } from 'ioredis';
 import type { RelayConfig } from './config.ts';
 import type { OutboxEvent } from './event.ts';
 import { createLifecycle, succeedsWithin } from './lifecycle.ts';
-import { createLogger, type Logger } from './logger.ts';
+import { createLogger, errorText, type Logger } from './logger.ts';
 import type { Pool, Queryable } from './outbox/database.ts';
+import { distrustful } from './outbox/distrust.ts';
 import { createOutbox } from './outbox/outbox.ts';
 import { createPool } from './outbox/pool.ts';
 import { createReceipts, type Receipts } from './outbox/receipts.ts';
 import { createWakeup } from './outbox/wakeup.ts';
-import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
+import { createWriteProbe, inspectRedis, openRedis, waitForServers } from './preflight.ts';
 import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts';
+import { createProgressWatch } from './queue/progress.ts';
 import { createPublishWorker } from './queue/publish.ts';
-import { createQueues, publishJobKey, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
+import {
+  ANSWER_TIMEOUT_MS,
+  createQueues,
+  publishJobKey,
+  QUEUE_CONNECTION,
+  WORKER_CONNECTION,
+} from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
+import { createSuspects } from './queue/suspects.ts';
 import { APPEND_CONNECTION, createStream, type StreamOptions } from './stream/append.ts';
 import { createEpoch, EpochOverError, type Loss } from './stream/epoch.ts';
 import { createRestorer } from './stream/restore.ts';
@@ -61,10 +70,15 @@ export type Relay = Readonly<{
 
 /** Failed jobs looked through in one round of trimming. */
 const TRIM_LIMIT = 1_000;
+/** Longest time for a claim job with all its duties: 50 batches of due rows, then a turn. */
+const CLAIM_JOB_DEADLINE_MS = 120_000;
 /** A pod that has not looked after the schedule for so long hangs. */
 const STUCK_AFTER_MS = 60_000;
 /** Answer of a healthy server; commands that take longer are given up and asked again. */
 const QUEUE_TIMEOUT_MS = 5_000;
+/** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
+const STATEMENT_TIMEOUT_MS = 4_000;
+const CONNECT_TIMEOUT_MS = 3_000;
 const RECONNECT_DELAY_MS = 1_000;
 const CLOSE_TIMEOUT_MS = 1_000;
 /** Of the time to stop, this much is for finishing what runs; the rest is for closing. */
@@ -144,8 +158,7 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     ? undefined
     : createPool(config.databaseUrl, {
         max: POOL_SIZE,
-        connectionTimeoutMillis: QUEUE_TIMEOUT_MS,
-        query_timeout: config.publishTimeoutMs,
+        connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
         keepAlive: true,
         pipeline: true,
         application_name: 'relay-service',
@@ -157,6 +170,8 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     const all: RedisOptions = {
       ...options,
       lazyConnect: false,
+      socketTimeout: ANSWER_TIMEOUT_MS,
+      connectTimeout: CONNECT_TIMEOUT_MS,
       connectionName: `relay-${role}`,
       retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
     };
@@ -178,7 +193,7 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     return redis;
   };
   return {
-    pool: deps.pool ?? (ownPool as Pool),
+    pool: distrustful(deps.pool ?? (ownPool as Pool), QUEUE_TIMEOUT_MS),
     queueRedis: connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS }),
     appendRedis: connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs }),
     workerRedis: connect('worker', WORKER_CONNECTION),
@@ -194,10 +209,12 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const ordered = config.ordering === 'aggregate';
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
 
-  const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+  const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
+  const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const queues = createQueues(queueRedis, config, logger);
-  const receipts = createReceipts(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+  const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
   const streamOptions = streamOptionsOf(config);
+  const assertWritable = createWriteProbe(queueRedis, `${config.queuePrefix}:${config.queueName}:probe`);
 
   const scheduler = createScheduler({
     queue: queues.claim,
@@ -273,7 +290,13 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     topicProblem: stream.topicProblem,
     violations: config.validation === 'off' ? () => [] : createValidator(),
     strict: config.validation === 'strict',
+    ready: epoch.known,
     publish: stream.publish,
+    refusedEverything: (event) =>
+      Promise.all([assertWritable(), queueRedis.exists(queues.jobKey(event.eventId))]).then(
+        () => null,
+        (error) => errorText(error),
+      ),
     acknowledge: acknowledger.acknowledge,
     logger,
   });
@@ -282,6 +305,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     connection: workerRedis,
     options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 4) },
     attempt: carry,
+    suspects: createSuspects({ redis: queueRedis, jobKey: queues.jobKey, maxCrashes: config.maxCrashes }),
     recordFailure: outbox.recordFailure,
     deadLetter,
     delayedCount: async () => (await queues.inFlight()).delayed,
@@ -370,12 +394,35 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     logger,
   });
 
+  const progress = createProgressWatch({
+    redis: queueRedis,
+    workplaces: [
+      {
+        worker: publishWorker.worker,
+        queue: queues.publish,
+        // One attempt, and the postponement of it.
+        deadlineMs: 2 * config.publishTimeoutMs,
+        oneByOne: false,
+      },
+      {
+        worker: claimWorker.worker,
+        queue: queues.claim,
+        deadlineMs: CLAIM_JOB_DEADLINE_MS,
+        oneByOne: true,
+      },
+    ],
+    assertWritable,
+  });
+
   const health = createHealth({
     database: async () => {
       await pool.query('SELECT 1');
       return {};
     },
-    redis: () => inspectRedis(queueRedis),
+    redis: async () => {
+      await assertWritable();
+      return inspectRedis(queueRedis);
+    },
     backlog: async () => {
       const { oldestWaitingSeconds, ...counts } = await outbox.backlog();
       return { oldestWaitingSeconds, ...counts };
@@ -392,6 +439,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
       ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
         ? ['nobody looks after the claim schedule']
         : []),
+      ...progress.reasons(),
     ],
     phase: () => phase,
   });
@@ -406,6 +454,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     { name: 'wake-up', ...(config.notify && { start: wakeup.start, stop: wakeup.stop }) },
     { name: 'claim worker', start: claimWorker.start, stop: claimWorker.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
+    { name: 'progress watch', start: progress.start, stop: progress.stop },
     { name: 'first claim', start: scheduler.wake },
     {
       name: 'readiness',

@@ -159,6 +159,12 @@ const table = {
     '60',
     'Delay of the first retry; each further retry waits twice as long',
   ),
+  maxCrashes: variable(
+    'RELAY_MAX_CRASHES',
+    wholeNumber(1, 100, 'crashes'),
+    '3',
+    'Pods that an event may end before it is dead-lettered; 1 counts as 2',
+  ),
   streamName: variable(
     'RELAY_STREAM_NAME',
     key(512),

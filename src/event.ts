@@ -56,3 +56,6 @@ export type Attempt =
   | { kind: 'postpone'; reason: string }
   /** No attempt can ever succeed: the dead-letter stream at once. */
   | { kind: 'give-up'; reason: string };
+
+/** Runs `work` when its turn has come; throws what it throws, or without running it when it may not run. */
+export type InTurn = <T>(work: () => Promise<T>) => Promise<T>;

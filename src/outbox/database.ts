@@ -1,4 +1,5 @@
 import type pg from 'pg';
+import { isNoAnswer } from './distrust.ts';
 
 /** What the statements need of a connection; node-postgres' Client and PoolClient have it. */
 export type Queryable = Pick<pg.ClientBase, 'query'>;
@@ -45,16 +46,21 @@ export async function transaction<T>(
   deadlineMs: number,
   durability: Durability,
   work: (tx: Queryable) => Promise<T>,
-  /** A statement to begin with, at no further round trip. */
-  first?: string,
+  options: Readonly<{
+    /** A statement to begin with, at no further round trip. */
+    first?: string;
+    /** How long the transaction may idle between two statements, i.e. `work` be busy with other things. */
+    idleMs?: number;
+  }> = {},
 ): Promise<T> {
+  const { first, idleMs = deadlineMs + 1_000 } = options;
   const client = await pool.connect();
   // A connection that breaks between two statements says so by this event alone, and unheard it ends the process.
   client.on('error', nextStatementFails);
   const settings = [
     ...(durability === 'repeatable' ? ['SET LOCAL synchronous_commit = off'] : []),
     `SET LOCAL statement_timeout = ${deadlineMs}`,
-    `SET LOCAL idle_in_transaction_session_timeout = ${deadlineMs}`,
+    `SET LOCAL idle_in_transaction_session_timeout = ${idleMs}`,
     ...PLANNER,
     ...(first === undefined ? [] : [first]),
   ];
@@ -66,7 +72,7 @@ export async function transaction<T>(
       return client.query({
         ...query,
         ...(kept && { name }),
-        query_timeout: deadlineMs + 1_000,
+        query_timeout: deadlineMs + ANSWER_MS,
       } as pg.QueryConfig);
     }) as Queryable['query'],
   };
@@ -83,14 +89,20 @@ export async function transaction<T>(
     return result;
   } catch (error) {
     if (STATEMENT_FORGOTTEN.has((error as pg.DatabaseError).code ?? '')) statementsKept = false;
-    const rolledBack = await tx.query('ROLLBACK').then(
-      () => true,
-      () => false,
-    );
-    if (rolledBack) giveBack();
+    const failure = isNoAnswer(error) ? error : await rollBack();
+    if (failure === null) giveBack();
     // Thrown away, it may still have a last word (57P01 while it ends): it keeps its listener.
-    else client.release(true);
+    else client.release(failure);
     throw error;
+  }
+
+  async function rollBack(): Promise<Error | null> {
+    try {
+      await client.query({ text: 'ROLLBACK', query_timeout: ANSWER_MS } as pg.QueryConfig);
+      return null;
+    } catch (error) {
+      return error as Error;
+    }
   }
 
   function giveBack(): void {
@@ -100,6 +112,9 @@ export async function transaction<T>(
 }
 
 const nextStatementFails = (): void => {};
+
+/** The server's deadline comes first; when it says nothing for so long after that, it is not there. */
+const ANSWER_MS = 1_000;
 
 /** A connection of a pool that is not ours may take one statement at a time only. */
 const isPipelined = (client: pg.ClientBase): boolean => (client as { pipeline?: boolean }).pipeline === true;

@@ -46,8 +46,11 @@ export type Outbox = ReturnType<typeof createOutbox>;
 
 /** Spells "rlay", "clai". */
 const CLAIMING = '1919705465, 1668047209';
-/** A turn that lasts longer hangs; its transaction is ended by the database. */
-const CLAIM_TURN_LIMIT_MS = 30_000;
+/**
+ * A turn lasts 2 s and a round. One that lasts longer hangs, or its pod is gone without a word: the database ends its
+ * transaction, and somebody else claims.
+ */
+const CLAIM_TURN_LIMIT_MS = 8_000;
 
 const BACKLOG_COUNT_LIMIT = 100_000;
 
@@ -130,10 +133,11 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      * does nothing else: it ends with its connection, so a pod that dies holds up nobody.
      */
     async inClaimTurn<T>(turn: () => Promise<T>): Promise<T | 'busy'> {
-      return transaction(pool, CLAIM_TURN_LIMIT_MS, 'repeatable', async (tx) => {
+      const take = async (tx: Queryable): Promise<T | 'busy'> => {
         const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${CLAIMING}) AS mine`);
         return rows[0].mine ? turn() : 'busy';
-      });
+      };
+      return transaction(pool, statementTimeoutMs, 'repeatable', take, { idleMs: CLAIM_TURN_LIMIT_MS });
     },
 
     /**

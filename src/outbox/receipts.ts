@@ -46,13 +46,9 @@ export function createReceipts(
   return {
     /** A transaction that gives receipts: until it ends, `given` waits for it. */
     giving: <T>(work: (tx: Queryable) => Promise<T>) =>
-      transaction(
-        pool,
-        statementTimeoutMs,
-        'durable',
-        work,
-        `SELECT pg_advisory_xact_lock_shared(${SETTLING})`,
-      ),
+      transaction(pool, statementTimeoutMs, 'durable', work, {
+        first: `SELECT pg_advisory_xact_lock_shared(${SETTLING})`,
+      }),
 
     /** Resolves when every such transaction that has begun is committed, and can be seen, or undone. */
     async given(): Promise<void> {

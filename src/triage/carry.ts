@@ -1,7 +1,10 @@
-import type { AppendOutcome, Attempt, OutboxEvent } from '../event.ts';
+import type { AppendOutcome, Attempt, InTurn, OutboxEvent } from '../event.ts';
 import type { Logger } from '../logger.ts';
 import { errorText } from '../logger.ts';
-import { decide } from './decide.ts';
+import { decide, type Verdict } from './decide.ts';
+
+/** How Redis says that the user may not: for the call itself, and from within a script. */
+const NO_PERMISSION = /NOPERM|ACL failure/;
 
 /** One attempt to bring one event from its job to its stream: check, append, decide, acknowledge. */
 export function createCarry(deps: {
@@ -11,7 +14,11 @@ export function createCarry(deps: {
   violations: (eventType: string, payload: string) => string[];
   /** Whether a violation keeps the event out of the stream. */
   strict: boolean;
+  /** Resolves when Redis may be appended to, or after a moment all the same: a turn is no time to wait for that. */
+  ready: () => Promise<unknown>;
   publish: (event: OutboxEvent) => Promise<AppendOutcome>;
+  /** Asked when permission was refused: why Redis refuses the relay everything, or null when it is this stream. */
+  refusedEverything: (event: OutboxEvent) => Promise<string | null>;
   acknowledge: (event: OutboxEvent, entryId: string, epoch: string) => Promise<void>;
   logger: Logger;
 }) {
@@ -31,10 +38,19 @@ export function createCarry(deps: {
     return null;
   }
 
-  return async function carry(event: OutboxEvent): Promise<Attempt> {
+  async function append(event: OutboxEvent): Promise<Verdict> {
     const problem = problemOf(event);
     if (problem !== null) return { kind: 'give-up', reason: problem };
     const verdict = decide(await deps.publish(event));
+    if (verdict.kind !== 'retry' || !NO_PERMISSION.test(verdict.reason)) return verdict;
+    const reason = await deps.refusedEverything(event);
+    return reason === null ? verdict : { kind: 'postpone', reason };
+  }
+
+  /** @param inTurn runs the part in which an event can harm its pod: from its check to the answer to its append */
+  return async function carry(event: OutboxEvent, inTurn: InTurn = (run) => run()): Promise<Attempt> {
+    await deps.ready();
+    const verdict = await inTurn(() => append(event));
     switch (verdict.kind) {
       case 'acknowledge':
         try {

@@ -4,6 +4,9 @@
  */
 import type { AppendOutcome, OutboxEvent } from '../../src/event.ts';
 
+/** In this model Redis loses jobs, never entries: its epoch does not end. */
+const EPOCH = 'epoch';
+
 /** An event, and what became of it outside its row. */
 export type Known = {
   readonly id: string;
@@ -58,22 +61,22 @@ export function createJobs(of: (eventId: string) => Known, beforeAppend: (event:
   async function appendOnce(event: OutboxEvent): Promise<AppendOutcome> {
     const job = jobs.get(event.eventId);
     if (!job) return { status: 'job-gone' };
-    if (job.entryId) return { status: 'already-appended', entryId: job.entryId };
+    if (job.entryId) return { status: 'already-appended', entryId: job.entryId, epoch: EPOCH };
     if (of(event.eventId).poisonous) return { status: 'refused', reason: 'poisonous' };
     const entryId = `${++entries}-0`;
     await beforeAppend(of(event.eventId));
     job.entryId = entryId;
     of(event.eventId).entries.push(entryId);
-    return { status: 'appended', entryId };
+    return { status: 'appended', entryId, epoch: EPOCH };
   }
 
   async function appendDeadLetter(event: OutboxEvent): Promise<AppendOutcome> {
     const job = jobs.get(event.eventId);
     if (!job) return { status: 'job-gone' };
-    if (job.deadLetterId) return { status: 'already-appended', entryId: job.deadLetterId };
+    if (job.deadLetterId) return { status: 'already-appended', entryId: job.deadLetterId, epoch: EPOCH };
     job.deadLetterId = `${++entries}-0`;
     of(event.eventId).deadLetters++;
-    return { status: 'appended', entryId: job.deadLetterId };
+    return { status: 'appended', entryId: job.deadLetterId, epoch: EPOCH };
   }
 
   return {

@@ -18,8 +18,10 @@ export function outboxOf(pool: Pool, deadLetterPolicy: Policy) {
       outbox.transaction('repeatable', async (tx) => beforeCommit(await outbox.claimFresh(tx, limit))),
     acknowledge: (receipts: Receipt[], beforeCommit: Then<OutboxEvent[]>) =>
       outbox.transaction('durable', async (tx) => beforeCommit(await outbox.markPublished(tx, receipts))),
-    bury: (dead: { id: string; attempts: number; reason: string }, beforeCommit: Then<OutboxEvent[]>) =>
-      outbox.transaction('durable', async (tx) => beforeCommit(await outbox.markDead(tx, dead))),
+    bury: (
+      dead: { id: string; attempts: number; reason: string; entryId: string },
+      beforeCommit: Then<OutboxEvent[]>,
+    ) => outbox.transaction('durable', async (tx) => beforeCommit(await outbox.markDead(tx, dead))),
     due: {
       lockDue: outbox.lockDue,
       returnToFresh: outbox.returnToFresh,

@@ -14,6 +14,7 @@ async function attempt(
     topicProblem?: string;
     violations?: string[];
     strict?: boolean;
+    refusedEverything?: string;
     acknowledge?: () => Promise<void>;
   } = {},
 ) {
@@ -22,10 +23,12 @@ async function attempt(
     topicProblem: () => findings.topicProblem ?? null,
     violations: () => findings.violations ?? [],
     strict: findings.strict ?? false,
+    ready: async () => {},
     publish: async () => {
       done.push('appended');
       return findings.outcome ?? APPENDED;
     },
+    refusedEverything: async () => findings.refusedEverything ?? null,
     acknowledge: async (_, entryId, epoch) => {
       await findings.acknowledge?.();
       done.push(`acknowledged ${entryId} of ${epoch}`);
@@ -61,6 +64,43 @@ describe('an attempt', () => {
       attempt: { kind: 'postpone', reason: 'OOM' },
       done: ['appended'],
     });
+  });
+
+  test('that has no permission is retried if that is about its stream, and postponed if it is about everything', async () => {
+    const outcome: AppendOutcome = { status: 'refused', reason: 'NOPERM this stream' };
+    const refusedEverything = 'NOPERM everything';
+    expect((await attempt({ outcome })).attempt).toEqual({ kind: 'retry', reason: outcome.reason });
+    const { attempt: postponed } = await attempt({ outcome, refusedEverything });
+    expect(postponed).toEqual({ kind: 'postpone', reason: refusedEverything });
+    const wrongType: AppendOutcome = { status: 'refused', reason: 'WRONGTYPE' };
+    expect((await attempt({ outcome: wrongType, refusedEverything })).attempt.kind).toBe('retry');
+  });
+
+  test('that must wait for its turn does nothing before, and acknowledges after it', async () => {
+    const done: string[] = [];
+    const carry = createCarry({
+      topicProblem: () => null,
+      violations: () => {
+        done.push('checked');
+        return [];
+      },
+      strict: true,
+      ready: async () => {},
+      publish: async () => {
+        done.push('appended');
+        return APPENDED;
+      },
+      refusedEverything: async () => null,
+      acknowledge: async () => void done.push('acknowledged'),
+      logger: silent,
+    });
+    await carry(aClaimedEvent(), async (work) => {
+      done.push('turn begins');
+      const result = await work();
+      done.push('turn ends');
+      return result;
+    });
+    expect(done).toEqual(['turn begins', 'checked', 'appended', 'turn ends', 'acknowledged']);
   });
 
   test('whose row could not be marked is made again, at no cost', async () => {
