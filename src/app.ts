@@ -29,7 +29,7 @@ import { createScheduler } from './queue/scheduler.ts';
 import { createSuspects } from './queue/suspects.ts';
 import { APPEND_CONNECTION, createStream, type StreamOptions } from './stream/append.ts';
 import { createEpoch, EpochOverError, type Loss } from './stream/epoch.ts';
-import { createRestorer } from './stream/restore.ts';
+import { createRestorer, type Restorer } from './stream/restore.ts';
 import { createValidator } from './stream/validate.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
@@ -230,7 +230,8 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     logger,
   });
   const stream = createStream(appendRedis, epoch, streamOptions);
-  const compare = createComparison(appendRedis, receipts, streamOptions, logger);
+  const restorer = createRestorer(appendRedis, streamOptions);
+  const compare = createComparison(restorer, receipts, config.dlqStreamName, logger);
 
   /** Redis may have lost entries and jobs: what is missing is appended again before anything new is. */
   async function restore({ intactUntil, guard }: Loss): Promise<void> {
@@ -348,6 +349,8 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     }
   }
 
+  /** Epoch in which entries without a job were found; should it be over, they are looked for again. */
+  let foundIn: string | undefined;
   const reconcile = createReconcile({
     transaction: (work) => outbox.transaction('repeatable', work),
     lockDue: outbox.lockDue,
@@ -355,6 +358,18 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     extendLease: outbox.extendLease,
     jobFate: queues.jobFate,
     failedJob: queues.failedJob,
+    appended: async (rows) => {
+      foundIn = epoch.current();
+      const found = new Map<string, string>();
+      for (const topic of new Set(rows.map((row) => row.topic))) {
+        const eventIds = rows.filter((row) => row.topic === topic).map((row) => row.eventId);
+        for (const [eventId, entryId] of await restorer.find(topic, eventIds)) found.set(eventId, entryId);
+      }
+      return found;
+    },
+    acknowledge: async (batch) => {
+      if (foundIn !== undefined) await giveReceipts(foundIn, (tx) => outbox.markPublished(tx, batch));
+    },
     deadLetter,
     logger,
   });
@@ -482,10 +497,14 @@ export const streamOptionsOf = (config: RelayConfig): StreamOptions => ({
 });
 
 /** Compares table and streams, and restores; see triage/resync.ts. */
-export function createComparison(redis: Redis, receipts: Receipts, options: StreamOptions, logger: Logger) {
-  const restorer = createRestorer(redis, options);
+export function createComparison(
+  restorer: Restorer,
+  receipts: Receipts,
+  dlqStreamName: string,
+  logger: Logger,
+) {
   return createResync({
-    dlqStreamName: options.dlqStreamName,
+    dlqStreamName,
     rows: receipts.rows,
     events: receipts.events,
     renew: receipts.renew,

@@ -6,6 +6,7 @@ import { createPool } from './outbox/pool.ts';
 import { createReceipts } from './outbox/receipts.ts';
 import { openRedis, waitForServers } from './preflight.ts';
 import { APPEND_CONNECTION } from './stream/append.ts';
+import { createRestorer } from './stream/restore.ts';
 import { type Found, totals } from './triage/resync.ts';
 
 export type VerifyOptions = Readonly<{
@@ -46,7 +47,12 @@ export async function verify(
     await waitForServers({ pool, redis: [redis], timeoutMs: config.startupTimeoutMs, logger });
     const receipts = createReceipts(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
     const streamOptions = streamOptionsOf(config);
-    const compare = createComparison(redis, receipts, streamOptions, logger);
+    const compare = createComparison(
+      createRestorer(redis, streamOptions),
+      receipts,
+      config.dlqStreamName,
+      logger,
+    );
     const since =
       typeof options.since === 'number'
         ? await receipts.comparedFrom(options.since, null)

@@ -28,7 +28,7 @@ export type Claim = Readonly<{
 }>;
 
 /** A due row: nothing was heard of its job until its lease ended. */
-export type DueRow = Readonly<{ id: string; eventId: string }>;
+export type DueRow = Readonly<{ id: string; eventId: string; topic: string }>;
 
 /** Rows by state; each counted up to `limit`. */
 export type Backlog = Readonly<{
@@ -238,10 +238,10 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
     /** Rows whose lease has ended, the longest overdue first; locked until the transaction ends. */
     async lockDue(tx: Queryable, limit: number): Promise<DueRow[]> {
       const { rows } = await tx.query<DueRow>(
-        `SELECT id::text AS "id", event_id AS "eventId" FROM identity.outbox
+        `SELECT id::text AS "id", event_id AS "eventId", coalesce(topic, $1) AS "topic" FROM identity.outbox
          WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at <= now()
-         ORDER BY next_attempt_at LIMIT $1 FOR UPDATE SKIP LOCKED`,
-        [limit],
+         ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED`,
+        [streamName, limit],
       );
       return rows;
     },

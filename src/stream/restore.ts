@@ -46,12 +46,40 @@ redis.call('SET', KEYS[3], id, 'EX', ARGV[3])
 if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], ARGV[2], id) end
 return id`;
 
+/**
+ * One step back through a stream. KEYS: stream. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how
+ * many entries, then the event ids wanted. Answers the last id it came to, then pairs of event id and entry id.
+ */
+const FIND = `
+if redis.call('TYPE', KEYS[1]).ok ~= 'stream' then return {''} end
+local wanted = {}
+for i = 3, #ARGV do wanted[ARGV[i]] = true end
+local answer = {''}
+for _, entry in ipairs(redis.call('XREVRANGE', KEYS[1], ARGV[1], '-', 'COUNT', ARGV[2])) do
+  answer[1] = entry[1]
+  if entry[2][1] == 'event_id' and wanted[entry[2][2]] then
+    answer[#answer + 1] = entry[2][2]
+    answer[#answer + 1] = entry[1]
+  end
+end
+return answer`;
+
+/** Entries in one step, which keeps Redis busy for 1 or 2 ms; and how far back a search goes. */
+const FIND_STEP = 1_000;
+const FIND_LIMIT = 50_000;
+
 /** Longer than any comparison takes that was begun anew since its pod died. */
 const MARKER_TTL_S = 3_600;
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
     absentEntries(stream: string, ...entryIds: string[]): Result<string[], Context>;
+    findEntries(
+      stream: string,
+      from: string,
+      count: number,
+      ...eventIds: string[]
+    ): Result<string[], Context>;
     restoreEntry(
       stream: string,
       jobHash: string,
@@ -87,6 +115,7 @@ export type Restorer = ReturnType<typeof createRestorer>;
 
 export function createRestorer(redis: Redis, options: StreamOptions) {
   redis.defineCommand('absentEntries', { numberOfKeys: 1, lua: ABSENT });
+  redis.defineCommand('findEntries', { numberOfKeys: 1, lua: FIND });
   redis.defineCommand('restoreEntry', { numberOfKeys: 4, lua: RESTORE });
 
   async function restore(
@@ -124,6 +153,25 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
       const ids = places.map((place) => entryIds[Number(place) - 1] as string);
       const lost = ids.filter((id) => !isTrimmed(id, before));
       return { lost, trimmed: ids.length - lost.length, unreadable: false };
+    },
+
+    /**
+     * Looks for the entries of these events among the stream's latest.
+     * @returns their ids, of those that are there
+     * @throws when Redis does not answer
+     */
+    async find(stream: string, eventIds: readonly string[]): Promise<Map<string, string>> {
+      const found = new Map<string, string>();
+      let from = '+';
+      for (let looked = 0; looked < FIND_LIMIT && found.size < eventIds.length; looked += FIND_STEP) {
+        const answer = await orRefusal(redis.findEntries(stream, from, FIND_STEP, ...eventIds));
+        if (!Array.isArray(answer)) break;
+        const [last, ...pairs] = answer;
+        for (let i = 0; i < pairs.length; i += 2) found.set(pairs[i] as string, pairs[i + 1] as string);
+        if (!last) break;
+        from = `(${last}`;
+      }
+      return found;
     },
 
     /**

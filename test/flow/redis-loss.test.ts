@@ -3,6 +3,7 @@ import type { SampleEvent } from '../../src/demo/sample.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, STREAM, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
+import { catchMidAppend } from '../support/mid-append.ts';
 import { waitFor } from '../support/wait.ts';
 
 const SHORT_LEASE = { RELAY_CLAIM_LEASE: '2', RELAY_PUBLISH_TIMEOUT: '1' };
@@ -72,6 +73,19 @@ test('with the queues obliterated under load every event is published once and i
   const grade = await stage.expectPromisesHeld();
   expect(grade.deadLetters).toBe(0);
 }, 120_000);
+
+test('an event that was appended when its job and its pod were lost is acknowledged, not appended again', async () => {
+  const stage = await setStage({ env: SHORT_LEASE });
+  const { pod, release } = await catchMidAppend(stage);
+  await pod.kill('SIGKILL');
+  await stage.queue('publish').obliterate({ force: true });
+  await stage.queue('publish').resume();
+  await release();
+  await stage.pod();
+  await stage.rested();
+  const grade = await stage.expectPromisesHeld();
+  expect(grade).toMatchObject({ events: 60, entries: 60 });
+}, 60_000);
 
 test('a schedule that somebody removed comes back', async () => {
   const stage = await setStage({ env: { RELAY_NOTIFY: 'false', RELAY_POLL_INTERVAL: '0.5' } });

@@ -453,7 +453,9 @@ describe('due rows', () => {
     await set(7, DEAD);
     expect(idsOf(await lockDue())).toEqual(['3', '2', '1']);
     expect(idsOf(await lockDue(2))).toEqual(['3', '2']);
-    expect((await lockDue())[0]).toEqual({ id: '3', eventId: (await row(3)).eventId });
+    expect((await lockDue())[0]).toEqual({
+      ...{ id: '3', eventId: (await row(3)).eventId, topic: 'identity.user.v1' },
+    });
   });
 
   test('that somebody else looks at are skipped', async () => {

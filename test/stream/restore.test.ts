@@ -63,6 +63,27 @@ describe('of the entries that a stream should have', () => {
   });
 });
 
+describe('the entry of an event', () => {
+  test('is found among the latest of its stream, others are not', async () => {
+    const events = Array.from({ length: 2_500 }, () => aClaimedEvent());
+    const pipeline = redis.pipeline();
+    for (const [i, { eventId }] of events.entries())
+      pipeline.xadd(TOPIC, `1-${i}`, 'event_id', eventId, 'n', i);
+    await pipeline.exec();
+    const wanted = [events[0], events[1_000], events[2_499], aClaimedEvent()].map(
+      (it) => it?.eventId as string,
+    );
+    expect(Object.fromEntries(await restorer.find(TOPIC, wanted))).toEqual({
+      [wanted[0] as string]: '1-0',
+      [wanted[1] as string]: '1-1000',
+      [wanted[2] as string]: '1-2499',
+    });
+    expect((await restorer.find('no.such.stream', wanted)).size).toBe(0);
+    await redis.set('a.string', 'x');
+    expect((await restorer.find('a.string', wanted)).size).toBe(0);
+  });
+});
+
 describe('an entry that was lost', () => {
   test('is restored once, however often', async () => {
     const event = aClaimedEvent();

@@ -18,8 +18,6 @@ export type Known = {
   /** Ids of its entries. */
   entries: string[];
   deadLetters: number;
-  /** Redis forgot that it had been appended: it may be appended again. */
-  forgotten: boolean;
   /** Number of its replay: it takes its place among those that were replayed with it. */
   replay: number;
   skipped: boolean;
@@ -54,7 +52,6 @@ export function createJobs(of: (eventId: string) => Known, beforeAppend: (event:
   }
 
   function forget(eventId: string): void {
-    if (jobs.get(eventId)?.entryId !== undefined) of(eventId).forgotten = true;
     jobs.delete(eventId);
   }
 

@@ -14,12 +14,7 @@ export function createInvariants(
   jobs: () => readonly Job[],
 ) {
   async function assertInOrder(event: Known): Promise<void> {
-    if (event.entries.length > 0) {
-      expect(event.forgotten, `${name(event)} is appended again, though its first append is remembered`).toBe(
-        true,
-      );
-      return;
-    }
+    expect(event.entries, `${name(event)} is appended again`).toEqual([]);
     const before = (it: Known) => it.aggregateId === event.aggregateId && BigInt(it.id) < BigInt(event.id);
     const overtaken = [...known.values()].filter(
       (it) =>
@@ -52,8 +47,7 @@ export function createInvariants(
   }
 
   function assertRow(row: Row, event: Known): void {
-    const excused = event.skipped || event.forgotten;
-    if (!excused) expect(row.state, name(row)).not.toBe('contradictory');
+    if (!event.skipped) expect(row.state, name(row)).not.toBe('contradictory');
     if (row.publishedAt !== null && !event.skipped)
       expect(event.entries, `${name(row)} is published without its entry`).toContain(row.streamEntryId);
     expect(row.attempts, `attempts of ${name(row)}`).toBeGreaterThanOrEqual(event.attempts);
@@ -70,7 +64,7 @@ export function createInvariants(
       const row = seen.get(eventId);
       const settled = row === undefined || row.publishedAt !== null || row.state === 'dead';
       const event = known.get(eventId) as Known;
-      if (settled || event.forgotten || job.state === 'failed' || job.entryId) continue;
+      if (settled || job.state === 'failed' || job.entryId) continue;
       const place = `${event.aggregateId}, replay ${event.replay}`;
       able.set(place, [...(able.get(place) ?? []), event]);
     }

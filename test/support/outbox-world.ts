@@ -118,7 +118,7 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
       const { eventId } = anEvent();
       const event: Known = {
         ...{ id: '?', eventId, aggregateId, poisonous, committed: false, entries: [], deadLetters: 0 },
-        ...{ forgotten: false, replay: 0, skipped: false, attempts: 0 },
+        ...{ replay: 0, skipped: false, attempts: 0 },
       };
       let id = '?';
       writing.add(aggregate);
@@ -325,6 +325,15 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
             const { event, reason } = job;
             return { event, attempts: event.attempts + job.attemptsMade, reason, failedAt: new Date() };
           },
+          appended: async (rows) =>
+            new Map(
+              rows.flatMap(({ eventId }) => {
+                const entryId = of(eventId).entries.at(-1);
+                return entryId === undefined ? [] : [[eventId, entryId]];
+              }),
+            ),
+          acknowledge: (receipts) =>
+            outboxOf(hands.pool, policy).acknowledge(receipts, async (successors) => jobs.add(successors)),
           deadLetter: deadLetterBy(hands, async () => {}),
           logger: silent,
         });
