@@ -68,8 +68,6 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
       watched.set(aggregateId, { aggregateType, aggregateId });
   }
 
-  // ---- What can happen
-
   /** Starts `work`; unless it is to stay open, it is committed at once. Returns how that went. */
   async function perform(
     title: string,
