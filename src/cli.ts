@@ -1,4 +1,5 @@
 #!/usr/bin/env node
+import { setFlagsFromString } from 'node:v8';
 import { Command, InvalidArgumentError } from 'commander';
 import { createRelay } from './app.ts';
 import { runChecks } from './check.ts';
@@ -11,6 +12,12 @@ import { type VerifyOptions, verify } from './verify.ts';
 
 /** sysexits.h, where it has a word for it. */
 const EXIT = { failed: 1, unavailable: 69, config: 78 } as const;
+
+/**
+ * V8 lets the heap grow to four times what lives before it collects all of it: 30 MiB of a busy pod became 225 MiB of
+ * resident memory, and 140 with this, at the same CPU time per event. No cap: what lives may be as large as it must be.
+ */
+const HEAP_GROWING_PERCENT = 50;
 
 const program = new Command('relay')
   .description('Outbox relay: publishes domain events from PostgreSQL to Redis Streams, by way of BullMQ.')
@@ -95,6 +102,7 @@ function fail(error: unknown): void {
 }
 
 async function start(config: RelayConfig): Promise<never> {
+  setFlagsFromString(`--heap-growing-percent=${HEAP_GROWING_PERCENT}`);
   const logger = createLogger(config.logLevel);
   for (const { name, nearest } of unknownVariables(process.env)) {
     logger.warn({ variable: name, ...(nearest && { nearest }) }, 'unknown variable; it has no effect');
