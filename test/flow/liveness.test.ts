@@ -37,6 +37,9 @@ test('a pod whose worker no longer takes jobs says so, one with nothing to do an
   const hooked = { NODE_OPTIONS: `--import=${preload}`, SWALLOW: trigger };
   const stuckPod = await stage.pod(hooked);
   const idlePod = await idle.pod(hooked);
+  // Its retry is a minute away, so its worker would like to wait for longer than a connection may be silent.
+  await idle.redis.set('identity.broken.v1', 'no stream');
+  await insertEvents(idle.pool, [anEvent({ topic: 'identity.broken.v1' })]);
   const pausedPod = await paused.pod();
   await paused.queue('publish').pause();
   await insertEvents(paused.pool, [anEvent()]);
@@ -58,6 +61,7 @@ test('a pod whose worker no longer takes jobs says so, one with nothing to do an
   await waitFor(async () => (await livez(stuckPod.url)).status === 200, { what: 'nothing to be left to do' });
 
   expect(await livez(idlePod.url)).toEqual({ status: 200, reasons: [] });
+  expect(idlePod.logs().filter(({ msg }) => /connection to Redis/.test(String(msg)))).toEqual([]);
   expect(await paused.count('next_attempt_at IS NOT NULL AND NOT published')).toBe(1);
   expect(await livez(pausedPod.url)).toEqual({ status: 200, reasons: [] });
 }, 150_000);
