@@ -157,6 +157,14 @@ describe('a claim job', () => {
     expect(log).not.toContain('maintain');
   });
 
+  test('that fails asks for another one after a while, without waiting for a tick', async () => {
+    const { log } = startWorker([new Error('no database'), ALL]);
+    await wake();
+    await waitFor(() => log.includes('all'), { what: 'the next claim' });
+    expect(log.slice(0, 3)).toEqual(['error', 'wake', 'all']);
+    await idle();
+  });
+
   test('that fails does not keep the next one from running', async () => {
     const { log } = startWorker([new Error('no database'), ALL]);
     await wake();
