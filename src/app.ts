@@ -9,7 +9,8 @@ import type { OutboxEvent } from './event.ts';
 import { createLifecycle, succeedsWithin } from './lifecycle.ts';
 import { createLogger, type Logger } from './logger.ts';
 import type { Pool, Queryable } from './outbox/database.ts';
-import { createOutbox } from './outbox/outbox.ts';
+import { payloadMayBeAtFault } from './outbox/event-of-row.ts';
+import { type Claim, createOutbox } from './outbox/outbox.ts';
 import { createPool } from './outbox/pool.ts';
 import { createWakeup } from './outbox/wakeup.ts';
 import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
@@ -20,6 +21,7 @@ import { createScheduler } from './queue/scheduler.ts';
 import { APPEND_CONNECTION, createStream } from './stream/append.ts';
 import { createMemory, MemoryLostError } from './stream/memory.ts';
 import { createValidator } from './stream/validate.ts';
+import { createTopicCheck } from './topics.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
@@ -193,11 +195,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
 
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
   const queues = createQueues(queueRedis, config, logger);
-  const stream = createStream(appendRedis, {
-    ...config,
-    queueKeyPrefix: `${config.queuePrefix}:`,
-    jobKey: queues.jobKey,
-  });
+  const stream = createStream(appendRedis, { ...config, jobKey: queues.jobKey });
 
   const memoryKey = `${config.queuePrefix}:${config.queueName}:memory`;
   const memory = createMemory(appendRedis, `${memoryKey}:appends`);
@@ -232,25 +230,38 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const wakeup = createWakeup({ pool, logger, onWake: () => void scheduler.wake() });
 
   /** A change of rows and the jobs that follow from it: the jobs are added before the commit. */
-  const withSuccessors = (
-    change: (tx: Queryable) => Promise<OutboxEvent[]>,
+  const withSuccessors = async (
+    change: (tx: Queryable, promoting: boolean) => Promise<OutboxEvent[]>,
     stillTrue: () => Promise<void> = async () => {},
-  ) =>
-    outbox.transaction('durable', async (tx) => {
-      const successors = await change(tx);
-      if (successors.length > 0) {
-        await stillTrue();
-        await queues.addPublishJobs(successors);
-      }
-      return successors;
-    });
+  ) => {
+    const write = (promoting: boolean) =>
+      outbox.transaction('durable', async (tx) => {
+        const successors = await change(tx, promoting);
+        if (successors.length > 0) {
+          await stillTrue();
+          await queues.addPublishJobs(successors);
+        }
+        return successors;
+      });
+    try {
+      return await write(true);
+    } catch (error) {
+      // The change must not wait for a successor that cannot be printed: the orphan watch makes it fresh, and the
+      // claim deals with it.
+      if (!payloadMayBeAtFault(error)) throw error;
+      return write(false);
+    }
+  };
 
   const acknowledger = createAcknowledger({
     markPublished: async (receipts, generation) => {
       // An entry that Redis lost between append and commit must not count as published: asked before successors
       // follow, and once more when the commit is through.
       const intact = () => memory.assertIntactSince(generation);
-      const successors = await withSuccessors((tx) => outbox.markPublished(tx, receipts), intact);
+      const successors = await withSuccessors(
+        (tx, promoting) => outbox.markPublished(tx, receipts, promoting),
+        intact,
+      );
       try {
         await intact();
       } catch (error) {
@@ -267,14 +278,14 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const deadLetter = createDeadLetter({
     append: stream.deadLetter,
     markDead: async (dead) => {
-      await withSuccessors((tx) => outbox.markDead(tx, dead));
+      await withSuccessors((tx, promoting) => outbox.markDead(tx, dead, promoting));
     },
     onDead: (event) => watchOrphans([event]),
     logger,
   });
 
   const carry = createCarry({
-    topicProblem: stream.topicProblem,
+    topicProblem: createTopicCheck({ ...config, queueKeyPrefix: `${config.queuePrefix}:` }),
     violations: config.validation === 'off' ? () => [] : createValidator(),
     strict: config.validation === 'strict',
     generation: memory.generation,
@@ -316,17 +327,35 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     const limit = await reserve();
     if (limit === 0) return { kind: 'no-room' };
     try {
-      const { leased, parked } = await outbox.transaction('repeatable', async (tx) => {
-        const claimed = await outbox.claimFresh(tx, limit);
-        if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
-        return claimed;
-      });
+      const { leased, parked, more } = await outbox
+        .transaction('repeatable', async (tx) => {
+          const claimed = await outbox.claimFresh(tx, limit);
+          if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
+          return claimed;
+        })
+        .catch((error) => {
+          if (!payloadMayBeAtFault(error)) throw error;
+          logger.warn({ err: error }, 'the payload of an event may be unprintable; claiming one by one');
+          return claimOneByOne(limit);
+        });
       watchOrphans(parked);
-      const kind = leased.length + parked.length === limit ? 'more' : 'all';
-      return { kind, events: leased.length };
+      return { kind: more ? 'more' : 'all', events: leased.length };
     } finally {
       added += limit;
     }
+  }
+
+  /** Until the event is found that cannot be printed: its job exists then, and the next round is as any other. */
+  async function claimOneByOne(limit: number): Promise<Claim> {
+    const leased: OutboxEvent[] = [];
+    const parked: Claim['parked'] = [];
+    for (let more = true; more && leased.length + parked.length < limit; ) {
+      const one = await outbox.claimAlone(queues.addPublishJobs);
+      leased.push(...one.leased);
+      parked.push(...one.parked);
+      more = one.more && !one.leased[0]?.withheld;
+    }
+    return { leased, parked, more: true };
   }
 
   const reconcile = createReconcile({

@@ -1,6 +1,6 @@
 import { DelayedError, type Job, UnrecoverableError } from 'bullmq';
 import type { Redis } from 'ioredis';
-import type { Attempt, OutboxEvent } from '../event.ts';
+import { type Attempt, brief, type OutboxEvent } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 import {
@@ -58,7 +58,7 @@ export function createPublishWorker(deps: {
     const event = job.data;
     const about = {
       eventId: event.eventId,
-      topic: event.topic,
+      topic: brief(event.topic),
       attempt: event.attempts + job.attemptsMade + 1,
     };
     const outcome = await withDeadline(options.publishTimeoutMs, deps.attempt(event)).catch(
@@ -92,7 +92,8 @@ export function createPublishWorker(deps: {
       } else {
         const failure = { id: event.id, attempts, reason: error.message, retryInMs: job.delay };
         await deps.recordFailure(failure);
-        const { eventId, topic } = event;
+        const { eventId } = event;
+        const topic = brief(event.topic);
         const { reason, retryInMs } = failure;
         logger.info(
           { eventId, topic, attempt: attempts, reason, retryInMs },

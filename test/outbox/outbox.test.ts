@@ -12,6 +12,7 @@ const OPTIONS: OutboxOptions = {
   ordering: 'aggregate',
   deadLetterPolicy: 'continue',
   claimLeaseMs: 60_000,
+  maxEventBytes: 1_048_576,
   streamName: 'default.stream',
   statementTimeoutMs: 10_000,
 };
@@ -81,7 +82,7 @@ describe('a claim', () => {
     await set(4, PUBLISHED);
     await set(5, DEAD);
     const before = await readRows(pool);
-    expect(await claim()).toEqual({ leased: [], parked: [] });
+    expect(await claim()).toEqual({ leased: [], parked: [], more: false });
     expect((await readRows(pool)).map((it) => it.state)).toEqual(before.map((it) => it.state));
   });
 
@@ -99,7 +100,7 @@ describe('a claim', () => {
         ...{ aggregateType: 'account', aggregateId: event.aggregateId, topic: 'default.stream' },
         payload: stored.text,
         occurredAt: '2026-01-02T01:04:05.678901Z',
-        ...{ tenantId: 't', correlationId: 'c', attempts: 2 },
+        ...{ tenantId: 't', correlationId: 'c', attempts: 2, withheld: null },
       },
     ]);
   });
