@@ -235,7 +235,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     stillTrue: () => Promise<void> = async () => {},
   ) => {
     const write = (promoting: boolean) =>
-      outbox.transaction('durable', async (tx) => {
+      outbox.printing('durable', async (tx) => {
         const successors = await change(tx, promoting);
         if (successors.length > 0) {
           await stillTrue();
@@ -328,7 +328,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     if (limit === 0) return { kind: 'no-room' };
     try {
       const { leased, parked, more } = await outbox
-        .transaction('repeatable', async (tx) => {
+        .printing('repeatable', async (tx) => {
           const claimed = await outbox.claimFresh(tx, limit);
           if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
           return claimed;

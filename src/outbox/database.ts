@@ -35,19 +35,22 @@ export type Durability = 'durable' | 'repeatable';
  * it works on pools that belong to someone else and behind PgBouncer.
  *
  * A connection that failed is thrown away: what it still had in flight is unknown.
+ *
+ * @param statementMs a shorter deadline for each statement, on the server alone
  */
 export async function transaction<T>(
   pool: Pool,
   deadlineMs: number,
   durability: Durability,
   work: (tx: Queryable) => Promise<T>,
+  statementMs = deadlineMs,
 ): Promise<T> {
   const client = await pool.connect();
   // A connection that breaks between two statements says so by this event alone, and unheard it ends the process.
   client.on('error', nextStatementFails);
   const settings = [
     ...(durability === 'repeatable' ? ['SET LOCAL synchronous_commit = off'] : []),
-    `SET LOCAL statement_timeout = ${deadlineMs}`,
+    `SET LOCAL statement_timeout = ${statementMs}`,
     `SET LOCAL idle_in_transaction_session_timeout = ${deadlineMs}`,
     ...PLANNER,
   ];

@@ -1,7 +1,7 @@
 import type { OutboxEvent, Receipt } from '../event.ts';
 import { errorText } from '../logger.ts';
 import { type Durability, type Pool, type Queryable, transaction } from './database.ts';
-import { eventsOf, payloadMayBeAtFault, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
+import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 
 /**
  * Every statement on `identity.outbox`. A state change is a named function with its precondition in the
@@ -55,9 +55,6 @@ const CLAIMING = '1919705465, 1668047209';
 /** A turn that lasts longer hangs; its transaction is ended by the database. */
 const CLAIM_TURN_LIMIT_MS = 30_000;
 
-/** Long enough for PostgreSQL to print, or fail to print, the largest payload there is. */
-const ALONE_TIMEOUT_MS = 15_000;
-
 const BACKLOG_COUNT_LIMIT = 100_000;
 
 const MS = `* interval '1 millisecond'`;
@@ -85,6 +82,7 @@ const FIRST = (a: string) => `ORDER BY ${a}.aggregate_id, ${a}.id LIMIT 1`;
 
 export function createOutbox(pool: Pool, options: OutboxOptions) {
   const { streamName, claimLeaseMs, statementTimeoutMs, maxEventBytes } = options;
+  const printMs = printDeadlineMs(maxEventBytes);
   const ordered = options.ordering === 'aggregate';
   const held = options.deadLetterPolicy === 'hold';
 
@@ -164,6 +162,10 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
     transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
       transaction(pool, statementTimeoutMs, durability, work),
 
+    /** A transaction that prints payloads: one that takes suspiciously long must not hold up others. */
+    printing: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
+      transaction(pool, statementTimeoutMs, durability, work, Math.min(printMs, statementTimeoutMs)),
+
     /**
      * Runs `turn` while no other pod is claiming, or says so. The turn is a lock in a transaction of its own that
      * does nothing else: it ends with its connection, so a pod that dies holds up nobody.
@@ -186,7 +188,7 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      * if it is this one's, the row is taken all the same, its payload withheld. The caller adds its job meanwhile.
      */
     claimAlone: (add: (leased: OutboxEvent[]) => Promise<void>): Promise<Claim> =>
-      transaction(pool, Math.max(ALONE_TIMEOUT_MS, statementTimeoutMs), 'repeatable', async (tx) => {
+      transaction(pool, printMs, 'repeatable', async (tx) => {
         const { rows } = await tx.query<{ id: string }>(
           `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
            ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,

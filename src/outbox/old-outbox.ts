@@ -1,0 +1,373 @@
+import type { OutboxEvent, Receipt } from '../event.ts';
+import { type Durability, type Pool, type Queryable, transaction } from './database.ts';
+
+/**
+ * Every statement on `identity.outbox`. A state change is a named function with its precondition in the
+ * WHERE; the states are described in table.ts. The database clock (`now()`) alone decides leases.
+ */
+
+export type OutboxOptions = Readonly<{
+  ordering: 'aggregate' | 'none';
+  /** Whether a dead row lets the rest of its aggregate go on. */
+  deadLetterPolicy: 'continue' | 'hold';
+  /** How long a leased row is left alone before somebody asks what became of its job. */
+  claimLeaseMs: number;
+  /** Topic of rows that have none. */
+  streamName: string;
+  /** Deadline of one statement. */
+  statementTimeoutMs: number;
+}>;
+
+export type Aggregate = Readonly<{ aggregateType: string; aggregateId: string }>;
+
+export type Claim = Readonly<{
+  /** Leased rows, in order of id: each needs its publish job. */
+  leased: OutboxEvent[];
+  /** Aggregates of rows that were parked behind an earlier row. */
+  parked: Aggregate[];
+}>;
+
+/** A due row: nothing was heard of its job until its lease ended. */
+export type DueRow = Readonly<{ id: string; eventId: string }>;
+
+/** Rows by state; each counted up to `limit`. */
+export type Backlog = Readonly<{
+  fresh: number;
+  leased: number;
+  due: number;
+  parked: number;
+  dead: number;
+  /** Age of the oldest row that is fresh or due, i.e. should be out already; null when there is none. */
+  oldestWaitingSeconds: number | null;
+  limit: number;
+}>;
+
+export type Outbox = ReturnType<typeof createOutbox>;
+
+/** Spells "rlay", "clai". */
+const CLAIMING = '1919705465, 1668047209';
+/** A turn that lasts longer hangs; its transaction is ended by the database. */
+const CLAIM_TURN_LIMIT_MS = 30_000;
+
+const BACKLOG_COUNT_LIMIT = 100_000;
+
+const ISO_8601 = `'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'`;
+
+/** The row as an OutboxEvent; `$1` is the topic of rows that have none. */
+const EVENT = `
+  o.id::text AS "id", o.event_id AS "eventId", o.event_type AS "eventType",
+  o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId", coalesce(o.topic, $1) AS "topic",
+  o.payload::text AS "payload", o.attempts AS "attempts",
+  CASE WHEN isfinite(o.created_at) THEN to_char(o.created_at AT TIME ZONE 'UTC', ${ISO_8601})
+       ELSE o.created_at::text END AS "occurredAt",
+  nullif(o.payload->>'tenant_id', '') AS "tenantId", nullif(o.payload->>'correlation_id', '') AS "correlationId"`;
+
+const MS = `* interval '1 millisecond'`;
+/**
+ * Live, asked of a row that is looked up by its id. Put so that no partial index seems to answer it: by statistics
+ * from before a backlog the planner takes such an index for empty and reads all of it.
+ */
+const STILL_LIVE = (row: string) =>
+  `CASE WHEN ${row}.published THEN false ELSE ${row}.dead_lettered_at IS NULL END`;
+const LIVE = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NULL`;
+
+/**
+ * The first row of an aggregate: condition and order.
+ *
+ * Not two equalities and an order by id: with those the planner may walk the primary key instead, when it takes one
+ * aggregate for most of the table, and read every published row on its way (1,000 µs of PostgreSQL per event
+ * instead of 60, seen in the benchmark). Equal is written as a range that begins and ends there: then the order
+ * names the aggregate as well, and only the indexes by aggregate have it. An upper bound of the id would not end
+ * the scan, so it is compared with what was found.
+ */
+const OF_AGGREGATE = (a: string, b: string) =>
+  `${a}.aggregate_type = ${b}.aggregate_type
+   AND ${a}.aggregate_id >= ${b}.aggregate_id AND ${a}.aggregate_id <= ${b}.aggregate_id`;
+const FIRST = (a: string) => `ORDER BY ${a}.aggregate_id, ${a}.id LIMIT 1`;
+
+export function createOutbox(pool: Pool, options: OutboxOptions) {
+  const { streamName, claimLeaseMs, statementTimeoutMs } = options;
+  const ordered = options.ordering === 'aggregate';
+  const held = options.deadLetterPolicy === 'hold';
+
+  /** Is there an earlier row of the aggregate that `row` has to wait for? Two index probes at most. */
+  const behind = (row: string) => {
+    if (!ordered) return 'false';
+    return held ? `(${earlier(row, 'live')} OR ${earlier(row, 'dead')})` : earlier(row, 'live');
+  };
+  const earlier = (row: string, state: 'live' | 'dead') => `coalesce((SELECT e.id FROM identity.outbox e
+      WHERE NOT e.published AND e.dead_lettered_at ${state === 'live' ? 'IS NULL' : 'IS NOT NULL'}
+        AND ${OF_AGGREGATE('e', row)} ${FIRST('e')}) < ${row}.id, false)`;
+
+  /**
+   * Leases the first live row of each aggregate in `leaving`, once the rows `$2` have left it. A row that
+   * is leased already keeps its place: the aggregate flows on when that one is acknowledged.
+   */
+  const promote = (leaving: string) => `
+    heads AS (
+      SELECT head.id
+      FROM (SELECT DISTINCT aggregate_type, aggregate_id FROM ${leaving}) a
+      CROSS JOIN LATERAL (
+        SELECT n.id, n.aggregate_type, n.aggregate_id, n.next_attempt_at FROM identity.outbox n
+        WHERE ${LIVE('n')} AND ${OF_AGGREGATE('n', 'a')} AND n.id <> ALL ($2::bigint[])
+        ${FIRST('n')}
+      ) head
+      WHERE (head.next_attempt_at IS NULL OR head.next_attempt_at = 'infinity')
+      ${held ? `AND NOT ${earlier('head', 'dead')}` : ''}
+    ), promoted AS (
+      UPDATE identity.outbox o SET next_attempt_at = now() + $3 ${MS}
+      FROM heads WHERE o.id = heads.id
+        AND ${STILL_LIVE('o')} AND (o.next_attempt_at IS NULL OR o.next_attempt_at = 'infinity')
+      RETURNING ${EVENT}
+    )`;
+
+  return {
+    transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
+      transaction(pool, statementTimeoutMs, durability, work),
+
+    /**
+     * Runs `turn` while no other pod is claiming, or says so. The turn is a lock in a transaction of its own that
+     * does nothing else: it ends with its connection, so a pod that dies holds up nobody.
+     */
+    async inClaimTurn<T>(turn: () => Promise<T>): Promise<T | 'busy'> {
+      return transaction(pool, CLAIM_TURN_LIMIT_MS, 'repeatable', async (tx) => {
+        const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${CLAIMING}) AS mine`);
+        return rows[0].mine ? turn() : 'busy';
+      });
+    },
+
+    /**
+     * Takes up to `limit` fresh rows by id, skipping those another pod has in hand: leases each that is
+     * first in its aggregate, parks every other. The caller adds the jobs before the transaction commits.
+     */
+    async claimFresh(tx: Queryable, limit: number): Promise<Claim> {
+      const { rows } = await tx.query<OutboxEvent & { parked: boolean }>({
+        name: `relay-claim-${options.ordering}-${options.deadLetterPolicy}`,
+        text: `WITH fresh AS MATERIALIZED (
+           SELECT id, aggregate_type, aggregate_id FROM identity.outbox
+           WHERE NOT published AND next_attempt_at IS NULL
+           ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED
+         ), judged AS MATERIALIZED (
+           SELECT fresh.id, ${behind('fresh')} AS parked FROM fresh
+         )
+         UPDATE identity.outbox o
+         SET next_attempt_at = CASE WHEN judged.parked THEN 'infinity' ELSE now() + $3 ${MS} END,
+             dead_lettered_at = NULL
+         FROM judged WHERE o.id = judged.id
+         RETURNING judged.parked, ${EVENT.replace('o.payload::text', `CASE WHEN NOT judged.parked THEN o.payload::text END`)}`,
+        values: [streamName, limit, claimLeaseMs],
+      });
+      const leased = rows.filter((row) => !row.parked).map(({ parked: _, ...event }) => event);
+      leased.sort((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
+      return { leased, parked: rows.filter((row) => row.parked) };
+    },
+
+    /**
+     * Acknowledges appended events and leases the next row of each of their aggregates, whose jobs the
+     * caller adds before the commit. A row that was already published gets its receipt renewed.
+     */
+    async markPublished(tx: Queryable, receipts: readonly Receipt[]): Promise<OutboxEvent[]> {
+      const ids = receipts.map((it) => it.id);
+      const entryIds = receipts.map((it) => it.entryId);
+      const publish = (idParam: string, entryParam: string) => `
+        UPDATE identity.outbox o
+        SET published = true, published_at = coalesce(o.published_at, now()), next_attempt_at = NULL,
+            stream_entry_id = r.entry_id
+        FROM unnest(${idParam}::bigint[], ${entryParam}::text[]) AS r (id, entry_id)
+        WHERE o.id = r.id`;
+      if (!ordered) {
+        await tx.query(publish('$1', '$2'), [ids, entryIds]);
+        return [];
+      }
+      const { rows } = await tx.query<OutboxEvent>({
+        name: `relay-publish-${options.deadLetterPolicy}`,
+        text: `WITH leaving AS (${publish('$2', '$4')} RETURNING o.aggregate_type, o.aggregate_id),
+         ${promote('leaving')}
+         SELECT * FROM promoted`,
+        values: [streamName, ids, claimLeaseMs, entryIds],
+      });
+      return rows;
+    },
+
+    /** Redis lost these entries while their rows were being marked: the next claim takes them again. */
+    async takeBack(receipts: readonly Receipt[]): Promise<void> {
+      await pool.query(
+        `UPDATE identity.outbox o
+         SET published = false, published_at = NULL, stream_entry_id = NULL, next_attempt_at = NULL
+         FROM unnest($1::bigint[], $2::text[]) AS r (id, entry_id)
+         WHERE o.id = r.id AND o.published AND o.stream_entry_id = r.entry_id`,
+        [receipts.map((it) => it.id), receipts.map((it) => it.entryId)],
+      );
+    },
+
+    /**
+     * Marks a row dead and, unless dead rows hold their aggregate, leases its successor. Nothing happens
+     * to a row that is published or dead already.
+     */
+    async markDead(
+      tx: Queryable,
+      dead: { id: string; attempts: number; reason: string },
+    ): Promise<OutboxEvent[]> {
+      const bury = (id: string, attempts: string, reason: string) => `
+        UPDATE identity.outbox o
+        SET dead_lettered_at = now(), next_attempt_at = 'infinity', attempts = ${attempts}, error_message = ${reason}
+        WHERE o.id = ${id} AND ${STILL_LIVE('o')}`;
+      if (!ordered || held) {
+        await tx.query(bury('$1', '$2', '$3'), [dead.id, dead.attempts, dead.reason]);
+        return [];
+      }
+      const { rows } = await tx.query<OutboxEvent>(
+        `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5')} RETURNING o.aggregate_type, o.aggregate_id),
+         ${promote('leaving')}
+         SELECT * FROM promoted`,
+        [streamName, [dead.id], claimLeaseMs, dead.attempts, dead.reason],
+      );
+      return rows;
+    },
+
+    /** Mirrors a failed attempt on its row: how many there were, why, and when the next one comes. */
+    async recordFailure(failure: {
+      id: string;
+      attempts: number;
+      reason: string;
+      retryInMs: number;
+    }): Promise<void> {
+      await pool.query(
+        `UPDATE identity.outbox o
+         SET attempts = $2, error_message = $3, next_attempt_at = now() + $4 ${MS}
+         -- Not "and leased": an attempt may fail before the lease that started it is committed.
+         WHERE o.id = $1 AND ${STILL_LIVE('o')} AND o.attempts < $2`,
+        [failure.id, failure.attempts, failure.reason, failure.retryInMs],
+      );
+    },
+
+    /** Rows whose lease has ended, the longest overdue first; locked until the transaction ends. */
+    async lockDue(tx: Queryable, limit: number): Promise<DueRow[]> {
+      const { rows } = await tx.query<DueRow>(
+        `SELECT id::text AS "id", event_id AS "eventId" FROM identity.outbox
+         WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at <= now()
+         ORDER BY next_attempt_at LIMIT $1 FOR UPDATE SKIP LOCKED`,
+        [limit],
+      );
+      return rows;
+    },
+
+    /** The job of each of these rows is gone: the next claim takes them again, in their order. */
+    async returnToFresh(tx: Queryable, ids: readonly string[]): Promise<void> {
+      await tx.query(
+        `UPDATE identity.outbox o SET next_attempt_at = NULL WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')}`,
+        [ids],
+      );
+    },
+
+    /** The job of each of these rows is alive: look again after another lease. */
+    async extendLease(tx: Queryable, ids: readonly string[]): Promise<void> {
+      await tx.query(
+        `UPDATE identity.outbox o SET next_attempt_at = now() + $2 ${MS}
+         WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')}`,
+        [ids, claimLeaseMs],
+      );
+    },
+
+    /** Of these events, those whose row waits for something yet: neither published, nor dead, nor gone. */
+    async unsettled(eventIds: readonly string[]): Promise<string[]> {
+      const { rows } = await pool.query<{ eventId: string }>(
+        `SELECT o.event_id AS "eventId" FROM identity.outbox o WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}`,
+        [eventIds],
+      );
+      return rows.map((row) => row.eventId);
+    },
+
+    /** Redis lost its jobs: every lease ends now. Returns how many did. */
+    async endLeases(): Promise<number> {
+      const { rowCount } = await pool.query(
+        `UPDATE identity.outbox SET next_attempt_at = now()
+         WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at > now()`,
+      );
+      return rowCount ?? 0;
+    },
+
+    /**
+     * Un-parks the first row of each given aggregate where nothing is left for it to wait for. Needed since
+     * a row may be parked behind another at the very moment when that one is acknowledged, each transaction
+     * blind to the other: whichever commits second finds it here. Returns how many rows became fresh.
+     */
+    async releaseOrphans(aggregates: readonly Aggregate[]): Promise<number> {
+      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+        const { rowCount } = await tx.query(
+          `UPDATE identity.outbox o SET next_attempt_at = NULL
+           FROM (
+             SELECT head.id
+             FROM unnest($1::text[], $2::uuid[]) AS a (aggregate_type, aggregate_id)
+             CROSS JOIN LATERAL (
+               SELECT n.id, n.aggregate_type, n.aggregate_id, n.next_attempt_at FROM identity.outbox n
+               WHERE ${LIVE('n')} AND ${OF_AGGREGATE('n', 'a')} ${FIRST('n')}
+             ) head
+             WHERE head.next_attempt_at = 'infinity' AND NOT (${behind('head')})
+           ) orphan
+           WHERE o.id = orphan.id AND ${STILL_LIVE('o')} AND o.next_attempt_at = 'infinity'`,
+          [aggregates.map((it) => it.aggregateType), aggregates.map((it) => it.aggregateId)],
+        );
+        return rowCount ?? 0;
+      });
+    },
+
+    /**
+     * The next aggregates, by key, that have parked rows: steps from one to the next in the index, however
+     * many rows each has parked.
+     */
+    async parkedAggregates(after: Aggregate | null, limit: number): Promise<Aggregate[]> {
+      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+        const next = (from: string) => `
+          SELECT p.aggregate_type, p.aggregate_id FROM identity.outbox p
+          WHERE ${LIVE('p')} AND p.next_attempt_at = 'infinity' AND (p.aggregate_type, p.aggregate_id) > ${from}
+          ORDER BY p.aggregate_type, p.aggregate_id LIMIT 1`;
+        const { rows } = await tx.query<Aggregate>(
+          `WITH RECURSIVE walk AS (
+             (${next('($1::text, $2::uuid)')})
+             UNION ALL
+             SELECT step.* FROM walk w CROSS JOIN LATERAL (${next('(w.aggregate_type, w.aggregate_id)')}) step
+           )
+           SELECT aggregate_type AS "aggregateType", aggregate_id AS "aggregateId" FROM walk LIMIT $3`,
+          [after?.aggregateType ?? '', after?.aggregateId ?? '00000000-0000-0000-0000-000000000000', limit],
+        );
+        return rows;
+      });
+    },
+
+    /** Without ordering nothing waits for anything: un-parks rows that an earlier configuration parked. */
+    async unparkAll(limit: number): Promise<number> {
+      const { rowCount } = await pool.query(
+        `UPDATE identity.outbox o SET next_attempt_at = NULL
+         FROM (SELECT p.id FROM identity.outbox p WHERE ${LIVE('p')} AND p.next_attempt_at = 'infinity'
+               LIMIT $1 FOR UPDATE SKIP LOCKED) parked
+         WHERE o.id = parked.id`,
+        [limit],
+      );
+      return rowCount ?? 0;
+    },
+
+    async backlog(): Promise<Backlog> {
+      const count = (state: string) =>
+        `(SELECT count(*)::int FROM (SELECT FROM identity.outbox o WHERE ${state} LIMIT ${BACKLOG_COUNT_LIMIT}) x)`;
+      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+        const { rows } = await tx.query<Omit<Backlog, 'limit'>>(
+          `SELECT
+             ${count('NOT o.published AND o.next_attempt_at IS NULL')} AS "fresh",
+             ${count(`NOT o.published AND o.next_attempt_at < 'infinity' AND o.next_attempt_at > now()`)} AS "leased",
+             ${count(`NOT o.published AND o.next_attempt_at < 'infinity' AND o.next_attempt_at <= now()`)} AS "due",
+             ${count(`${LIVE('o')} AND o.next_attempt_at = 'infinity'`)} AS "parked",
+             ${count('NOT o.published AND o.dead_lettered_at IS NOT NULL')} AS "dead",
+             (SELECT CASE WHEN count(*) > 0 THEN greatest(0, extract(epoch FROM now() - min(created_at)))::float8 END FROM (
+               (SELECT created_at FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
+                ORDER BY id LIMIT 1)
+               UNION ALL
+               (SELECT created_at FROM identity.outbox WHERE NOT published AND next_attempt_at < 'infinity'
+                AND next_attempt_at <= now() ORDER BY next_attempt_at LIMIT 1)
+             ) waiting) AS "oldestWaitingSeconds"`,
+        );
+        return { ...(rows[0] as Omit<Backlog, 'limit'>), limit: BACKLOG_COUNT_LIMIT };
+      });
+    },
+  };
+}
