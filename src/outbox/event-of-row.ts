@@ -53,11 +53,12 @@ const idFrom = (member: string) =>
  *
  * @param printed condition of the rows whose payload is looked at
  * @param otherwise why the others are withheld, an expression
+ * @param unasked print without asking first whether the text may be within the limit
  */
 export const eventsOf = (
   source: string,
   maxEventBytes: number,
-  { columns = '', printed = 'true', otherwise = 'NULL' } = {},
+  { columns = '', printed = 'true', otherwise = 'NULL', unasked = false } = {},
 ) => {
   const whole = `json.bytes <= ${maxEventBytes}`;
   return `
@@ -77,7 +78,7 @@ export const eventsOf = (
     SELECT p.*, octet_length(p.text) + ${TEXT_BYTES('o')} AS bytes
     FROM (SELECT f.may_fit, CASE WHEN f.may_fit THEN o.payload::text END AS text,
                  o.payload->'tenant_id' AS tenant, o.payload->'correlation_id' AS correlation
-          FROM (SELECT ${mayFit('o.payload', maxEventBytes)} AS may_fit OFFSET 0) f
+          FROM (SELECT ${unasked ? 'true' : mayFit('o.payload', maxEventBytes)} AS may_fit OFFSET 0) f
           WHERE ${printed} OFFSET 0) p
     OFFSET 0
   ) json ON true`;

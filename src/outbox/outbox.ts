@@ -121,9 +121,12 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
   async function claim(
     tx: Queryable,
     limit: number,
-    only: { id?: string; withheld?: string } = {},
+    only: { kind: 'batch' | 'alone' | 'unasked' | 'withheld'; values: string[] } = {
+      kind: 'batch',
+      values: [],
+    },
   ): Promise<Claim> {
-    const kind = only.withheld !== undefined ? 'withheld' : only.id !== undefined ? 'alone' : 'batch';
+    const { kind } = only;
     const { rows } = await tx.query<OutboxEvent & { parked: boolean; seen: number }>({
       name: `relay-claim-${kind}-${options.ordering}-${options.deadLetterPolicy}-${maxEventBytes}`,
       text: `WITH fresh AS MATERIALIZED (
@@ -142,9 +145,11 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
          RETURNING taken.parked, o.*
        ) ${eventsOf('claimed', maxEventBytes, {
          columns: 'o.parked, (SELECT count(*) FROM fresh)::int AS seen,',
-         ...(kind === 'withheld' ? { printed: 'false', otherwise: '$5::text' } : { printed: 'NOT o.parked' }),
+         ...(kind === 'withheld'
+           ? { printed: 'false', otherwise: '$5::text' }
+           : { printed: 'NOT o.parked', unasked: kind === 'unasked' }),
        })}`,
-      values: [streamName, limit, claimLeaseMs, ...Object.values(only)],
+      values: [streamName, limit, claimLeaseMs, ...only.values],
     });
     const leased = rows
       .filter((row) => !row.parked)
@@ -202,10 +207,11 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
           await tx.query('ROLLBACK TO SAVEPOINT alone');
           return `PostgreSQL cannot print the payload: ${errorText(error)}`;
         };
-        const claimed = await claim(tx, 1, { id })
-          // Twice in a row: a server that hung, or was out of memory, for a moment must not cost an event.
-          .catch((error) => backFrom(error).then(() => claim(tx, 1, { id })))
-          .catch(async (error) => claim(tx, 1, { id, withheld: await backFrom(error) }));
+        // Twice in a row: a server that hung, or was out of memory, for a moment must not cost an event. The second
+        // time without the look at its numbers, for which a deeply nested payload may need too much stack.
+        const claimed = await claim(tx, 1, { kind: 'alone', values: [id] })
+          .catch((error) => backFrom(error).then(() => claim(tx, 1, { kind: 'unasked', values: [id] })))
+          .catch(async (error) => claim(tx, 1, { kind: 'withheld', values: [id, await backFrom(error)] }));
         if (claimed.leased.length > 0) await add(claimed.leased);
         return claimed;
       }),

@@ -101,29 +101,23 @@ test('a payload that PostgreSQL cannot print stops nobody: it is dead-lettered, 
   expect(published.filter((id) => ofAggregate.includes(id))).toEqual(ofAggregate);
 }, 120_000);
 
-test('a payload that PostgreSQL fails on is found and dead-lettered, also behind another of its aggregate', async () => {
+test('a payload that makes a claim or an acknowledgement fail is looked at alone; nobody waits for it, order is kept', async () => {
   const stage = await setStage();
   const deep = `${'['.repeat(4_000)}${']'.repeat(4_000)}`;
   const [failing, behindOne] = [anEvent({ payload: deep }), anEvent({ payload: deep })];
   const first = anEvent({ aggregateId: behindOne.aggregateId });
   const last = anEvent({ aggregateId: behindOne.aggregateId });
   await insertEvents(stage.pool, [...someEvents(200), failing, first, behindOne, last, ...someEvents(200)]);
-  // Of the sessions to come: what was inserted can no longer be read through.
+  // Of the sessions to come: too little to look for numbers that deep. Printing needs less.
   await stage.pool.query(`DO $$ BEGIN
     EXECUTE format('ALTER DATABASE %I SET max_stack_depth = ''100kB''', current_database()); END $$`);
   const pod = await stage.pod();
   await stage.rested();
-  const deadLetters = fieldsById(await stage.entries(DLQ));
-  expect([...deadLetters.keys()].toSorted()).toEqual([failing.eventId, behindOne.eventId].toSorted());
-  for (const fields of deadLetters.values()) {
-    expect(fields.error_message).toBe('PostgreSQL cannot print the payload: stack depth limit exceeded');
-    expect(fields).toMatchObject({ payload: 'null', tenant_id: '00000000-0000-0000-0000-000000000000' });
-  }
-  const published = (await stage.entries()).map(({ fields }) => fields.event_id);
-  expect(published).toHaveLength(402);
-  const around = [first.eventId, last.eventId];
-  expect(published.filter((id) => around.includes(id ?? ''))).toEqual(around);
-  expect(pod.logs().filter((line) => line.level === 'error')).toEqual([]);
+  expect(pod.lines.join('')).toContain('stack depth limit exceeded');
+  await stage.expectPromisesHeld();
+  const entries = fieldsById(await stage.entries());
+  expect(entries.size).toBe(404);
+  for (const { eventId } of [failing, behindOne]) expect(entries.get(eventId)?.payload === deep).toBe(true);
 }, 120_000);
 
 test('a topic is published as it is, or dead-lettered at once with the reason; no other key changes', async () => {
@@ -215,7 +209,10 @@ test('payloads nested as deep as PostgreSQL takes them are published, and judged
   await stage.rested();
   const [entry, ...others] = await stage.entries();
   expect(others).toEqual([]);
-  expect(entry?.fields).toMatchObject({ event_id: deep.eventId, payload: nested(depth) });
+  expect(entry?.fields.event_id, JSON.stringify(await stage.row(deep.eventId)).slice(0, 500)).toBe(
+    deep.eventId,
+  );
+  expect(entry?.fields.payload === nested(depth)).toBe(true);
   expect((await stage.row(judged.eventId)).error_message).toMatch(
     /^payload breaks the schema of UserCreated: /,
   );

@@ -11,6 +11,7 @@ async function attempt(
   findings: {
     outcome?: AppendOutcome;
     topicProblem?: string;
+    withheld?: string;
     violations?: string[];
     strict?: boolean;
     acknowledge?: () => Promise<void>;
@@ -32,7 +33,7 @@ async function attempt(
     },
     logger: silent,
   });
-  return { attempt: await carry(aClaimedEvent()), done };
+  return { attempt: await carry(aClaimedEvent({ withheld: findings.withheld ?? null })), done };
 }
 
 describe('an attempt', () => {
@@ -73,6 +74,13 @@ describe('an attempt', () => {
   test('with an impossible topic is given up before anything is written', async () => {
     expect(await attempt({ topicProblem: 'topic is empty' })).toEqual({
       attempt: { kind: 'give-up', reason: 'topic is empty' },
+      done: [],
+    });
+  });
+
+  test('of an event whose payload was withheld is given up with the reason, before anything is written', async () => {
+    expect(await attempt({ withheld: 'event has 9 bytes' })).toEqual({
+      attempt: { kind: 'give-up', reason: 'event has 9 bytes' },
       done: [],
     });
   });
