@@ -10,7 +10,8 @@ import { createLifecycle, succeedsWithin } from './lifecycle.ts';
 import { createLogger, errorText, type Logger } from './logger.ts';
 import type { Pool, Queryable } from './outbox/database.ts';
 import { distrustful } from './outbox/distrust.ts';
-import { createOutbox } from './outbox/outbox.ts';
+import { payloadMayBeAtFault } from './outbox/event-of-row.ts';
+import { type Claim, createOutbox } from './outbox/outbox.ts';
 import { createPool } from './outbox/pool.ts';
 import { createReceipts, type Receipts } from './outbox/receipts.ts';
 import { createWakeup } from './outbox/wakeup.ts';
@@ -31,6 +32,7 @@ import { APPEND_CONNECTION, createStream, type StreamOptions } from './stream/ap
 import { createEpoch, EpochOverError, type Loss } from './stream/epoch.ts';
 import { createRestorer, type Restorer } from './stream/restore.ts';
 import { createValidator } from './stream/validate.ts';
+import { createTopicCheck } from './topics.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
@@ -263,16 +265,30 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
    * entry that Redis may have lost gives no receipt: asked before the jobs are added, so that no successor can get
    * ahead of it.
    */
-  const giveReceipts = (of: string, change: (tx: Queryable) => Promise<OutboxEvent[]>) =>
-    receipts.giving(async (tx) => {
-      const successors = await change(tx);
-      await epoch.confirm(of);
-      if (successors.length > 0) await queues.addPublishJobs(successors);
-      return successors;
-    });
+  const giveReceipts = async (
+    of: string,
+    change: (tx: Queryable, promoting: boolean) => Promise<OutboxEvent[]>,
+  ) => {
+    const write = (promoting: boolean) =>
+      receipts.giving(async (tx) => {
+        const successors = await change(tx, promoting);
+        await epoch.confirm(of);
+        if (successors.length > 0) await queues.addPublishJobs(successors);
+        return successors;
+      });
+    try {
+      return await write(true);
+    } catch (error) {
+      // The change must not wait for a successor that cannot be printed: the orphan watch makes it fresh, and the
+      // claim deals with it.
+      if (!payloadMayBeAtFault(error)) throw error;
+      return write(false);
+    }
+  };
 
   const acknowledger = createAcknowledger({
-    markPublished: (batch, of) => giveReceipts(of, (tx) => outbox.markPublished(tx, batch)),
+    markPublished: (batch, of) =>
+      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, batch, promoting)),
     onNoSuccessor: watchOrphans,
     isFinal: (error) => error instanceof EpochOverError,
     logger,
@@ -281,14 +297,14 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const deadLetter = createDeadLetter({
     append: stream.deadLetter,
     markDead: async (dead, of) => {
-      await giveReceipts(of, (tx) => outbox.markDead(tx, dead));
+      await giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting));
     },
     onDead: (event) => watchOrphans([event]),
     logger,
   });
 
   const carry = createCarry({
-    topicProblem: stream.topicProblem,
+    topicProblem: createTopicCheck({ ...config, queueKeyPrefix: `${config.queuePrefix}:` }),
     violations: config.validation === 'off' ? () => [] : createValidator(),
     strict: config.validation === 'strict',
     ready: epoch.known,
@@ -336,17 +352,35 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     const limit = await reserve();
     if (limit === 0) return { kind: 'no-room' };
     try {
-      const { leased, parked } = await outbox.transaction('repeatable', async (tx) => {
-        const claimed = await outbox.claimFresh(tx, limit);
-        if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
-        return claimed;
-      });
+      const { leased, parked, more } = await outbox
+        .transaction('repeatable', async (tx) => {
+          const claimed = await outbox.claimFresh(tx, limit);
+          if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
+          return claimed;
+        })
+        .catch((error) => {
+          if (!payloadMayBeAtFault(error)) throw error;
+          logger.warn({ err: error }, 'the payload of an event may be unprintable; claiming one by one');
+          return claimOneByOne(limit);
+        });
       watchOrphans(parked);
-      const kind = leased.length + parked.length === limit ? 'more' : 'all';
-      return { kind, events: leased.length };
+      return { kind: more ? 'more' : 'all', events: leased.length };
     } finally {
       added += limit;
     }
+  }
+
+  /** Until the event is found that cannot be printed: its job exists then, and the next round is as any other. */
+  async function claimOneByOne(limit: number): Promise<Claim> {
+    const leased: OutboxEvent[] = [];
+    const parked: Claim['parked'] = [];
+    for (let more = true; more && leased.length + parked.length < limit; ) {
+      const one = await outbox.claimAlone(queues.addPublishJobs);
+      leased.push(...one.leased);
+      parked.push(...one.parked);
+      more = one.more && !one.leased[0]?.withheld;
+    }
+    return { leased, parked, more: true };
   }
 
   /** Epoch in which entries without a job were found; should it be over, they are looked for again. */
@@ -368,7 +402,8 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
       return found;
     },
     acknowledge: async (batch) => {
-      if (foundIn !== undefined) await giveReceipts(foundIn, (tx) => outbox.markPublished(tx, batch));
+      if (foundIn !== undefined)
+        await giveReceipts(foundIn, (tx, promoting) => outbox.markPublished(tx, batch, promoting));
     },
     deadLetter,
     logger,
@@ -491,7 +526,6 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
 /** What the configuration says about streams and the keys beside them. */
 export const streamOptionsOf = (config: RelayConfig): StreamOptions => ({
   ...config,
-  queueKeyPrefix: `${config.queuePrefix}:`,
   jobKey: (eventId) => publishJobKey(config, eventId),
   epochKey: `${config.queuePrefix}:${config.queueName}:epoch`,
 });

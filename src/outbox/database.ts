@@ -40,6 +40,8 @@ export type Durability = 'durable' | 'repeatable';
  * it works on pools that belong to someone else and behind PgBouncer.
  *
  * A connection that failed is thrown away: what it still had in flight is unknown.
+ *
+ * @param statementMs a shorter deadline for each statement, on the server alone
  */
 export async function transaction<T>(
   pool: Pool,

@@ -1,6 +1,6 @@
 import type { OutboxEvent, Receipt } from '../event.ts';
 import { type Pool, type Queryable, transaction } from './database.ts';
-import { EVENT } from './outbox.ts';
+import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
 /**
  * Rows whose entry is in Redis, as their receipt `stream_entry_id` says: published ones in their stream, dead ones in
@@ -37,11 +37,25 @@ const SETTLED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
 
 export function createReceipts(
   pool: Pool,
-  options: Readonly<{ streamName: string; statementTimeoutMs: number }>,
+  options: Readonly<{ streamName: string; maxEventBytes: number; statementTimeoutMs: number }>,
 ) {
-  const { streamName, statementTimeoutMs } = options;
+  const { streamName, maxEventBytes, statementTimeoutMs } = options;
   const read = <T>(work: (tx: Queryable) => Promise<T>) =>
     transaction(pool, statementTimeoutMs, 'repeatable', work);
+
+  const select = (ids: readonly string[], printing: boolean): Promise<SettledEvent[]> =>
+    read(async (tx) => {
+      const { rows } = await tx.query<SettledEvent>(
+        `WITH settled AS (
+           SELECT * FROM identity.outbox WHERE id = ANY ($2::bigint[]) AND stream_entry_id IS NOT NULL
+         ) ${eventsOf('settled', maxEventBytes, {
+           columns: 'o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",',
+           ...(!printing && { printed: 'false', otherwise: 'o.error_message' }),
+         })}`,
+        [streamName, ids],
+      );
+      return rows.toSorted((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
+    });
 
   return {
     /** A transaction that gives receipts: until it ends, `given` waits for it. */
@@ -87,15 +101,20 @@ export function createReceipts(
         return rows;
       }),
 
-    /** The events of these rows, in order of id; rows that have no receipt any more are left out. */
+    /**
+     * The events of these rows, in order of id; rows that have no receipt any more are left out. Of a row that cannot
+     * be printed (it is dead for that) the payload is withheld, as it was the first time.
+     */
     async events(ids: readonly string[]): Promise<SettledEvent[]> {
-      const { rows } = await pool.query<SettledEvent>(
-        `SELECT ${EVENT}, o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt"
-         FROM identity.outbox o
-         WHERE o.id = ANY ($2::bigint[]) AND o.stream_entry_id IS NOT NULL ORDER BY o.id`,
-        [streamName, ids],
-      );
-      return rows;
+      try {
+        return await select(ids, true);
+      } catch (error) {
+        if (!payloadMayBeAtFault(error)) throw error;
+        if (ids.length === 1) return select(ids, false);
+        const events: SettledEvent[] = [];
+        for (const id of ids) events.push(...(await this.events([id])));
+        return events;
+      }
     },
 
     /** The entries were appended again. A receipt that somebody else has renewed meanwhile stays as it is. */

@@ -1,6 +1,6 @@
 import { DelayedError, type Job, UnrecoverableError } from 'bullmq';
 import type { Redis } from 'ioredis';
-import type { Attempt, InTurn, OutboxEvent } from '../event.ts';
+import { type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 import {
@@ -67,7 +67,7 @@ export function createPublishWorker(deps: {
     }
     const about = {
       eventId: event.eventId,
-      topic: event.topic,
+      topic: brief(event.topic),
       attempt: event.attempts + job.attemptsMade + 1,
     };
     const expiresAt = Date.now() + options.publishTimeoutMs;
@@ -111,7 +111,8 @@ export function createPublishWorker(deps: {
       } else {
         const failure = { id: event.id, attempts, reason: error.message, retryInMs: job.delay };
         await deps.recordFailure(failure);
-        const { eventId, topic } = event;
+        const { eventId } = event;
+        const topic = brief(event.topic);
         const { reason, retryInMs } = failure;
         logger.info(
           { eventId, topic, attempt: attempts, reason, retryInMs },

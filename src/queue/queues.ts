@@ -1,6 +1,6 @@
 import { type Job, Queue, QueueKeys, Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
-import type { OutboxEvent } from '../event.ts';
+import { brief, type OutboxEvent } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 
@@ -193,7 +193,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Logger
       );
       await publish.addBulk(
         events.map((event) => ({
-          name: event.eventType,
+          name: brief(event.eventType),
           data: event,
           opts: { jobId: event.eventId, ...retries(event.attempts) },
         })),

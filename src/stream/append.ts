@@ -41,8 +41,6 @@ export type StreamOptions = Readonly<{
   /** Approximate length at which a stream is trimmed; 0 = never. */
   streamMaxLen: number;
   dlqMaxLen: number;
-  /** Keys that begin with this belong to BullMQ. */
-  queueKeyPrefix: string;
   /** Redis key of an event's publish job. */
   jobKey: (eventId: string) => string;
   /** Redis key of the epoch's name. */
@@ -120,15 +118,6 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
         DEAD_LETTER_ENTRY,
         deadLetterFields(event, failure),
       ),
-
-    /** Why this topic can never be the key of a stream, or null. */
-    topicProblem(topic: string): string | null {
-      if (topic === '') return 'topic is empty';
-      if (topic === options.dlqStreamName) return 'topic is the dead-letter stream';
-      if (topic.startsWith(options.queueKeyPrefix))
-        return `topic begins with ${options.queueKeyPrefix}, where BullMQ keeps its keys`;
-      return null;
-    },
   };
 }
 

@@ -1,4 +1,4 @@
-import type { AppendOutcome, Attempt, InTurn, OutboxEvent } from '../event.ts';
+import { type AppendOutcome, type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
 import type { Logger } from '../logger.ts';
 import { errorText } from '../logger.ts';
 import { decide, type Verdict } from './decide.ts';
@@ -25,12 +25,14 @@ export function createCarry(deps: {
   const { logger } = deps;
 
   function problemOf(event: OutboxEvent): string | null {
+    if (event.withheld) return event.withheld;
     const topicProblem = deps.topicProblem(event.topic);
     if (topicProblem !== null) return topicProblem;
     const violations = deps.violations(event.eventType, event.payload);
     if (violations.length === 0) return null;
-    if (deps.strict) return `payload breaks the schema of ${event.eventType}: ${violations.join('; ')}`;
-    const { eventId, eventType } = event;
+    const { eventId } = event;
+    const eventType = brief(event.eventType);
+    if (deps.strict) return `payload breaks the schema of ${eventType}: ${violations.join('; ')}`;
     logger.warn(
       { eventId, eventType, violations },
       'payload breaks the schema of its event type; published all the same',
@@ -64,7 +66,7 @@ export function createCarry(deps: {
         return { kind: 'done' };
       case 'let-go':
         logger.warn(
-          { eventId: event.eventId, topic: event.topic },
+          { eventId: event.eventId, topic: brief(event.topic) },
           'the job vanished before its append; its row decides',
         );
         return { kind: 'done' };

@@ -1,4 +1,4 @@
-import type { AppendOutcome, OutboxEvent } from '../event.ts';
+import { type AppendOutcome, brief, type OutboxEvent } from '../event.ts';
 import type { Logger } from '../logger.ts';
 
 export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
@@ -22,7 +22,8 @@ export function createDeadLetter(deps: {
 
   return async function deadLetter(failure: Failure): Promise<void> {
     const { event, attempts, reason } = failure;
-    const about = { eventId: event.eventId, topic: event.topic, eventType: event.eventType, attempts };
+    const { eventId } = event;
+    const about = { eventId, topic: brief(event.topic), eventType: brief(event.eventType), attempts };
     const outcome = await append(event, failure);
     switch (outcome.status) {
       case 'appended':

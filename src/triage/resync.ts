@@ -161,7 +161,11 @@ export function createResync(deps: {
   }
 
   function restoreOne(event: Event, guard: string): Promise<Outcome> {
-    if (event.deadLetteredAt === null) return deps.restoreEntry(event, guard);
+    if (event.deadLetteredAt === null) {
+      // Published once, it is above a limit that was lowered since.
+      if (event.withheld) return Promise.resolve({ status: 'refused', reason: event.withheld });
+      return deps.restoreEntry(event, guard);
+    }
     const { errorMessage, attempts, deadLetteredAt } = event;
     return deps.restoreDeadLetter(
       event,

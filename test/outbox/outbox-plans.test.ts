@@ -140,7 +140,7 @@ describe.each([
     async (_name, deadLetterPolicy, plan, run, limit) => {
       const costs: Cost[] = [];
       const outbox = createOutbox(explaining(pool, plan, costs), {
-        ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000 },
+        ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000, maxEventBytes: 1_048_576 },
         ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
       });
       await run(outbox);

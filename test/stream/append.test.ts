@@ -20,7 +20,7 @@ const CONNECTION = { ...APPEND_CONNECTION, commandTimeout: 1_000, retryStrategy:
 
 function streamOn(redis: Redis, options: { streamMaxLen?: number; dlqMaxLen?: number } = {}): Stream {
   return createStream(redis, epochs, {
-    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, queueKeyPrefix: 'bull:', jobKey },
+    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey },
     ...{ epochKey: EPOCH_KEY, ...options },
   });
 }
@@ -349,12 +349,4 @@ describe('the script', () => {
     const outcomes = await Promise.all(events.map(through.publish));
     expect(outcomes.map((it) => it.status)).toEqual(['appended', 'appended', 'appended']);
   });
-});
-
-test('a topic that can never be the key of a stream is known by its name', () => {
-  expect(stream.topicProblem(TOPIC)).toBeNull();
-  expect(stream.topicProblem('bullish')).toBeNull();
-  expect(stream.topicProblem('')).toBe('topic is empty');
-  expect(stream.topicProblem(DLQ)).toBe('topic is the dead-letter stream');
-  expect(stream.topicProblem('bull:relay-publish:wait')).toMatch(/^topic begins with bull:/);
 });

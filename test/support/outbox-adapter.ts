@@ -10,7 +10,7 @@ export const STATEMENT_TIMEOUT_MS = 20_000;
 export function outboxOf(pool: Pool, deadLetterPolicy: Policy) {
   const outbox = createOutbox(pool, {
     ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000 },
-    ...{ streamName: 'default.stream', statementTimeoutMs: STATEMENT_TIMEOUT_MS },
+    ...{ streamName: 'default.stream', maxEventBytes: 1 << 20, statementTimeoutMs: STATEMENT_TIMEOUT_MS },
   });
   type Then<T> = (result: T) => Promise<void>;
   return {

@@ -12,6 +12,7 @@ async function attempt(
   findings: {
     outcome?: AppendOutcome;
     topicProblem?: string;
+    withheld?: string;
     violations?: string[];
     strict?: boolean;
     refusedEverything?: string;
@@ -35,7 +36,7 @@ async function attempt(
     },
     logger: silent,
   });
-  return { attempt: await carry(aClaimedEvent()), done };
+  return { attempt: await carry(aClaimedEvent({ withheld: findings.withheld ?? null })), done };
 }
 
 describe('an attempt', () => {
@@ -113,6 +114,13 @@ describe('an attempt', () => {
   test('with an impossible topic is given up before anything is written', async () => {
     expect(await attempt({ topicProblem: 'topic is empty' })).toEqual({
       attempt: { kind: 'give-up', reason: 'topic is empty' },
+      done: [],
+    });
+  });
+
+  test('of an event whose payload was withheld is given up with the reason, before anything is written', async () => {
+    expect(await attempt({ withheld: 'event has 9 bytes' })).toEqual({
+      attempt: { kind: 'give-up', reason: 'event has 9 bytes' },
       done: [],
     });
   });

@@ -22,7 +22,12 @@ beforeAll(async () => {
   pool = openPool(database.url);
   redis = openRedis(server.url);
   outbox = createOutbox(pool, {
-    ...{ ordering: 'aggregate', deadLetterPolicy: 'continue', claimLeaseMs: 60_000 },
+    ...{
+      ordering: 'aggregate',
+      deadLetterPolicy: 'continue',
+      claimLeaseMs: 60_000,
+      maxEventBytes: 1_048_576,
+    },
     ...{ streamName: 'identity.user.v1', statementTimeoutMs: 10_000 },
   });
 });
@@ -50,7 +55,7 @@ const markDead: MarkDead = async (dead) => {
 function bury(mark: MarkDead = markDead): Promise<void> {
   const epochs = { known: async () => EPOCH, doubt: () => {}, doubtAll: () => {} };
   const stream = createStream(redis, epochs, {
-    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, queueKeyPrefix: 'bull:', jobKey },
+    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey },
     epochKey: EPOCH_KEY,
   });
   const deadLetter = createDeadLetter({

@@ -25,7 +25,12 @@ beforeAll(async () => {
   pool = openPool(database.url);
   redis = openRedis(server.url);
   outbox = createOutbox(pool, {
-    ...{ ordering: 'aggregate', deadLetterPolicy: 'continue', claimLeaseMs: 60_000 },
+    ...{
+      ordering: 'aggregate',
+      deadLetterPolicy: 'continue',
+      claimLeaseMs: 60_000,
+      maxEventBytes: 1_048_576,
+    },
     ...{ streamName: 'identity.user.v1', statementTimeoutMs: 10_000 },
   });
   const options = { queuePrefix: 'bull', queueName: 'relay', maxRetryAttempts: 0, retryBaseDelayMs: 10 };
