@@ -7,24 +7,38 @@ import type { Redis, RedisOptions } from 'ioredis';
 import type { RelayConfig } from './config.ts';
 import type { OutboxEvent } from './event.ts';
 import { createLifecycle, succeedsWithin } from './lifecycle.ts';
-import { createLogger, type Logger } from './logger.ts';
+import { createLogger, errorText, type Logger } from './logger.ts';
 import type { Pool, Queryable } from './outbox/database.ts';
-import { createOutbox } from './outbox/outbox.ts';
+import { distrustful } from './outbox/distrust.ts';
+import { payloadMayBeAtFault } from './outbox/event-of-row.ts';
+import { type Claim, createOutbox } from './outbox/outbox.ts';
 import { createPool } from './outbox/pool.ts';
+import { createReceipts, type Receipts } from './outbox/receipts.ts';
 import { createWakeup } from './outbox/wakeup.ts';
-import { inspectRedis, openRedis, waitForServers } from './preflight.ts';
+import { createWriteProbe, inspectRedis, openRedis, waitForServers } from './preflight.ts';
 import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts';
+import { createProgressWatch } from './queue/progress.ts';
 import { createPublishWorker } from './queue/publish.ts';
-import { createQueues, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
+import {
+  ANSWER_TIMEOUT_MS,
+  createQueues,
+  publishJobKey,
+  QUEUE_CONNECTION,
+  WORKER_CONNECTION,
+} from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
-import { APPEND_CONNECTION, createStream } from './stream/append.ts';
-import { createMemory, MemoryLostError } from './stream/memory.ts';
+import { createSuspects } from './queue/suspects.ts';
+import { APPEND_CONNECTION, createStream, type StreamOptions } from './stream/append.ts';
+import { createEpoch, EpochOverError, type Loss } from './stream/epoch.ts';
+import { createRestorer, type Restorer } from './stream/restore.ts';
 import { createValidator } from './stream/validate.ts';
+import { createTopicCheck } from './topics.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile } from './triage/reconcile.ts';
+import { createResync, totals } from './triage/resync.ts';
 import { createHealth } from './web/health.ts';
 import { createWebServer } from './web/server.ts';
 
@@ -58,10 +72,15 @@ export type Relay = Readonly<{
 
 /** Failed jobs looked through in one round of trimming. */
 const TRIM_LIMIT = 1_000;
+/** Longest time for a claim job with all its duties: 50 batches of due rows, then a turn. */
+const CLAIM_JOB_DEADLINE_MS = 120_000;
 /** A pod that has not looked after the schedule for so long hangs. */
 const STUCK_AFTER_MS = 60_000;
 /** Answer of a healthy server; commands that take longer are given up and asked again. */
 const QUEUE_TIMEOUT_MS = 5_000;
+/** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
+const STATEMENT_TIMEOUT_MS = 4_000;
+const CONNECT_TIMEOUT_MS = 3_000;
 const RECONNECT_DELAY_MS = 1_000;
 const CLOSE_TIMEOUT_MS = 1_000;
 /** Of the time to stop, this much is for finishing what runs; the rest is for closing. */
@@ -141,8 +160,7 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     ? undefined
     : createPool(config.databaseUrl, {
         max: POOL_SIZE,
-        connectionTimeoutMillis: QUEUE_TIMEOUT_MS,
-        query_timeout: config.publishTimeoutMs,
+        connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
         keepAlive: true,
         pipeline: true,
         application_name: 'relay-service',
@@ -154,6 +172,8 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     const all: RedisOptions = {
       ...options,
       lazyConnect: false,
+      socketTimeout: ANSWER_TIMEOUT_MS,
+      connectTimeout: CONNECT_TIMEOUT_MS,
       connectionName: `relay-${role}`,
       retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
     };
@@ -175,7 +195,7 @@ function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Serv
     return redis;
   };
   return {
-    pool: deps.pool ?? (ownPool as Pool),
+    pool: distrustful(deps.pool ?? (ownPool as Pool), QUEUE_TIMEOUT_MS),
     queueRedis: connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS }),
     appendRedis: connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs }),
     workerRedis: connect('worker', WORKER_CONNECTION),
@@ -191,33 +211,42 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const ordered = config.ordering === 'aggregate';
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
 
-  const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+  const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
+  const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const queues = createQueues(queueRedis, config, logger);
-  const stream = createStream(appendRedis, {
-    ...config,
-    queueKeyPrefix: `${config.queuePrefix}:`,
-    jobKey: queues.jobKey,
-  });
-
-  const memoryKey = `${config.queuePrefix}:${config.queueName}:memory`;
-  const memory = createMemory(appendRedis, `${memoryKey}:appends`);
+  const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
+  const streamOptions = streamOptionsOf(config);
+  const assertWritable = createWriteProbe(queueRedis, `${config.queuePrefix}:${config.queueName}:probe`);
 
   const scheduler = createScheduler({
     queue: queues.claim,
-    redis: queueRedis,
-    memoryKey,
     pollIntervalMs: config.pollIntervalMs,
-    onMemoryLost: async () => {
-      const events = await outbox.endLeases();
-      if (events === 0) return;
-      logger.warn(
-        { events },
-        'Redis has lost its jobs, or is a new one: the events that were on their way are claimed again',
-      );
-      void scheduler.wake();
-    },
     logger,
   });
+
+  const epoch = createEpoch({
+    redis: appendRedis,
+    key: streamOptions.epochKey,
+    databaseTime: receipts.time,
+    restore,
+    logger,
+  });
+  const stream = createStream(appendRedis, epoch, streamOptions);
+  const restorer = createRestorer(appendRedis, streamOptions);
+  const compare = createComparison(restorer, receipts, config.dlqStreamName, logger);
+
+  /** Redis may have lost entries and jobs: what is missing is appended again before anything new is. */
+  async function restore({ intactUntil, guard }: Loss): Promise<void> {
+    const startedAt = Date.now();
+    await receipts.given();
+    const since = await receipts.comparedFrom(config.resyncWindowMs, intactUntil);
+    const found = totals(await compare({ since, until: 'infinity', guard }));
+    const leases = await outbox.endLeases();
+    const about = { since, ...found, leases, ms: Date.now() - startedAt };
+    if (found.lost + found.refused === 0) logger.info(about, 'nothing that was published is missing');
+    else logger.warn(about, 'Redis had lost entries; they were appended again');
+    void scheduler.wake();
+  }
 
   const orphans = createOrphanWatch({
     release: outbox.releaseOrphans,
@@ -231,54 +260,60 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
 
   const wakeup = createWakeup({ pool, logger, onWake: () => void scheduler.wake() });
 
-  /** A change of rows and the jobs that follow from it: the jobs are added before the commit. */
-  const withSuccessors = (
-    change: (tx: Queryable) => Promise<OutboxEvent[]>,
-    stillTrue: () => Promise<void> = async () => {},
-  ) =>
-    outbox.transaction('durable', async (tx) => {
-      const successors = await change(tx);
-      if (successors.length > 0) {
-        await stillTrue();
-        await queues.addPublishJobs(successors);
-      }
-      return successors;
-    });
+  /**
+   * Rows get their receipts, and their aggregates' next events the jobs that follow, added before the commit. An
+   * entry that Redis may have lost gives no receipt: asked before the jobs are added, so that no successor can get
+   * ahead of it.
+   */
+  const giveReceipts = async (
+    of: string,
+    change: (tx: Queryable, promoting: boolean) => Promise<OutboxEvent[]>,
+  ) => {
+    const write = (promoting: boolean) =>
+      receipts.giving(async (tx) => {
+        const successors = await change(tx, promoting);
+        await epoch.confirm(of);
+        if (successors.length > 0) await queues.addPublishJobs(successors);
+        return successors;
+      });
+    try {
+      return await write(true);
+    } catch (error) {
+      // The change must not wait for a successor that cannot be printed: the orphan watch makes it fresh, and the
+      // claim deals with it.
+      if (!payloadMayBeAtFault(error)) throw error;
+      return write(false);
+    }
+  };
 
   const acknowledger = createAcknowledger({
-    markPublished: async (receipts, generation) => {
-      // An entry that Redis lost between append and commit must not count as published: asked before successors
-      // follow, and once more when the commit is through.
-      const intact = () => memory.assertIntactSince(generation);
-      const successors = await withSuccessors((tx) => outbox.markPublished(tx, receipts), intact);
-      try {
-        await intact();
-      } catch (error) {
-        if (error instanceof MemoryLostError) await outbox.takeBack(receipts);
-        throw error;
-      }
-      return successors;
-    },
+    markPublished: (batch, of) =>
+      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, batch, promoting)),
     onNoSuccessor: watchOrphans,
-    isFinal: (error) => error instanceof MemoryLostError,
+    isFinal: (error) => error instanceof EpochOverError,
     logger,
   });
 
   const deadLetter = createDeadLetter({
     append: stream.deadLetter,
-    markDead: async (dead) => {
-      await withSuccessors((tx) => outbox.markDead(tx, dead));
+    markDead: async (dead, of) => {
+      await giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting));
     },
     onDead: (event) => watchOrphans([event]),
     logger,
   });
 
   const carry = createCarry({
-    topicProblem: stream.topicProblem,
+    topicProblem: createTopicCheck({ ...config, queueKeyPrefix: `${config.queuePrefix}:` }),
     violations: config.validation === 'off' ? () => [] : createValidator(),
     strict: config.validation === 'strict',
-    generation: memory.generation,
+    ready: epoch.known,
     publish: stream.publish,
+    refusedEverything: (event) =>
+      Promise.all([assertWritable(), queueRedis.exists(queues.jobKey(event.eventId))]).then(
+        () => null,
+        (error) => errorText(error),
+      ),
     acknowledge: acknowledger.acknowledge,
     logger,
   });
@@ -287,6 +322,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     connection: workerRedis,
     options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 4) },
     attempt: carry,
+    suspects: createSuspects({ redis: queueRedis, jobKey: queues.jobKey, maxCrashes: config.maxCrashes }),
     recordFailure: outbox.recordFailure,
     deadLetter,
     delayedCount: async () => (await queues.inFlight()).delayed,
@@ -316,19 +352,39 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     const limit = await reserve();
     if (limit === 0) return { kind: 'no-room' };
     try {
-      const { leased, parked } = await outbox.transaction('repeatable', async (tx) => {
-        const claimed = await outbox.claimFresh(tx, limit);
-        if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
-        return claimed;
-      });
+      const { leased, parked, more } = await outbox
+        .transaction('repeatable', async (tx) => {
+          const claimed = await outbox.claimFresh(tx, limit);
+          if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
+          return claimed;
+        })
+        .catch((error) => {
+          if (!payloadMayBeAtFault(error)) throw error;
+          logger.warn({ err: error }, 'the payload of an event may be unprintable; claiming one by one');
+          return claimOneByOne(limit);
+        });
       watchOrphans(parked);
-      const kind = leased.length + parked.length === limit ? 'more' : 'all';
-      return { kind, events: leased.length };
+      return { kind: more ? 'more' : 'all', events: leased.length };
     } finally {
       added += limit;
     }
   }
 
+  /** Until the event is found that cannot be printed: its job exists then, and the next round is as any other. */
+  async function claimOneByOne(limit: number): Promise<Claim> {
+    const leased: OutboxEvent[] = [];
+    const parked: Claim['parked'] = [];
+    for (let more = true; more && leased.length + parked.length < limit; ) {
+      const one = await outbox.claimAlone(queues.addPublishJobs);
+      leased.push(...one.leased);
+      parked.push(...one.parked);
+      more = one.more && !one.leased[0]?.withheld;
+    }
+    return { leased, parked, more: true };
+  }
+
+  /** Epoch in which entries without a job were found; should it be over, they are looked for again. */
+  let foundIn: string | undefined;
   const reconcile = createReconcile({
     transaction: (work) => outbox.transaction('repeatable', work),
     lockDue: outbox.lockDue,
@@ -336,6 +392,19 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     extendLease: outbox.extendLease,
     jobFate: queues.jobFate,
     failedJob: queues.failedJob,
+    appended: async (rows) => {
+      foundIn = epoch.current();
+      const found = new Map<string, string>();
+      for (const topic of new Set(rows.map((row) => row.topic))) {
+        const eventIds = rows.filter((row) => row.topic === topic).map((row) => row.eventId);
+        for (const [eventId, entryId] of await restorer.find(topic, eventIds)) found.set(eventId, entryId);
+      }
+      return found;
+    },
+    acknowledge: async (batch) => {
+      if (foundIn !== undefined)
+        await giveReceipts(foundIn, (tx, promoting) => outbox.markPublished(tx, batch, promoting));
+    },
     deadLetter,
     logger,
   });
@@ -375,12 +444,35 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     logger,
   });
 
+  const progress = createProgressWatch({
+    redis: queueRedis,
+    workplaces: [
+      {
+        worker: publishWorker.worker,
+        queue: queues.publish,
+        // One attempt, and the postponement of it.
+        deadlineMs: 2 * config.publishTimeoutMs,
+        oneByOne: false,
+      },
+      {
+        worker: claimWorker.worker,
+        queue: queues.claim,
+        deadlineMs: CLAIM_JOB_DEADLINE_MS,
+        oneByOne: true,
+      },
+    ],
+    assertWritable,
+  });
+
   const health = createHealth({
     database: async () => {
       await pool.query('SELECT 1');
       return {};
     },
-    redis: () => inspectRedis(queueRedis),
+    redis: async () => {
+      await assertWritable();
+      return inspectRedis(queueRedis);
+    },
     backlog: async () => {
       const { oldestWaitingSeconds, ...counts } = await outbox.backlog();
       return { oldestWaitingSeconds, ...counts };
@@ -397,6 +489,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
       ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
         ? ['nobody looks after the claim schedule']
         : []),
+      ...progress.reasons(),
     ],
     phase: () => phase,
   });
@@ -404,13 +497,14 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
   const lifecycle = createLifecycle([
     { name: 'HTTP server', ...(http && { start: web.start, stop: web.stop }) },
     { name: 'queues', stop: queues.close },
-    { name: 'memory', start: () => memory.assertIntactSince(0) },
+    { name: 'epoch', start: epoch.start, stop: epoch.stop },
     { name: 'acknowledgements', stop: acknowledger.drain },
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },
     { name: 'wake-up', ...(config.notify && { start: wakeup.start, stop: wakeup.stop }) },
     { name: 'claim worker', start: claimWorker.start, stop: claimWorker.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
+    { name: 'progress watch', start: progress.start, stop: progress.stop },
     { name: 'first claim', start: scheduler.wake },
     {
       name: 'readiness',
@@ -427,6 +521,32 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     },
     httpPort: () => (http ? web.port() : undefined),
   };
+}
+
+/** What the configuration says about streams and the keys beside them. */
+export const streamOptionsOf = (config: RelayConfig): StreamOptions => ({
+  ...config,
+  jobKey: (eventId) => publishJobKey(config, eventId),
+  epochKey: `${config.queuePrefix}:${config.queueName}:epoch`,
+});
+
+/** Compares table and streams, and restores; see triage/resync.ts. */
+export function createComparison(
+  restorer: Restorer,
+  receipts: Receipts,
+  dlqStreamName: string,
+  logger: Logger,
+) {
+  return createResync({
+    dlqStreamName,
+    rows: receipts.rows,
+    events: receipts.events,
+    renew: receipts.renew,
+    absent: restorer.absent,
+    restoreEntry: restorer.entry,
+    restoreDeadLetter: restorer.deadLetter,
+    logger,
+  });
 }
 
 const VERSION = '0.1.0';

@@ -4,6 +4,7 @@
  */
 import { z } from 'zod';
 import { normaliseDatabaseUrl, normaliseRedisUrl, redactUrls, UrlError } from './connection-urls.ts';
+import { allowing, keyRule, patternsOf, quoted, STREAM_NAME } from './topics.ts';
 
 /** How one variable is read. `schema` takes the trimmed, non-empty text of the environment. */
 type Kind<T> = { schema: z.ZodType<T, string>; expected: string; unit?: string; secret?: true };
@@ -89,9 +90,14 @@ const text = (expected: string, pattern: RegExp): Kind<string> => ({
   expected,
 });
 
-/** A Redis key, or part of one. White space and control characters are never meant. */
-const key = (max: number): Kind<string> =>
-  text(`1 to ${max} printable characters without white space`, new RegExp(`^[^\\s\\p{C}]{1,${max}}$`, 'u'));
+const key = ({ expected, pattern }: ReturnType<typeof keyRule>): Kind<string> => text(expected, pattern);
+
+/** Patterns of topics, separated by commas. */
+const patterns = (): Kind<string> => {
+  const expected = 'names of streams, separated by commas; * stands for anything, ? for one character';
+  const areNames = (list: string) => patternsOf(list).every((name) => STREAM_NAME.pattern.test(name));
+  return { schema: z.string().refine(areNames, expected), expected };
+};
 
 const url = (expected: string, normalise: (text: string) => string): Kind<string> => ({
   schema: z.string().transform((value, context) => {
@@ -159,17 +165,35 @@ const table = {
     '60',
     'Delay of the first retry; each further retry waits twice as long',
   ),
+  maxCrashes: variable(
+    'RELAY_MAX_CRASHES',
+    wholeNumber(1, 100, 'crashes'),
+    '3',
+    'Pods that an event may end before it is dead-lettered; 1 counts as 2',
+  ),
   streamName: variable(
     'RELAY_STREAM_NAME',
-    key(512),
+    key(STREAM_NAME),
     'identity.user.v1',
     'Stream of the events whose row names no topic',
   ),
   dlqStreamName: variable(
     'RELAY_DLQ_STREAM_NAME',
-    key(512),
+    key(STREAM_NAME),
     'identity.user.v1.dlq',
     'Stream that takes the dead letters',
+  ),
+  allowedTopics: variable(
+    'RELAY_ALLOWED_TOPICS',
+    patterns(),
+    '*',
+    'Topics that are relayed; events of any other are dead-lettered at once',
+  ),
+  maxEventBytes: variable(
+    'RELAY_MAX_EVENT_BYTES',
+    wholeNumber(1_024, 134_217_728, 'bytes'),
+    '1048576',
+    'Largest event: payload as JSON text, types and topic together; larger ones are dead-lettered at once',
   ),
   streamMaxLen: variable(
     'RELAY_STREAM_MAXLEN',
@@ -200,6 +224,12 @@ const table = {
     seconds(0.5, DAY),
     '60',
     'Time after which a claimed event is looked at again if nothing was heard of it',
+  ),
+  resyncWindowMs: variable(
+    'RELAY_RESYNC_WINDOW',
+    seconds(0, 30 * DAY),
+    '3600',
+    'How far back published events are restored when Redis has lost its last entries, or all; 0 = never',
   ),
   concurrency: variable(
     'RELAY_CONCURRENCY',
@@ -237,7 +267,7 @@ const table = {
     'true',
     'Wake up on NOTIFY from the table; false where LISTEN does not work, as behind PgBouncer',
   ),
-  queuePrefix: variable('RELAY_QUEUE_PREFIX', key(200), 'bull', "Prefix of BullMQ's keys in Redis"),
+  queuePrefix: variable('RELAY_QUEUE_PREFIX', key(keyRule(200)), 'bull', "Prefix of BullMQ's keys in Redis"),
   queueName: variable(
     'RELAY_QUEUE_NAME',
     text('1 to 200 printable characters without white space or ":"', /^[^\s\p{C}:]{1,200}$/u),
@@ -336,15 +366,6 @@ function readVariable(
   return { problem: `${expected}; got ${quoted(redactUrls(value))}${kubernetesHint(value)}` };
 }
 
-/** `text` as one short line: escaped, and cut after 60 characters. */
-function quoted(text: string): string {
-  const cut = text.length > 60 ? `${text.slice(0, 60)}...` : text;
-  return JSON.stringify(cut).replace(
-    /[^\x20-\x7e]/g,
-    (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`,
-  );
-}
-
 /** A Service named `relay-http` makes Kubernetes set RELAY_HTTP_PORT=tcp://10.0.0.1:8004 in every pod. */
 function kubernetesHint(value: string): string {
   return /^(?:tcp|udp):\/\//.test(value)
@@ -396,8 +417,13 @@ function conflicts(config: Partial<RelayConfig>): ConfigProblem[] {
 }
 
 /** The streams and BullMQ's keys share one Redis: no key may serve two purposes. */
-function keyConflicts({ streamName, dlqStreamName, queuePrefix }: Partial<RelayConfig>): ConfigProblem[] {
+function keyConflicts(config: Partial<RelayConfig>): ConfigProblem[] {
+  const { streamName, dlqStreamName, queuePrefix, allowedTopics } = config;
   const problems: ConfigProblem[] = [];
+  if (streamName !== undefined && allowedTopics !== undefined && !allowing(allowedTopics)(streamName)) {
+    const problem = `must allow RELAY_STREAM_NAME (${quoted(streamName)})`;
+    problems.push({ variable: 'RELAY_ALLOWED_TOPICS', problem });
+  }
   if (streamName !== undefined && streamName === dlqStreamName) {
     problems.push({ variable: 'RELAY_DLQ_STREAM_NAME', problem: 'must differ from RELAY_STREAM_NAME' });
   }

@@ -14,13 +14,18 @@ export type OutboxEvent = Readonly<{
   aggregateId: string;
   /** Key of the stream: the row's topic, or RELAY_STREAM_NAME where that is null. */
   topic: string;
-  /** JSON text exactly as PostgreSQL printed it; never parsed and re-serialised on its way. */
+  /** JSON text exactly as PostgreSQL printed it; never parsed and re-serialised on its way. `null` if withheld. */
   payload: string;
-  /** `outbox.created_at` as ISO 8601 in UTC with microseconds. */
+  /**
+   * Why the row's payload, and all but the beginning of its longer texts, were left in the table: such an event
+   * cannot be published. Null where nothing was; absent from jobs of a pod that did not know of it yet.
+   */
+  withheld?: string | null;
+  /** `outbox.created_at` as ISO 8601 in UTC with microseconds; `infinity` and `-infinity` as they are. */
   occurredAt: string;
-  /** The payload's `tenant_id`, or null. */
+  /** The payload's `tenant_id` if that is a text of 1 to 200 characters, or null. */
   tenantId: string | null;
-  /** The payload's `correlation_id`, or null. */
+  /** The payload's `correlation_id` likewise, or null. */
   correlationId: string | null;
   /** Failed attempts before this job was made (a job that Redis lost continues where it was). */
   attempts: number;
@@ -35,9 +40,10 @@ export type Receipt = Readonly<{
 
 /** What became of one append to a stream. Every reply of Redis ends in exactly one of these. */
 export type AppendOutcome =
-  | { status: 'appended'; entryId: string }
+  /** `epoch`: the entry is good for as long as Redis loses nothing, which would end its epoch. */
+  | { status: 'appended'; entryId: string; epoch: string }
   /** An earlier run of the same job had appended it: nothing was written now. */
-  | { status: 'already-appended'; entryId: string }
+  | { status: 'already-appended'; entryId: string; epoch: string }
   /** The job's own hash is gone: finished elsewhere, or lost by Redis. The row decides. */
   | { status: 'job-gone' }
   /** Redis refused this very event (wrong type, no permission): it takes the retry road. */
@@ -55,3 +61,9 @@ export type Attempt =
   | { kind: 'postpone'; reason: string }
   /** No attempt can ever succeed: the dead-letter stream at once. */
   | { kind: 'give-up'; reason: string };
+
+/** Runs `work` when its turn has come; throws what it throws, or without running it when it may not run. */
+export type InTurn = <T>(work: () => Promise<T>) => Promise<T>;
+
+/** A text of the row, which may be of any length, as it may stand in a log line, a reason or the name of a job. */
+export const brief = (text: string): string => (text.length > 200 ? `${text.slice(0, 200)}...` : text);

@@ -85,6 +85,32 @@ async function waitFor(
   }
 }
 
+/** Long enough to be seen by a curious operator, short enough to be gone when the relay is. */
+const PROBE_KEY_TTL_MS = 10_000;
+
+/**
+ * Asks Redis to take a write, as every step of the relay does. One that is full, read-only or without its replicas
+ * answers a PING all the same.
+ *
+ * @throws why it takes none
+ */
+export function createWriteProbe(redis: Redis, key: string): () => Promise<void> {
+  let lost: Error | undefined;
+  redis.on('error', (error) => {
+    lost = error;
+  });
+  redis.on('ready', () => {
+    lost = undefined;
+  });
+  return async () => {
+    // What ioredis says of a connection that is not there tells nobody why.
+    if (redis.status !== 'ready') {
+      throw lost ?? new Error(`no connection to Redis yet (${redis.status}): is it loading its data?`);
+    }
+    await redis.set(key, '', 'PX', PROBE_KEY_TTL_MS);
+  };
+}
+
 export type RedisFacts = Readonly<{ version: string; aofEnabled: boolean; maxmemoryPolicy: string }>;
 
 /** From INFO: what decides whether Redis may be trusted with streams. */

@@ -1,4 +1,5 @@
 import type pg from 'pg';
+import { isNoAnswer } from './distrust.ts';
 
 /** What the statements need of a connection; node-postgres' Client and PoolClient have it. */
 export type Queryable = Pick<pg.ClientBase, 'query'>;
@@ -9,9 +10,13 @@ export type Pool = Pick<pg.Pool, 'connect' | 'query'>;
 /**
  * Every statement of the relay is a walk along one partial index. Stale statistics (an adopted table whose
  * rows were all published when it was last analysed, then a burst of a million) make the planner prefer to
- * fetch and sort the whole backlog; within our own transactions these plans are off the table.
+ * fetch and sort the whole backlog; within our own transactions these plans are off the table. Fresh ones are no
+ * better: beside the platform's index on `aggregate_id` alone, every acknowledgement read all 100,000 rows that
+ * its aggregate had parked, to sort them by id (incrementally, which is a setting of its own).
  */
-const PLANNER = ['enable_seqscan', 'enable_bitmapscan', 'enable_sort'].map((it) => `SET LOCAL ${it} = off`);
+const PLANNER = ['enable_seqscan', 'enable_bitmapscan', 'enable_sort', 'enable_incremental_sort'].map(
+  (it) => `SET LOCAL ${it} = off`,
+);
 
 /**
  * A named statement is planned once per connection: 0.5 ms less for each acknowledgement. A pooler that hands out
@@ -35,21 +40,31 @@ export type Durability = 'durable' | 'repeatable';
  * it works on pools that belong to someone else and behind PgBouncer.
  *
  * A connection that failed is thrown away: what it still had in flight is unknown.
+ *
+ * @param statementMs a shorter deadline for each statement, on the server alone
  */
 export async function transaction<T>(
   pool: Pool,
   deadlineMs: number,
   durability: Durability,
   work: (tx: Queryable) => Promise<T>,
+  options: Readonly<{
+    /** A statement to begin with, at no further round trip. */
+    first?: string;
+    /** How long the transaction may idle between two statements, i.e. `work` be busy with other things. */
+    idleMs?: number;
+  }> = {},
 ): Promise<T> {
+  const { first, idleMs = deadlineMs + 1_000 } = options;
   const client = await pool.connect();
   // A connection that breaks between two statements says so by this event alone, and unheard it ends the process.
   client.on('error', nextStatementFails);
   const settings = [
     ...(durability === 'repeatable' ? ['SET LOCAL synchronous_commit = off'] : []),
     `SET LOCAL statement_timeout = ${deadlineMs}`,
-    `SET LOCAL idle_in_transaction_session_timeout = ${deadlineMs}`,
+    `SET LOCAL idle_in_transaction_session_timeout = ${idleMs}`,
     ...PLANNER,
+    ...(first === undefined ? [] : [first]),
   ];
   const tx: Queryable = {
     query: ((statement: string | pg.QueryConfig, values?: unknown[]) => {
@@ -59,12 +74,13 @@ export async function transaction<T>(
       return client.query({
         ...query,
         ...(kept && { name }),
-        query_timeout: deadlineMs + 1_000,
+        query_timeout: deadlineMs + ANSWER_MS,
       } as pg.QueryConfig);
     }) as Queryable['query'],
   };
   try {
-    const begun = tx.query(['BEGIN', ...settings].join('; '));
+    // Said, not left to the database's default: under a stricter level the same statements would fail by chance.
+    const begun = tx.query(['BEGIN ISOLATION LEVEL READ COMMITTED', ...settings].join('; '));
     // Sent together with the first statement where the connection can do that: a round trip less.
     if (isPipelined(client)) begun.catch(nextStatementFails);
     else await begun;
@@ -75,14 +91,20 @@ export async function transaction<T>(
     return result;
   } catch (error) {
     if (STATEMENT_FORGOTTEN.has((error as pg.DatabaseError).code ?? '')) statementsKept = false;
-    const rolledBack = await tx.query('ROLLBACK').then(
-      () => true,
-      () => false,
-    );
-    if (rolledBack) giveBack();
+    const failure = isNoAnswer(error) ? error : await rollBack();
+    if (failure === null) giveBack();
     // Thrown away, it may still have a last word (57P01 while it ends): it keeps its listener.
-    else client.release(true);
+    else client.release(failure);
     throw error;
+  }
+
+  async function rollBack(): Promise<Error | null> {
+    try {
+      await client.query({ text: 'ROLLBACK', query_timeout: ANSWER_MS } as pg.QueryConfig);
+      return null;
+    } catch (error) {
+      return error as Error;
+    }
   }
 
   function giveBack(): void {
@@ -92,6 +114,9 @@ export async function transaction<T>(
 }
 
 const nextStatementFails = (): void => {};
+
+/** The server's deadline comes first; when it says nothing for so long after that, it is not there. */
+const ANSWER_MS = 1_000;
 
 /** A connection of a pool that is not ours may take one statement at a time only. */
 const isPipelined = (client: pg.ClientBase): boolean => (client as { pipeline?: boolean }).pipeline === true;

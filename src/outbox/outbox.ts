@@ -1,5 +1,7 @@
 import type { OutboxEvent, Receipt } from '../event.ts';
+import { errorText } from '../logger.ts';
 import { type Durability, type Pool, type Queryable, transaction } from './database.ts';
+import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 
 /**
  * Every statement on `identity.outbox`. A state change is a named function with its precondition in the
@@ -14,6 +16,8 @@ export type OutboxOptions = Readonly<{
   claimLeaseMs: number;
   /** Topic of rows that have none. */
   streamName: string;
+  /** An event whose payload, types and topic are larger is withheld: it can only be dead-lettered. */
+  maxEventBytes: number;
   /** Deadline of one statement. */
   statementTimeoutMs: number;
 }>;
@@ -25,10 +29,12 @@ export type Claim = Readonly<{
   leased: OutboxEvent[];
   /** Aggregates of rows that were parked behind an earlier row. */
   parked: Aggregate[];
+  /** There may be more: this claim had as many rows as it may, or as many bytes. */
+  more: boolean;
 }>;
 
 /** A due row: nothing was heard of its job until its lease ended. */
-export type DueRow = Readonly<{ id: string; eventId: string }>;
+export type DueRow = Readonly<{ id: string; eventId: string; topic: string }>;
 
 /** Rows by state; each counted up to `limit`. */
 export type Backlog = Readonly<{
@@ -46,21 +52,13 @@ export type Outbox = ReturnType<typeof createOutbox>;
 
 /** Spells "rlay", "clai". */
 const CLAIMING = '1919705465, 1668047209';
-/** A turn that lasts longer hangs; its transaction is ended by the database. */
-const CLAIM_TURN_LIMIT_MS = 30_000;
+/**
+ * A turn lasts 2 s and a round. One that lasts longer hangs, or its pod is gone without a word: the database ends its
+ * transaction, and somebody else claims.
+ */
+const CLAIM_TURN_LIMIT_MS = 8_000;
 
 const BACKLOG_COUNT_LIMIT = 100_000;
-
-const ISO_8601 = `'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'`;
-
-/** The row as an OutboxEvent; `$1` is the topic of rows that have none. */
-const EVENT = `
-  o.id::text AS "id", o.event_id AS "eventId", o.event_type AS "eventType",
-  o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId", coalesce(o.topic, $1) AS "topic",
-  o.payload::text AS "payload", o.attempts AS "attempts",
-  CASE WHEN isfinite(o.created_at) THEN to_char(o.created_at AT TIME ZONE 'UTC', ${ISO_8601})
-       ELSE o.created_at::text END AS "occurredAt",
-  nullif(o.payload->>'tenant_id', '') AS "tenantId", nullif(o.payload->>'correlation_id', '') AS "correlationId"`;
 
 const MS = `* interval '1 millisecond'`;
 /**
@@ -86,7 +84,8 @@ const OF_AGGREGATE = (a: string, b: string) =>
 const FIRST = (a: string) => `ORDER BY ${a}.aggregate_id, ${a}.id LIMIT 1`;
 
 export function createOutbox(pool: Pool, options: OutboxOptions) {
-  const { streamName, claimLeaseMs, statementTimeoutMs } = options;
+  const { streamName, claimLeaseMs, statementTimeoutMs, maxEventBytes } = options;
+  const printMs = printDeadlineMs(maxEventBytes);
   const ordered = options.ordering === 'aggregate';
   const held = options.deadLetterPolicy === 'hold';
 
@@ -102,6 +101,7 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
   /**
    * Leases the first live row of each aggregate in `leaving`, once the rows `$2` have left it. A row that
    * is leased already keeps its place: the aggregate flows on when that one is acknowledged.
+   * Fails when the payload of one of them cannot be printed; then it is done without, and the claim finds out which.
    */
   const promote = (leaving: string) => `
     heads AS (
@@ -118,8 +118,53 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       UPDATE identity.outbox o SET next_attempt_at = now() + $3 ${MS}
       FROM heads WHERE o.id = heads.id
         AND ${STILL_LIVE('o')} AND (o.next_attempt_at IS NULL OR o.next_attempt_at = 'infinity')
-      RETURNING ${EVENT}
-    )`;
+      RETURNING o.*
+    ) ${eventsOf('promoted', maxEventBytes)}`;
+
+  async function claim(
+    tx: Queryable,
+    limit: number,
+    only: { kind: 'batch' | 'alone' | 'unasked' | 'withheld'; values: string[] } = {
+      kind: 'batch',
+      values: [],
+    },
+  ): Promise<Claim> {
+    const { kind } = only;
+    const { rows } = await tx.query<OutboxEvent & { parked: boolean; seen: number }>({
+      name: `relay-claim-${kind}-${options.ordering}-${options.deadLetterPolicy}-${maxEventBytes}`,
+      text: `WITH fresh AS MATERIALIZED (
+         SELECT o.id, o.aggregate_type, o.aggregate_id, ${WEIGHT_COLUMNS('o')} FROM identity.outbox o
+         WHERE NOT o.published AND o.next_attempt_at IS NULL ${kind === 'batch' ? '' : 'AND o.id = $4'}
+         ORDER BY o.id LIMIT $2 FOR UPDATE SKIP LOCKED
+       ), judged AS MATERIALIZED (
+         SELECT fresh.*, ${behind('fresh')} AS parked FROM fresh
+       ), taken AS MATERIALIZED (
+         ${kind === 'batch' ? weighed('judged', maxEventBytes) : 'SELECT id, parked FROM judged'}
+       ), claimed AS (
+         UPDATE identity.outbox o
+         SET next_attempt_at = CASE WHEN taken.parked THEN 'infinity' ELSE now() + $3 ${MS} END,
+             dead_lettered_at = NULL
+         FROM taken WHERE o.id = taken.id
+         RETURNING taken.parked, o.*
+       ) ${eventsOf('claimed', maxEventBytes, {
+         columns: 'o.parked, (SELECT count(*) FROM fresh)::int AS seen,',
+         ...(kind === 'withheld'
+           ? { printed: 'false', otherwise: '$5::text' }
+           : { printed: 'NOT o.parked', unasked: kind === 'unasked' }),
+       })}`,
+      values: [streamName, limit, claimLeaseMs, ...only.values],
+    });
+    const leased = rows
+      .filter((row) => !row.parked)
+      .map(({ parked: _, seen: __, ...event }): OutboxEvent => event);
+    leased.sort((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
+    const seen = rows[0]?.seen ?? 0;
+    return {
+      leased,
+      parked: rows.filter((row) => row.parked),
+      more: seen === limit || seen > rows.length,
+    };
+  }
 
   return {
     transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
@@ -130,74 +175,75 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      * does nothing else: it ends with its connection, so a pod that dies holds up nobody.
      */
     async inClaimTurn<T>(turn: () => Promise<T>): Promise<T | 'busy'> {
-      return transaction(pool, CLAIM_TURN_LIMIT_MS, 'repeatable', async (tx) => {
+      const take = async (tx: Queryable): Promise<T | 'busy'> => {
         const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${CLAIMING}) AS mine`);
         return rows[0].mine ? turn() : 'busy';
-      });
+      };
+      return transaction(pool, statementTimeoutMs, 'repeatable', take, { idleMs: CLAIM_TURN_LIMIT_MS });
     },
 
     /**
      * Takes up to `limit` fresh rows by id, skipping those another pod has in hand: leases each that is
      * first in its aggregate, parks every other. The caller adds the jobs before the transaction commits.
      */
-    async claimFresh(tx: Queryable, limit: number): Promise<Claim> {
-      const { rows } = await tx.query<OutboxEvent & { parked: boolean }>({
-        name: `relay-claim-${options.ordering}-${options.deadLetterPolicy}`,
-        text: `WITH fresh AS MATERIALIZED (
-           SELECT id, aggregate_type, aggregate_id FROM identity.outbox
-           WHERE NOT published AND next_attempt_at IS NULL
-           ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED
-         ), judged AS MATERIALIZED (
-           SELECT fresh.id, ${behind('fresh')} AS parked FROM fresh
-         )
-         UPDATE identity.outbox o
-         SET next_attempt_at = CASE WHEN judged.parked THEN 'infinity' ELSE now() + $3 ${MS} END,
-             dead_lettered_at = NULL
-         FROM judged WHERE o.id = judged.id
-         RETURNING judged.parked, ${EVENT.replace('o.payload::text', `CASE WHEN NOT judged.parked THEN o.payload::text END`)}`,
-        values: [streamName, limit, claimLeaseMs],
-      });
-      const leased = rows.filter((row) => !row.parked).map(({ parked: _, ...event }) => event);
-      leased.sort((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
-      return { leased, parked: rows.filter((row) => row.parked) };
-    },
+    claimFresh: (tx: Queryable, limit: number): Promise<Claim> => claim(tx, limit),
+
+    /**
+     * Takes the first fresh row alone, after a claim failed by what may be a payload that PostgreSQL cannot print:
+     * if it is this one's, the row is taken all the same, its payload withheld. The caller adds its job meanwhile.
+     */
+    claimAlone: (add: (leased: OutboxEvent[]) => Promise<void>): Promise<Claim> =>
+      transaction(pool, printMs, 'repeatable', async (tx) => {
+        const { rows } = await tx.query<{ id: string }>(
+          `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
+           ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+        );
+        if (rows[0] === undefined) return { leased: [], parked: [], more: false };
+        const { id } = rows[0];
+        // The lock on the row is older than the savepoint and outlives the way back to it.
+        await tx.query('SAVEPOINT alone');
+        const backFrom = async (error: unknown): Promise<string> => {
+          if (!payloadMayBeAtFault(error)) throw error;
+          await tx.query('ROLLBACK TO SAVEPOINT alone');
+          return `PostgreSQL cannot print the payload: ${errorText(error)}`;
+        };
+        // Twice in a row: a server that hung, or was out of memory, for a moment must not cost an event. The second
+        // time without the look at its numbers, for which a deeply nested payload may need too much stack.
+        const claimed = await claim(tx, 1, { kind: 'alone', values: [id] })
+          .catch((error) => backFrom(error).then(() => claim(tx, 1, { kind: 'unasked', values: [id] })))
+          .catch(async (error) => claim(tx, 1, { kind: 'withheld', values: [id, await backFrom(error)] }));
+        if (claimed.leased.length > 0) await add(claimed.leased);
+        return claimed;
+      }),
 
     /**
      * Acknowledges appended events and leases the next row of each of their aggregates, whose jobs the
      * caller adds before the commit. A row that was already published gets its receipt renewed.
      */
-    async markPublished(tx: Queryable, receipts: readonly Receipt[]): Promise<OutboxEvent[]> {
+    async markPublished(
+      tx: Queryable,
+      receipts: readonly Receipt[],
+      promoting = true,
+    ): Promise<OutboxEvent[]> {
       const ids = receipts.map((it) => it.id);
       const entryIds = receipts.map((it) => it.entryId);
       const publish = (idParam: string, entryParam: string) => `
         UPDATE identity.outbox o
-        SET published = true, published_at = coalesce(o.published_at, now()), next_attempt_at = NULL,
-            stream_entry_id = r.entry_id
+        SET published = true, published_at = coalesce(CASE WHEN o.published THEN o.published_at END, now()),
+            next_attempt_at = NULL, stream_entry_id = r.entry_id
         FROM unnest(${idParam}::bigint[], ${entryParam}::text[]) AS r (id, entry_id)
         WHERE o.id = r.id`;
-      if (!ordered) {
+      if (!ordered || !promoting) {
         await tx.query(publish('$1', '$2'), [ids, entryIds]);
         return [];
       }
       const { rows } = await tx.query<OutboxEvent>({
-        name: `relay-publish-${options.deadLetterPolicy}`,
+        name: `relay-publish-${options.deadLetterPolicy}-${maxEventBytes}`,
         text: `WITH leaving AS (${publish('$2', '$4')} RETURNING o.aggregate_type, o.aggregate_id),
-         ${promote('leaving')}
-         SELECT * FROM promoted`,
+         ${promote('leaving')}`,
         values: [streamName, ids, claimLeaseMs, entryIds],
       });
       return rows;
-    },
-
-    /** Redis lost these entries while their rows were being marked: the next claim takes them again. */
-    async takeBack(receipts: readonly Receipt[]): Promise<void> {
-      await pool.query(
-        `UPDATE identity.outbox o
-         SET published = false, published_at = NULL, stream_entry_id = NULL, next_attempt_at = NULL
-         FROM unnest($1::bigint[], $2::text[]) AS r (id, entry_id)
-         WHERE o.id = r.id AND o.published AND o.stream_entry_id = r.entry_id`,
-        [receipts.map((it) => it.id), receipts.map((it) => it.entryId)],
-      );
     },
 
     /**
@@ -206,21 +252,22 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      */
     async markDead(
       tx: Queryable,
-      dead: { id: string; attempts: number; reason: string },
+      dead: { id: string; attempts: number; reason: string; entryId: string },
+      promoting = true,
     ): Promise<OutboxEvent[]> {
-      const bury = (id: string, attempts: string, reason: string) => `
+      const bury = (id: string, attempts: string, reason: string, entryId: string) => `
         UPDATE identity.outbox o
-        SET dead_lettered_at = now(), next_attempt_at = 'infinity', attempts = ${attempts}, error_message = ${reason}
+        SET dead_lettered_at = now(), next_attempt_at = 'infinity', attempts = ${attempts}, error_message = ${reason},
+            stream_entry_id = ${entryId}
         WHERE o.id = ${id} AND ${STILL_LIVE('o')}`;
-      if (!ordered || held) {
-        await tx.query(bury('$1', '$2', '$3'), [dead.id, dead.attempts, dead.reason]);
+      if (!ordered || held || !promoting) {
+        await tx.query(bury('$1', '$2', '$3', '$4'), [dead.id, dead.attempts, dead.reason, dead.entryId]);
         return [];
       }
       const { rows } = await tx.query<OutboxEvent>(
-        `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5')} RETURNING o.aggregate_type, o.aggregate_id),
-         ${promote('leaving')}
-         SELECT * FROM promoted`,
-        [streamName, [dead.id], claimLeaseMs, dead.attempts, dead.reason],
+        `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5', '$6')} RETURNING o.aggregate_type, o.aggregate_id),
+         ${promote('leaving')}`,
+        [streamName, [dead.id], claimLeaseMs, dead.attempts, dead.reason, dead.entryId],
       );
       return rows;
     },
@@ -244,10 +291,10 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
     /** Rows whose lease has ended, the longest overdue first; locked until the transaction ends. */
     async lockDue(tx: Queryable, limit: number): Promise<DueRow[]> {
       const { rows } = await tx.query<DueRow>(
-        `SELECT id::text AS "id", event_id AS "eventId" FROM identity.outbox
+        `SELECT id::text AS "id", event_id AS "eventId", coalesce(topic, $1) AS "topic" FROM identity.outbox
          WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at <= now()
-         ORDER BY next_attempt_at LIMIT $1 FOR UPDATE SKIP LOCKED`,
-        [limit],
+         ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED`,
+        [streamName, limit],
       );
       return rows;
     },
@@ -278,11 +325,14 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       return rows.map((row) => row.eventId);
     },
 
-    /** Redis lost its jobs: every lease ends now. Returns how many did. */
+    /**
+     * Redis may have lost jobs: every lease ends now, so that somebody looks. What waits for a retry goes on waiting:
+     * its time comes. Returns how many leases ended.
+     */
     async endLeases(): Promise<number> {
       const { rowCount } = await pool.query(
         `UPDATE identity.outbox SET next_attempt_at = now()
-         WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at > now()`,
+         WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at > now() AND attempts = 0`,
       );
       return rowCount ?? 0;
     },

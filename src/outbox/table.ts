@@ -23,9 +23,10 @@ const instant = (name: string) => timestamp(name, { withTimezone: true });
  * | due       | not published, `next_attempt_at` has passed: nothing was heard, look again       |
  * | parked    | not published, `next_attempt_at` infinity: behind an earlier row of its aggregate |
  * | published | `published`, with `published_at` and the receipt `stream_entry_id`               |
- * | dead      | not published, `dead_lettered_at` set, `next_attempt_at` infinity                |
+ * | dead      | not published, `dead_lettered_at` set, `next_attempt_at` infinity; the receipt is its dead letter's |
  *
- * All indexes of the relay are partial on unpublished rows, so that published rows cost nothing.
+ * The relay's indexes are partial on unpublished rows, so that published rows cost nothing; but for
+ * `relay_outbox_settled`, which finds receipts by the time of their row, should Redis lose its last entries.
  */
 export const outbox = pgSchema('identity').table(
   'outbox',
@@ -45,7 +46,7 @@ export const outbox = pgSchema('identity').table(
     errorMessage: text('error_message'),
     topic: text('topic').default('identity.user.v1'),
     deadLetteredAt: instant('dead_lettered_at'),
-    /** The receipt: the id that Redis answered to the append. */
+    /** The receipt: the id that Redis answered to the append (of a dead row: to that of its dead letter). */
     streamEntryId: text('stream_entry_id'),
   },
   (row) => [
@@ -62,5 +63,8 @@ export const outbox = pgSchema('identity').table(
     index('relay_outbox_dead')
       .on(row.aggregateType, row.aggregateId, row.id)
       .where(sql`not published and dead_lettered_at is not null`),
+    index('relay_outbox_settled')
+      .on(sql`coalesce(dead_lettered_at, published_at)`, row.id)
+      .where(sql`stream_entry_id is not null`),
   ],
 );

@@ -167,7 +167,7 @@ export function createWakeup(deps: { pool: Pool; logger: Logger; onWake: () => v
       if (!client) return 'deaf';
       if (armed) return 'already-armed';
       // Asking who else has it means locking the whole lock table for a moment: only where the try failed.
-      const { rows } = await query(
+      const asked = query(
         client,
         `SELECT CASE
            WHEN pg_try_advisory_lock(${ARMED}) THEN 'armed'
@@ -176,6 +176,9 @@ export function createWakeup(deps: { pool: Pool; logger: Logger; onWake: () => v
              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) THEN 'already-armed'
            ELSE 'writers' END AS outcome`,
       );
+      // Whoever claims does not wait for the heartbeat to find out that nobody is there.
+      asked.catch(() => interrupt());
+      const { rows } = await asked;
       const outcome = rows[0].outcome as Arming;
       if (listener !== client) return 'deaf';
       armed = outcome === 'armed';

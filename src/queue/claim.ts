@@ -15,6 +15,10 @@ import { TICK } from './scheduler.ts';
 const TURN_MS = 2_000;
 /** Looks again this soon while there is no room, or while a writer has yet to commit. */
 const PAUSE_MS = 5;
+/** Claims again this soon after it failed, not only with the next tick: the database may be back. */
+const AGAIN_AFTER_MS = 1_000;
+/** A failure is reported once in so long: an outage makes one a second. */
+const REPEAT_AFTER_MS = 10_000;
 /** Asks again for the turn this soon while another pod has it. */
 const BUSY_PAUSE_MS = 25;
 /** Rounds that overlap: the database works on one while Redis takes the jobs of the other. */
@@ -70,6 +74,7 @@ export type ClaimWorker = Readonly<{
   isRunning(): boolean;
   /** When a claim last came to its end, or was found to have nothing to do; ms since the epoch. */
   lastTurnAt(): number;
+  worker: PatientWorker;
 }>;
 
 /** Runs claim jobs: each claims while there is work and room, so throughput does not depend on the ticks. */
@@ -156,9 +161,16 @@ export function createClaimWorker(deps: {
     maxStalledCount: 1_000_000,
   });
   reportErrors(worker, logger);
-  worker.on('failed', (_job, error) =>
-    logger.warn({ err: error }, 'claiming failed; nothing was claimed, trying again'),
-  );
+  let reportedAt = 0;
+  let again: NodeJS.Timeout | undefined;
+  worker.on('failed', (_job, error) => {
+    // Not by a wish from within the job: BullMQ would give that one to this pod, who may be the only one to fail.
+    clearTimeout(again);
+    if (!stopping) again = setTimeout(() => void deps.wake(), AGAIN_AFTER_MS);
+    if (Date.now() - reportedAt < REPEAT_AFTER_MS) return;
+    reportedAt = Date.now();
+    logger.warn({ err: error }, 'claiming failed; nothing was claimed, trying again');
+  });
 
   return {
     start() {
@@ -166,10 +178,12 @@ export function createClaimWorker(deps: {
     },
     async stop(deadlineMs) {
       stopping = true;
+      clearTimeout(again);
       await closeWorker(worker, deadlineMs);
     },
     isRunning: () => worker.isRunning() && !worker.isPaused(),
     lastTurnAt: () => lastTurnAt,
+    worker,
   };
 }
 

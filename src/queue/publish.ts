@@ -1,6 +1,6 @@
 import { DelayedError, type Job, UnrecoverableError } from 'bullmq';
 import type { Redis } from 'ioredis';
-import type { Attempt, OutboxEvent } from '../event.ts';
+import { type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 import {
@@ -11,11 +11,10 @@ import {
   reportErrors,
   WORKER_OPTIONS,
 } from './queues.ts';
+import { CrashLimitError, type Suspects } from './suspects.ts';
 
 /** How soon an event is tried again when nobody could publish it. */
 const POSTPONE_MS = 1_000;
-/** A job may be found stalled so often before it is given up as one that kills its pod. */
-const MAX_STALLED = 10;
 
 export type PublishOptions = Readonly<{
   queuePrefix: string;
@@ -31,6 +30,7 @@ export type PublishWorker = Readonly<{
   /** Takes no more jobs, waits for those in hand until the deadline, then leaves them to the other pods. */
   stop(deadlineMs: number): Promise<void>;
   isRunning(): boolean;
+  worker: PatientWorker<OutboxEvent>;
 }>;
 
 /** Runs publish jobs: one attempt each, then whatever follows from it. */
@@ -38,7 +38,8 @@ export function createPublishWorker(deps: {
   connection: Redis;
   options: PublishOptions;
   /** One attempt to publish; must not throw for anything that is the event's fault. */
-  attempt: (event: OutboxEvent) => Promise<Attempt>;
+  attempt: (event: OutboxEvent, inTurn: InTurn) => Promise<Attempt>;
+  suspects: Suspects;
   recordFailure: (failure: {
     id: string;
     attempts: number;
@@ -51,29 +52,44 @@ export function createPublishWorker(deps: {
   forget: (eventId: string) => Promise<void>;
   logger: Logger;
 }): PublishWorker {
-  const { options, logger } = deps;
+  const { options, suspects, logger } = deps;
   const handlers = new Set<Promise<void>>();
+  const report = reportPostponed(logger);
 
   async function process(job: Job<OutboxEvent>, token?: string): Promise<void> {
     const event = job.data;
+    if (event.eventId === undefined) {
+      // Redis lost the job's hash and kept its id in a list. Its row's lease brings the event back; what BullMQ made
+      // of the id must not be in the way then.
+      logger.warn({ eventId: job.id }, 'a job has lost its event; its row decides');
+      job.opts.removeOnComplete = true;
+      return;
+    }
     const about = {
       eventId: event.eventId,
-      topic: event.topic,
+      topic: brief(event.topic),
       attempt: event.attempts + job.attemptsMade + 1,
     };
-    const outcome = await withDeadline(options.publishTimeoutMs, deps.attempt(event)).catch(
-      (error: Error): Attempt => ({ kind: 'postpone', reason: error.message }),
+    const expiresAt = Date.now() + options.publishTimeoutMs;
+    const inTurn: InTurn = (append) =>
+      job.stalledCounter > 0
+        ? suspects.alone(event.eventId, expiresAt, append)
+        : suspects.together(expiresAt, append);
+    const outcome = await withDeadline(options.publishTimeoutMs, deps.attempt(event, inTurn)).catch(
+      (error: Error): Attempt => ({
+        kind: error instanceof CrashLimitError ? 'give-up' : 'postpone',
+        reason: error.message,
+      }),
     );
     switch (outcome.kind) {
       case 'done':
         logger.debug(about, 'event published');
         return;
       case 'postpone':
-        logger.warn(
-          { ...about, reason: outcome.reason, retryInMs: POSTPONE_MS },
-          'cannot publish now; event postponed',
-        );
-        await job.moveToDelayed(Date.now() + POSTPONE_MS, token);
+        report(about, outcome.reason);
+        // If not even that is possible, the job stays where it is and its lock ends: found by the stalled check, at no
+        // cost to the event's attempts. Waiting for it would renew the lock for ever.
+        await succeedsWithin(options.publishTimeoutMs, job.moveToDelayed(Date.now() + POSTPONE_MS, token));
         throw new DelayedError();
       case 'give-up':
         throw new UnrecoverableError(outcome.reason);
@@ -89,10 +105,14 @@ export function createPublishWorker(deps: {
     try {
       if (job.finishedOn) {
         await deps.deadLetter({ event, attempts, reason: error.message, failedAt: new Date(job.finishedOn) });
+        // Whoever retries it from a dashboard means it: it is started again.
+        if (job.stalledCounter > 0)
+          await suspects.absolve(event.eventId, Date.now() + options.publishTimeoutMs);
       } else {
         const failure = { id: event.id, attempts, reason: error.message, retryInMs: job.delay };
         await deps.recordFailure(failure);
-        const { eventId, topic } = event;
+        const { eventId } = event;
+        const topic = brief(event.topic);
         const { reason, retryInMs } = failure;
         logger.info(
           { eventId, topic, attempt: attempts, reason, retryInMs },
@@ -116,7 +136,8 @@ export function createPublishWorker(deps: {
     connection: deps.connection,
     prefix: options.queuePrefix,
     concurrency: options.concurrency,
-    maxStalledCount: MAX_STALLED,
+    // A stall is no crash, and a crash not the fault of all that were in hand: suspects.ts tells them apart.
+    maxStalledCount: 1_000_000,
   });
   reportErrors(worker, logger);
   worker.on('stalled', (eventId) => logger.warn({ eventId }, 'took over an event from a pod that stopped'));
@@ -132,7 +153,25 @@ export function createPublishWorker(deps: {
     async stop(deadlineMs) {
       await closeWorker(worker, deadlineMs);
       await succeedsWithin(deadlineMs, Promise.all(handlers));
+      suspects.stop();
     },
     isRunning: () => worker.isRunning() && !worker.isPaused(),
+    worker,
+  };
+}
+
+/** An outage postpones thousands of events a second: one line when it begins, and one in so long while it lasts. */
+const REPORT_INTERVAL_MS = 10_000;
+
+function reportPostponed(logger: Logger): (about: Record<string, unknown>, reason: string) => void {
+  let reportedAt = 0;
+  let events = 0;
+  return (about, reason) => {
+    logger.debug({ ...about, reason, retryInMs: POSTPONE_MS }, 'event postponed');
+    events++;
+    if (Date.now() - reportedAt < REPORT_INTERVAL_MS) return;
+    logger.warn({ events, reason }, 'cannot publish now; events are postponed');
+    reportedAt = Date.now();
+    events = 0;
   };
 }

@@ -1,6 +1,6 @@
-import { type Job, Queue, Worker } from 'bullmq';
+import { type Job, Queue, QueueKeys, Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
-import type { OutboxEvent } from '../event.ts';
+import { brief, type OutboxEvent } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 
@@ -40,25 +40,74 @@ export const QUEUE_CONNECTION: RedisOptions = {
   maxRetriesPerRequest: 0,
 };
 
-/** BullMQ's own connection for its workers: commands wait until Redis is back. */
+/**
+ * BullMQ's own connections for its workers: commands wait until Redis is back, and are sent again on the next
+ * connection. One that was executed twice finds its lock gone, or leaves a job that nobody works on: the stalled check
+ * finds both.
+ */
 export const WORKER_CONNECTION: RedisOptions = { maxRetriesPerRequest: null, enableOfflineQueue: true };
 
-/** A killed pod's jobs are taken over within two of these. */
+/**
+ * For every connection: one that gets no answer for so long is replaced. TCP would take 15 minutes to notice that the
+ * network is half-open. Longer than any command blocks, and than a healthy Redis is busy with one thing.
+ */
+export const ANSWER_TIMEOUT_MS = 4_000;
+/** Workers wait for jobs so long at once: well within the time in which an answer must come. */
+const BLOCK_S = 2;
+
+/** A killed pod's jobs are taken over after this and a stalled check or two. */
 const LOCK_DURATION_MS = 5_000;
 
 export const WORKER_OPTIONS = {
   autorun: false,
   lockDuration: LOCK_DURATION_MS,
-  stalledInterval: LOCK_DURATION_MS,
+  stalledInterval: LOCK_DURATION_MS / 2,
+  drainDelay: BLOCK_S,
   /** How long a worker waits after an error of the connection before it asks again. */
   runRetryDelay: 1_000,
 } as const;
 
 /**
+ * Never blocks for longer than its connection waits for an answer: BullMQ would, 10 s, when a delayed job is far off.
+ *
  * After an error that is not the connection's own (OOM, READONLY, NOPERM) BullMQ asks for the next job again at
  * once: 10,000 times a second, measured. This worker takes a breath.
  */
 export class PatientWorker<T = unknown> extends Worker<T> {
+  readonly #takenAt = new Map<Job<T>, number>();
+  #lastTakenAt = Date.now();
+
+  override get maximumBlockTimeout(): number {
+    return BLOCK_S;
+  }
+
+  /** When it last began to work on a job, or on nothing yet; ms since the epoch. */
+  lastTakenAt(): number {
+    return this.#lastTakenAt;
+  }
+
+  /** Jobs that it works on, until they are moved on in Redis. */
+  inHand(): number {
+    return this.#takenAt.size;
+  }
+
+  /** When it took the one that it has in hand for the longest time. */
+  oldestTakenAt(): number | undefined {
+    // A Map keeps the order in which they were taken.
+    for (const takenAt of this.#takenAt.values()) return takenAt;
+    return undefined;
+  }
+
+  override async processJob(job: Job<T>, token: string, fetchNext?: () => boolean) {
+    this.#lastTakenAt = Date.now();
+    this.#takenAt.set(job, this.#lastTakenAt);
+    try {
+      return await super.processJob(job, token, fetchNext);
+    } finally {
+      this.#takenAt.delete(job);
+    }
+  }
+
   protected override async moveToActive(token: string, name?: string): Promise<Job<T>> {
     try {
       return await super.moveToActive(token, name);
@@ -93,6 +142,12 @@ const CLOSE_TIMEOUT_MS = 2_000;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
+/** Redis key of an event's publish job. */
+export const publishJobKey = (
+  options: Readonly<{ queuePrefix: string; queueName: string }>,
+  eventId: string,
+) => new QueueKeys(options.queuePrefix).toKey(publishQueueName(options.queueName), eventId);
+
 export function createQueues(redis: Redis, options: QueueOptions, logger: Logger) {
   const shared = { connection: redis, prefix: options.queuePrefix };
   const claim = new Queue(claimQueueName(options.queueName), shared);
@@ -122,8 +177,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Logger
     claim,
     publish,
 
-    /** Redis key of an event's publish job. */
-    jobKey: (eventId: string): string => publish.toKey(eventId),
+    jobKey: (eventId: string): string => publishJobKey(options, eventId),
 
     /**
      * Adds one publish job per event; one that is there already is left as it is.
@@ -139,7 +193,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Logger
       );
       await publish.addBulk(
         events.map((event) => ({
-          name: event.eventType,
+          name: brief(event.eventType),
           data: event,
           opts: { jobId: event.eventId, ...retries(event.attempts) },
         })),

@@ -1,5 +1,4 @@
 import type { Queue } from 'bullmq';
-import type { Redis } from 'ioredis';
 import type { Logger } from '../logger.ts';
 
 /** Names of the claim queue's jobs. */
@@ -18,32 +17,15 @@ export type Scheduler = Readonly<{
   lastLookAt(): number;
 }>;
 
-/**
- * The repeatable job that claims. Any number of pods may run one: they uphold the same schedule.
- *
- * It also notices when Redis forgot everything: a key that outlives every job is gone.
- */
-export function createScheduler(deps: {
-  queue: Queue;
-  redis: Redis;
-  /** The key that tells a Redis that remembers from one that was emptied. */
-  memoryKey: string;
-  pollIntervalMs: number;
-  /** Redis is empty, or new: no job of any leased row is there. */
-  onMemoryLost: () => Promise<void>;
-  logger: Logger;
-}): Scheduler {
-  const { queue, redis, memoryKey, pollIntervalMs, logger } = deps;
+/** The repeatable job that claims. Any number of pods may run one: they uphold the same schedule. */
+export function createScheduler(deps: { queue: Queue; pollIntervalMs: number; logger: Logger }): Scheduler {
+  const { queue, pollIntervalMs, logger } = deps;
   let timer: NodeJS.Timeout | undefined;
   let running: Promise<void> = Promise.resolve();
   let stopped = true;
   let lookedAt = Date.now();
 
   async function heal(): Promise<void> {
-    if ((await redis.exists(memoryKey)) === 0) {
-      await deps.onMemoryLost();
-      await redis.set(memoryKey, new Date().toISOString(), 'NX');
-    }
     // Upserting while the queue is paused leaves one more tick behind each time.
     if (await queue.isPaused()) return;
     await queue.upsertJobScheduler(

@@ -5,32 +5,34 @@ import { deadLetterFields, envelopeFields } from './envelope.ts';
 /**
  * Appends an entry and remembers its id in the publish job's own hash, atomically; run again, it answers
  * what it remembers. The memory needs no time window: it lives and dies with the job. Hash gone: the job was
- * finished elsewhere or Redis lost it, so nothing is appended and the row decides.
+ * finished elsewhere or Redis lost it, so nothing is appended and the row decides. Another epoch: Redis may have lost
+ * what was appended before, so nothing is appended now.
  *
- * KEYS: stream, job hash. ARGV: field of the hash, MAXLEN (0 = never trim), then the entry's fields.
- * Answers the id, `=id` when it was remembered, or nothing. One flat string and two reads in one command:
- * 14 µs of Redis instead of 19 with an array, HGET and EXISTS (a bare XADD takes 6).
+ * KEYS: stream, job hash, epoch. ARGV: epoch, field of the hash, then what XADD takes after the key.
+ * Answers the id, `=id` when it was remembered, nothing when the job is gone, `!` in another epoch, `?` when the
+ * stream was to be there and is not. One flat string and two reads in one command: 14 µs of Redis instead of 19 with
+ * an array, HGET and EXISTS (a bare XADD takes 6).
  */
 const APPEND_ONCE = `
-local job = redis.call('HMGET', KEYS[2], ARGV[1], 'timestamp')
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then return '!' end
+local job = redis.call('HMGET', KEYS[2], ARGV[2], 'timestamp')
 if job[1] then return '=' .. job[1] end
 if not job[2] then return '' end
-local id
-if ARGV[2] == '0' then
-  id = redis.call('XADD', KEYS[1], '*', unpack(ARGV, 3))
-else
-  id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', unpack(ARGV, 3))
-end
-redis.call('HSET', KEYS[2], ARGV[1], id)
+local id = redis.call('XADD', KEYS[1], unpack(ARGV, 3))
+if not id then return '?' end
+redis.call('HSET', KEYS[2], ARGV[2], id)
 return id`;
 
 /** Fields of the job's hash that are ours. BullMQ keeps and ignores them. */
-const ENTRY = 'relay:entry';
-const DEAD_LETTER_ENTRY = 'relay:dlq';
+export const ENTRY = 'relay:entry';
+export const DEAD_LETTER_ENTRY = 'relay:dlq';
+
+/** Streams that are known to be there, at most; then they are learnt anew. */
+const KNOWN_STREAMS = 10_000;
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    appendOnce(stream: string, jobHash: string, ...args: string[]): Result<string, Context>;
+    appendOnce(stream: string, jobHash: string, epochKey: string, ...args: string[]): Result<string, Context>;
   }
 }
 
@@ -39,10 +41,17 @@ export type StreamOptions = Readonly<{
   /** Approximate length at which a stream is trimmed; 0 = never. */
   streamMaxLen: number;
   dlqMaxLen: number;
-  /** Keys that begin with this belong to BullMQ. */
-  queueKeyPrefix: string;
   /** Redis key of an event's publish job. */
   jobKey: (eventId: string) => string;
+  /** Redis key of the epoch's name. */
+  epochKey: string;
+}>;
+
+/** What an append has to do with epochs; see epoch.ts. */
+type Epochs = Readonly<{
+  known(): Promise<string | undefined>;
+  doubt(): void;
+  doubtAll(epoch: string): void;
 }>;
 
 export type Stream = ReturnType<typeof createStream>;
@@ -58,26 +67,39 @@ export const APPEND_CONNECTION: RedisOptions = {
   enableAutoPipelining: true,
 };
 
-export function createStream(redis: Redis, options: StreamOptions) {
-  redis.defineCommand('appendOnce', { numberOfKeys: 2, lua: APPEND_ONCE });
+export function createStream(redis: Redis, epochs: Epochs, options: StreamOptions) {
+  redis.defineCommand('appendOnce', { numberOfKeys: 3, lua: APPEND_ONCE });
+
+  /** Streams that had an entry in this epoch: one of them that is not there any more was lost. */
+  let known = { epoch: '', streams: new Set<string>() };
 
   async function appendOnce(
     stream: string,
     maxLen: number,
     event: OutboxEvent,
-    memory: string,
+    field: string,
     fields: string[],
-  ) {
+  ): Promise<AppendOutcome> {
+    const epoch = await epochs.known();
+    if (epoch === undefined) return NOT_KNOWN;
+    if (known.epoch !== epoch || known.streams.size >= KNOWN_STREAMS) known = { epoch, streams: new Set() };
+    const { streams } = known;
+    const xadd = [...(streams.has(stream) ? ['NOMKSTREAM'] : []), ...trimmedTo(maxLen), '*', ...fields];
     try {
-      const reply = await redis.appendOnce(
-        stream,
-        options.jobKey(event.eventId),
-        memory,
-        String(maxLen),
-        ...fields,
+      const job = options.jobKey(event.eventId);
+      const outcome = outcomeOf(
+        await redis.appendOnce(stream, job, options.epochKey, epoch, field, ...xadd),
+        epoch,
       );
-      return outcomeOf(reply);
+      if (outcome.status === 'appended') streams.add(stream);
+      else if (outcome.status === 'lost') {
+        if (outcome.isStream) epochs.doubtAll(epoch);
+        else epochs.doubt();
+        return NOT_KNOWN;
+      }
+      return outcome;
     } catch (error) {
+      if (DEMOTED.test((error as Error).message)) epochs.doubt();
       return outcomeOfError(error as Error);
     }
   }
@@ -96,33 +118,36 @@ export function createStream(redis: Redis, options: StreamOptions) {
         DEAD_LETTER_ENTRY,
         deadLetterFields(event, failure),
       ),
-
-    /** Why this topic can never be the key of a stream, or null. */
-    topicProblem(topic: string): string | null {
-      if (topic === '') return 'topic is empty';
-      if (topic === options.dlqStreamName) return 'topic is the dead-letter stream';
-      if (topic.startsWith(options.queueKeyPrefix))
-        return `topic begins with ${options.queueKeyPrefix}, where BullMQ keeps its keys`;
-      return null;
-    },
   };
 }
 
+/** XADD's argument that keeps a stream at about `maxLen` entries; 0 = never trim. */
+export const trimmedTo = (maxLen: number): string[] => (maxLen === 0 ? [] : ['MAXLEN', '~', String(maxLen)]);
+
+const NOT_KNOWN: AppendOutcome = {
+  status: 'unavailable',
+  reason: 'Redis may have lost entries; nothing is appended before they are restored',
+};
+
 /** A reply that is not a stream id must never pass for success. */
-function outcomeOf(reply: unknown): AppendOutcome {
+function outcomeOf(reply: unknown, epoch: string): AppendOutcome | { status: 'lost'; isStream: boolean } {
   if (reply === '') return { status: 'job-gone' };
+  if (reply === '!' || reply === '?') return { status: 'lost', isStream: reply === '?' };
   const [, remembered, entryId] = /^(=?)(\d+-\d+)$/.exec(String(reply)) ?? [];
   if (entryId === undefined) {
     return { status: 'refused', reason: 'Redis gave no stream id in answer to the append' };
   }
-  return { status: remembered ? 'already-appended' : 'appended', entryId };
+  return { status: remembered ? 'already-appended' : 'appended', entryId, epoch };
 }
+
+/** The server is no master any more: it may come back with another one's data. */
+const DEMOTED = /\b(READONLY|MASTERDOWN)\b/;
 
 /** Replies by which Redis refuses everybody, whatever the event. */
 const NOBODY_NOW =
   /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED|NOAUTH|WRONGPASS)/;
 
-function outcomeOfError(error: Error): AppendOutcome {
+export function outcomeOfError(error: Error): AppendOutcome & { status: 'refused' | 'unavailable' } {
   // Redis says where in the script it refused: before the refusal up to version 6, after it since 7.
   const reason = error.message
     .replace(/^ERR Error running script.*?@user_script:\s*\d+:\s*-?/, '')

@@ -36,6 +36,7 @@ export function deadLetterFields(
 ) {
   return [
     ...envelopeFields(event),
+    ...(event.withheld ? ['payload_withheld', `the payload is in identity.outbox, id ${event.id}`] : []),
     'original_event_id',
     event.eventId,
     'error_message',

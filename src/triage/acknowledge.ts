@@ -18,10 +18,10 @@ const RETRY_DELAYS_MS = [100, 400, 1_600];
 export type Acknowledger = Readonly<{
   /**
    * Resolves when the event's row is marked published.
-   * @param generation of Redis' memory in which the append was sent
+   * @param epoch in which the append was made: what was appended in an epoch that is over may be lost
    * @throws when the database did not take it; the append is remembered, so the job may simply run again
    */
-  acknowledge(event: OutboxEvent, entryId: string, generation: number): Promise<void>;
+  acknowledge(event: OutboxEvent, entryId: string, epoch: string): Promise<void>;
   /** Resolves when nothing is left to write. */
   drain(): Promise<void>;
 }>;
@@ -29,7 +29,7 @@ export type Acknowledger = Readonly<{
 type Pending = {
   event: OutboxEvent;
   receipt: Receipt;
-  generation: number;
+  epoch: string;
   resolve: () => void;
   reject: (error: Error) => void;
 };
@@ -39,8 +39,8 @@ type Pending = {
  * are busy goes into the next one. So an idle relay acknowledges at once, a busy one hundreds together.
  */
 export function createAcknowledger(deps: {
-  /** Marks the rows published and sees to their successors; `generation` is that of the oldest append. */
-  markPublished: (receipts: Receipt[], generation: number) => Promise<OutboxEvent[]>;
+  /** Marks the rows published and sees to their successors; rejects when the epoch of their appends is over. */
+  markPublished: (receipts: Receipt[], epoch: string) => Promise<OutboxEvent[]>;
   /** Events whose aggregate had no row to go on with, as far as that transaction could see. */
   onNoSuccessor: (events: OutboxEvent[]) => void;
   /** Whether trying the same write again is of no use. */
@@ -59,7 +59,7 @@ export function createAcknowledger(deps: {
     scheduled = true;
     const gather = () => {
       scheduled = false;
-      const batch = pending.splice(0, BATCH_LIMIT);
+      const batch = nextBatch();
       lastSize = batch.length;
       running++;
       void flush(batch).finally(() => {
@@ -72,6 +72,13 @@ export function createAcknowledger(deps: {
     if (lastSize >= UNDER_LOAD) setTimeout(gather, GATHER_MS);
     // After the I/O of this turn of the loop: one read from Redis often answers many appends.
     else setImmediate(gather);
+  }
+
+  /** Of one epoch: an epoch that is over must not take others' receipts with it. */
+  function nextBatch(): Pending[] {
+    const epoch = pending[0]?.epoch;
+    const other = pending.findIndex((it) => it.epoch !== epoch);
+    return pending.splice(0, Math.min(BATCH_LIMIT, other < 0 ? BATCH_LIMIT : other));
   }
 
   async function flush(batch: Pending[]): Promise<void> {
@@ -88,10 +95,10 @@ export function createAcknowledger(deps: {
 
   async function persist(batch: Pending[]): Promise<OutboxEvent[]> {
     const receipts = batch.map((it) => it.receipt);
-    const generation = Math.min(...batch.map((it) => it.generation));
+    const { epoch } = batch[0] as Pending;
     for (let attempt = 0; ; attempt++) {
       try {
-        return await markPublished(receipts, generation);
+        return await markPublished(receipts, epoch);
       } catch (error) {
         const delay = RETRY_DELAYS_MS[attempt];
         if (delay === undefined || isFinal(error)) throw error;
@@ -105,9 +112,9 @@ export function createAcknowledger(deps: {
   }
 
   return {
-    acknowledge: (event, entryId, generation) =>
+    acknowledge: (event, entryId, epoch) =>
       new Promise((resolve, reject) => {
-        pending.push({ event, receipt: { id: event.id, entryId }, generation, resolve, reject });
+        pending.push({ event, receipt: { id: event.id, entryId }, epoch, resolve, reject });
         schedule();
       }),
     drain: () =>

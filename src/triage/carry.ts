@@ -1,7 +1,10 @@
-import type { AppendOutcome, Attempt, OutboxEvent } from '../event.ts';
+import { type AppendOutcome, type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
 import type { Logger } from '../logger.ts';
 import { errorText } from '../logger.ts';
-import { decide } from './decide.ts';
+import { decide, type Verdict } from './decide.ts';
+
+/** How Redis says that the user may not: for the call itself, and from within a script. */
+const NO_PERMISSION = /NOPERM|ACL failure/;
 
 /** One attempt to bring one event from its job to its stream: check, append, decide, acknowledge. */
 export function createCarry(deps: {
@@ -11,21 +14,25 @@ export function createCarry(deps: {
   violations: (eventType: string, payload: string) => string[];
   /** Whether a violation keeps the event out of the stream. */
   strict: boolean;
-  /** How often Redis has lost its data so far: a receipt is good in its own generation only. */
-  generation: () => number;
+  /** Resolves when Redis may be appended to, or after a moment all the same: a turn is no time to wait for that. */
+  ready: () => Promise<unknown>;
   publish: (event: OutboxEvent) => Promise<AppendOutcome>;
-  acknowledge: (event: OutboxEvent, entryId: string, generation: number) => Promise<void>;
+  /** Asked when permission was refused: why Redis refuses the relay everything, or null when it is this stream. */
+  refusedEverything: (event: OutboxEvent) => Promise<string | null>;
+  acknowledge: (event: OutboxEvent, entryId: string, epoch: string) => Promise<void>;
   logger: Logger;
 }) {
   const { logger } = deps;
 
   function problemOf(event: OutboxEvent): string | null {
+    if (event.withheld) return event.withheld;
     const topicProblem = deps.topicProblem(event.topic);
     if (topicProblem !== null) return topicProblem;
     const violations = deps.violations(event.eventType, event.payload);
     if (violations.length === 0) return null;
-    if (deps.strict) return `payload breaks the schema of ${event.eventType}: ${violations.join('; ')}`;
-    const { eventId, eventType } = event;
+    const { eventId } = event;
+    const eventType = brief(event.eventType);
+    if (deps.strict) return `payload breaks the schema of ${eventType}: ${violations.join('; ')}`;
     logger.warn(
       { eventId, eventType, violations },
       'payload breaks the schema of its event type; published all the same',
@@ -33,15 +40,23 @@ export function createCarry(deps: {
     return null;
   }
 
-  return async function carry(event: OutboxEvent): Promise<Attempt> {
+  async function append(event: OutboxEvent): Promise<Verdict> {
     const problem = problemOf(event);
     if (problem !== null) return { kind: 'give-up', reason: problem };
-    const generation = deps.generation();
     const verdict = decide(await deps.publish(event));
+    if (verdict.kind !== 'retry' || !NO_PERMISSION.test(verdict.reason)) return verdict;
+    const reason = await deps.refusedEverything(event);
+    return reason === null ? verdict : { kind: 'postpone', reason };
+  }
+
+  /** @param inTurn runs the part in which an event can harm its pod: from its check to the answer to its append */
+  return async function carry(event: OutboxEvent, inTurn: InTurn = (run) => run()): Promise<Attempt> {
+    await deps.ready();
+    const verdict = await inTurn(() => append(event));
     switch (verdict.kind) {
       case 'acknowledge':
         try {
-          await deps.acknowledge(event, verdict.entryId, generation);
+          await deps.acknowledge(event, verdict.entryId, verdict.epoch);
         } catch (error) {
           return {
             kind: 'postpone',
@@ -51,7 +66,7 @@ export function createCarry(deps: {
         return { kind: 'done' };
       case 'let-go':
         logger.warn(
-          { eventId: event.eventId, topic: event.topic },
+          { eventId: event.eventId, topic: brief(event.topic) },
           'the job vanished before its append; its row decides',
         );
         return { kind: 'done' };

@@ -1,4 +1,4 @@
-import type { AppendOutcome, OutboxEvent } from '../event.ts';
+import { type AppendOutcome, brief, type OutboxEvent } from '../event.ts';
 import type { Logger } from '../logger.ts';
 
 export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
@@ -10,8 +10,11 @@ export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: s
  */
 export function createDeadLetter(deps: {
   append: (event: OutboxEvent, failure: Failure) => Promise<AppendOutcome>;
-  /** Marks the row dead and sees to its successor. */
-  markDead: (dead: { id: string; attempts: number; reason: string }) => Promise<void>;
+  /** Marks the row dead and sees to its successor; rejects when the entry may be lost since. */
+  markDead: (
+    dead: { id: string; attempts: number; reason: string; entryId: string },
+    epoch: string,
+  ) => Promise<void>;
   onDead: (event: OutboxEvent) => void;
   logger: Logger;
 }) {
@@ -19,12 +22,13 @@ export function createDeadLetter(deps: {
 
   return async function deadLetter(failure: Failure): Promise<void> {
     const { event, attempts, reason } = failure;
-    const about = { eventId: event.eventId, topic: event.topic, eventType: event.eventType, attempts };
+    const { eventId } = event;
+    const about = { eventId, topic: brief(event.topic), eventType: brief(event.eventType), attempts };
     const outcome = await append(event, failure);
     switch (outcome.status) {
       case 'appended':
       case 'already-appended':
-        await markDead({ id: event.id, attempts, reason });
+        await markDead({ id: event.id, attempts, reason, entryId: outcome.entryId }, outcome.epoch);
         logger.warn(
           { ...about, reason, dlqEntryId: outcome.entryId },
           'event moved to the dead-letter stream',

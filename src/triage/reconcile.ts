@@ -5,11 +5,12 @@ const BATCH = 100;
 /** Batches of one round; the next tick goes on. */
 const MAX_BATCHES = 50;
 
-type Row = Readonly<{ id: string; eventId: string }>;
+type Row = Readonly<{ id: string; eventId: string; topic: string }>;
 
 /**
  * Looks after rows whose lease has ended: what became of their jobs? Alive: another lease. Gone: the row is
- * fresh again. Failed: its dead letter was not finished (a pod died in between), so finish it.
+ * fresh again, unless its entry is in the stream: the job was removed between append and acknowledgement, and with it
+ * the memory of the append. Failed: its dead letter was not finished (a pod died in between), so finish it.
  */
 export function createReconcile<Tx>(deps: {
   transaction: <T>(work: (tx: Tx) => Promise<T>) => Promise<T>;
@@ -18,6 +19,9 @@ export function createReconcile<Tx>(deps: {
   extendLease: (tx: Tx, ids: string[]) => Promise<void>;
   jobFate: (eventId: string) => Promise<'alive' | 'failed' | 'missing'>;
   failedJob: (eventId: string) => Promise<Failure | null>;
+  /** Entry ids of those events that are in their stream, by event id. */
+  appended: (rows: readonly Row[]) => Promise<ReadonlyMap<string, string>>;
+  acknowledge: (receipts: { id: string; entryId: string }[]) => Promise<void>;
   deadLetter: (failure: Failure) => Promise<void>;
   logger: Logger;
 }) {
@@ -25,20 +29,31 @@ export function createReconcile<Tx>(deps: {
 
   return async function reconcile(): Promise<void> {
     const seen = { alive: 0, failed: 0, missing: 0 };
+    let acknowledged = 0;
     for (let batch = 0; batch < MAX_BATCHES; batch++) {
-      const rows = await deps.transaction(async (tx) => {
+      const { rows, receipts } = await deps.transaction(async (tx) => {
         const due = await deps.lockDue(tx, BATCH);
-        if (due.length === 0) return [];
+        if (due.length === 0) return { rows: [], receipts: [] };
         // Under the rows' locks: nobody can add their jobs meanwhile.
         const fates = await Promise.all(due.map((row) => deps.jobFate(row.eventId)));
         const judged = due.map((row, i) => ({ ...row, fate: fates[i] as 'alive' | 'failed' | 'missing' }));
         for (const row of judged) seen[row.fate]++;
-        const missing = judged.filter((row) => row.fate === 'missing').map((row) => row.id);
-        const others = judged.filter((row) => row.fate !== 'missing').map((row) => row.id);
-        if (missing.length > 0) await deps.returnToFresh(tx, missing);
+        const missing = judged.filter((row) => row.fate === 'missing');
+        const entries = missing.length > 0 ? await deps.appended(missing) : new Map<string, string>();
+        const again = missing.filter((row) => !entries.has(row.eventId)).map((row) => row.id);
+        const others = judged.filter((row) => !again.includes(row.id)).map((row) => row.id);
+        if (again.length > 0) await deps.returnToFresh(tx, again);
         if (others.length > 0) await deps.extendLease(tx, others);
-        return judged;
+        return {
+          rows: judged,
+          receipts: missing.flatMap(({ id, eventId }) => {
+            const entryId = entries.get(eventId);
+            return entryId === undefined ? [] : { id, entryId };
+          }),
+        };
       });
+      if (receipts.length > 0) await deps.acknowledge(receipts);
+      acknowledged += receipts.length;
       for (const row of rows) {
         if (row.fate !== 'failed') continue;
         const failure = await deps.failedJob(row.eventId);
@@ -47,7 +62,10 @@ export function createReconcile<Tx>(deps: {
       if (rows.length < BATCH) break;
     }
     if (seen.missing > 0)
-      logger.warn({ events: seen.missing }, 'publish jobs were lost; their events are claimed again');
+      logger.warn(
+        { events: seen.missing, acknowledged },
+        'publish jobs were lost; their events are claimed again, but for those that are in their stream',
+      );
     if (seen.failed > 0)
       logger.warn({ events: seen.failed }, 'finished dead letters that had been left half done');
     if (seen.alive > 0) logger.debug({ events: seen.alive }, 'leases extended');

@@ -5,20 +5,13 @@
  */
 import { spawn } from 'node:child_process';
 import { readdir, readFile } from 'node:fs/promises';
-import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { Command, InvalidArgumentError } from 'commander';
-import { Redis } from 'ioredis';
-import pg from 'pg';
-import { gradeLedger } from '../../src/demo/ledger.ts';
-import { startPod } from '../../src/demo/pod.ts';
-import { startPrivatePostgres, startPrivateRedis } from '../../src/demo/servers.ts';
-import { temporaryFolder } from '../../src/demo/watchdog.ts';
-import { migrate } from '../../src/outbox/migrate.ts';
+import { Command, InvalidArgumentError, Option } from 'commander';
+import { BACKLOG_ENV, benchBacklog } from './backlog.ts';
+import { BLOCKED_ENV, benchBlocked } from './blocked.ts';
+import { type BenchStage, median, NOTHING_FRESH, NOTHING_LIVE, openBenchStage, STREAM } from './stage.ts';
 
-const STREAM = 'identity.user.v1';
-const DRAIN_DEADLINE_MS = 300_000;
 /** Where the no-op queue is fastest: 200 is a fifth slower. */
 const NOOP_CONCURRENCY = 100;
 
@@ -32,18 +25,36 @@ const list = (text: string) => text.split(',').map(positive);
 
 const options = new Command('bench')
   .description('Drains a backlog with one relay pod, and runs as many no-op BullMQ jobs, in turns.')
-  .option('--events <n>', 'events per run', positive, 20_000)
+  .addOption(
+    new Option(
+      '--scenario <name>',
+      'engine: beside a no-op queue; blocked: beside blocked aggregates; backlog: memory with many rows waiting',
+    )
+      .choices(['engine', 'blocked', 'backlog'])
+      .default('engine'),
+  )
+  .option('--events <n>', 'events per run (default: 20000; backlog: 1000000)', positive)
   .option('--runs <n>', 'runs of each contender', positive, 3)
   .option('--aggregates <list>', 'numbers of aggregates that the events belong to', list, [20_000, 1_000])
   .option('--concurrency <n>', "publish jobs at once (default: the relay's own)", positive)
+  .option('--seconds <n>', 'how long memory is watched (backlog)', positive, 60)
   .option('--no-fsync', 'run PostgreSQL without fsync')
   .parse()
-  .opts<{ events: number; runs: number; aggregates: number[]; concurrency?: number; fsync: boolean }>();
+  .opts<{
+    scenario: 'engine' | 'blocked' | 'backlog';
+    events?: number;
+    runs: number;
+    aggregates: number[];
+    concurrency?: number;
+    seconds: number;
+    fsync: boolean;
+  }>();
+const events = options.events ?? (options.scenario === 'backlog' ? 1_000_000 : 20_000);
 
 const undo: (() => Promise<unknown>)[] = [];
 process.once('SIGINT', () => void cleanUp().then(() => process.exit(130)));
 try {
-  await bench();
+  if (!(await bench())) process.exitCode = 1;
 } finally {
   await cleanUp();
 }
@@ -52,60 +63,41 @@ async function cleanUp(): Promise<void> {
   for (const step of undo.splice(0).reverse()) await step();
 }
 
-async function bench(): Promise<void> {
-  const folder = await temporaryFolder('relay-bench-');
-  undo.push(folder.remove);
-  const redisServer = await startPrivateRedis({ directory: join(folder.path, 'redis') });
-  undo.push(redisServer.stop);
-  const postgres = await startPrivatePostgres({
-    directory: join(folder.path, 'postgres'),
-    settings: { fsync: options.fsync ? 'on' : 'off' },
-  });
-  undo.push(postgres.stop);
-  const admin = new pg.Client(postgres.url);
-  await admin.connect();
-  undo.push(() => admin.end());
-  const silent = () => {};
-  const logger = {
-    trace: silent,
-    debug: silent,
-    info: silent,
-    warn: silent,
-    error: silent,
-    fatal: silent,
-    child: () => logger,
-  };
-  await migrate(admin, true, logger);
-  const redis = new Redis(redisServer.url);
-  undo.push(async () => redis.disconnect());
-  const pool = new pg.Pool({ connectionString: postgres.url, max: 2 });
-  undo.push(() => pool.end());
-
-  const noop = await startNoop(redisServer.url);
-  const pod = await startPod({
-    cli: fileURLToPath(new URL('../../dist/cli.js', import.meta.url)),
-    env: {
-      RELAY_DATABASE_URL: postgres.url,
-      RELAY_REDIS_URL: redisServer.url,
+async function bench(): Promise<boolean> {
+  const { scenario, fsync, runs } = options;
+  console.log(`node ${process.version}, scenario ${scenario}, fsync ${fsync ? 'on' : 'off'}`);
+  const env = {
+    engine: {
       RELAY_STREAM_MAXLEN: '0',
-      RELAY_LOG_LEVEL: 'warn',
       ...(options.concurrency && { RELAY_CONCURRENCY: String(options.concurrency) }),
     },
-  });
-  undo.push(() => pod.kill());
-  await pod.waitReady();
+    blocked: BLOCKED_ENV,
+    backlog: BACKLOG_ENV,
+  }[scenario];
+  const stage = await openBenchStage({ fsync, env }, undo);
+  switch (scenario) {
+    case 'engine':
+      await benchEngine(stage);
+      return true;
+    case 'blocked':
+      return benchBlocked(stage, { events, runs });
+    case 'backlog':
+      return benchBacklog(stage, { events, seconds: options.seconds });
+  }
+}
 
-  console.log(
-    `node ${process.version}, ${options.events} events per run, ${options.runs} runs, fsync ${options.fsync ? 'on' : 'off'}`,
-  );
-  await noop(options.events); // both warm
-  await drain(options.events);
+async function benchEngine(stage: BenchStage): Promise<void> {
+  const { pool, redis, redisServer, postgres, pod } = stage;
+  const noop = await startNoop(redisServer.url);
+  console.log(`${events} events per run, ${options.runs} runs`);
+  await noop(events); // both warm
+  await drain(events);
   for (const aggregates of options.aggregates) {
     const rates: { noop: number; relay: number; ratio: number; cpu: number }[] = [];
     for (let run = 1; run <= options.runs; run++) {
-      const before = await noop(options.events);
+      const before = await noop(events);
       const relay = await drain(aggregates);
-      const after = await noop(options.events);
+      const after = await noop(events);
       const engine = (before + after) / 2;
       rates.push({ noop: engine, relay: relay.rate, ratio: relay.rate / engine, cpu: relay.podCpuMicros });
       console.log(
@@ -115,11 +107,10 @@ async function bench(): Promise<void> {
           `${relay.statements.toFixed(3)} transactions`,
       );
     }
-    const median = (of: (it: (typeof rates)[number]) => number) =>
-      rates.map(of).sort((a, b) => a - b)[Math.floor(rates.length / 2)] as number;
+    const of = (pick: (it: (typeof rates)[number]) => number) => median(rates.map(pick));
     console.log(
-      `${aggregates} aggregates: relay ${Math.round(median((it) => it.relay))}/s, no-op queue ${Math.round(median((it) => it.noop))}/s, ` +
-        `ratio ${median((it) => it.ratio).toFixed(2)} (median; ${rates.map((it) => it.ratio.toFixed(2)).join(', ')})`,
+      `${aggregates} aggregates: relay ${Math.round(of((it) => it.relay))}/s, no-op queue ${Math.round(of((it) => it.noop))}/s, ` +
+        `ratio ${of((it) => it.ratio).toFixed(2)} (median; ${rates.map((it) => it.ratio.toFixed(2)).join(', ')})`,
     );
   }
   console.log('every event once, in the order of its aggregate, in every run');
@@ -127,51 +118,22 @@ async function bench(): Promise<void> {
   async function drain(aggregates: number) {
     await pool.query('TRUNCATE identity.outbox');
     await redis.del(STREAM);
-    await pool.query(
-      `INSERT INTO identity.outbox (event_type, aggregate_id, payload)
-       SELECT 'UserCreated', md5((i % $2)::text)::uuid, jsonb_build_object(
-         'user_id', md5((i % $2)::text)::uuid, 'tenant_id', '11111111-1111-1111-1111-111111111111',
-         'email', 'user' || i || '@example.com', 'display_name', 'User ' || i, 'status', 'active',
-         'created_at', '2026-01-01T00:00:00Z')
-       FROM generate_series(1, $1::int) i`,
-      [options.events, aggregates],
-    );
+    await stage.insert(events, aggregates);
     const before = await costs();
-    const startedAt = (await pool.query('SELECT clock_timestamp()::text AS now')).rows[0].now;
-    const deadline = Date.now() + DRAIN_DEADLINE_MS;
-    for (;;) {
-      // Both questions are answered by the relay's own partial indexes: looking must not cost what is measured.
-      const { rows } = await pool.query(
-        `SELECT EXISTS (SELECT FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL)
-             OR EXISTS (SELECT FROM identity.outbox WHERE NOT published AND dead_lettered_at IS NULL
-                        ORDER BY aggregate_type, aggregate_id, id) AS left`,
-      );
-      if (!rows[0].left) break;
-      if (Date.now() > deadline) throw new Error(`not drained within ${DRAIN_DEADLINE_MS / 1000} s`);
-      await new Promise((resolve) => setTimeout(resolve, 100));
-    }
+    const startedAt = await stage.now();
+    await stage.until(`${NOTHING_FRESH} AND ${NOTHING_LIVE}`);
     const { rows } = await pool.query(
       `SELECT extract(epoch FROM max(published_at) - $1::timestamptz)::float8 AS seconds FROM identity.outbox`,
       [startedAt],
     );
     const after = await costs();
-    const grade = await gradeLedger({ pool, redis, defaultStream: STREAM, dlqStream: `${STREAM}.dlq` });
-    for (const violation of [
-      'lost',
-      'doubled',
-      'outOfOrder',
-      'publishedWithoutEntry',
-      'leftBehind',
-    ] as const) {
-      if (grade[violation] > 0)
-        throw new Error(`${grade[violation]} x ${violation}: ${grade.samples[violation]}`);
-    }
+    await stage.audit();
     return {
-      rate: options.events / rows[0].seconds,
-      podCpuMicros: (after.pod - before.pod) / options.events,
-      postgresCpuMicros: (after.postgres - before.postgres) / options.events,
-      redisCpuMicros: (after.redis - before.redis) / options.events,
-      statements: (after.transactions - before.transactions) / options.events,
+      rate: events / rows[0].seconds,
+      podCpuMicros: (after.pod - before.pod) / events,
+      postgresCpuMicros: (after.postgres - before.postgres) / events,
+      redisCpuMicros: (after.redis - before.redis) / events,
+      statements: (after.transactions - before.transactions) / events,
     };
   }
 

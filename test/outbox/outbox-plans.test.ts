@@ -10,13 +10,18 @@ import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createDatabase } from '../support/servers.ts';
 import { openPool } from '../support/stages.ts';
 
-const PUBLISHED_ROWS = 200_000;
-const PARKED_ROWS = 20_000;
+const PUBLISHED_ROWS = 1_000_000;
+const PARKED_ROWS = 100_000;
 const FRESH_ROWS = 20_000;
 const HOT = { aggregateType: 'user', aggregateId: randomUUID() };
 /** Of hot aggregate: its first row, leased; the rest is parked behind it. */
 const HOT_HEAD = PUBLISHED_ROWS + 1;
 const BATCH = 100;
+/** One of the platform's is as good as ours for rows that are due. */
+const GOOD_INDEX = /^(relay_outbox_\w+|outbox_pkey|outbox_event_id_unique|ix_outbox_next_attempt_at)$/;
+const SETUP_LIMIT_MS = 120_000;
+/** An update of a row writes to a dozen indexes, three levels each. All rows that are published fill 15,000. */
+const MOST_BUFFERS_PER_ROW = 100;
 const DUE_IDS = Array.from({ length: BATCH }, (_, i) => String(HOT_HEAD + PARKED_ROWS + 1 + i));
 
 /** One step of a plan, as EXPLAIN tells it. */
@@ -28,10 +33,18 @@ type Step = {
   'Actual Loops': number;
   'Rows Removed by Filter'?: number;
   'Rows Removed by Index Recheck'?: number;
+  'Shared Hit Blocks': number;
+  'Shared Read Blocks': number;
   Plans?: Step[];
 };
 
-type Cost = { rowsTouched: number; indexes: string[]; scans: string[]; mostRowsSorted: number };
+type Cost = {
+  rowsTouched: number;
+  buffers: number;
+  indexes: string[];
+  scans: string[];
+  mostRowsSorted: number;
+};
 
 let pool: pg.Pool;
 
@@ -39,9 +52,10 @@ beforeAll(async () => {
   pool = openPool((await createDatabase()).url);
   await pool.query(`
     ALTER TABLE identity.outbox SET (autovacuum_enabled = off);
-    INSERT INTO identity.outbox (event_type, aggregate_id, payload, published, published_at)
-    SELECT 'UserCreated', gen_random_uuid(), '{"tenant_id": "x"}', true, now()
-      FROM generate_series(1, ${PUBLISHED_ROWS});
+    -- Ids that ascend: their index is filled in a third of the time.
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, published, published_at)
+    SELECT 'UserCreated', id, id, '{"tenant_id": "x"}', true, now()
+      FROM generate_series(1, ${PUBLISHED_ROWS}) n, LATERAL (SELECT lpad(to_hex(n), 32, '0')::uuid AS id);
     ANALYZE identity.outbox;
     INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
     SELECT 'UserUpdated', '${HOT.aggregateId}', '{}', CASE WHEN n = 0 THEN now() + interval '1 minute' ELSE 'infinity' END
@@ -51,13 +65,13 @@ beforeAll(async () => {
     INSERT INTO identity.outbox (event_type, aggregate_id, payload)
     SELECT 'UserUpdated', gen_random_uuid(), '{}' FROM generate_series(1, ${FRESH_ROWS});
   `);
-});
+}, SETUP_LIMIT_MS);
 
 const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
   ['a claim', (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)), 10 * BATCH],
   ['due rows', (it) => it.transaction('repeatable', (tx) => it.lockDue(tx, BATCH)), 3 * BATCH],
   [
-    'an acknowledgement, with 20,000 rows waiting behind it',
+    'an acknowledgement, with 100,000 rows waiting behind it',
     (it) =>
       it.transaction('durable', (tx) =>
         it.markPublished(
@@ -68,9 +82,11 @@ const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
     15 * BATCH,
   ],
   [
-    'a dead letter, with 20,000 rows waiting behind it',
+    'a dead letter, with 100,000 rows waiting behind it',
     (it) =>
-      it.transaction('durable', (tx) => it.markDead(tx, { id: String(HOT_HEAD), attempts: 6, reason: 'x' })),
+      it.transaction('durable', (tx) =>
+        it.markDead(tx, { id: String(HOT_HEAD), attempts: 6, reason: 'x', entryId: '1-1' }),
+      ),
     20,
   ],
   ['the release of orphans', (it) => it.releaseOrphans(Array(BATCH).fill(HOT)), 10 * BATCH],
@@ -103,7 +119,7 @@ const variants = statements.flatMap(([name, run, limit]) =>
 );
 
 describe.each([
-  ['the relay’s own indexes', ''],
+  ['the relay’s own indexes, and statistics from before the backlog', ''],
   [
     'the platform’s indexes as well',
     `CREATE INDEX ix_outbox_published ON identity.outbox (published);
@@ -113,27 +129,27 @@ describe.each([
      CREATE INDEX ix_outbox_created_at ON identity.outbox (created_at);
      CREATE INDEX ix_outbox_topic ON identity.outbox (topic);`,
   ],
-])('with %s, and statistics from before the backlog,', (_, ddl) => {
+  ['these, and fresh statistics', 'ANALYZE identity.outbox'],
+])('with %s,', (_, ddl) => {
   beforeAll(async () => {
     if (ddl !== '') await pool.query(ddl);
-  });
+  }, SETUP_LIMIT_MS);
 
   test.each(variants)(
     '%s touches few rows, by index (%s, %s plan)',
     async (_name, deadLetterPolicy, plan, run, limit) => {
       const costs: Cost[] = [];
       const outbox = createOutbox(explaining(pool, plan, costs), {
-        ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000 },
+        ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000, maxEventBytes: 1_048_576 },
         ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
       });
       await run(outbox);
       expect(costs).toHaveLength(1);
-      const [{ rowsTouched, indexes, scans, mostRowsSorted }] = costs as [Cost];
+      const [{ rowsTouched, buffers, indexes, scans, mostRowsSorted }] = costs as [Cost];
       expect(rowsTouched).toBeLessThanOrEqual(limit);
+      expect(buffers).toBeLessThanOrEqual(MOST_BUFFERS_PER_ROW * (limit < BATCH ? 1 : BATCH));
       expect(scans).toEqual([]);
-      expect(
-        indexes.filter((name) => !/^(relay_outbox_\w+|outbox_pkey|outbox_event_id_unique)$/.test(name)),
-      ).toEqual([]);
+      expect(indexes.filter((name) => !GOOD_INDEX.test(name))).toEqual([]);
       expect(mostRowsSorted).toBeLessThanOrEqual(BATCH);
     },
   );
@@ -150,7 +166,7 @@ function explaining(real: pg.Pool, plan: PlanKind, costs: Cost[]): Pool {
     if (!text.includes('identity.outbox')) return query(text, values);
     const explained =
       plan === 'custom'
-        ? await query(`EXPLAIN (ANALYZE, FORMAT JSON) ${text}`, values)
+        ? await query(`EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) ${text}`, values)
         : await explainGeneric(query, text, values);
     costs.push(costOf(explained.rows[0]['QUERY PLAN'][0].Plan));
     return { rows: [], rowCount: 0 };
@@ -182,7 +198,7 @@ async function explainGeneric(query: pg.Client['query'], text: string, values: u
     await query('SET LOCAL plan_cache_mode = force_generic_plan');
     const parameters = values.map((it) => (it === null ? 'NULL' : literal(it))).join(', ');
     return await query(
-      `EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE statement${parameters === '' ? '' : `(${parameters})`}`,
+      `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE statement${parameters === '' ? '' : `(${parameters})`}`,
     );
   } finally {
     await query('DEALLOCATE statement');
@@ -202,6 +218,7 @@ function costOf(plan: Step): Cost {
       (step['Rows Removed by Index Recheck'] ?? 0)) *
     step['Actual Loops'];
   return {
+    buffers: plan['Shared Hit Blocks'] + plan['Shared Read Blocks'],
     rowsTouched: Math.round(onTable.reduce((sum, step) => sum + rowsOf(step), 0)),
     indexes: steps.flatMap((step) => step['Index Name'] ?? []),
     scans: onTable.map((step) => step['Node Type']).filter((type) => type.includes('Seq Scan')),

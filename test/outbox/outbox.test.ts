@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { SampleEvent } from '../../src/demo/sample.ts';
+import type { Pool } from '../../src/outbox/database.ts';
 import { createOutbox, type Outbox, type OutboxOptions } from '../../src/outbox/outbox.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
@@ -12,6 +13,7 @@ const OPTIONS: OutboxOptions = {
   ordering: 'aggregate',
   deadLetterPolicy: 'continue',
   claimLeaseMs: 60_000,
+  maxEventBytes: 1_048_576,
   streamName: 'default.stream',
   statementTimeoutMs: 10_000,
 };
@@ -59,7 +61,7 @@ const acknowledge = (ids: (number | string)[], by = outbox) =>
   by.transaction('durable', (tx) => by.markPublished(tx, ids.map(receipt)));
 const bury = (id: number | string, by = outbox) =>
   by.transaction('durable', (tx) =>
-    by.markDead(tx, { id: String(id), attempts: 6, reason: 'no permission' }),
+    by.markDead(tx, { ...receipt(id), attempts: 6, reason: 'no permission' }),
   );
 const idsOf = (events: readonly { id: string }[]) => events.map((event) => event.id);
 
@@ -81,7 +83,7 @@ describe('a claim', () => {
     await set(4, PUBLISHED);
     await set(5, DEAD);
     const before = await readRows(pool);
-    expect(await claim()).toEqual({ leased: [], parked: [] });
+    expect(await claim()).toEqual({ leased: [], parked: [], more: false });
     expect((await readRows(pool)).map((it) => it.state)).toEqual(before.map((it) => it.state));
   });
 
@@ -99,7 +101,7 @@ describe('a claim', () => {
         ...{ aggregateType: 'account', aggregateId: event.aggregateId, topic: 'default.stream' },
         payload: stored.text,
         occurredAt: '2026-01-02T01:04:05.678901Z',
-        ...{ tenantId: 't', correlationId: 'c', attempts: 2 },
+        ...{ tenantId: 't', correlationId: 'c', attempts: 2, withheld: null },
       },
     ]);
   });
@@ -123,6 +125,74 @@ describe('a claim', () => {
     await insert({});
     await set(1, `created_at = '-infinity'`);
     expect((await claim()).leased).toMatchObject([{ occurredAt: '-infinity' }]);
+  });
+
+  test.each([
+    ['0044-03-15 12:00:00.25+00 BC', '-000043-03-15T12:00:00.250000Z'],
+    ['0001-12-31 23:59:59+00 BC', '+000000-12-31T23:59:59.000000Z'],
+    ['0001-01-01 00:00:00+00', '0001-01-01T00:00:00.000000Z'],
+    ['12026-01-02 03:04:05+00', '+012026-01-02T03:04:05.000000Z'],
+  ])('names the era of %s', async (createdAt, occurredAt) => {
+    await insert({});
+    await set(1, `created_at = '${createdAt}'`);
+    expect((await claim()).leased).toMatchObject([{ occurredAt }]);
+  });
+
+  test('takes no more bytes than it may, but always one row, and says that there is more', async () => {
+    const payload = (character: string) => ({ text: character.repeat(900_000) }); // 10 kB in the table
+    await insertEvents(
+      pool,
+      [...'abcdefghijkl'].map((character) => anEvent({ payload: payload(character) })),
+    );
+    const first = await claim();
+    expect(idsOf(first.leased)).toEqual(['1', '2', '3', '4', '5', '6', '7', '8', '9', '10']);
+    expect(first.more).toBe(true);
+    const rest = await claim();
+    expect(idsOf(rest.leased)).toEqual(['11', '12']);
+    expect(rest.more).toBe(false);
+  });
+
+  test('leaves in the table what is larger than allowed, also as a successor', async () => {
+    await insertOfUser(2);
+    await set(2, `payload = to_jsonb(repeat('x', 2000000))`);
+    await claim();
+    const withheld = 'event has 2000033 bytes; RELAY_MAX_EVENT_BYTES allows 1048576';
+    const [event] = await acknowledge([1]);
+    expect(event).toMatchObject({ id: '2', payload: 'null', withheld });
+    await set(2, 'next_attempt_at = NULL');
+    expect((await claim()).leased).toEqual([event]);
+  });
+
+  test('of one row takes it with its payload withheld when PostgreSQL cannot print that, twice', async () => {
+    await insert({ payload: '{"tenant_id": "t"}' }, {});
+    const failures = ['54000', '53200'];
+    const failing = createOutbox(
+      {
+        ...{ query: pool.query.bind(pool) },
+        connect: async () => {
+          const client = await pool.connect();
+          const query = (config: pg.QueryConfig) => {
+            const code = config.text.includes('RETURNING') ? failures.shift() : undefined;
+            if (code !== undefined) throw Object.assign(new Error('out of memory'), { code });
+            return client.query(config);
+          };
+          return Object.create(client, { query: { value: query } });
+        },
+      } as Pool,
+      OPTIONS,
+    );
+    const added: string[] = [];
+    const add = async (events: readonly { id: string }[]) => void added.push(...idsOf(events));
+    const withheld = 'PostgreSQL cannot print the payload: out of memory';
+    expect(await failing.claimAlone(add)).toMatchObject({
+      leased: [{ id: '1', payload: 'null', tenantId: null, withheld, attempts: 0 }],
+      more: true,
+    });
+    failures.push('57014');
+    expect((await failing.claimAlone(add)).leased).toMatchObject([{ id: '2', withheld: null }]);
+    expect(await failing.claimAlone(add)).toEqual({ leased: [], parked: [], more: false });
+    expect(added).toEqual(['1', '2']);
+    expect(await states()).toEqual(['leased', 'leased']);
   });
 
   test('parks every row behind an earlier one of its aggregate, in the same batch or claimed before', async () => {
@@ -366,7 +436,7 @@ describe('a dead letter', () => {
     await bury(1);
     const before = await readRows(pool);
     const again = await outbox.transaction('durable', (tx) =>
-      outbox.markDead(tx, { id: '1', attempts: 9, reason: 'another' }),
+      outbox.markDead(tx, { ...receipt(1), attempts: 9, reason: 'another' }),
     );
     expect(again).toEqual([]);
     expect((await row(1)).deadLetteredAt).toEqual(before[0]?.deadLetteredAt);
@@ -453,7 +523,9 @@ describe('due rows', () => {
     await set(7, DEAD);
     expect(idsOf(await lockDue())).toEqual(['3', '2', '1']);
     expect(idsOf(await lockDue(2))).toEqual(['3', '2']);
-    expect((await lockDue())[0]).toEqual({ id: '3', eventId: (await row(3)).eventId });
+    expect((await lockDue())[0]).toEqual({
+      ...{ id: '3', eventId: (await row(3)).eventId, topic: 'identity.user.v1' },
+    });
   });
 
   test('that somebody else looks at are skipped', async () => {
@@ -487,6 +559,14 @@ describe('due rows', () => {
     expect(await states()).toEqual(['due', 'due', 'parked', 'published', 'dead', 'fresh']);
     expect(await outbox.endLeases()).toBe(0);
   });
+
+  test('of a row that waits for its retry is left: its time comes', async () => {
+    await insertEvents(pool, someEvents(2));
+    for (const id of [1, 2]) await set(id, LEASED);
+    await set(2, 'attempts = 1');
+    expect(await outbox.endLeases()).toBe(1);
+    expect(await states()).toEqual(['due', 'leased']);
+  });
 });
 
 describe('a row that is parked behind nobody', () => {
@@ -513,7 +593,7 @@ describe('a row that is parked behind nobody', () => {
     await insertOfUser(1);
     await claim();
     await outbox.transaction('durable', async (burying) => {
-      await outbox.markDead(burying, { id: '1', attempts: 1, reason: 'x' });
+      await outbox.markDead(burying, { ...receipt(1), attempts: 1, reason: 'x' });
       await insertOfUser(1);
       await claim();
     });

@@ -38,8 +38,7 @@ afterEach(async () => {
 /** The real wish for a claim. */
 const wake = () =>
   createScheduler({
-    ...{ queue, redis: admin, memoryKey: 'memory', pollIntervalMs: 60_000, logger: silent },
-    onMemoryLost: async () => {},
+    ...{ queue, pollIntervalMs: 60_000, logger: silent },
   }).wake();
 
 /**
@@ -156,6 +155,14 @@ describe('a claim job', () => {
     const { length } = log;
     await waitFor(() => log.length > length + 10, { what: 'the next turn' });
     expect(log).not.toContain('maintain');
+  });
+
+  test('that fails asks for another one after a while, without waiting for a tick', async () => {
+    const { log } = startWorker([new Error('no database'), ALL]);
+    await wake();
+    await waitFor(() => log.includes('all'), { what: 'the next claim' });
+    expect(log.slice(0, 3)).toEqual(['error', 'wake', 'all']);
+    await idle();
   });
 
   test('that fails does not keep the next one from running', async () => {

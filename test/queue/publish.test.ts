@@ -5,6 +5,7 @@ import type { Attempt, OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createPublishWorker, type PublishOptions, type PublishWorker } from '../../src/queue/publish.ts';
 import { createQueues, type FailedJob, type Queues, WORKER_CONNECTION } from '../../src/queue/queues.ts';
+import { createSuspects } from '../../src/queue/suspects.ts';
 import { createRedis } from '../support/servers.ts';
 import { aClaimedEvent, deferred, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
@@ -47,6 +48,7 @@ function startWorker(
     attempt,
     recordFailure: async (failure) => void notes.push(failure),
     deadLetter: async (failure) => void dead.push(failure),
+    suspects: createSuspects({ redis: admin, jobKey: queues.jobKey, maxCrashes: 3 }),
     delayedCount: async () => (await queues.inFlight()).delayed,
     forget: queues.remove,
     logger: silent,
@@ -150,6 +152,33 @@ describe('an attempt', () => {
     expect([notes, dead]).toEqual([[], []]);
   });
 
+  test('that can be neither made nor postponed lets go of its job, which is found and made again at no cost', async () => {
+    // The connection swallows the first postponement, as a half-open network does.
+    const connection = openRedis(server.url, WORKER_CONNECTION);
+    const send = connection.sendCommand.bind(connection);
+    let swallowed = 0;
+    let event = aClaimedEvent();
+    connection.sendCommand = (command, stream) => {
+      const key = `bull:relay-publish:${event.eventId}`;
+      const postpones = /^eval/.test(command.name) && command.args[2] === 'bull:relay-publish:marker';
+      if (postpones && command.args.includes(key) && swallowed++ === 0) return new Promise(() => {});
+      return send(command, stream);
+    };
+    const { notes, dead } = startWorker(
+      outcomes({ kind: 'postpone', reason: 'away' }),
+      { publishTimeoutMs: 300 },
+      { connection },
+    );
+    event = aClaimedEvent({ attempts: 3 });
+    await queues.addPublishJobs([event]);
+    await waitFor(async () => (await stateOf(event)) === 'unknown', {
+      what: 'the job to be done',
+      timeoutMs: 25_000,
+    });
+    expect(swallowed).toBe(1);
+    expect([notes, dead]).toEqual([[], []]);
+  }, 40_000);
+
   test('that throws is nobody’s fault: it is made again', async () => {
     let attempts = 0;
     const { dead } = startWorker(async () => {
@@ -161,6 +190,35 @@ describe('an attempt', () => {
     await queues.addPublishJobs([event]);
     await isGone(event);
     expect(dead).toEqual([]);
+  });
+});
+
+describe('a job that is listed as active, and nobody works on it,', () => {
+  test('is found and done', async () => {
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await admin.lmove(queues.publish.toKey('wait'), queues.publish.toKey('active'), 'RIGHT', 'LEFT');
+    const { dead } = startWorker(outcomes());
+    await isGone(event);
+    expect(dead).toEqual([]);
+  });
+
+  test('and has no hash either is cleaned away, so that its event can be added again', async () => {
+    const event = aClaimedEvent();
+    await admin.lpush(queues.publish.toKey('active'), event.eventId);
+    const got: OutboxEvent[] = [];
+    startWorker(async (it) => {
+      got.push(it);
+      return { kind: 'done' };
+    });
+    await waitFor(async () => (await admin.llen(queues.publish.toKey('active'))) === 0, {
+      what: 'the list to be empty',
+    });
+    await isGone(event);
+    expect(await admin.exists(queues.jobKey(event.eventId))).toBe(0);
+    await queues.addPublishJobs([event]);
+    await waitFor(() => got.length > 0, { what: 'the event to be published' });
+    expect(got).toEqual([event]);
   });
 });
 

@@ -6,6 +6,7 @@ import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import {
   createQueues,
+  publishJobKey,
   publishQueueName,
   QUEUE_CONNECTION,
   type Queues,
@@ -82,7 +83,7 @@ describe('publish jobs', () => {
   test('are found under the key that the append goes by', async () => {
     const event = aClaimedEvent();
     await queues.addPublishJobs([event]);
-    expect(await admin.hget(queues.jobKey(event.eventId), 'timestamp')).toMatch(/^\d+$/);
+    expect(await admin.hget(publishJobKey(OPTIONS, event.eventId), 'timestamp')).toMatch(/^\d+$/);
   });
 
   test('cost nothing in Redis once they are done', async () => {
@@ -265,7 +266,7 @@ describe('the fate of a job', () => {
   test('is missing when only a list still names it; made again, it runs', async () => {
     const event = aClaimedEvent();
     await queues.addPublishJobs([event]);
-    await admin.del(queues.jobKey(event.eventId));
+    await admin.del(publishJobKey(OPTIONS, event.eventId));
     expect(await queues.jobFate(event.eventId)).toBe('missing');
     await queues.addPublishJobs([event]);
     expect(await queues.jobFate(event.eventId)).toBe('alive');

@@ -10,7 +10,6 @@ import { deferred, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const QUEUE = claimQueueName('relay');
-const MEMORY_KEY = 'bull:relay:memory';
 const POLL_MS = 100;
 
 let server: PrivateRedis;
@@ -32,14 +31,12 @@ afterEach(async () => {
   for (const it of running.splice(0).reverse()) await ('stop' in it ? it.stop() : it.close());
 });
 
-async function createOne(options: { pollIntervalMs?: number; onMemoryLost?: () => Promise<void> } = {}) {
+async function createOne(options: { pollIntervalMs?: number } = {}) {
   const redis = openRedis(server.url, QUEUE_CONNECTION);
   await waitFor(() => redis.status === 'ready', { what: 'the connection' });
   const scheduler = createScheduler({
     queue: new Queue(QUEUE, { connection: redis }),
-    ...{ redis, memoryKey: MEMORY_KEY, pollIntervalMs: POLL_MS, logger: silent },
-    onMemoryLost: async () => {},
-    ...options,
+    ...{ pollIntervalMs: POLL_MS, logger: silent, ...options },
   });
   running.push(scheduler);
   return scheduler;
@@ -130,37 +127,6 @@ describe('the schedule', () => {
   });
 });
 
-describe('a Redis that lost its memory', () => {
-  test('is noticed once: when it is new, and again after it was emptied', async () => {
-    let lost = 0;
-    const pod = await createOne({ onMemoryLost: async () => void lost++ });
-    pod.start();
-    await looksAgain(pod);
-    expect(lost).toBe(1);
-    await looksAgain(pod);
-    expect(lost).toBe(1);
-    await admin.flushall();
-    await waitFor(() => lost === 2, { what: 'the loss to be noticed' });
-    await looksAgain(pod, 2);
-    expect(lost).toBe(2);
-  });
-
-  test('is not taken note of before the rows are looked after', async () => {
-    let calls = 0;
-    const pod = await createOne({
-      onMemoryLost: async () => {
-        calls++;
-        if (calls === 1) throw new Error('no database');
-      },
-    });
-    pod.start();
-    await waitFor(() => calls === 1, { what: 'the first try' });
-    expect(await admin.exists(MEMORY_KEY)).toBe(0);
-    await waitFor(() => admin.exists(MEMORY_KEY), { what: 'the second try' });
-    expect(calls).toBe(2);
-  });
-});
-
 describe('a wake-up', () => {
   test('asks for one claim, however often it is wished for', async () => {
     const pod = await createOne();
@@ -196,8 +162,7 @@ describe('a wake-up', () => {
     const away = new Queue(QUEUE, { connection: redis });
     away.on('error', () => {});
     const scheduler = createScheduler({
-      ...{ queue: away, redis, memoryKey: MEMORY_KEY, pollIntervalMs: POLL_MS, logger: silent },
-      onMemoryLost: async () => {},
+      ...{ queue: away, pollIntervalMs: POLL_MS, logger: silent },
     });
     await fragile.kill();
     await waitFor(() => redis.status !== 'ready', { what: 'the connection to be lost' });

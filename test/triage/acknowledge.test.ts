@@ -9,13 +9,20 @@ import { createDatabase } from '../support/servers.ts';
 import { openPool, readRows, readStates, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
+const EPOCH = 'epoch';
+
 let pool: pg.Pool;
 let outbox: Outbox;
 
 beforeAll(async () => {
   pool = openPool((await createDatabase()).url);
   outbox = createOutbox(pool, {
-    ...{ ordering: 'aggregate', deadLetterPolicy: 'continue', claimLeaseMs: 60_000 },
+    ...{
+      ordering: 'aggregate',
+      deadLetterPolicy: 'continue',
+      claimLeaseMs: 60_000,
+      maxEventBytes: 1_048_576,
+    },
     ...{ streamName: 'identity.user.v1', statementTimeoutMs: 10_000 },
   });
 });
@@ -33,7 +40,7 @@ function startAcknowledger(markPublished: (receipts: Receipt[]) => Promise<Outbo
   const acknowledger = createAcknowledger({
     markPublished,
     onNoSuccessor: (events) => void last.push(...events.map((event) => event.id)),
-    isFinal: (error) => (error as Error).name === 'MemoryLostError',
+    isFinal: (error) => (error as Error).name === 'EpochOverError',
     logger: silent,
   });
   return { ...acknowledger, last };
@@ -56,14 +63,14 @@ async function transactions(): Promise<number> {
 describe('an acknowledgement', () => {
   test('is done when the row is published, with its receipt', async () => {
     const [event] = (await claimed(1)) as [OutboxEvent];
-    await startAcknowledger().acknowledge(event, '1700000000000-3', 0);
+    await startAcknowledger().acknowledge(event, '1700000000000-3', EPOCH);
     expect(await readRows(pool)).toMatchObject([{ state: 'published', streamEntryId: '1700000000000-3' }]);
   });
 
   test('shares its transaction with those that arrive together', async () => {
     const events = await claimed(50);
     const { acknowledge } = startAcknowledger();
-    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, 0)));
+    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, EPOCH)));
     expect(new Set(await readStates(pool))).toEqual(new Set(['published']));
     expect(await transactions()).toBe(1);
   });
@@ -77,7 +84,7 @@ describe('an acknowledgement', () => {
     const all: Promise<void>[] = [];
     // Two transactions at once may wait for the blocked rows; everything else gathers meanwhile.
     for (const [i, event] of events.entries()) {
-      all.push(acknowledge(event, `1-${i}`, 0));
+      all.push(acknowledge(event, `1-${i}`, EPOCH));
       if (i < 2) await blockedSessions(i + 1);
     }
     await blocker.query('COMMIT');
@@ -90,7 +97,7 @@ describe('an acknowledgement', () => {
   test('is never in a transaction of more than 500', async () => {
     const events = await claimed(1_200);
     const { acknowledge } = startAcknowledger();
-    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, 0)));
+    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, EPOCH)));
     const { rows } = await pool.query(
       'SELECT count(*)::int AS n FROM identity.outbox WHERE published GROUP BY xmin::text ORDER BY 1 DESC',
     );
@@ -101,7 +108,7 @@ describe('an acknowledgement', () => {
   test('tells of events that nothing follows, once they are committed', async () => {
     const events = await claimed(3, 2); // 1 and 3 are one aggregate's
     const { acknowledge, last } = startAcknowledger();
-    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, 0)));
+    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, EPOCH)));
     expect(await readStates(pool)).toEqual(['published', 'published', 'leased']);
     expect(last).toEqual(['2']);
   });
@@ -114,7 +121,7 @@ describe('a write that fails', () => {
     const { acknowledge } = startAcknowledger((receipts) =>
       failures-- > 0 ? Promise.reject(new Error('no database')) : writeReceipts(receipts),
     );
-    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, 0)));
+    await Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, EPOCH)));
     expect(await readStates(pool)).toEqual(['published', 'published', 'published']);
   });
 
@@ -126,7 +133,7 @@ describe('a write that fails', () => {
       if (failures-- > 0) throw new Error('connection lost after COMMIT');
       return successors;
     });
-    await acknowledge(event, '1-1', 0);
+    await acknowledge(event, '1-1', EPOCH);
     expect(await readStates(pool)).toEqual(['published', 'leased', 'parked']);
   });
 
@@ -137,11 +144,11 @@ describe('a write that fails', () => {
       broken ? Promise.reject(new Error('no database')) : writeReceipts(receipts),
     );
     const [first, second] = events as [OutboxEvent, OutboxEvent];
-    await expect(withDeadline(10_000, acknowledge(first, '1-1', 0))).rejects.toThrow('no database');
+    await expect(withDeadline(10_000, acknowledge(first, '1-1', EPOCH))).rejects.toThrow('no database');
     expect(await readStates(pool)).toEqual(['leased', 'leased']);
     broken = false;
-    await acknowledge(second, '1-2', 0);
-    await acknowledge(first, '1-1', 0);
+    await acknowledge(second, '1-2', EPOCH);
+    await acknowledge(first, '1-1', EPOCH);
     expect(await readStates(pool)).toEqual(['published', 'published']);
     await drain();
   });
@@ -151,7 +158,7 @@ describe('draining', () => {
   test('ends when everything is written', async () => {
     const events = await claimed(600);
     const { acknowledge, drain } = startAcknowledger();
-    const all = Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, 0)));
+    const all = Promise.all(events.map((event, i) => acknowledge(event, `1-${i}`, EPOCH)));
     await drain();
     expect(new Set(await readStates(pool))).toEqual(new Set(['published']));
     await all;
@@ -167,7 +174,7 @@ describe('draining', () => {
     const { acknowledge, drain } = startAcknowledger((receipts) =>
       failures-- > 0 ? Promise.reject(new Error('no database')) : writeReceipts(receipts),
     );
-    const acknowledged = acknowledge(event, '1-1', 0);
+    const acknowledged = acknowledge(event, '1-1', EPOCH);
     await drain();
     expect(await readStates(pool)).toEqual(['published']);
     await acknowledged;

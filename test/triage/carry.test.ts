@@ -4,15 +4,18 @@ import { createCarry } from '../../src/triage/carry.ts';
 import { aClaimedEvent, silent } from '../support/stages.ts';
 
 const ENTRY_ID = '1700000000000-0';
-const APPENDED: AppendOutcome = { status: 'appended', entryId: ENTRY_ID };
+const EPOCH = 'epoch';
+const APPENDED: AppendOutcome = { status: 'appended', entryId: ENTRY_ID, epoch: EPOCH };
 
 /** One attempt with the given findings; `done` tells what it brought about. */
 async function attempt(
   findings: {
     outcome?: AppendOutcome;
     topicProblem?: string;
+    withheld?: string;
     violations?: string[];
     strict?: boolean;
+    refusedEverything?: string;
     acknowledge?: () => Promise<void>;
   } = {},
 ) {
@@ -21,26 +24,27 @@ async function attempt(
     topicProblem: () => findings.topicProblem ?? null,
     violations: () => findings.violations ?? [],
     strict: findings.strict ?? false,
-    generation: () => 0,
+    ready: async () => {},
     publish: async () => {
       done.push('appended');
       return findings.outcome ?? APPENDED;
     },
-    acknowledge: async (_, entryId) => {
+    refusedEverything: async () => findings.refusedEverything ?? null,
+    acknowledge: async (_, entryId, epoch) => {
       await findings.acknowledge?.();
-      done.push(`acknowledged ${entryId}`);
+      done.push(`acknowledged ${entryId} of ${epoch}`);
     },
     logger: silent,
   });
-  return { attempt: await carry(aClaimedEvent()), done };
+  return { attempt: await carry(aClaimedEvent({ withheld: findings.withheld ?? null })), done };
 }
 
 describe('an attempt', () => {
   test('appends, acknowledges with what Redis answered, and is done', async () => {
     for (const status of ['appended', 'already-appended'] as const) {
-      expect(await attempt({ outcome: { status, entryId: ENTRY_ID } })).toEqual({
+      expect(await attempt({ outcome: { status, entryId: ENTRY_ID, epoch: EPOCH } })).toEqual({
         attempt: { kind: 'done' },
-        done: ['appended', `acknowledged ${ENTRY_ID}`],
+        done: ['appended', `acknowledged ${ENTRY_ID} of ${EPOCH}`],
       });
     }
   });
@@ -63,6 +67,43 @@ describe('an attempt', () => {
     });
   });
 
+  test('that has no permission is retried if that is about its stream, and postponed if it is about everything', async () => {
+    const outcome: AppendOutcome = { status: 'refused', reason: 'NOPERM this stream' };
+    const refusedEverything = 'NOPERM everything';
+    expect((await attempt({ outcome })).attempt).toEqual({ kind: 'retry', reason: outcome.reason });
+    const { attempt: postponed } = await attempt({ outcome, refusedEverything });
+    expect(postponed).toEqual({ kind: 'postpone', reason: refusedEverything });
+    const wrongType: AppendOutcome = { status: 'refused', reason: 'WRONGTYPE' };
+    expect((await attempt({ outcome: wrongType, refusedEverything })).attempt.kind).toBe('retry');
+  });
+
+  test('that must wait for its turn does nothing before, and acknowledges after it', async () => {
+    const done: string[] = [];
+    const carry = createCarry({
+      topicProblem: () => null,
+      violations: () => {
+        done.push('checked');
+        return [];
+      },
+      strict: true,
+      ready: async () => {},
+      publish: async () => {
+        done.push('appended');
+        return APPENDED;
+      },
+      refusedEverything: async () => null,
+      acknowledge: async () => void done.push('acknowledged'),
+      logger: silent,
+    });
+    await carry(aClaimedEvent(), async (work) => {
+      done.push('turn begins');
+      const result = await work();
+      done.push('turn ends');
+      return result;
+    });
+    expect(done).toEqual(['turn begins', 'checked', 'appended', 'turn ends', 'acknowledged']);
+  });
+
   test('whose row could not be marked is made again, at no cost', async () => {
     const { attempt: outcome } = await attempt({
       acknowledge: () => Promise.reject(new Error('no database')),
@@ -73,6 +114,13 @@ describe('an attempt', () => {
   test('with an impossible topic is given up before anything is written', async () => {
     expect(await attempt({ topicProblem: 'topic is empty' })).toEqual({
       attempt: { kind: 'give-up', reason: 'topic is empty' },
+      done: [],
+    });
+  });
+
+  test('of an event whose payload was withheld is given up with the reason, before anything is written', async () => {
+    expect(await attempt({ withheld: 'event has 9 bytes' })).toEqual({
+      attempt: { kind: 'give-up', reason: 'event has 9 bytes' },
       done: [],
     });
   });

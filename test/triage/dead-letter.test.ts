@@ -22,7 +22,12 @@ beforeAll(async () => {
   pool = openPool(database.url);
   redis = openRedis(server.url);
   outbox = createOutbox(pool, {
-    ...{ ordering: 'aggregate', deadLetterPolicy: 'continue', claimLeaseMs: 60_000 },
+    ...{
+      ordering: 'aggregate',
+      deadLetterPolicy: 'continue',
+      claimLeaseMs: 60_000,
+      maxEventBytes: 1_048_576,
+    },
     ...{ streamName: 'identity.user.v1', statementTimeoutMs: 10_000 },
   });
 });
@@ -31,11 +36,15 @@ beforeAll(async () => {
 beforeEach(async () => {
   await pool.query('TRUNCATE identity.outbox RESTART IDENTITY');
   await redis.flushall();
+  await redis.set(EPOCH_KEY, EPOCH);
   await insertEvents(pool, someEvents(3, 1));
   const { leased } = await outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, 10));
   [event] = leased as [OutboxEvent];
   await redis.hset(jobKey(event.eventId), { name: event.eventType, timestamp: '1700000000000' });
 });
+
+const EPOCH_KEY = 'bull:relay:epoch';
+const EPOCH = 'epoch';
 
 type MarkDead = Parameters<typeof createDeadLetter>[0]['markDead'];
 
@@ -44,8 +53,10 @@ const markDead: MarkDead = async (dead) => {
 };
 
 function bury(mark: MarkDead = markDead): Promise<void> {
-  const stream = createStream(redis, {
-    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, queueKeyPrefix: 'bull:', jobKey },
+  const epochs = { known: async () => EPOCH, doubt: () => {}, doubtAll: () => {} };
+  const stream = createStream(redis, epochs, {
+    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey },
+    epochKey: EPOCH_KEY,
   });
   const deadLetter = createDeadLetter({
     append: stream.deadLetter,
@@ -70,7 +81,13 @@ test('a dead letter is one entry and a dead row, and the aggregate goes on', asy
     },
   ]);
   const [row] = await readRows(pool);
-  expect(row).toMatchObject({ state: 'dead', attempts: 6, errorMessage: 'WRONGTYPE' });
+  const [[entryId] = []] = await redis.xrange(DLQ, '-', '+');
+  expect(row).toMatchObject({
+    state: 'dead',
+    attempts: 6,
+    errorMessage: 'WRONGTYPE',
+    streamEntryId: entryId,
+  });
   expect(await readStates(pool)).toEqual(['dead', 'leased', 'parked']);
 });
 

@@ -2,9 +2,9 @@ import { expect, test } from 'vitest';
 import { decide } from '../../src/triage/decide.ts';
 
 test('only an append that Redis answered with an id is acknowledged', () => {
-  const entryId = '1700000000000-0';
-  expect(decide({ status: 'appended', entryId })).toEqual({ kind: 'acknowledge', entryId });
-  expect(decide({ status: 'already-appended', entryId })).toEqual({ kind: 'acknowledge', entryId });
+  const entry = { entryId: '1700000000000-0', epoch: 'epoch' };
+  expect(decide({ status: 'appended', ...entry })).toEqual({ kind: 'acknowledge', ...entry });
+  expect(decide({ status: 'already-appended', ...entry })).toEqual({ kind: 'acknowledge', ...entry });
 });
 
 test('an event whose job is gone is let go: its row decides', () => {

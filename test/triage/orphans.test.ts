@@ -14,7 +14,12 @@ const watches: OrphanWatch[] = [];
 beforeAll(async () => {
   pool = openPool((await createDatabase()).url);
   outbox = createOutbox(pool, {
-    ...{ ordering: 'aggregate', deadLetterPolicy: 'continue', claimLeaseMs: 60_000 },
+    ...{
+      ordering: 'aggregate',
+      deadLetterPolicy: 'continue',
+      claimLeaseMs: 60_000,
+      maxEventBytes: 1_048_576,
+    },
     ...{ streamName: 'identity.user.v1', statementTimeoutMs: 10_000 },
   });
 });

@@ -25,7 +25,12 @@ beforeAll(async () => {
   pool = openPool(database.url);
   redis = openRedis(server.url);
   outbox = createOutbox(pool, {
-    ...{ ordering: 'aggregate', deadLetterPolicy: 'continue', claimLeaseMs: 60_000 },
+    ...{
+      ordering: 'aggregate',
+      deadLetterPolicy: 'continue',
+      claimLeaseMs: 60_000,
+      maxEventBytes: 1_048_576,
+    },
     ...{ streamName: 'identity.user.v1', statementTimeoutMs: 10_000 },
   });
   const options = { queuePrefix: 'bull', queueName: 'relay', maxRetryAttempts: 0, retryBaseDelayMs: 10 };
@@ -38,6 +43,8 @@ beforeEach(async () => {
 });
 
 const dead: Failure[] = [];
+/** What is in the streams, by event id. */
+const entries = new Map<string, string>();
 
 const reconcile = (deps: Partial<Parameters<typeof createReconcile>[0]> = {}) =>
   createReconcile({
@@ -45,6 +52,10 @@ const reconcile = (deps: Partial<Parameters<typeof createReconcile>[0]> = {}) =>
     ...{ lockDue: outbox.lockDue, returnToFresh: outbox.returnToFresh, extendLease: outbox.extendLease },
     ...{ jobFate: queues.jobFate, failedJob: queues.failedJob },
     deadLetter: async (failure) => void dead.push(failure),
+    appended: async () => entries,
+    acknowledge: async (receipts) => {
+      await outbox.transaction('durable', (tx) => outbox.markPublished(tx, receipts));
+    },
     logger: silent,
     ...(deps as object),
   } as Parameters<typeof createReconcile>[0])();
@@ -71,6 +82,18 @@ async function letFail(reason: string): Promise<void> {
 }
 
 describe('a row whose lease has ended', () => {
+  test('is published when its job is gone, but its entry is in the stream', async () => {
+    const [first, second] = (await overdue(2)) as [OutboxEvent, OutboxEvent];
+    for (const event of [first, second]) await queues.remove(event.eventId);
+    entries.set(first.eventId, '1700000000000-5');
+    await reconcile();
+    entries.clear();
+    expect(await readRows(pool)).toMatchObject([
+      { state: 'published', streamEntryId: '1700000000000-5' },
+      { state: 'fresh' },
+    ]);
+  });
+
   test('gets another when its job is alive', async () => {
     await overdue(2);
     await reconcile();

@@ -1,0 +1,139 @@
+import type pg from 'pg';
+
+/**
+ * How a row becomes an OutboxEvent, in SQL. Anybody who may write the table chooses what is in it, so nothing of a
+ * row leaves PostgreSQL before its size is known: what is too large, or cannot be printed at all, is withheld, and
+ * the event says why.
+ */
+
+/** Events of one claim, as text: a few times as much in the pod, in each of its lanes. The first is always taken. */
+const CLAIM_BYTES = 8 * 1024 * 1024;
+/** A payload of so few bytes in the table need not be unpacked to be weighed. */
+const SMALL_BYTES = 1_000;
+/** Unpacked, so few bytes print to 200 MB at the very most, within 2 s; looking for long numbers costs 30 prints. */
+const HARMLESS_BYTES = 16_000;
+/** Texts that are withheld leave so much behind. */
+const CUT_BYTES = 800;
+const CUT_CHARACTERS = 200;
+/** A tenant or a correlation is a uuid; what is longer than this is something else. */
+const MAX_ID_CHARACTERS = 200;
+
+/** Far longer than PostgreSQL takes to print what may be published (10 MB/s at least, even where it is busy). */
+export const printDeadlineMs = (maxEventBytes: number) => 5_000 + Math.ceil(maxEventBytes / 10_000);
+
+const ISO_8601 = `MM-DD"T"HH24:MI:SS.US"Z"`;
+
+/** ISO 8601; years before 1 and after 9999 are expanded ones, with sign and six digits: 44 BC is -000043. */
+const OCCURRED_AT = `
+  CASE WHEN o.created_at >= '0001-01-01 00:00:00+00' AND o.created_at < '10000-01-01 00:00:00+00'
+       THEN to_char(o.created_at AT TIME ZONE 'UTC', 'YYYY-${ISO_8601}')
+       WHEN isfinite(o.created_at)
+       THEN (SELECT CASE WHEN year < 0 THEN '-' ELSE '+' END || lpad(abs(year)::text, 6, '0')
+             FROM (SELECT CASE WHEN y < 0 THEN y + 1 ELSE y END::int AS year
+                   FROM extract(year FROM o.created_at AT TIME ZONE 'UTC') y) years)
+            || to_char(o.created_at AT TIME ZONE 'UTC', '-${ISO_8601}')
+       ELSE o.created_at::text END`;
+
+/** The sizes of these are known without reading them. `$1` is the topic of rows that have none. */
+const TEXT_BYTES = (row: string) =>
+  `octet_length(${row}.event_type)::bigint + octet_length(${row}.aggregate_type)
+   + octet_length(coalesce(${row}.topic, $1))`;
+
+const cut = (text: string) =>
+  `CASE WHEN octet_length(${text}) > ${CUT_BYTES} THEN left(${text}, ${CUT_CHARACTERS}) || '...' ELSE ${text} END`;
+
+const idFrom = (member: string) =>
+  `CASE WHEN jsonb_typeof(${member}) = 'string' AND length(${member} #>> '{}') BETWEEN 1 AND ${MAX_ID_CHARACTERS}
+        THEN ${member} #>> '{}' END`;
+
+/**
+ * Selects the rows of `source` as events; `$1` is the topic of rows that have none. Each payload is printed once.
+ *
+ * The aggregate's type is never cut, since it names the aggregate; the indexes that it is in bound it.
+ *
+ * @param printed condition of the rows whose payload is looked at
+ * @param otherwise why the others are withheld, an expression
+ * @param unasked print without asking first whether the text may be within the limit
+ */
+export const eventsOf = (
+  source: string,
+  maxEventBytes: number,
+  { columns = '', printed = 'true', otherwise = 'NULL', unasked = false } = {},
+) => {
+  const whole = `json.bytes <= ${maxEventBytes}`;
+  return `
+  SELECT ${columns} o.id::text AS "id", o.event_id AS "eventId",
+    CASE WHEN ${whole} THEN o.event_type ELSE ${cut('o.event_type')} END AS "eventType",
+    o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId",
+    CASE WHEN ${whole} THEN coalesce(o.topic, $1) ELSE ${cut('coalesce(o.topic, $1)')} END AS "topic",
+    CASE WHEN ${whole} THEN json.text ELSE 'null' END AS "payload",
+    CASE WHEN ${whole} THEN NULL ELSE coalesce(
+      'event has ' || coalesce(json.bytes::text, CASE WHEN NOT json.may_fit THEN 'far too many' END)
+      || ' bytes; RELAY_MAX_EVENT_BYTES allows ${maxEventBytes}', ${otherwise}
+    ) END AS "withheld",
+    o.attempts AS "attempts", ${OCCURRED_AT} AS "occurredAt",
+    ${idFrom('json.tenant')} AS "tenantId", ${idFrom('json.correlation')} AS "correlationId"
+  FROM ${source} o
+  LEFT JOIN LATERAL (
+    SELECT p.*, octet_length(p.text) + ${TEXT_BYTES('o')} AS bytes
+    FROM (SELECT f.may_fit, CASE WHEN f.may_fit THEN o.payload::text END AS text,
+                 o.payload->'tenant_id' AS tenant, o.payload->'correlation_id' AS correlation
+          FROM (SELECT ${unasked ? 'true' : mayFit('o.payload', maxEventBytes)} AS may_fit OFFSET 0) f
+          WHERE ${printed} OFFSET 0) p
+    OFFSET 0
+  ) json ON true`;
+};
+
+/** Size of a payload without its compression; nothing is printed. */
+const unpacked = (payload: string) => `pg_column_size(${payload} #> '{}')`;
+
+/** Numbers that are short in jsonb and long in print: beyond 10^50, or within 10^-50 of zero. */
+const LONG_NUMBERS = `'strict $.** ? (@.type() == "number" && (@ > 1e50 || @ < -1e50 || (@ < 1e-50 && @ > -1e-50 && @ != 0)))'`;
+
+/**
+ * Whether a payload may be within the limit as text, asked before it is printed: 100 kB of jsonb, 2 kB in the table,
+ * may hold 9,000 numbers like 1e131071, and PostgreSQL prints 1 GB of digits before it gives up, for 5 to 25 s in
+ * which it heeds no deadline. Never says no to one that is within the limit: text has at least an eighth of the
+ * bytes, and of no long number more than 16 times its digits are counted here.
+ */
+const mayFit = (payload: string, maxEventBytes: number) => `
+  CASE WHEN ${unpacked(payload)} <= ${HARMLESS_BYTES} THEN true
+       WHEN ${unpacked(payload)} > ${8 * maxEventBytes} THEN false
+       ELSE (SELECT coalesce(sum(scale(n) + CASE WHEN n < 1e50 THEN 50 WHEN n < 1e200 THEN 200 WHEN n < 1e1000 THEN 1000
+                                                 WHEN n < 1e10000 THEN 10000 ELSE 131072 END), 0) <= ${16 * maxEventBytes}
+             FROM (SELECT abs(number::numeric) AS n FROM jsonb_path_query(${payload}, ${LONG_NUMBERS}) number) numbers) END`;
+
+/** What `weighed` needs of a row. */
+export const WEIGHT_COLUMNS = (row: string) =>
+  `${row}.payload, pg_column_size(${row}.payload) AS stored_bytes, ${TEXT_BYTES(row)} AS text_bytes`;
+
+/**
+ * The first rows of `source`, by id, that together are no more than a claim may fetch; one at least. Parked rows
+ * weigh nothing, they are not fetched. First by what they take in the table, which needs no unpacking; of those
+ * only, by what they are unpacked: a payload of 10 MB may take 100 kB in the table.
+ */
+export const weighed = (source: string, maxEventBytes: number) => {
+  const within = (rows: string) =>
+    `SELECT * FROM (SELECT r.*, sum(bytes) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - bytes AS bytes_before
+                    FROM (${rows}) r) ranked WHERE bytes_before < ${CLAIM_BYTES}`;
+  const weights = (payloadBytes: string) =>
+    `CASE WHEN parked OR text_bytes > ${maxEventBytes} THEN 0 ELSE text_bytes + ${payloadBytes} END AS bytes`;
+  const stored = `SELECT s.*, ${weights('stored_bytes')} FROM ${source} s`;
+  return within(`
+    SELECT id, parked,
+      ${weights(`CASE WHEN stored_bytes <= ${SMALL_BYTES} THEN stored_bytes ELSE ${unpacked('payload')} END`)}
+    FROM (${within(stored)}) s`);
+};
+
+/**
+ * - `54000`: the text is longer than PostgreSQL's 1 GB
+ * - `54001`: it is nested deeper than PostgreSQL's stack allows
+ * - `53200`: there is no memory for it
+ * - `57014`: printing takes longer than a statement may
+ * - `XX000`, `XX001`: the row is damaged
+ */
+const AT_FAULT = new Set(['54000', '54001', '53200', '57014', 'XX000', 'XX001']);
+
+/** Whether a statement may have failed by the payload of a row that it was to print. */
+export const payloadMayBeAtFault = (error: unknown): boolean =>
+  AT_FAULT.has((error as pg.DatabaseError | null)?.code ?? '');

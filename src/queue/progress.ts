@@ -1,0 +1,124 @@
+import type { Queue } from 'bullmq';
+import type { Redis } from 'ioredis';
+import type { PatientWorker } from './queues.ts';
+
+/** Between two looks. */
+const LOOK_INTERVAL_MS = 2_000;
+/** Jobs that wait so long beside a worker with nothing to do, or a job so long in hand beyond its deadline, prove it. */
+const STUCK_AFTER_MS = 30_000;
+
+/** A worker and the queue that it works on. */
+export type Workplace = Readonly<{
+  worker: Pick<PatientWorker, 'lastTakenAt' | 'inHand' | 'oldestTakenAt' | 'concurrency'>;
+  queue: Queue;
+  /** No job is in hand for longer, as long as Redis and database answer or refuse. */
+  deadlineMs: number;
+  /**
+   * Whether jobs must wait for one that nobody takes. Where one job is taken at a time, other pods may well take every
+   * one of them.
+   */
+  oneByOne: boolean;
+}>;
+
+export type ProgressWatch = Readonly<{
+  start(): void;
+  stop(): Promise<void>;
+  /** What is stuck, although a restart of this process would get it going; empty when nothing is. */
+  reasons(): string[];
+}>;
+
+/**
+ * Notices a pod that is alive and does nothing. That is so when there is work, this pod has room for it, nothing
+ * forbids it, and none is taken. It is not so while Redis is away or takes nothing, while an operator has paused the
+ * queue or bounds it, when there is nothing to do, or when others do it all: no restart would help.
+ */
+export function createProgressWatch(deps: {
+  redis: Redis;
+  workplaces: readonly Workplace[];
+  /** @throws when Redis takes nothing now */
+  assertWritable: () => Promise<void>;
+  stuckAfterMs?: number;
+  lookIntervalMs?: number;
+}): ProgressWatch {
+  const { redis, assertWritable, stuckAfterMs = STUCK_AFTER_MS, lookIntervalMs = LOOK_INTERVAL_MS } = deps;
+  let stopped = true;
+  let timer: NodeJS.Timeout | undefined;
+  let looking: Promise<void> = Promise.resolve();
+  const watches = deps.workplaces.map(watch);
+
+  function watch({ worker, queue, deadlineMs, oneByOne }: Workplace) {
+    /** Since when every look has found that; and the job that would be next, then. */
+    let idleSince: number | undefined;
+    let overdueSince: number | undefined;
+    let next: string | null = null;
+
+    /** The job that this worker should take now, or null when it has no reason to take any. */
+    async function nextJob(): Promise<string | null> {
+      if (worker.inHand() >= worker.concurrency) return null;
+      const [paused, maxed, limitedForMs] = await Promise.all([
+        queue.isPaused(),
+        queue.isMaxed(),
+        queue.getRateLimitTtl(),
+      ]);
+      if (paused || maxed || limitedForMs > 0) return null;
+      return redis.lindex(queue.toKey('wait'), -1);
+    }
+
+    async function look(): Promise<void> {
+      const now = Date.now();
+      const isOverdue = now - (worker.oldestTakenAt() ?? now) > deadlineMs;
+      const isIdle = now - worker.lastTakenAt() > lookIntervalMs;
+      let waiting: string | null = null;
+      // A worker that takes jobs is asked nothing: under load this costs Redis no command.
+      if (isOverdue || isIdle) {
+        try {
+          await assertWritable();
+          if (isIdle) waiting = await nextJob();
+        } catch {
+          idleSince = overdueSince = undefined;
+          return;
+        }
+      }
+      overdueSince = isOverdue ? (overdueSince ?? now) : undefined;
+      const isTheSame = idleSince !== undefined && worker.lastTakenAt() < idleSince;
+      if (waiting === null) idleSince = undefined;
+      else if (!isTheSame || (oneByOne && waiting !== next)) idleSince = now;
+      next = waiting;
+    }
+
+    function reasons(): string[] {
+      const now = Date.now();
+      const found: string[] = [];
+      if (idleSince !== undefined && now - idleSince >= stuckAfterMs) {
+        found.push(`jobs wait in ${queue.name} and this pod takes none, since ${secondsSince(idleSince)} s`);
+      }
+      if (overdueSince !== undefined && now - overdueSince >= stuckAfterMs) {
+        found.push(`a job of ${queue.name} does not end, ${secondsSince(overdueSince)} s after its deadline`);
+      }
+      return found;
+    }
+    return { look, reasons };
+  }
+
+  function lookAgain(): void {
+    looking = Promise.all(watches.map((it) => it.look())).then(() => {
+      if (!stopped) timer = setTimeout(lookAgain, lookIntervalMs);
+    });
+  }
+
+  return {
+    start() {
+      if (!stopped) return;
+      stopped = false;
+      lookAgain();
+    },
+    async stop() {
+      stopped = true;
+      clearTimeout(timer);
+      await looking;
+    },
+    reasons: () => watches.flatMap((it) => it.reasons()),
+  };
+}
+
+const secondsSince = (time: number) => Math.round((Date.now() - time) / 1_000);

@@ -1,0 +1,127 @@
+import { Presets, SingleBar } from 'cli-progress';
+import { createComparison, streamOptionsOf } from './app.ts';
+import type { RelayConfig } from './config.ts';
+import { createLogger } from './logger.ts';
+import { createPool } from './outbox/pool.ts';
+import { createReceipts } from './outbox/receipts.ts';
+import { openRedis, waitForServers } from './preflight.ts';
+import { APPEND_CONNECTION } from './stream/append.ts';
+import { createRestorer } from './stream/restore.ts';
+import { type Found, totals } from './triage/resync.ts';
+
+export type VerifyOptions = Readonly<{
+  /** A time, or how long ago in ms. */
+  since: Date | number;
+  until?: Date;
+  /** Only this stream. */
+  topic?: string;
+  /** Append again what is missing. */
+  repair?: boolean;
+  json?: boolean;
+}>;
+
+/** Held by the epoch's key where no relay has been yet: the first one compares by itself. */
+const NO_EPOCH = 'checking:verify';
+
+/**
+ * Compares what the table says is published, or dead, with what is in the streams; with `repair` appends again what is
+ * missing. Prints a line for each stream.
+ * @returns whether nothing is missing, any more
+ * @throws {NotReadyError} when a server cannot be reached
+ */
+export async function verify(
+  config: RelayConfig,
+  options: VerifyOptions,
+  print: (line: string) => void,
+): Promise<boolean> {
+  const logger = createLogger('warn', process.stderr);
+  const pool = createPool(config.databaseUrl, { max: 2, application_name: 'relay-verify' });
+  pool.on('error', () => {}); // the next query says so
+  const redis = openRedis(config.redisUrl, {
+    ...APPEND_CONNECTION,
+    commandTimeout: config.publishTimeoutMs,
+    connectionName: 'relay-verify',
+  });
+  redis.on('error', () => {}); // the next command says so
+  try {
+    await waitForServers({ pool, redis: [redis], timeoutMs: config.startupTimeoutMs, logger });
+    const receipts = createReceipts(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+    const streamOptions = streamOptionsOf(config);
+    const compare = createComparison(
+      createRestorer(redis, streamOptions),
+      receipts,
+      config.dlqStreamName,
+      logger,
+    );
+    const since =
+      typeof options.since === 'number'
+        ? await receipts.comparedFrom(options.since, null)
+        : options.since.toISOString();
+    const until = options.until?.toISOString() ?? (await receipts.time());
+    if (options.repair) await redis.set(streamOptions.epochKey, NO_EPOCH, 'NX');
+    const guard = options.repair ? await redis.get(streamOptions.epochKey) : null;
+
+    const bar = progressBar(since, until);
+    const found = await compare({
+      since,
+      until,
+      ...(options.topic !== undefined && { stream: options.topic }),
+      ...(guard !== null && { guard }),
+      onProgress: (at, sofar) => bar.update(at, totals(sofar)),
+    }).finally(() => bar.stop());
+
+    const all = totals(found);
+    if (options.json) print(JSON.stringify({ since, until, streams: Object.fromEntries(found), total: all }));
+    else report(found, since, until, options.repair === true, print);
+    return all.lost === all.restored && all.refused === 0;
+  } finally {
+    redis.disconnect();
+    await pool.end();
+  }
+}
+
+/** On stderr: in place in a terminal, otherwise a line now and then. It advances by the time of the rows. */
+function progressBar(since: string, until: string) {
+  const [from, to] = [Date.parse(since), Date.parse(until)];
+  const bar = new SingleBar(
+    {
+      stream: process.stderr,
+      format:
+        ' {percentage}% | {bar} | {rows} rows, {lost} missing, {restored} restored | {eta_formatted} left',
+      noTTYOutput: true,
+      notTTYSchedule: 5_000,
+      hideCursor: true,
+      clearOnComplete: true,
+    },
+    Presets.shades_classic,
+  );
+  bar.start(Math.max(1, to - from), 0, { rows: 0, lost: 0, restored: 0 });
+  return {
+    update: (at: string, { rows, lost, restored }: Found) =>
+      bar.update(Math.max(0, Date.parse(at) - from), { rows, lost, restored }),
+    stop: () => bar.stop(),
+  };
+}
+
+function report(
+  found: ReadonlyMap<string, Found>,
+  since: string,
+  until: string,
+  repair: boolean,
+  print: (line: string) => void,
+): void {
+  const columns = ['rows', 'there', 'trimmed', 'missing', 'restored', 'refused', 'stream'];
+  const line = (cells: readonly (string | number)[]) =>
+    print(cells.map((cell, i) => (i < 6 ? String(cell).padStart(9) : `  ${cell}`)).join(''));
+  print(`Rows published or given up from ${since} to ${until}:`);
+  line(columns);
+  for (const [stream, { rows, lost, trimmed, restored, refused }] of found) {
+    const unreadable = lost === 0 ? refused : 0;
+    line([rows, rows - lost - trimmed - unreadable, trimmed, lost, restored, refused, stream]);
+  }
+  const { rows, lost, restored, refused } = totals(found);
+  if (rows === 0) print('No row has a receipt in this time.');
+  else if (lost === 0 && refused === 0) print('Nothing is missing.');
+  else if (!repair) print(`${lost} entries are missing: "relay verify --repair" appends them again.`);
+  else print(`${restored} of ${lost} missing entries were appended again; ${refused} were refused.`);
+}

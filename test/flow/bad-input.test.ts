@@ -1,0 +1,219 @@
+/** Whoever may write the table may write anything: it is published intact, or dead-lettered with a clear reason. */
+import { readFile } from 'node:fs/promises';
+import { expect, test } from 'vitest';
+import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { DLQ, type Entry, STREAM, type Stage, setStage } from '../support/flow.ts';
+
+const MIB = 1024 * 1024;
+/** Unpacked 144 kB, in the table 2.5 kB; as text more than 1 GB, which PostgreSQL cannot print. */
+const BOMB = '(SELECT jsonb_agg(1e131071::numeric) FROM generate_series(1, 9000))';
+/** Within what is printed without a look at its numbers: 131 MB of text. */
+const SMALL_BOMB = '(SELECT jsonb_agg(1e131071::numeric) FROM generate_series(1, 990))';
+
+const fieldsById = (entries: readonly Entry[]) =>
+  new Map(entries.map(({ fields }) => [fields.event_id, fields] as const));
+
+const setPayload = (stage: Stage, eventId: string, expression: string) =>
+  stage.pool.query(`UPDATE identity.outbox SET payload = ${expression} WHERE event_id = $1`, [eventId]);
+
+test('an event may be as large as RELAY_MAX_EVENT_BYTES says; the payload of a larger one stays in the table', async () => {
+  const stage = await setStage();
+  const sized = (bytes: number) => {
+    const event = anEvent({ eventType: 'Sized', topic: STREAM });
+    const around = [event.eventType, event.aggregateType, STREAM, '{"x": ""}'].join('').length;
+    return { ...event, payload: `{"x": "${'x'.repeat(bytes - around)}"}` };
+  };
+  const whole = sized(MIB);
+  const large = sized(MIB + 1);
+  const successor = anEvent({ aggregateId: large.aggregateId });
+  const huge = anEvent({ payload: { x: 'x'.repeat(10 * MIB) } });
+  const longType = anEvent({ eventType: 'T'.repeat(10 * MIB) });
+  const longTopic = anEvent({ topic: 'ü'.repeat(5 * MIB) });
+  await insertEvents(stage.pool, [whole, large, successor, huge, longType, longTopic]);
+  const pod = await stage.pod({ RELAY_LOG_LEVEL: 'trace' });
+  await stage.rested();
+
+  const entries = fieldsById(await stage.entries());
+  expect([...entries.keys()].toSorted()).toEqual([whole.eventId, successor.eventId].toSorted());
+  expect(entries.get(whole.eventId)?.payload === whole.payload).toBe(true);
+  const deadLetters = fieldsById(await stage.entries(DLQ));
+  expect(deadLetters.size).toBe(4);
+  for (const { eventId } of [large, huge, longType, longTopic]) {
+    const row = await stage.row(eventId);
+    expect(row.error_message).toMatch(
+      /^event has (\d+|far too many) bytes; RELAY_MAX_EVENT_BYTES allows 1048576$/,
+    );
+    expect(row.attempts).toBe(1);
+    const fields = deadLetters.get(eventId);
+    expect(fields).toMatchObject({
+      ...{ payload: 'null', error_message: row.error_message, original_event_id: eventId },
+      payload_withheld: `the payload is in identity.outbox, id ${row.id}`,
+    });
+    expect(JSON.stringify(fields).length).toBeLessThan(3_000);
+  }
+  expect((await stage.row(large.eventId)).error_message).toContain(`has ${MIB + 1} bytes`);
+  expect(deadLetters.get(longType.eventId)?.event_type).toBe(`${'T'.repeat(200)}...`);
+  const failed = await stage.queue('publish').getFailed();
+  for (const job of failed) expect(JSON.stringify(job).length).toBeLessThan(8_000);
+  expect(Math.max(...pod.lines.map((line) => line.length))).toBeLessThan(4_000);
+}, 120_000);
+
+test('with a higher limit, payloads of 10 MB arrive intact, and the memory of the pod stays bounded', async () => {
+  const stage = await setStage({ env: { RELAY_MAX_EVENT_BYTES: '16000000', RELAY_CONCURRENCY: '2' } });
+  const events = Array.from({ length: 8 }, (_, i) =>
+    anEvent({ eventType: 'Large', payload: { i, text: `${'x€'.repeat(2_500_000)}${i}` } }),
+  );
+  for (const event of events) await insertEvents(stage.pool, [event]);
+  const pod = await stage.pod();
+  await stage.rested();
+  const entries = fieldsById(await stage.entries());
+  for (const { event_id, payload } of await stage.rows())
+    expect(entries.get(event_id)?.payload === payload, `payload of ${event_id}`).toBe(true);
+  const status = await readFile(`/proc/${pod.pid}/status`, 'utf8');
+  // In the pod an event is there several times: as text, in its job, in the command that appends it.
+  expect(Number(/VmHWM:\s+(\d+)/.exec(status)?.[1]) / 1024).toBeLessThan(700);
+}, 120_000);
+
+test('a payload that PostgreSQL cannot print stops nobody: it is dead-lettered, everything else arrives in order', async () => {
+  const stage = await setStage();
+  const before = someEvents(200);
+  const bombs = [anEvent(), anEvent()];
+  const [bomb, second] = bombs as [ReturnType<typeof anEvent>, ReturnType<typeof anEvent>];
+  const same = (count: number) =>
+    Array.from({ length: count }, () => anEvent({ aggregateId: bomb.aggregateId }));
+  const ahead = same(5);
+  const behind = same(5);
+  const twin = { ...second, aggregateId: bomb.aggregateId };
+  await insertEvents(stage.pool, [...before, ...ahead, bomb, twin, ...behind, ...someEvents(200)]);
+  await setPayload(stage, bomb.eventId, BOMB);
+  await setPayload(stage, twin.eventId, SMALL_BOMB);
+  await stage.pod();
+  await stage.rested();
+  const deadLetters = fieldsById(await stage.entries(DLQ));
+  expect([...deadLetters.keys()]).toEqual([bomb.eventId, twin.eventId]);
+  expect(deadLetters.get(bomb.eventId)?.error_message).toMatch(
+    /^event has far too many bytes; RELAY_MAX_EVENT/,
+  );
+  expect(deadLetters.get(twin.eventId)?.error_message).toMatch(/^event has 1297\d{5} bytes; RELAY_MAX_EVENT/);
+  const published = (await stage.entries()).map(({ fields }) => fields.event_id ?? '');
+  expect(published).toHaveLength(410);
+  const ofAggregate = [...ahead, ...behind].map((event) => event.eventId);
+  expect(published.filter((id) => ofAggregate.includes(id))).toEqual(ofAggregate);
+}, 120_000);
+
+test('a payload that makes a claim or an acknowledgement fail is looked at alone; nobody waits for it, order is kept', async () => {
+  const stage = await setStage();
+  const deep = `${'['.repeat(4_000)}${']'.repeat(4_000)}`;
+  const [failing, behindOne] = [anEvent({ payload: deep }), anEvent({ payload: deep })];
+  const first = anEvent({ aggregateId: behindOne.aggregateId });
+  const last = anEvent({ aggregateId: behindOne.aggregateId });
+  await insertEvents(stage.pool, [...someEvents(200), failing, first, behindOne, last, ...someEvents(200)]);
+  // Of the sessions to come: too little to look for numbers that deep. Printing needs less.
+  await stage.pool.query(`DO $$ BEGIN
+    EXECUTE format('ALTER DATABASE %I SET max_stack_depth = ''100kB''', current_database()); END $$`);
+  const pod = await stage.pod();
+  await stage.rested();
+  expect(pod.lines.join('')).toContain('stack depth limit exceeded');
+  await stage.expectPromisesHeld();
+  const entries = fieldsById(await stage.entries());
+  expect(entries.size).toBe(404);
+  for (const { eventId } of [failing, behindOne]) expect(entries.get(eventId)?.payload === deep).toBe(true);
+}, 120_000);
+
+test('a topic is published as it is, or dead-lettered at once with the reason; no other key changes', async () => {
+  const stage = await setStage({ env: { RELAY_ALLOWED_TOPICS: `${STREAM}, Identity.*, {*, x*, __*, a?b` } });
+  const x512 = 'x'.repeat(512);
+  const good = [
+    STREAM,
+    'Identity.user.v1',
+    '{braces}{',
+    '__proto__',
+    x512,
+    'a:b',
+    'x"q\'$(reboot)',
+    'x.ünï.🦊',
+  ];
+  const bad: Record<string, string> = {
+    '': 'is empty',
+    [DLQ]: 'is the dead-letter stream',
+    'bull:relay-publish:wait': 'begins with bull:',
+    'bull:relay:memory': 'begins with bull:',
+    ' ': 'is not 1 to 512 printable characters without white space; it has 1: " "',
+    'x with space': 'is not 1 to 512 printable',
+    'x\nbreak': 'is not 1 to 512 printable characters without white space; it has 7: "x\\nbreak"',
+    'x\u0007bell': 'is not 1 to 512 printable characters without white space; it has 6: "x\\u0007bell"',
+    [`${x512}x`]: `is not 1 to 512 printable characters without white space; it has 513: "${'x'.repeat(60)}..."`,
+    [`x${'y'.repeat(9_999)}`]: 'is not 1 to 512',
+    'dictionary.word.v1': 'is none that RELAY_ALLOWED_TOPICS allows: "dictionary.word.v1"',
+    'identity.user.v2': 'is none that RELAY_ALLOWED_TOPICS allows',
+    'a::b': 'is none that RELAY_ALLOWED_TOPICS allows',
+  };
+  await stage.redis.mset({
+    'Identity.user': 'theirs',
+    'dictionary.word.v1': 'theirs',
+    x: 'theirs',
+    ' ': 'theirs',
+  });
+  await stage.pod();
+  await insertEvents(stage.pool, [anEvent(), anEvent({ topic: null, eventType: '' })]);
+  await stage.rested();
+  const before = await keyTypes();
+  const goodEvents = good.map((topic) => anEvent({ topic, eventType: 'constructor' }));
+  const badEvents = Object.keys(bad).map((topic) => anEvent({ topic, eventType: '__proto__' }));
+  await insertEvents(stage.pool, [...badEvents, ...goodEvents]);
+  await stage.rested();
+
+  for (const { eventId, topic } of goodEvents) {
+    const entry = (await stage.entries(topic ?? '')).at(-1);
+    expect(entry?.fields).toMatchObject({ event_id: eventId, topic, event_type: 'constructor' });
+  }
+  const deadLetters = fieldsById(await stage.entries(DLQ));
+  expect(deadLetters.size).toBe(badEvents.length);
+  for (const { eventId, topic } of badEvents) {
+    const { error_message, attempts } = await stage.row(eventId);
+    expect(error_message, topic ?? '').toContain(`topic ${bad[topic ?? '']}`);
+    expect(error_message?.length).toBeLessThan(200);
+    expect(attempts).toBe(1);
+    expect(deadLetters.get(eventId)).toMatchObject({ topic, error_message, event_type: '__proto__' });
+  }
+  const after = await keyTypes();
+  const added = Object.keys(after).filter((key) => !Object.hasOwn(before, key));
+  expect(added.toSorted()).toEqual([DLQ, ...good.filter((topic) => topic !== STREAM)].toSorted());
+  expect(after).toMatchObject(before);
+  expect(await stage.redis.mget('Identity.user', 'dictionary.word.v1', 'x', ' ')).toEqual(
+    Array(4).fill('theirs'),
+  );
+
+  /** Type of each key but those of single jobs, and lists and sets of jobs, which are there while they hold one. */
+  async function keyTypes(): Promise<Record<string, string>> {
+    const keys = (await stage.redis.keys('*')).filter(
+      (key) => !/^bull:relay-(publish|claim):(?!(meta|id|events|repeat)$)/.test(key),
+    );
+    return Object.fromEntries(await Promise.all(keys.map(async (key) => [key, await stage.redis.type(key)])));
+  }
+}, 120_000);
+
+test('payloads nested as deep as PostgreSQL takes them are published, and judged in strict mode', async () => {
+  const stage = await setStage({ env: { RELAY_VALIDATION: 'strict' } });
+  const nested = (depth: number) => `${'['.repeat(depth)}${']'.repeat(depth)}`;
+  let depth = 500;
+  for (let step = 8_000; step >= 1; step = Math.floor(step / 2)) {
+    const fits = await stage.pool.query('SELECT $1::jsonb::text', [nested(depth + step)]).catch(() => null);
+    if (fits !== null) depth += step;
+  }
+  depth -= 300; // the insert needs some of the stack itself
+  const deep = anEvent({ eventType: 'Deep', payload: nested(depth) });
+  const judged = anEvent({ payload: `{"user_id": ${nested(depth - 1)}}` });
+  await insertEvents(stage.pool, [deep, judged]);
+  await stage.pod();
+  await stage.rested();
+  const [entry, ...others] = await stage.entries();
+  expect(others).toEqual([]);
+  expect(entry?.fields.event_id, JSON.stringify(await stage.row(deep.eventId)).slice(0, 500)).toBe(
+    deep.eventId,
+  );
+  expect(entry?.fields.payload === nested(depth)).toBe(true);
+  expect((await stage.row(judged.eventId)).error_message).toMatch(
+    /^payload breaks the schema of UserCreated: /,
+  );
+}, 120_000);

@@ -1,0 +1,67 @@
+import { writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { expect, test } from 'vitest';
+import { anEvent, insertEvents } from '../support/events.ts';
+import { setStage } from '../support/flow.ts';
+import { folderOfFile } from '../support/servers.ts';
+import { waitFor } from '../support/wait.ts';
+
+/** 30 s of consecutive looks, and some patience. */
+const PATIENCE_MS = 60_000;
+
+/** What the commands that ask for the next publish job begin with: the script, the number of its keys, the first one. */
+const SWALLOW_FETCHES = `
+import { createRequire } from 'node:module';
+import { existsSync } from 'node:fs';
+const { Redis } = createRequire(process.argv[1])('ioredis');
+const send = Redis.prototype.sendCommand;
+Redis.prototype.sendCommand = function (command, stream) {
+  const [, keys, first, second] = command.args;
+  const fetches = /^eval/.test(command.name) && Number(keys) === 11 && first === 'bull:relay-publish:wait' && second === 'bull:relay-publish:active';
+  if (fetches && existsSync(process.env.SWALLOW)) return new Promise(() => {});
+  return send.call(this, command, stream);
+};
+`;
+
+async function livez(url: string): Promise<{ status: number; reasons: string[] }> {
+  const response = await fetch(`${url}/livez`, { signal: AbortSignal.timeout(10_000) });
+  const { reasons } = (await response.json()) as { reasons: string[] };
+  return { status: response.status, reasons };
+}
+
+test('a pod whose worker no longer takes jobs says so, one with nothing to do and one with a paused queue are alive', async () => {
+  const folder = await folderOfFile();
+  const [preload, trigger] = [join(folder, 'swallow.mjs'), join(folder, 'swallow.now')];
+  await writeFile(preload, SWALLOW_FETCHES);
+  const [stage, idle, paused] = [await setStage(), await setStage(), await setStage()];
+  const hooked = { NODE_OPTIONS: `--import=${preload}`, SWALLOW: trigger };
+  const stuckPod = await stage.pod(hooked);
+  const idlePod = await idle.pod(hooked);
+  // Its retry is a minute away, so its worker would like to wait for longer than a connection may be silent.
+  await idle.redis.set('identity.broken.v1', 'no stream');
+  await insertEvents(idle.pool, [anEvent({ topic: 'identity.broken.v1' })]);
+  const pausedPod = await paused.pod();
+  await paused.queue('publish').pause();
+  await insertEvents(paused.pool, [anEvent()]);
+  expect(await livez(stuckPod.url)).toEqual({ status: 200, reasons: [] });
+
+  await writeFile(trigger, '');
+  await insertEvents(stage.pool, [anEvent(), anEvent()]);
+  await waitFor(async () => (await livez(stuckPod.url)).status === 503, {
+    what: 'the pod to find itself stuck',
+    timeoutMs: PATIENCE_MS,
+  });
+  expect((await livez(stuckPod.url)).reasons).toEqual([
+    expect.stringMatching(/^jobs wait in relay-publish and this pod takes none, since \d+ s$/),
+  ]);
+  expect((await fetch(`${stuckPod.url}/readyz`)).status).toBe(200);
+  // Its jobs are taken by another pod, and so it has nothing to do.
+  await stage.pod();
+  await stage.rested();
+  await waitFor(async () => (await livez(stuckPod.url)).status === 200, { what: 'nothing to be left to do' });
+
+  expect(await livez(idlePod.url)).toEqual({ status: 200, reasons: [] });
+  expect(idlePod.logs().filter(({ msg }) => /connection to Redis/.test(String(msg)))).toEqual([]);
+  expect(await paused.count('next_attempt_at IS NOT NULL AND NOT published')).toBe(1);
+  expect(await livez(pausedPod.url)).toEqual({ status: 200, reasons: [] });
+}, 150_000);

@@ -1,0 +1,146 @@
+import { Redis } from 'ioredis';
+import { expect, onTestFinished, test } from 'vitest';
+import type { Pod } from '../../src/demo/pod.ts';
+import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
+import { startLoad } from '../support/load.ts';
+import { waitFor } from '../support/wait.ts';
+
+/** Long enough for every event in hand to fail all its attempts, if they counted. */
+const FAULT_MS = 6_000;
+/** From Redis' being well again to an event's being published. */
+const RECOVERY_MS = 10_000;
+/** Each event in hand may be refused once or twice a second; without a breath in between it would be thousands. */
+const MAX_REFUSALS_PER_SECOND = 500;
+const FEW_ATTEMPTS = { RELAY_RETRY_BASE_DELAY: '0.2', RELAY_MAX_RETRY_ATTEMPTS: '2' };
+
+const hold = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
+
+type Answer = { status: number; body: string };
+async function ask(pod: Pod, path: string): Promise<Answer> {
+  const response = await fetch(`${pod.url}${path}`, { signal: AbortSignal.timeout(10_000) });
+  return { status: response.status, body: await response.text() };
+}
+
+async function refusals(stage: Stage): Promise<number> {
+  return Number(/total_error_replies:(\d+)/.exec(await stage.redis.info('stats'))?.[1]);
+}
+
+/** Two pods under load, and a Redis that is there but refuses them what they ask, for a reason that they can tell. */
+async function suffer(
+  fault: { reason: RegExp; begin: (stage: Stage) => Promise<void>; end: (stage: Stage) => Promise<void> },
+  options: { redisArgs?: string[]; user?: boolean } = {},
+): Promise<void> {
+  const stage = await setStage({
+    env: FEW_ATTEMPTS,
+    ...(options.redisArgs && { redisArgs: options.redisArgs }),
+  });
+  const env: Record<string, string> = {};
+  if (options.user) {
+    await stage.redis.call('ACL', 'SETUSER', 'relay', 'on', '>secret', '~*', '&*', '+@all');
+    env.RELAY_REDIS_URL = stage.server.url.replace('redis://', 'redis://relay:secret@');
+  }
+  const pods = await Promise.all([stage.pod(env), stage.pod(env)]);
+  await insertEvents(stage.pool, someEvents(2_000, 500));
+  const load = startLoad(stage.pool);
+  await waitFor(async () => (await stage.redis.xlen(STREAM)) > 200, { what: 'the load to flow' });
+
+  const refusedSofar = await refusals(stage);
+  await fault.begin(stage);
+  const begun = Date.now();
+  for (const pod of pods) {
+    await waitFor(async () => (await ask(pod, '/readyz')).status === 503, { what: 'a pod not to be ready' });
+  }
+  await hold(FAULT_MS - (Date.now() - begun));
+  for (const pod of pods) {
+    const { status, body } = await ask(pod, '/readyz');
+    expect(status).toBe(503);
+    expect(body).toMatch(fault.reason);
+    expect((await ask(pod, '/livez')).status).toBe(200);
+  }
+  await fault.end(stage);
+  const perSecond = ((await refusals(stage)) - refusedSofar) / ((Date.now() - begun) / 1_000);
+
+  const event = anEvent();
+  await insertEvents(stage.pool, [event]);
+  await waitFor(async () => (await stage.row(event.eventId)).published, {
+    what: 'the flow to resume',
+    timeoutMs: RECOVERY_MS,
+  });
+  for (const pod of pods) await pod.waitReady();
+  await load.stop();
+  await stage.rested();
+  const grade = await stage.expectPromisesHeld();
+  expect(grade.deadLetters).toBe(0);
+  expect(await stage.count('attempts > 0 OR error_message IS NOT NULL'), 'events it cost an attempt').toBe(0);
+  expect(perSecond).toBeLessThan(MAX_REFUSALS_PER_SECOND);
+  for (const pod of pods) {
+    const lines = pod.logs().filter(({ msg }) => msg === 'cannot publish now; events are postponed');
+    expect(lines.length, 'lines about postponed events').toBeLessThan(5);
+  }
+}
+
+test('a full Redis', async () => {
+  await suffer({
+    reason: /OOM/,
+    begin: async ({ redis }) => void (await redis.config('SET', 'maxmemory', '1')),
+    end: async ({ redis }) => void (await redis.config('SET', 'maxmemory', '0')),
+  });
+}, 120_000);
+
+test('a Redis that has become a replica, as in a failover', async () => {
+  await suffer({
+    reason: /READONLY/,
+    begin: async ({ redis }) => void (await redis.call('REPLICAOF', '127.0.0.1', '9')),
+    end: async ({ redis }) => void (await redis.call('REPLICAOF', 'NO', 'ONE')),
+  });
+}, 120_000);
+
+test('a Redis without the replicas that it must have', async () => {
+  await suffer({
+    reason: /NOREPLICAS/,
+    begin: async ({ redis }) => void (await redis.config('SET', 'min-replicas-to-write', '1')),
+    end: async ({ redis }) => void (await redis.config('SET', 'min-replicas-to-write', '0')),
+  });
+}, 120_000);
+
+test('a Redis that refuses the relay everything', async () => {
+  await suffer(
+    {
+      reason: /NOPERM/,
+      begin: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', 'relay', 'resetkeys', '-@all')),
+      end: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', 'relay', '~*', '+@all')),
+    },
+    { user: true },
+  );
+}, 120_000);
+
+test('a Redis whose password was changed before the relay’s', async () => {
+  await suffer(
+    {
+      reason: /WRONGPASS|NOAUTH/,
+      begin: async ({ redis }) => {
+        await redis.call('ACL', 'SETUSER', 'relay', 'resetpass', '>other');
+        await redis.call('CLIENT', 'KILL', 'USER', 'relay');
+      },
+      end: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', 'relay', 'resetpass', '>secret')),
+    },
+    { user: true },
+  );
+}, 120_000);
+
+test('a Redis that is busy with somebody’s script', async () => {
+  await suffer(
+    {
+      reason: /BUSY|no answer|no connection|timeout/i,
+      begin: async ({ server }) => {
+        const slow = new Redis(server.url, { retryStrategy: () => null });
+        slow.on('error', () => {});
+        onTestFinished(async () => slow.disconnect());
+        slow.eval('while true do end', 0).catch(() => {});
+      },
+      end: async ({ redis }) => void (await redis.call('SCRIPT', 'KILL')),
+    },
+    { redisArgs: ['--lua-time-limit', '100'] },
+  );
+}, 120_000);

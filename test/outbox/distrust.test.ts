@@ -1,0 +1,75 @@
+import pg from 'pg';
+import { expect, test } from 'vitest';
+import { transaction } from '../../src/outbox/database.ts';
+import { distrustful } from '../../src/outbox/distrust.ts';
+import { atEndOfFile } from '../support/cleanup.ts';
+import { createProxy, through } from '../support/proxy.ts';
+import { createDatabase } from '../support/servers.ts';
+
+const { url } = await createDatabase();
+
+/** A pool whose connections have all been used, on a network that then dies for them. */
+async function aDeadPool(size: number, { usedByUs }: { usedByUs: boolean }) {
+  const proxy = await createProxy(Number(new URL(url).port));
+  const pool = new pg.Pool({ connectionString: through(proxy, url), max: size });
+  pool.on('error', () => {});
+  atEndOfFile(() => pool.end());
+  const trusted = distrustful(pool, 400);
+  const by = usedByUs ? trusted : pool;
+  const clients = await Promise.all(Array.from({ length: size }, () => by.connect()));
+  for (const client of clients) client.release();
+  proxy.halfOpen();
+  proxy.heal();
+  return { pool, trusted };
+}
+
+const took = async (work: () => Promise<unknown>): Promise<number> => {
+  const begun = performance.now();
+  await work();
+  return performance.now() - begun;
+};
+
+test('of a pool whose connections are all dead only the first costs time', async () => {
+  const { pool, trusted } = await aDeadPool(10, { usedByUs: true });
+  await expect(trusted.query('SELECT 1')).rejects.toThrow('Query read timeout');
+  const ms = await took(() =>
+    Promise.all(Array.from({ length: 10 }, () => trusted.query('SELECT pg_sleep(0.05)'))),
+  );
+  expect(ms).toBeLessThan(2_000);
+  expect(pool.totalCount).toBeLessThanOrEqual(10);
+}, 30_000);
+
+test('connections of a pool that others use are asked for a sign of life before they are trusted', async () => {
+  const { trusted } = await aDeadPool(4, { usedByUs: false });
+  await expect(trusted.query('SELECT 1')).rejects.toThrow('Query read timeout');
+  const { rows } = await trusted.query('SELECT 1 AS one');
+  expect(rows).toEqual([{ one: 1 }]);
+}, 30_000);
+
+test('a transaction that gets no answer ends after one timeout, and the next one has a sound connection', async () => {
+  const { trusted } = await aDeadPool(3, { usedByUs: true });
+  const ms = await took(() =>
+    expect(transaction(trusted, 300, 'durable', (tx) => tx.query('SELECT 1'))).rejects.toThrow(
+      'Query read timeout',
+    ),
+  );
+  expect(ms).toBeLessThan(2_000);
+  const { rows } = await transaction(trusted, 2_000, 'durable', (tx) => tx.query('SELECT 1 AS one'));
+  expect(rows).toEqual([{ one: 1 }]);
+}, 30_000);
+
+test('a statement that fails says nothing about other connections', async () => {
+  const pool = new pg.Pool({ connectionString: url, max: 2 });
+  atEndOfFile(() => pool.end());
+  const trusted = distrustful(pool, 5_000);
+  const pid = async () => (await trusted.query('SELECT pg_backend_pid() AS pid')).rows[0].pid as number;
+  const [first, second] = await Promise.all([trusted.connect(), trusted.connect()]);
+  first.release();
+  second.release();
+  const failing = trusted.connect().then(async (client) => {
+    await client.query('SELECT 1/0').catch((error) => client.release(error));
+  });
+  const before = await pid();
+  await failing;
+  expect(await pid()).toBe(before);
+});
