@@ -11,8 +11,8 @@ import { createRandom } from './random.ts';
 import { laneOf, type Scheduled, scheduleEach, scheduleTogether } from './schedule.ts';
 import { buildWorld, type World } from './world.ts';
 
-/** For an injection as a whole; the longest waits a minute for a pod to come into its window. */
-const INJECT_DEADLINE_MS = 120_000;
+/** For an injection as a whole; the longest waits for a pod to come into its window. */
+const INJECT_DEADLINE_MS = 300_000;
 /** Flow that has not resumed by then is not waited for. */
 const PROBE_DEADLINE_MS = 60_000;
 const SETTLE_DEADLINE_MS = 180_000;
@@ -80,11 +80,12 @@ export async function run(options: RunOptions): Promise<RunResult> {
     await world.workload.quiet();
     underWay.add('settling');
     const settled = await settle(world, options.signal);
+    onNote(`Settled: ${settled ? 'yes' : 'no'}. Ending the pods.`);
+    // Nobody writes any more: table and streams are of the same moment.
+    await world.fleet.stop();
     const grade = await gradeWorld(world);
     const counts = world.workload.counts();
-    onNote(`Settled: ${settled ? 'yes' : 'no'}. Ending the pods.`);
     const verdict = judge(options, injections, grade, settled, world);
-    await world.fleet.stop();
     const logs =
       options.keep || verdict.violations.length > 0 ? await keepLogs(world, seed, injections) : undefined;
     return { injections, grade, settled, counts, logs, ...verdict };
