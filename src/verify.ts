@@ -1,10 +1,11 @@
 import { Presets, SingleBar } from 'cli-progress';
-import { createComparison, streamOptionsOf } from './app.ts';
+import { createComparison, streamOptionsOf } from './comparison.ts';
 import type { RelayConfig } from './config.ts';
 import { createLogger } from './logger.ts';
 import { createPool } from './outbox/pool.ts';
 import { createReceipts } from './outbox/receipts.ts';
-import { openRedis, waitForServers } from './preflight.ts';
+import { waitForServers } from './preflight.ts';
+import { openRedis } from './servers.ts';
 import { APPEND_CONNECTION } from './stream/append.ts';
 import { createRestorer } from './stream/restore.ts';
 import { type Found, totals } from './triage/resync.ts';
