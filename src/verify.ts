@@ -7,7 +7,7 @@ import { createReceipts } from './outbox/receipts.ts';
 import { waitForServers } from './preflight.ts';
 import { openRedis } from './servers.ts';
 import { APPEND_CONNECTION } from './stream/append.ts';
-import { createRestorer } from './stream/restore.ts';
+import { createRestorer, notesOf } from './stream/restore.ts';
 import { type Found, totals } from './triage/resync.ts';
 
 export type VerifyOptions = Readonly<{
@@ -70,6 +70,7 @@ export async function verify(
       ...(guard !== null && { guard }),
       onProgress: (at, sofar) => bar.update(at, totals(sofar)),
     }).finally(() => bar.stop());
+    if (guard !== null) await redis.del(notesOf(streamOptions.epochKey));
 
     const all = totals(found);
     if (options.json) print(JSON.stringify({ since, until, streams: Object.fromEntries(found), total: all }));
