@@ -15,6 +15,8 @@ export type LedgerOptions = {
   dlqStream: string;
   /** Ids of events to leave out, e.g. those that the old system had published. */
   ignore?: ReadonlySet<string>;
+  /** How many event ids of each kind of violation are named. Default: 5. */
+  samples?: number;
 };
 
 const VIOLATIONS = {
@@ -51,7 +53,7 @@ type Row = {
 
 /** Reads the whole table and every stream; meant for up to some 100,000 events, after the relay came to rest. */
 export async function gradeLedger(options: LedgerOptions): Promise<LedgerGrade> {
-  const { pool, redis, defaultStream, dlqStream, ignore = new Set() } = options;
+  const { pool, redis, defaultStream, dlqStream, ignore = new Set(), samples = SAMPLES } = options;
   const found: Record<Violation, string[]> = {
     ...{ lost: [], doubled: [], outOfOrder: [], publishedWithoutEntry: [] },
     ...{ deadWithoutDlq: [], doubledDeadLetters: [], leftBehind: [], unknown: [] },
@@ -99,7 +101,7 @@ export async function gradeLedger(options: LedgerOptions): Promise<LedgerGrade> 
     Object.fromEntries(violations.map((violation) => [violation, value(violation)])) as Record<Violation, T>;
   return {
     ...pairs((violation) => found[violation].length),
-    samples: pairs((violation) => found[violation].slice(0, SAMPLES)),
+    samples: pairs((violation) => found[violation].slice(0, samples)),
     events: rows.size,
     entries: [...entriesOf.values()].reduce((sum, ids) => sum + ids.length, 0),
     deadLetters: deadLetters.length,

@@ -1,0 +1,150 @@
+import { fileURLToPath } from 'node:url';
+import type { Fault } from './fault.ts';
+import { comesTrue, pause } from './patience.ts';
+import { between, pick } from './random.ts';
+import type { World } from './world.ts';
+
+const DOOMED_POD = fileURLToPath(new URL('./doomed-pod.ts', import.meta.url));
+const SKEWED_CLOCK = new URL('./skewed-clock.mjs', import.meta.url).href;
+
+/** The moments in the life of an event at which a pod dies; doomed-pod.ts knows how to tell them. */
+export const WINDOWS = {
+  'claim-before-commit': 'after it has claimed, before the commit',
+  'claim-after-commit': 'after the commit of its claim',
+  'append-before-acknowledge': 'after an append, before the acknowledgement',
+  'acknowledge-before-completion': 'after an acknowledgement, before the jobs complete',
+  'failure-before-dead-letter': 'after a job has failed for good, before the dead-letter entry',
+  'dead-letter-before-row': 'after a dead-letter entry, before the row says so',
+} as const;
+
+export type Window = keyof typeof WINDOWS;
+
+const FAILURES: readonly Window[] = ['failure-before-dead-letter', 'dead-letter-before-row'];
+
+/** A window comes by chance: the doomed pod has to get the right job. */
+const DOOM_DEADLINE_MS = 60_000;
+/** Above the 7.5 s that a poisonous event takes to die. */
+const FEED_EVERY_MS = 9_000;
+const POISON_PER_FEED = 15;
+const LURE_EVERY_MS = 1_000;
+/** Long enough for the claim job that runs to come to its end (2 s at most). */
+const PAUSED_MS = 2_100;
+const CLOCK_OFF_BY_MIN = 2;
+
+/** Gives the doomed pod the occasion, as often as it takes. */
+async function lureInto(world: World, window: Window, signal: AbortSignal): Promise<void> {
+  while (!signal.aborted) {
+    if (window.startsWith('claim-')) {
+      // Under load the pod that claims goes on claiming. After a pause the one that has waited longest is next.
+      await world.queues.claim.pause();
+      await pause(PAUSED_MS);
+      await world.queues.claim.resume();
+      await pause(LURE_EVERY_MS, signal);
+    } else if (FAILURES.includes(window)) {
+      await world.workload.poison(POISON_PER_FEED);
+      await pause(FEED_EVERY_MS, signal);
+    } else return;
+  }
+}
+
+async function killInWindow(world: World, window: Window, occurrence: number): Promise<void> {
+  const doomed = await world.fleet.extra(
+    {
+      // Of the sources, as they are.
+      NODE_OPTIONS: '--import=tsx',
+      TSX_DISABLE_CACHE: '1',
+      CHAOS_WINDOW: window,
+      CHAOS_OCCURRENCE: String(occurrence),
+    },
+    DOOMED_POD,
+  );
+  let death: Awaited<typeof doomed.exited> | undefined;
+  void doomed.exited.then((how) => {
+    death = how;
+  });
+  const fed = new AbortController();
+  const feeding = lureInto(world, window, fed.signal);
+  await comesTrue(async () => death !== undefined, DOOM_DEADLINE_MS);
+  const how = death;
+  fed.abort();
+  await feeding;
+  if (how === undefined) {
+    await doomed.kill('SIGKILL');
+    throw new Error(`no pod came into the window within ${DOOM_DEADLINE_MS / 1_000} s`);
+  }
+  // A process that kills itself says where on its last line: a pod that the system killed does not count.
+  const { signal, code } = how;
+  if (signal !== 'SIGKILL' || doomed.lines.at(-1) !== `dies: ${window}`) {
+    const last = doomed.lines.slice(-5).join('\n');
+    throw new Error(`the pod ended, but not in the window (${signal ?? `exit code ${code}`}):\n${last}`);
+  }
+}
+
+const windows = (Object.keys(WINDOWS) as Window[]).map(
+  (window): Fault => ({
+    name: `pod-${window}`,
+    describe: `kill -9 of a pod ${WINDOWS[window]}`,
+    lane: 'pods',
+    async inject(world, random) {
+      await killInWindow(world, window, between(random, 1, 3));
+      return undefined;
+    },
+  }),
+);
+
+export const podFaults: readonly Fault[] = [
+  {
+    name: 'pod-kill',
+    describe: 'kill -9 of a pod at any moment; another takes its place',
+    lane: 'pods',
+    async inject({ fleet }, random) {
+      await fleet.end(pick(random, fleet.slots), 'SIGKILL');
+      return undefined;
+    },
+  },
+  {
+    name: 'pod-kill-all',
+    describe: 'kill -9 of all pods at once (an evicted node)',
+    lane: 'pods',
+    async inject({ fleet }) {
+      await Promise.all(fleet.slots.map((slot) => fleet.end(slot, 'SIGKILL')));
+      return undefined;
+    },
+  },
+  {
+    name: 'pod-term',
+    describe: 'SIGTERM to a pod under load; another takes its place',
+    lane: 'pods',
+    async inject({ fleet }, random) {
+      await fleet.end(pick(random, fleet.slots), 'SIGTERM');
+      return undefined;
+    },
+  },
+  ...windows,
+  {
+    name: 'pod-rolling-deploy',
+    describe: 'every pod is replaced, the new one ready before the old one gets SIGTERM',
+    lane: 'pods',
+    async inject({ fleet }) {
+      for (const slot of fleet.slots) await fleet.roll(slot);
+      return undefined;
+    },
+  },
+  ...['slow', 'fast'].map(
+    (kind): Fault => ({
+      name: `pod-clock-${kind}`,
+      describe: `one more pod, whose clock is ${CLOCK_OFF_BY_MIN} minutes ${kind}`,
+      lane: 'pods',
+      lastsMs: 8_000,
+      async inject({ fleet }) {
+        const offsetMs = CLOCK_OFF_BY_MIN * 60_000 * (kind === 'slow' ? -1 : 1);
+        const pod = await fleet.extra({
+          NODE_OPTIONS: `--import=${SKEWED_CLOCK}`,
+          CHAOS_CLOCK_OFFSET_MS: String(offsetMs),
+        });
+        await pod.waitReady(60_000);
+        return () => pod.kill('SIGTERM');
+      },
+    }),
+  ),
+];

@@ -1,0 +1,104 @@
+/**
+ * `npm run chaos`: every fault that production brings, against private servers and real pods, under load; then
+ * a verdict from the table, the streams and the dead letters alone. README, "Faults".
+ */
+import { Command, InvalidArgumentError } from 'commander';
+import type { Fault } from './fault.ts';
+import { FAULTS, faultsNamed } from './faults.ts';
+import { createProgress } from './progress.ts';
+import { reportTable, schedulePlan } from './report.ts';
+import { planOf, run } from './run.ts';
+
+const EXIT_VIOLATED = 1;
+const EXIT_INTERRUPTED = 130;
+/** npm passes on a Ctrl-C which the terminal has sent us already: that is still the first one. */
+const SAME_SIGNAL_MS = 500;
+
+const wholeNumber =
+  (min: number, max: number) =>
+  (text: string): number => {
+    const value = Number(text);
+    if (Number.isInteger(value) && value >= min && value <= max) return value;
+    throw new InvalidArgumentError(`Expected a whole number from ${min} to ${max}.`);
+  };
+
+function faultList(text: string): readonly Fault[] {
+  if (text === 'all') return FAULTS;
+  try {
+    return faultsNamed(text.split(',').map((name) => name.trim()));
+  } catch (error) {
+    throw new InvalidArgumentError((error as Error).message);
+  }
+}
+
+type Options = {
+  seed: number;
+  events: number;
+  pods: number;
+  duration: number;
+  faults: readonly Fault[];
+  each: boolean;
+  list: boolean;
+  keep: boolean;
+};
+
+const options = new Command('npm run chaos --')
+  .description(
+    'Starts a private PostgreSQL and Redis and relay pods, writes events from many transactions at once, injects ' +
+      'faults, lets everything settle, and audits table, streams and dead letters. Exits 1 on any violation.',
+  )
+  .option('--seed <number>', 'the same seed gives the same schedule of faults', wholeNumber(0, 2 ** 31), 1)
+  .option('--events <number>', 'events to write over the run, at least', wholeNumber(100, 1_000_000), 20_000)
+  .option('--pods <number>', 'relay pods', wholeNumber(1, 8), 3)
+  .option('--duration <seconds>', 'time over which the faults are spread', wholeNumber(5, 86_400), 300)
+  .option('--faults <names>', 'names with commas between them, or all', faultList, FAULTS)
+  .option('--each', 'each fault alone, on a settled system, graded by itself', false)
+  .option('--list', 'name the faults, and end', false)
+  .option('--keep', 'keep the logs of pods and servers in any case', false)
+  .addHelpText('after', '\nFaults: see --list.')
+  .parse()
+  .opts<Options>();
+
+if (options.list) {
+  for (const fault of options.faults) console.log(`${fault.name.padEnd(36)} ${fault.describe}`);
+  process.exit(0);
+}
+
+const progress = createProgress(process.stdout);
+const stop = new AbortController();
+let firstSignalAt: number | undefined;
+const onSignal = (): void => {
+  if (firstSignalAt === undefined) {
+    firstSignalAt = performance.now();
+    progress.note('Stopping: faults are undone, servers and pods ended. Once more to stop at once.');
+    stop.abort();
+  } else if (performance.now() - firstSignalAt > SAME_SIGNAL_MS) {
+    // The watchdog (src/demo/watchdog.ts) ends servers and pods and removes the folder.
+    process.exit(EXIT_INTERRUPTED);
+  }
+};
+process.on('SIGINT', onSignal);
+process.on('SIGTERM', onSignal);
+
+const runOptions = {
+  ...options,
+  durationMs: options.duration * 1_000,
+  signal: stop.signal,
+  onNote: progress.note,
+  onWorld: progress.watch,
+};
+console.log(`Seed ${options.seed}, ${options.pods} pods, ${options.events} events. The schedule:\n`);
+console.log(schedulePlan(planOf(runOptions), options.each).join('\n'), '\n');
+const result = await run(runOptions).finally(progress.stop);
+console.log(`\n${reportTable(result).join('\n')}\n`);
+console.log(
+  Object.entries(result.counts)
+    .map(([what, count]) => `${what} ${count}`)
+    .join(', '),
+);
+for (const warning of result.warnings) console.log(`Look at: ${warning}`);
+for (const violation of result.violations) console.log(`VIOLATED ${violation}`);
+if (result.logs !== undefined) console.log(`Logs of pods and servers: ${result.logs}`);
+if (stop.signal.aborted) process.exit(EXIT_INTERRUPTED);
+if (result.violations.length === 0) console.log('Every promise held.');
+process.exit(result.violations.length === 0 ? 0 : EXIT_VIOLATED);

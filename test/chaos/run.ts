@@ -1,0 +1,239 @@
+/** A run: a world, a load, faults by schedule, rest, and the verdict. The same for the command line and the test. */
+import { cpSync, mkdtempSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { withDeadline } from '../../src/lifecycle.ts';
+import { type Fault, LANES, RECOVERY_MS, type Undo } from './fault.ts';
+import { GRADE_NAMES, GRADES, type Grade, gradeWorld, isClean, since } from './grade.ts';
+import { comesTrue, pause, persistently } from './patience.ts';
+import { createRandom } from './random.ts';
+import { laneOf, type Scheduled, scheduleEach, scheduleTogether } from './schedule.ts';
+import { buildWorld, type World } from './world.ts';
+
+/** For an injection as a whole; the longest waits a minute for a pod to come into its window. */
+const INJECT_DEADLINE_MS = 120_000;
+/** Flow that has not resumed by then is not waited for. */
+const PROBE_DEADLINE_MS = 60_000;
+const SETTLE_DEADLINE_MS = 180_000;
+/** The load before the first fault, and around each one that is alone. */
+const WARM_UP_MS = 2_000;
+/** A poisonous event takes 7.5 s to die, and its successors wait for it. */
+const POISON_EVERY_MS = 10_000;
+/** Alone, a fault takes about so long with the load on; decides the rate. */
+const ALONE_S = 12;
+const RATE_MIN_PER_S = 40;
+
+export type RunOptions = Readonly<{
+  seed: number;
+  /** To be written over the run; a run that takes longer writes more. */
+  events: number;
+  pods: number;
+  durationMs: number;
+  faults: readonly Fault[];
+  /** Each fault alone on a settled system, instead of all over the whole run. */
+  each: boolean;
+  /** Keep the logs of pods and servers although nothing was violated. */
+  keep: boolean;
+  signal?: AbortSignal;
+  onNote?(text: string): void;
+  /** The world is there; what it holds may be watched from now on. */
+  onWorld?(world: World, underWay: () => readonly string[]): void;
+}>;
+
+export type Injection = Readonly<{
+  fault: Fault;
+  /** From the end of the fault until an event flows from table to stream; undefined if it did not in time. */
+  recoveryMs: number | undefined;
+  /** Why it could not be injected, or not be undone. */
+  error: string | undefined;
+  /** What it did, where that can be told. */
+  grade: Grade | undefined;
+}>;
+
+export type RunResult = Readonly<{
+  injections: readonly Injection[];
+  /** Of everything, at the end. */
+  grade: Grade;
+  settled: boolean;
+  /** A line each: what makes the run a failure. */
+  violations: readonly string[];
+  /** A line each: what somebody should look at. */
+  warnings: readonly string[];
+  counts: Readonly<Record<string, number>>;
+  logs: string | undefined;
+}>;
+
+/** @throws when the world could not be built, or fell to pieces; what it did to the events is in the result */
+export async function run(options: RunOptions): Promise<RunResult> {
+  const { seed, pods, each, onNote = () => {} } = options;
+  const schedule = planOf(options);
+  const world = await buildWorld({ pods, seed });
+  try {
+    const underWay = new Set<string>();
+    options.onWorld?.(world, () => [...underWay]);
+    const injections = each
+      ? await oneByOne(world, schedule, options, underWay)
+      : await allTogether(world, schedule, options, underWay);
+    await world.workload.quiet();
+    underWay.add('settling');
+    const settled = await settle(world, options.signal);
+    const grade = await gradeWorld(world);
+    const counts = world.workload.counts();
+    onNote(`Settled: ${settled ? 'yes' : 'no'}. Ending the pods.`);
+    const verdict = judge(options, injections, grade, settled, world);
+    await world.fleet.stop();
+    const logs = options.keep || verdict.violations.length > 0 ? await keepLogs(world, seed) : undefined;
+    return { injections, grade, settled, counts, logs, ...verdict };
+  } finally {
+    await world.stop();
+  }
+}
+
+export function planOf({
+  each,
+  ...options
+}: Pick<RunOptions, 'seed' | 'durationMs' | 'faults' | 'each'>): Scheduled[] {
+  return each ? scheduleEach(options) : scheduleTogether(options);
+}
+
+async function allTogether(
+  world: World,
+  schedule: readonly Scheduled[],
+  options: RunOptions,
+  underWay: Set<string>,
+): Promise<Injection[]> {
+  const { signal } = options;
+  world.workload.setRate(Math.max(options.events / (options.durationMs / 1_000), RATE_MIN_PER_S));
+  const startedAt = performance.now();
+  const injections: Injection[] = [];
+  const ended = new AbortController();
+  const poisoning = poisonUntil(world, ended.signal);
+  const lanes = LANES.map(async (lane) => {
+    for (const scheduled of laneOf(schedule, lane)) {
+      await pause(Math.max(WARM_UP_MS, scheduled.atMs) - (performance.now() - startedAt), signal);
+      if (signal?.aborted) return;
+      injections.push(await injectOne(world, scheduled, underWay, options));
+    }
+  });
+  await Promise.all(lanes);
+  // Faults that were through early leave the rest of the load to a system in peace.
+  const enough = async () => world.workload.committed().size >= options.events;
+  await comesTrue(enough, options.durationMs + SETTLE_DEADLINE_MS, signal);
+  ended.abort();
+  await poisoning;
+  return injections;
+}
+
+async function poisonUntil(world: World, signal: AbortSignal): Promise<void> {
+  while (!signal.aborted) {
+    await world.workload.poisonOnce();
+    await pause(POISON_EVERY_MS, signal);
+  }
+}
+
+async function oneByOne(
+  world: World,
+  schedule: readonly Scheduled[],
+  options: RunOptions,
+  underWay: Set<string>,
+): Promise<Injection[]> {
+  const rate = Math.max(options.events / schedule.length / ALONE_S, RATE_MIN_PER_S);
+  const injections: Injection[] = [];
+  let before: Grade | undefined;
+  for (const scheduled of schedule) {
+    if (options.signal?.aborted) break;
+    world.workload.setRate(rate);
+    await world.workload.poisonOnce();
+    await pause(WARM_UP_MS, options.signal);
+    const injection = await injectOne(world, scheduled, underWay, options);
+    await pause(WARM_UP_MS, options.signal);
+    await world.workload.quiet();
+    underWay.add(`settling after ${scheduled.fault.name}`);
+    await settle(world, options.signal);
+    underWay.clear();
+    const now = await gradeWorld(world);
+    injections.push({ ...injection, grade: since(before, now) });
+    before = now;
+  }
+  return injections;
+}
+
+async function injectOne(
+  world: World,
+  { fault, seed }: Scheduled,
+  underWay: Set<string>,
+  { signal, onNote = () => {} }: RunOptions,
+): Promise<Injection> {
+  underWay.add(fault.name);
+  try {
+    let undo: Undo | undefined;
+    try {
+      undo = await withDeadline(INJECT_DEADLINE_MS, fault.inject(world, createRandom(seed)));
+      await pause(fault.lastsMs ?? 0, signal);
+    } finally {
+      if (undo !== undefined) await persistently(undo);
+    }
+    const recoveryMs = await world.workload.probe(PROBE_DEADLINE_MS);
+    onNote(
+      `${fault.name}: ${recoveryMs === undefined ? 'no flow' : `flow after ${Math.round(recoveryMs)} ms`}`,
+    );
+    return { fault, recoveryMs, error: undefined, grade: undefined };
+  } catch (error) {
+    const { message } = error as Error;
+    onNote(`${fault.name}: ${message}`);
+    return { fault, recoveryMs: undefined, error: message, grade: undefined };
+  } finally {
+    underWay.delete(fault.name);
+  }
+}
+
+/** Whether every row is published or dead, and no job is left, within the deadline. */
+async function settle({ sql, queues }: World, signal: AbortSignal | undefined): Promise<boolean> {
+  return comesTrue(
+    async () => {
+      const left = await sql(
+        'SELECT FROM identity.outbox WHERE NOT published AND dead_lettered_at IS NULL LIMIT 1',
+      );
+      if (left.length > 0) return false;
+      const jobs = await queues.publish.getJobCounts('waiting', 'active', 'delayed', 'prioritized');
+      return Object.values(jobs).every((count) => count === 0);
+    },
+    SETTLE_DEADLINE_MS,
+    signal,
+  );
+}
+
+function judge(
+  { each, signal }: RunOptions,
+  injections: readonly Injection[],
+  grade: Grade,
+  settled: boolean,
+  world: World,
+): Pick<RunResult, 'violations' | 'warnings'> {
+  const violations: string[] = [];
+  const warnings: string[] = world.fleet.surprises().slice();
+  if (!isClean(grade)) {
+    const kinds = GRADE_NAMES.filter((name) => grade[name].length > 0);
+    for (const kind of kinds)
+      violations.push(`${GRADES[kind]}: ${grade[kind].length} (${grade[kind].slice(0, 5).join(', ')})`);
+  }
+  if (!settled && signal?.aborted !== true)
+    warnings.push(`rows or jobs were left after ${SETTLE_DEADLINE_MS / 1_000} s of peace`);
+  for (const { fault, recoveryMs, error } of injections) {
+    if (error !== undefined) violations.push(`${fault.name} could not be injected: ${error}`);
+    else if ((recoveryMs ?? Number.POSITIVE_INFINITY) > (fault.recoveryMs ?? RECOVERY_MS)) {
+      const took =
+        recoveryMs === undefined ? 'no flow again' : `flow only after ${(recoveryMs / 1_000).toFixed(1)} s`;
+      (each ? violations : warnings).push(`recovery from ${fault.name}: ${took}`);
+    }
+  }
+  return { violations, warnings };
+}
+
+async function keepLogs(world: World, seed: number): Promise<string> {
+  const folder = mkdtempSync(join(tmpdir(), `relay-chaos-seed-${seed}-`));
+  await world.fleet.writeLogs(folder);
+  cpSync(world.redis.logFile, join(folder, 'redis.log'));
+  cpSync(world.postgres.logFile, join(folder, 'postgres.log'));
+  return folder;
+}
