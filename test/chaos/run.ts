@@ -1,8 +1,9 @@
 /** A run: a world, a load, faults by schedule, rest, and the verdict. The same for the command line and the test. */
-import { cpSync, mkdtempSync } from 'node:fs';
+import { cpSync, mkdtempSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { withDeadline } from '../../src/lifecycle.ts';
+import { takeEvidence } from './evidence.ts';
 import { type Fault, LANES, RECOVERY_MS, type Undo } from './fault.ts';
 import { GRADE_NAMES, GRADES, type Grade, gradeWorld, isClean, since } from './grade.ts';
 import { comesTrue, pause, persistently } from './patience.ts';
@@ -46,6 +47,8 @@ export type Injection = Readonly<{
   recoveryMs: number | undefined;
   /** Why it could not be injected, or not be undone. */
   error: string | undefined;
+  /** What the servers saw when flow had not resumed in time. */
+  evidence: string | undefined;
   /** What it did, where that can be told. */
   grade: Grade | undefined;
 }>;
@@ -82,7 +85,8 @@ export async function run(options: RunOptions): Promise<RunResult> {
     onNote(`Settled: ${settled ? 'yes' : 'no'}. Ending the pods.`);
     const verdict = judge(options, injections, grade, settled, world);
     await world.fleet.stop();
-    const logs = options.keep || verdict.violations.length > 0 ? await keepLogs(world, seed) : undefined;
+    const logs =
+      options.keep || verdict.violations.length > 0 ? await keepLogs(world, seed, injections) : undefined;
     return { injections, grade, settled, counts, logs, ...verdict };
   } finally {
     await world.stop();
@@ -173,18 +177,29 @@ async function injectOne(
     } finally {
       if (undo !== undefined) await persistently(undo);
     }
-    const recoveryMs = await world.workload.probe(PROBE_DEADLINE_MS);
+    const { recoveryMs, evidence } = await recovery(world, fault);
     onNote(
       `${fault.name}: ${recoveryMs === undefined ? 'no flow' : `flow after ${Math.round(recoveryMs)} ms`}`,
     );
-    return { fault, recoveryMs, error: undefined, grade: undefined };
+    return { fault, recoveryMs, error: undefined, evidence, grade: undefined };
   } catch (error) {
     const { message } = error as Error;
     onNote(`${fault.name}: ${message}`);
-    return { fault, recoveryMs: undefined, error: message, grade: undefined };
+    return { fault, recoveryMs: undefined, error: message, evidence: undefined, grade: undefined };
   } finally {
     underWay.delete(fault.name);
   }
+}
+
+/** How long it takes until an event flows; what there is to be seen if that is too long. */
+async function recovery(world: World, fault: Fault): Promise<Pick<Injection, 'recoveryMs' | 'evidence'>> {
+  const flows = new AbortController();
+  const looking = pause(fault.recoveryMs ?? RECOVERY_MS, flows.signal).then(() =>
+    flows.signal.aborted ? undefined : takeEvidence(world),
+  );
+  const recoveryMs = await world.workload.probe(PROBE_DEADLINE_MS);
+  flows.abort();
+  return { recoveryMs, evidence: await looking };
 }
 
 /** Whether every row is published or dead, and no job is left, within the deadline. */
@@ -230,9 +245,11 @@ function judge(
   return { violations, warnings };
 }
 
-async function keepLogs(world: World, seed: number): Promise<string> {
+async function keepLogs(world: World, seed: number, injections: readonly Injection[]): Promise<string> {
   const folder = mkdtempSync(join(tmpdir(), `relay-chaos-seed-${seed}-`));
   await world.fleet.writeLogs(folder);
+  const slow = injections.flatMap(({ fault, evidence }) => (evidence ? `${fault.name}\n${evidence}\n` : []));
+  writeFileSync(join(folder, 'no-flow.txt'), slow.join('\n'));
   cpSync(world.redis.logFile, join(folder, 'redis.log'));
   cpSync(world.postgres.logFile, join(folder, 'postgres.log'));
   return folder;
