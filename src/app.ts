@@ -3,34 +3,29 @@
  *
  * Stages know nothing of each other; what one needs of another is passed in here.
  */
-import type { Redis, RedisOptions } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { createComparison, createRestore, streamOptionsOf } from './comparison.ts';
 import type { RelayConfig } from './config.ts';
 import type { OutboxEvent } from './event.ts';
 import { createLifecycle, succeedsWithin } from './lifecycle.ts';
 import { createLogger, errorText, type Logger } from './logger.ts';
 import type { Pool, Queryable } from './outbox/database.ts';
-import { distrustful } from './outbox/distrust.ts';
 import { payloadMayBeAtFault } from './outbox/event-of-row.ts';
-import { type Claim, createOutbox } from './outbox/outbox.ts';
-import { createPool } from './outbox/pool.ts';
-import { createReceipts, type Receipts } from './outbox/receipts.ts';
+import { createOutbox } from './outbox/outbox.ts';
+import { createReceipts } from './outbox/receipts.ts';
 import { createWakeup } from './outbox/wakeup.ts';
-import { createWriteProbe, inspectRedis, openRedis, waitForServers } from './preflight.ts';
-import { type ClaimRound, claimable, createClaimWorker } from './queue/claim.ts';
+import { createWriteProbe, inspectRedis, waitForServers } from './preflight.ts';
+import { createClaimWorker } from './queue/claim.ts';
 import { createProgressWatch } from './queue/progress.ts';
 import { createPublishWorker } from './queue/publish.ts';
-import {
-  ANSWER_TIMEOUT_MS,
-  createQueues,
-  publishJobKey,
-  QUEUE_CONNECTION,
-  WORKER_CONNECTION,
-} from './queue/queues.ts';
+import { createQueues } from './queue/queues.ts';
+import { createClaimRounds } from './queue/rounds.ts';
 import { createScheduler } from './queue/scheduler.ts';
 import { createSuspects } from './queue/suspects.ts';
-import { APPEND_CONNECTION, createStream, type StreamOptions } from './stream/append.ts';
-import { createEpoch, EpochOverError, type Loss } from './stream/epoch.ts';
-import { createRestorer, type Restorer } from './stream/restore.ts';
+import { openServers, type Servers } from './servers.ts';
+import { createStream } from './stream/append.ts';
+import { createEpoch, EpochOverError } from './stream/epoch.ts';
+import { createRestorer } from './stream/restore.ts';
 import { createValidator } from './stream/validate.ts';
 import { createTopicCheck } from './topics.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
@@ -38,7 +33,6 @@ import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile } from './triage/reconcile.ts';
-import { createResync, totals } from './triage/resync.ts';
 import { createHealth } from './web/health.ts';
 import { createWebServer } from './web/server.ts';
 
@@ -76,16 +70,11 @@ const TRIM_LIMIT = 1_000;
 const CLAIM_JOB_DEADLINE_MS = 120_000;
 /** A pod that has not looked after the schedule for so long hangs. */
 const STUCK_AFTER_MS = 60_000;
-/** Answer of a healthy server; commands that take longer are given up and asked again. */
-const QUEUE_TIMEOUT_MS = 5_000;
 /** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
 const STATEMENT_TIMEOUT_MS = 4_000;
-const CONNECT_TIMEOUT_MS = 3_000;
-const RECONNECT_DELAY_MS = 1_000;
 const CLOSE_TIMEOUT_MS = 1_000;
 /** Of the time to stop, this much is for finishing what runs; the rest is for closing. */
 const DRAINING_SHARE = 0.8;
-const POOL_SIZE = 10;
 
 export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
   const logger = deps.logger ?? createLogger(config.logLevel);
@@ -144,68 +133,6 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
   };
 }
 
-type Servers = Readonly<{
-  pool: Pool;
-  /** For the queues: fails fast. */
-  queueRedis: Redis;
-  /** For the streams alone: neither queues nor resends. */
-  appendRedis: Redis;
-  /** For BullMQ's workers: waits until Redis is back. */
-  workerRedis: Redis;
-  close(): Promise<void>;
-}>;
-
-function openServers(config: RelayConfig, deps: RelayDeps, logger: Logger): Servers {
-  const ownPool = deps.pool
-    ? undefined
-    : createPool(config.databaseUrl, {
-        max: POOL_SIZE,
-        connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-        keepAlive: true,
-        pipeline: true,
-        application_name: 'relay-service',
-      });
-  ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
-
-  const connections: Redis[] = [];
-  const connect = (role: string, options: RedisOptions): Redis => {
-    const all: RedisOptions = {
-      ...options,
-      lazyConnect: false,
-      socketTimeout: ANSWER_TIMEOUT_MS,
-      connectTimeout: CONNECT_TIMEOUT_MS,
-      connectionName: `relay-${role}`,
-      retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
-    };
-    const redis = deps.redis ? deps.redis.duplicate(all) : openRedis(config.redisUrl, all);
-    let lost = false;
-    redis.on('error', (error) => {
-      if (!lost)
-        logger.warn(
-          { err: error, connection: role },
-          'no connection to Redis; trying again until it is back',
-        );
-      lost = true;
-    });
-    redis.on('ready', () => {
-      if (lost) logger.warn({ connection: role }, 'the connection to Redis is back');
-      lost = false;
-    });
-    connections.push(redis);
-    return redis;
-  };
-  return {
-    pool: distrustful(deps.pool ?? (ownPool as Pool), QUEUE_TIMEOUT_MS),
-    queueRedis: connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS }),
-    appendRedis: connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs }),
-    workerRedis: connect('worker', WORKER_CONNECTION),
-    async close() {
-      for (const redis of connections) redis.disconnect();
-      await ownPool?.end();
-    },
-  };
-}
-
 function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: boolean) {
   const { pool, queueRedis, appendRedis, workerRedis } = servers;
   const ordered = config.ordering === 'aggregate';
@@ -224,29 +151,22 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     logger,
   });
 
+  const restorer = createRestorer(appendRedis, streamOptions);
   const epoch = createEpoch({
     redis: appendRedis,
     key: streamOptions.epochKey,
     databaseTime: receipts.time,
-    restore,
+    restore: createRestore({
+      receipts,
+      compare: createComparison(restorer, receipts, config.dlqStreamName, logger),
+      windowMs: config.resyncWindowMs,
+      endLeases: outbox.endLeases,
+      onRestored: () => void scheduler.wake(),
+      logger,
+    }),
     logger,
   });
   const stream = createStream(appendRedis, epoch, streamOptions);
-  const restorer = createRestorer(appendRedis, streamOptions);
-  const compare = createComparison(restorer, receipts, config.dlqStreamName, logger);
-
-  /** Redis may have lost entries and jobs: what is missing is appended again before anything new is. */
-  async function restore({ intactUntil, guard }: Loss): Promise<void> {
-    const startedAt = Date.now();
-    await receipts.given();
-    const since = await receipts.comparedFrom(config.resyncWindowMs, intactUntil);
-    const found = totals(await compare({ since, until: 'infinity', guard }));
-    const leases = await outbox.endLeases();
-    const about = { since, ...found, leases, ms: Date.now() - startedAt };
-    if (found.lost + found.refused === 0) logger.info(about, 'nothing that was published is missing');
-    else logger.warn(about, 'Redis had lost entries; they were appended again');
-    void scheduler.wake();
-  }
 
   const orphans = createOrphanWatch({
     release: outbox.releaseOrphans,
@@ -330,58 +250,20 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     logger,
   });
 
-  /** Jobs that rounds are about to add; and of these, the ones that were added since the last count. */
-  let reserved = 0;
-  let added = 0;
-  let counting: Promise<unknown> = Promise.resolve();
-
-  /** How many jobs a round may add; 0 when too few to be worth it. One count at a time, so that none is missed. */
-  function reserve(): Promise<number> {
-    const counted = counting.then(async () => {
-      reserved -= added;
-      added = 0;
-      const limit = claimable(await queues.inFlight(), reserved, config);
-      reserved += limit;
-      return limit;
-    });
-    counting = counted.catch(() => {});
-    return counted;
-  }
-
-  async function claim(): Promise<ClaimRound> {
-    const limit = await reserve();
-    if (limit === 0) return { kind: 'no-room' };
-    try {
-      const { leased, parked, more } = await outbox
-        .transaction('repeatable', async (tx) => {
-          const claimed = await outbox.claimFresh(tx, limit);
-          if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
-          return claimed;
-        })
-        .catch((error) => {
-          if (!payloadMayBeAtFault(error)) throw error;
-          logger.warn({ err: error }, 'the payload of an event may be unprintable; claiming one by one');
-          return claimOneByOne(limit);
-        });
-      watchOrphans(parked);
-      return { kind: more ? 'more' : 'all', events: leased.length };
-    } finally {
-      added += limit;
-    }
-  }
-
-  /** Until the event is found that cannot be printed: its job exists then, and the next round is as any other. */
-  async function claimOneByOne(limit: number): Promise<Claim> {
-    const leased: OutboxEvent[] = [];
-    const parked: Claim['parked'] = [];
-    for (let more = true; more && leased.length + parked.length < limit; ) {
-      const one = await outbox.claimAlone(queues.addPublishJobs);
-      leased.push(...one.leased);
-      parked.push(...one.parked);
-      more = one.more && !one.leased[0]?.withheld;
-    }
-    return { leased, parked, more: true };
-  }
+  const claim = createClaimRounds({
+    inFlight: queues.inFlight,
+    options: config,
+    claimBatch: (limit) =>
+      outbox.transaction('repeatable', async (tx) => {
+        const claimed = await outbox.claimFresh(tx, limit);
+        if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
+        return claimed;
+      }),
+    claimAlone: () => outbox.claimAlone(queues.addPublishJobs),
+    payloadMayBeAtFault,
+    onParked: watchOrphans,
+    logger,
+  });
 
   /** Epoch in which entries without a job were found; should it be over, they are looked for again. */
   let foundIn: string | undefined;
@@ -471,6 +353,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     },
     redis: async () => {
       await assertWritable();
+      if (epoch.current() === undefined) throw new Error('Redis may have lost entries: they are looked for');
       return inspectRedis(queueRedis);
     },
     backlog: async () => {
@@ -521,32 +404,6 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     },
     httpPort: () => (http ? web.port() : undefined),
   };
-}
-
-/** What the configuration says about streams and the keys beside them. */
-export const streamOptionsOf = (config: RelayConfig): StreamOptions => ({
-  ...config,
-  jobKey: (eventId) => publishJobKey(config, eventId),
-  epochKey: `${config.queuePrefix}:${config.queueName}:epoch`,
-});
-
-/** Compares table and streams, and restores; see triage/resync.ts. */
-export function createComparison(
-  restorer: Restorer,
-  receipts: Receipts,
-  dlqStreamName: string,
-  logger: Logger,
-) {
-  return createResync({
-    dlqStreamName,
-    rows: receipts.rows,
-    events: receipts.events,
-    renew: receipts.renew,
-    absent: restorer.absent,
-    restoreEntry: restorer.entry,
-    restoreDeadLetter: restorer.deadLetter,
-    logger,
-  });
 }
 
 const VERSION = '0.1.0';

@@ -4,7 +4,8 @@ import { errorText } from './logger.ts';
 import { missingFromTable } from './outbox/migrate.ts';
 import { createClient } from './outbox/pool.ts';
 import { hasWakeup } from './outbox/wakeup.ts';
-import { inspectRedis, openRedis } from './preflight.ts';
+import { inspectRedis } from './preflight.ts';
+import { openRedis } from './servers.ts';
 
 /** `advice`: it works, but an operator should know. */
 type Verdict = { verdict: 'ok' | 'advice' | 'failed'; subject: string; finding: string };

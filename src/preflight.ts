@@ -1,16 +1,10 @@
-import { Redis, type RedisOptions } from 'ioredis';
-import { redisOptions } from './connection-urls.ts';
+import type { Redis } from 'ioredis';
 import { NotReadyError, withDeadline } from './lifecycle.ts';
 import { errorText, type Logger } from './logger.ts';
 import type { Pool } from './outbox/database.ts';
 import { missingFromTable } from './outbox/migrate.ts';
 
-/** The servers: how they are reached, and what must be there before the relay can work. */
-
-export function openRedis(redisUrl: string, options: RedisOptions): Redis {
-  // ioredis' types want the reply mapping said, though this is the default.
-  return new Redis({ ...redisOptions(redisUrl), ...options } as RedisOptions & { replyMapping?: 'legacy' });
-}
+/** What must be there before the relay can work. */
 
 const RETRY_MS = 500;
 const LOG_EVERY_MS = 5_000;

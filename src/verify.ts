@@ -1,12 +1,13 @@
 import { Presets, SingleBar } from 'cli-progress';
-import { createComparison, streamOptionsOf } from './app.ts';
+import { createComparison, streamOptionsOf } from './comparison.ts';
 import type { RelayConfig } from './config.ts';
 import { createLogger } from './logger.ts';
 import { createPool } from './outbox/pool.ts';
 import { createReceipts } from './outbox/receipts.ts';
-import { openRedis, waitForServers } from './preflight.ts';
+import { waitForServers } from './preflight.ts';
+import { openRedis } from './servers.ts';
 import { APPEND_CONNECTION } from './stream/append.ts';
-import { createRestorer } from './stream/restore.ts';
+import { createRestorer, notesOf } from './stream/restore.ts';
 import { type Found, totals } from './triage/resync.ts';
 
 export type VerifyOptions = Readonly<{
@@ -69,6 +70,7 @@ export async function verify(
       ...(guard !== null && { guard }),
       onProgress: (at, sofar) => bar.update(at, totals(sofar)),
     }).finally(() => bar.stop());
+    if (guard !== null) await redis.del(notesOf(streamOptions.epochKey));
 
     const all = totals(found);
     if (options.json) print(JSON.stringify({ since, until, streams: Object.fromEntries(found), total: all }));

@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto';
 import type { Redis, Result } from 'ioredis';
 import type { Logger } from '../logger.ts';
+import { notesOf } from './restore.ts';
 
 /**
  * An epoch is a time in which Redis has lost nothing. Its name stands in a key of Redis and is given with every
@@ -53,6 +54,7 @@ declare module 'ioredis' {
       epochKey: string,
       intactKey: string,
       checkerKey: string,
+      notesKey: string,
       ...args: [guard: string, epoch: string, at: string]
     ): Result<number, Context>;
   }
@@ -72,12 +74,12 @@ if string.find(ARGV[1], run .. '/' .. history .. ':', 1, true) ~= 1 then return 
 if ARGV[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2]) end
 return 1`;
 
-/** KEYS: epoch, intact, checker. ARGV: guard, new epoch, database time. */
+/** KEYS: epoch, intact, checker, notes. ARGV: guard, new epoch, database time. */
 const BEGIN = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 redis.call('SET', KEYS[2], ARGV[3])
-redis.call('DEL', KEYS[3])
+redis.call('DEL', KEYS[3], KEYS[4])
 return 1`;
 
 /** How often Redis is asked whether it is still the same; also how much has to be compared after a restart. */
@@ -106,8 +108,9 @@ export function createEpoch(deps: {
   const { redis, key, logger } = deps;
   const checkerKey = `${key}:checker`;
   const intactKey = `${key}:intact`;
+  const notesKey = notesOf(key);
   redis.defineCommand('stampEpoch', { numberOfKeys: 2, lua: STAMP });
-  redis.defineCommand('beginEpoch', { numberOfKeys: 3, lua: BEGIN });
+  redis.defineCommand('beginEpoch', { numberOfKeys: 4, lua: BEGIN });
 
   let stopped = true;
   let epoch: string | undefined;
@@ -193,8 +196,8 @@ export function createEpoch(deps: {
       const next = `${server}:${randomUUID()}`;
       const now = await deps.databaseTime();
       if (connection !== mine) return;
-      if ((await redis.beginEpoch(key, intactKey, checkerKey, guard, next, now)) === 1 && connection === mine)
-        take(next);
+      const begun = await redis.beginEpoch(key, intactKey, checkerKey, notesKey, guard, next, now);
+      if (begun === 1 && connection === mine) take(next);
     } finally {
       clearInterval(renewal);
     }

@@ -6,26 +6,38 @@ import { deadLetterFields, envelopeFields } from './envelope.ts';
 /** Comparing what was appended with what is there, and appending again what is missing. */
 
 /**
- * KEYS: stream. ARGV: entry ids. Answers the type of the key, the id before which everything was trimmed on purpose,
- * and the places in ARGV of the ids that are not there.
+ * Answers the type of the stream's key, the id before which everything was trimmed on purpose, and the places of the
+ * ids that are not there.
  *
- * That id is the stream's first; of an empty stream, which XTRIM and XDEL leave behind, the one after its last.
+ * What was trimmed ends at the stream's first entry; where it has none, which XTRIM and XDEL leave behind, at its
+ * last one ever; nothing was where the stream is gone. Of a stream without entries that is noted down: once some of
+ * them are restored, the first of these would look like the end of what was trimmed.
+ *
+ * KEYS: stream, notes. ARGV: lifetime of the notes (s; 0 = take none), then entry ids.
  */
 const ABSENT = `
 local kind = redis.call('TYPE', KEYS[1]).ok
-if kind ~= 'stream' then return {kind, '0-0'} end
-local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-local answer = {kind, '0-0'}
-if first then
-  answer[2] = first[1]
-else
-  local info = redis.call('XINFO', 'STREAM', KEYS[1])
-  for i = 1, #info, 2 do
-    if info[i] == 'last-generated-id' then answer[2] = '(' .. info[i + 1] end
+if kind ~= 'stream' and kind ~= 'none' then return {kind, '0-0'} end
+local trimmed = redis.call('HGET', KEYS[2], KEYS[1])
+if not trimmed then
+  local first = kind == 'stream' and redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+  if first then
+    trimmed = first[1]
+  else
+    trimmed = '0-0'
+    local info = kind == 'stream' and redis.call('XINFO', 'STREAM', KEYS[1]) or {}
+    for i = 1, #info, 2 do
+      if info[i] == 'last-generated-id' then trimmed = '(' .. info[i + 1] end
+    end
+    if ARGV[1] ~= '0' then
+      redis.call('HSET', KEYS[2], KEYS[1], trimmed)
+      redis.call('EXPIRE', KEYS[2], ARGV[1])
+    end
   end
 end
-for i = 1, #ARGV do
-  if #redis.call('XRANGE', KEYS[1], ARGV[i], ARGV[i]) == 0 then answer[#answer + 1] = tostring(i) end
+local answer = {kind, trimmed}
+for i = 2, #ARGV do
+  if #redis.call('XRANGE', KEYS[1], ARGV[i], ARGV[i]) == 0 then answer[#answer + 1] = tostring(i - 1) end
 end
 return answer`;
 
@@ -68,12 +80,17 @@ return answer`;
 const FIND_STEP = 1_000;
 const FIND_LIMIT = 50_000;
 
-/** Longer than any comparison takes that was begun anew since its pod died. */
-const MARKER_TTL_S = 3_600;
+/** Of markers and notes: longer than any comparison takes that was begun anew since its pod died. */
+const TTL_S = 3_600;
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    absentEntries(stream: string, ...entryIds: string[]): Result<string[], Context>;
+    absentEntries(
+      stream: string,
+      notes: string,
+      ttl: number,
+      ...entryIds: string[]
+    ): Result<string[], Context>;
     findEntries(
       stream: string,
       from: string,
@@ -111,10 +128,14 @@ export class NotOurEpochError extends Error {
   }
 }
 
+/** Where it is noted down what streams were like before anything was restored. */
+export const notesOf = (epochKey: string) => `${epochKey}:notes`;
+
 export type Restorer = ReturnType<typeof createRestorer>;
 
 export function createRestorer(redis: Redis, options: StreamOptions) {
-  redis.defineCommand('absentEntries', { numberOfKeys: 1, lua: ABSENT });
+  redis.defineCommand('absentEntries', { numberOfKeys: 2, lua: ABSENT });
+  const notes = notesOf(options.epochKey);
   redis.defineCommand('findEntries', { numberOfKeys: 1, lua: FIND });
   redis.defineCommand('restoreEntry', { numberOfKeys: 4, lua: RESTORE });
 
@@ -132,7 +153,7 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
         options.jobKey(event.eventId),
         `${options.epochKey}:restored:${event.eventId}`,
         options.epochKey,
-        ...[guard, field, String(MARKER_TTL_S), ...trimmedTo(maxLen), '*', ...fields],
+        ...[guard, field, String(TTL_S), ...trimmedTo(maxLen), '*', ...fields],
       ),
     );
     if (typeof reply !== 'string') return reply;
@@ -143,13 +164,15 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
   }
 
   return {
-    /** @throws when Redis does not answer */
-    async absent(stream: string, entryIds: readonly string[]): Promise<Absent> {
-      const answer = await orRefusal(redis.absentEntries(stream, ...entryIds));
+    /**
+     * @param restoring entries of this stream will be restored, so what there was before has to be noted down
+     * @throws when Redis does not answer
+     */
+    async absent(stream: string, entryIds: readonly string[], restoring: boolean): Promise<Absent> {
+      const answer = await orRefusal(redis.absentEntries(stream, notes, restoring ? TTL_S : 0, ...entryIds));
       if (!Array.isArray(answer)) return { lost: [], trimmed: 0, unreadable: true };
       const [kind, before = '0-0', ...places] = answer;
-      if (kind === 'none') return { lost: [...entryIds], trimmed: 0, unreadable: false };
-      if (kind !== 'stream') return { lost: [], trimmed: 0, unreadable: true };
+      if (kind !== 'stream' && kind !== 'none') return { lost: [], trimmed: 0, unreadable: true };
       const ids = places.map((place) => entryIds[Number(place) - 1] as string);
       const lost = ids.filter((id) => !isTrimmed(id, before));
       return { lost, trimmed: ids.length - lost.length, unreadable: false };

@@ -62,6 +62,7 @@ export function createResync(deps: {
   absent: (
     stream: string,
     entryIds: string[],
+    restoring: boolean,
   ) => Promise<{ lost: string[]; trimmed: number; unreadable: boolean }>;
   /** Both throw when Redis can take nothing now: then the whole comparison has to be run again. */
   restoreEntry: (event: OutboxEvent, guard: string) => Promise<Outcome>;
@@ -102,6 +103,7 @@ export function createResync(deps: {
         const absent = await deps.absent(
           stream,
           rows.map((row) => row.entryId),
+          range.guard !== undefined,
         );
         const sum = found.get(stream) ?? { ...NOTHING };
         found.set(stream, sum);

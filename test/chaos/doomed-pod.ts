@@ -7,7 +7,7 @@ import type { Redis, RedisOptions } from 'ioredis';
 import type pg from 'pg';
 import { createRelay, loadConfig } from '../../src/app.ts';
 import { createPool } from '../../src/outbox/pool.ts';
-import { openRedis } from '../../src/preflight.ts';
+import { openRedis } from '../../src/servers.ts';
 import type { Window } from './faults-pods.ts';
 
 const window = process.env.CHAOS_WINDOW as Window;

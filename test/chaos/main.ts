@@ -36,7 +36,7 @@ type Options = {
   events: number;
   pods: number;
   duration: number;
-  faults: readonly Fault[];
+  faults?: readonly Fault[];
   each: boolean;
   list: boolean;
   keep: boolean;
@@ -51,7 +51,7 @@ const options = new Command('npm run chaos --')
   .option('--events <number>', 'events to write over the run, at least', wholeNumber(100, 1_000_000), 20_000)
   .option('--pods <number>', 'relay pods', wholeNumber(1, 8), 3)
   .option('--duration <seconds>', 'time over which the faults are spread', wholeNumber(5, 86_400), 300)
-  .option('--faults <names>', 'names with commas between them, or all', faultList, FAULTS)
+  .option('--faults <names>', 'names with commas between them (default: all)', faultList)
   .option('--each', 'each fault alone, on a settled system, graded by itself', false)
   .option('--list', 'name the faults, and end', false)
   .option('--keep', 'keep the logs of pods and servers in any case', false)
@@ -59,8 +59,10 @@ const options = new Command('npm run chaos --')
   .parse()
   .opts<Options>();
 
+const faults = options.faults ?? FAULTS;
+
 if (options.list) {
-  for (const fault of options.faults) console.log(`${fault.name.padEnd(36)} ${fault.describe}`);
+  for (const fault of faults) console.log(`${fault.name.padEnd(36)} ${fault.describe}`);
   process.exit(0);
 }
 
@@ -82,6 +84,7 @@ process.on('SIGTERM', onSignal);
 
 const runOptions = {
   ...options,
+  faults,
   durationMs: options.duration * 1_000,
   signal: stop.signal,
   onNote: progress.note,

@@ -9,6 +9,7 @@ import { GRADE_NAMES, GRADES, type Grade, gradeWorld, isClean, since } from './g
 import { comesTrue, pause, persistently } from './patience.ts';
 import { createRandom } from './random.ts';
 import { laneOf, type Scheduled, scheduleEach, scheduleTogether } from './schedule.ts';
+import { POISON_TOPIC } from './topics.ts';
 import { buildWorld, type World } from './world.ts';
 
 /** For an injection as a whole; the longest waits for a pod to come into its window. */
@@ -131,7 +132,14 @@ async function allTogether(
 
 async function poisonUntil(world: World, signal: AbortSignal): Promise<void> {
   while (!signal.aborted) {
-    await world.workload.poisonOnce();
+    // They die one after the other: what an outage holds up must not pile up beyond the time to settle.
+    const [waiting] = await world
+      .sql(
+        'SELECT count(*)::int AS n FROM identity.outbox WHERE topic = $1 AND NOT published AND dead_lettered_at IS NULL',
+        [POISON_TOPIC],
+      )
+      .catch(() => []);
+    if (waiting?.n === 0) await world.workload.poisonOnce();
     await pause(POISON_EVERY_MS, signal);
   }
 }

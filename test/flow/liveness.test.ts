@@ -61,7 +61,8 @@ test('a pod whose worker no longer takes jobs says so, one with nothing to do an
   await waitFor(async () => (await livez(stuckPod.url)).status === 200, { what: 'nothing to be left to do' });
 
   expect(await livez(idlePod.url)).toEqual({ status: 200, reasons: [] });
-  expect(idlePod.logs().filter(({ msg }) => /connection to Redis/.test(String(msg)))).toEqual([]);
+  const logs = [...idlePod.logs(), ...pausedPod.logs()];
+  expect(logs.filter(({ msg }) => /connection to Redis|worker met an error/.test(String(msg)))).toEqual([]);
   expect(await paused.count('next_attempt_at IS NOT NULL AND NOT published')).toBe(1);
   expect(await livez(pausedPod.url)).toEqual({ status: 200, reasons: [] });
 }, 150_000);

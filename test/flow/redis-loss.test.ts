@@ -35,19 +35,22 @@ test('FLUSHALL of an idle relay: what was published is there again, dead letters
   await stage.redis.set('identity.broken.v1', 'a string');
   await stage.pod();
   const bad = anEvent({ topic: 'identity.broken.v1' });
-  await insertEvents(stage.pool, [...someEvents(100, 10), bad]);
+  await insertEvents(stage.pool, [...someEvents(2_500, 100), bad]);
   await stage.rested();
   const [letter] = await stage.entries(DLQ);
   await stage.redis.flushall();
-  await waitFor(async () => (await stage.redis.xlen(STREAM)) === 100 && (await stage.redis.xlen(DLQ)) === 1, {
-    what: 'the entries to be there again',
-  });
+  await waitFor(
+    async () => (await stage.redis.xlen(STREAM)) === 2_500 && (await stage.redis.xlen(DLQ)) === 1,
+    {
+      what: 'the entries to be there again',
+    },
+  );
   const [again] = await stage.entries(DLQ);
   expect({ ...again?.fields, failed_at: '' }).toEqual({ ...letter?.fields, failed_at: '' });
   await insertEvents(stage.pool, someEvents(5));
   await stage.rested();
   const grade = await stage.expectPromisesHeld();
-  expect(grade).toMatchObject({ entries: 105, deadLetters: 1 });
+  expect(grade).toMatchObject({ entries: 2_505, deadLetters: 1 });
   // Each row knows its new entry.
   const ids = [...(await stage.entries()), ...(await stage.entries(DLQ))].map(({ entryId }) => entryId);
   expect((await stage.rows()).map((row) => row.stream_entry_id).toSorted()).toEqual(ids.toSorted());

@@ -5,6 +5,7 @@ import { distrustful } from '../../src/outbox/distrust.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { createProxy, through } from '../support/proxy.ts';
 import { createDatabase } from '../support/servers.ts';
+import { waitFor } from '../support/wait.ts';
 
 const { url } = await createDatabase();
 
@@ -31,12 +32,15 @@ const took = async (work: () => Promise<unknown>): Promise<number> => {
 
 test('of a pool whose connections are all dead only the first costs time', async () => {
   const { pool, trusted } = await aDeadPool(10, { usedByUs: true });
+  let closed = 0;
+  pool.on('remove', () => closed++);
   await expect(trusted.query('SELECT 1')).rejects.toThrow('Query read timeout');
   const ms = await took(() =>
     Promise.all(Array.from({ length: 10 }, () => trusted.query('SELECT pg_sleep(0.05)'))),
   );
   expect(ms).toBeLessThan(2_000);
   expect(pool.totalCount).toBeLessThanOrEqual(10);
+  await waitFor(() => closed === 10, { what: 'the dead ones to be closed', timeoutMs: 3_000 });
 }, 30_000);
 
 test('connections of a pool that others use are asked for a sign of life before they are trusted', async () => {

@@ -63,6 +63,14 @@ beforeEach(async () => {
   doubts = [];
 });
 
+/** The same, of a job that has failed for good. */
+async function anEventGivenUp(overrides: Partial<OutboxEvent> = {}): Promise<OutboxEvent> {
+  const event = await anEventWithJob(overrides);
+  await giveUp(event);
+  return event;
+}
+const giveUp = (event: OutboxEvent) => admin.hset(jobKey(event.eventId), 'finishedOn', '1700000000001');
+
 const anEventWithJob = (overrides: Partial<OutboxEvent> = {}) => jobOf(admin, aClaimedEvent(overrides));
 const FAILURE = { reason: 'WRONGTYPE', attempts: 6, failedAt: new Date('2026-01-02T03:04:05.678Z') };
 
@@ -139,7 +147,7 @@ describe('an event', () => {
 
 describe('a dead letter', () => {
   test('has the old fields, the rest of the envelope, and why and when', async () => {
-    const event = await anEventWithJob({ tenantId: 'tenant', correlationId: 'correlation' });
+    const event = await anEventGivenUp({ tenantId: 'tenant', correlationId: 'correlation' });
     expect(await stream.deadLetter(event, FAILURE)).toMatchObject({ status: 'appended' });
     expect(await readStream(admin, DLQ)).toEqual([
       {
@@ -155,6 +163,7 @@ describe('a dead letter', () => {
   test('is appended once, apart from the entry of the event itself', async () => {
     const event = await anEventWithJob();
     const entry = await stream.publish(event);
+    await giveUp(event);
     const letter = await stream.deadLetter(event, FAILURE);
     expect(await stream.deadLetter(event, { ...FAILURE, reason: 'another' })).toEqual({
       ...letter,
@@ -163,6 +172,20 @@ describe('a dead letter', () => {
     expect(await stream.publish(event)).toEqual({ ...entry, status: 'already-appended' });
     expect(await readStream(admin, DLQ)).toHaveLength(1);
     expect(await readStream(admin, TOPIC)).toHaveLength(1);
+  });
+});
+
+describe('a job that is not as it should be', () => {
+  test('because it was made again: a dead letter that comes late is not written', async () => {
+    const event = await anEventWithJob();
+    expect(await stream.deadLetter(event, FAILURE)).toEqual({ status: 'job-gone' });
+    expect(await admin.exists(DLQ)).toBe(0);
+  });
+
+  test('because it was given up: an attempt that comes late appends nothing', async () => {
+    const event = await anEventGivenUp();
+    expect(await stream.publish(event)).toEqual({ status: 'job-gone' });
+    expect(await admin.exists(TOPIC)).toBe(0);
   });
 });
 

@@ -28,7 +28,9 @@ const add = async (...ids: string[]) => {
 describe('of the entries that a stream should have', () => {
   test('those are lost that are not there, and those trimmed that are older than its first', async () => {
     await add('5-1', '5-3', '9-0');
-    expect(await restorer.absent(TOPIC, ['3-7', '5-0', '5-1', '5-2', '5-3', '9-0', '9-1', '10-0'])).toEqual({
+    expect(
+      await restorer.absent(TOPIC, ['3-7', '5-0', '5-1', '5-2', '5-3', '9-0', '9-1', '10-0'], false),
+    ).toEqual({
       lost: ['5-2', '9-1', '10-0'],
       trimmed: 2,
       unreadable: false,
@@ -36,28 +38,52 @@ describe('of the entries that a stream should have', () => {
   });
 
   test('all are lost when it is gone', async () => {
-    expect(await restorer.absent(TOPIC, ['1-0', '2-0'])).toMatchObject({ lost: ['1-0', '2-0'], trimmed: 0 });
+    expect(await restorer.absent(TOPIC, ['1-0', '2-0'], false)).toMatchObject({
+      lost: ['1-0', '2-0'],
+      trimmed: 0,
+    });
   });
 
   test('none are that were there when somebody emptied it; those are that came later', async () => {
     await add('5-1', '6-0');
     await redis.xtrim(TOPIC, 'MAXLEN', 0);
-    expect(await restorer.absent(TOPIC, ['5-1', '6-0', '6-1'])).toMatchObject({ lost: ['6-1'], trimmed: 2 });
+    expect(await restorer.absent(TOPIC, ['5-1', '6-0', '6-1'], false)).toMatchObject({
+      lost: ['6-1'],
+      trimmed: 2,
+    });
   });
 
   test('all are lost of a stream that was made anew for its consumer group', async () => {
     await redis.xgroup('CREATE', TOPIC, 'group', '0', 'MKSTREAM');
-    expect(await restorer.absent(TOPIC, ['1-0'])).toMatchObject({ lost: ['1-0'], trimmed: 0 });
+    expect(await restorer.absent(TOPIC, ['1-0'], false)).toMatchObject({ lost: ['1-0'], trimmed: 0 });
   });
 
   test('nothing can be said when its key holds something else', async () => {
     await redis.set(TOPIC, 'a string');
-    expect(await restorer.absent(TOPIC, ['1-0'])).toEqual({ lost: [], trimmed: 0, unreadable: true });
+    expect(await restorer.absent(TOPIC, ['1-0'], false)).toEqual({ lost: [], trimmed: 0, unreadable: true });
+  });
+
+  test.each([
+    ['gone', async () => {}, '1-0'],
+    [
+      'emptied',
+      async () => {
+        await add('5-1');
+        await redis.xtrim(TOPIC, 'MAXLEN', 0);
+      },
+      '5-2',
+    ],
+  ])('of a stream that was %s, those that are not restored yet are lost still', async (_, prepare, lost) => {
+    await prepare();
+    const absent = () => restorer.absent(TOPIC, [lost], true);
+    expect(await absent()).toMatchObject({ lost: [lost], trimmed: 0 });
+    await restorer.entry(aClaimedEvent(), GUARD);
+    expect(await absent()).toMatchObject({ lost: [lost], trimmed: 0 });
   });
 
   test('ids are compared as numbers', async () => {
     await add('999-9', '1000-10');
-    expect(await restorer.absent(TOPIC, ['999-10', '1000-9', '998-11'])).toEqual({
+    expect(await restorer.absent(TOPIC, ['999-10', '1000-9', '998-11'], false)).toEqual({
       ...{ lost: ['999-10', '1000-9'], trimmed: 1, unreadable: false },
     });
   });

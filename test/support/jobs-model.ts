@@ -59,6 +59,7 @@ export function createJobs(of: (eventId: string) => Known, beforeAppend: (event:
     const job = jobs.get(event.eventId);
     if (!job) return { status: 'job-gone' };
     if (job.entryId) return { status: 'already-appended', entryId: job.entryId, epoch: EPOCH };
+    if (job.state === 'failed') return { status: 'job-gone' };
     if (of(event.eventId).poisonous) return { status: 'refused', reason: 'poisonous' };
     const entryId = `${++entries}-0`;
     await beforeAppend(of(event.eventId));
@@ -71,6 +72,7 @@ export function createJobs(of: (eventId: string) => Known, beforeAppend: (event:
     const job = jobs.get(event.eventId);
     if (!job) return { status: 'job-gone' };
     if (job.deadLetterId) return { status: 'already-appended', entryId: job.deadLetterId, epoch: EPOCH };
+    if (job.state !== 'failed') return { status: 'job-gone' };
     job.deadLetterId = `${++entries}-0`;
     of(event.eventId).deadLetters++;
     return { status: 'appended', entryId: job.deadLetterId, epoch: EPOCH };

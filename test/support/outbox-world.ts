@@ -89,9 +89,7 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
 
   const pick = <T>(list: readonly T[], n: number) => list[n % list.length] as T;
   const withReceipt = () => workers.filter((it) => it.receipt && it.acknowledgement === 'none');
-  const unappended = () =>
-    // A worker that froze before its append, and for so long that its job has failed, could still append: not promised.
-    workers.filter((it) => !it.receipt && jobs.get(it.event.eventId)?.state !== 'failed');
+  const unappended = () => workers.filter((it) => !it.receipt);
 
   const can = {
     insert: (aggregate: number) => !writing.has(aggregate),
@@ -201,9 +199,6 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
         handlers.push({
           name: `dead-letter ${name(event)}`,
           run: async () => {
-            // Milliseconds later. Had the job been made again meanwhile (its claim rolled back and repeated, or the row
-            // replayed), this would bury an event whose new job is alive: found, rare, not covered here.
-            if (jobs.get(event.eventId) !== job) return;
             await perform('', true, (hands) => deadLetterBy(hands, hands.commitWhenTold)(failure));
           },
         });

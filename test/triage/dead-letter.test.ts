@@ -40,7 +40,9 @@ beforeEach(async () => {
   await insertEvents(pool, someEvents(3, 1));
   const { leased } = await outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, 10));
   [event] = leased as [OutboxEvent];
-  await redis.hset(jobKey(event.eventId), { name: event.eventType, timestamp: '1700000000000' });
+  await redis.hset(jobKey(event.eventId), {
+    ...{ name: event.eventType, timestamp: '1700000000000', finishedOn: '1700000000001' },
+  });
 });
 
 const EPOCH_KEY = 'bull:relay:epoch';

@@ -1,0 +1,89 @@
+import { Redis, type RedisOptions } from 'ioredis';
+import type { RelayConfig } from './config.ts';
+import { redisOptions } from './connection-urls.ts';
+import type { Logger } from './logger.ts';
+import type { Pool } from './outbox/database.ts';
+import { distrustful } from './outbox/distrust.ts';
+import { createPool } from './outbox/pool.ts';
+import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
+import { APPEND_CONNECTION } from './stream/append.ts';
+
+/** Every connection of a pod: what it is for, and how long it is waited for. */
+
+/** Answer of a healthy server; commands that take longer are given up and asked again. */
+const QUEUE_TIMEOUT_MS = 5_000;
+const CONNECT_TIMEOUT_MS = 3_000;
+const RECONNECT_DELAY_MS = 1_000;
+const POOL_SIZE = 10;
+
+export function openRedis(redisUrl: string, options: RedisOptions): Redis {
+  // ioredis' types want the reply mapping said, though this is the default.
+  return new Redis({ ...redisOptions(redisUrl), ...options } as RedisOptions & { replyMapping?: 'legacy' });
+}
+
+export type Servers = Readonly<{
+  pool: Pool;
+  /** For the queues: fails fast. */
+  queueRedis: Redis;
+  /** For the streams alone: neither queues nor resends. */
+  appendRedis: Redis;
+  /** For BullMQ's workers: waits until Redis is back. */
+  workerRedis: Redis;
+  close(): Promise<void>;
+}>;
+
+/** @param deps what somebody else brought: used, and never closed */
+export function openServers(
+  config: RelayConfig,
+  deps: Readonly<{ pool?: Pool; redis?: Redis }>,
+  logger: Logger,
+): Servers {
+  const ownPool = deps.pool
+    ? undefined
+    : createPool(config.databaseUrl, {
+        max: POOL_SIZE,
+        connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
+        keepAlive: true,
+        pipeline: true,
+        application_name: 'relay-service',
+      });
+  ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
+
+  const connections: Redis[] = [];
+  const connect = (role: string, options: RedisOptions): Redis => {
+    const all: RedisOptions = {
+      ...options,
+      lazyConnect: false,
+      socketTimeout: ANSWER_TIMEOUT_MS,
+      connectTimeout: CONNECT_TIMEOUT_MS,
+      connectionName: `relay-${role}`,
+      retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
+    };
+    const redis = deps.redis ? deps.redis.duplicate(all) : openRedis(config.redisUrl, all);
+    let lost = false;
+    redis.on('error', (error) => {
+      if (!lost)
+        logger.warn(
+          { err: error, connection: role },
+          'no connection to Redis; trying again until it is back',
+        );
+      lost = true;
+    });
+    redis.on('ready', () => {
+      if (lost) logger.warn({ connection: role }, 'the connection to Redis is back');
+      lost = false;
+    });
+    connections.push(redis);
+    return redis;
+  };
+  return {
+    pool: distrustful(deps.pool ?? (ownPool as Pool), QUEUE_TIMEOUT_MS),
+    queueRedis: connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS }),
+    appendRedis: connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs }),
+    workerRedis: connect('worker', WORKER_CONNECTION),
+    async close() {
+      for (const redis of connections) redis.disconnect();
+      await ownPool?.end();
+    },
+  };
+}
