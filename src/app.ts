@@ -377,10 +377,16 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
     phase: () => phase,
   });
 
+  /** Most of the time it is known at once; a long comparison, by this or another pod, is not waited for. */
+  async function startEpoch(): Promise<void> {
+    epoch.start();
+    await epoch.known();
+  }
+
   const lifecycle = createLifecycle([
     { name: 'HTTP server', ...(http && { start: web.start, stop: web.stop }) },
     { name: 'queues', stop: queues.close },
-    { name: 'epoch', start: epoch.start, stop: epoch.stop },
+    { name: 'epoch', start: startEpoch, stop: epoch.stop },
     { name: 'acknowledgements', stop: acknowledger.drain },
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },

@@ -1,4 +1,5 @@
 import type pg from 'pg';
+import { isNoAnswer } from './distrust.ts';
 
 /**
  * How a row becomes an OutboxEvent, in SQL. Anybody who may write the table chooses what is in it, so nothing of a
@@ -134,6 +135,9 @@ export const weighed = (source: string, maxEventBytes: number) => {
  */
 const AT_FAULT = new Set(['54000', '54001', '53200', '57014', 'XX000', 'XX001']);
 
-/** Whether a statement may have failed by the payload of a row that it was to print. */
+/**
+ * Whether a statement may have failed by the payload of a row that it was to print. One that printed for longer than
+ * its answer was waited for has no code: PostgreSQL heeds no deadline while it prints.
+ */
 export const payloadMayBeAtFault = (error: unknown): boolean =>
-  AT_FAULT.has((error as pg.DatabaseError | null)?.code ?? '');
+  AT_FAULT.has((error as pg.DatabaseError | null)?.code ?? '') || isNoAnswer(error);

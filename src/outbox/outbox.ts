@@ -1,6 +1,7 @@
 import type { OutboxEvent, Receipt } from '../event.ts';
 import { errorText } from '../logger.ts';
 import { type Durability, type Pool, type Queryable, transaction } from './database.ts';
+import { isNoAnswer } from './distrust.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 
 /**
@@ -59,6 +60,8 @@ const CLAIMING = '1919705465, 1668047209';
 const CLAIM_TURN_LIMIT_MS = 8_000;
 
 const BACKLOG_COUNT_LIMIT = 100_000;
+/** Rows that are remembered to have been printed in vain, at most. */
+const UNANSWERED_KEPT = 1_000;
 
 const MS = `* interval '1 millisecond'`;
 /**
@@ -166,6 +169,27 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
     };
   }
 
+  /** Rows whose claim alone got no answer, and how often. */
+  const unanswered = new Map<string, number>();
+
+  async function claimLocked(tx: Queryable, id: string): Promise<Claim> {
+    const withhold = (reason: string) => claim(tx, 1, { kind: 'withheld', values: [id, reason] });
+    // Twice, each time right after the lock was answered: a server or a network that hangs does not hang by the row.
+    if ((unanswered.get(id) ?? 0) >= 2) return withhold('PostgreSQL does not print the payload in time');
+    // The lock on the row is older than the savepoint and outlives the way back to it.
+    await tx.query('SAVEPOINT alone');
+    const backFrom = async (error: unknown): Promise<string> => {
+      if (!payloadMayBeAtFault(error) || isNoAnswer(error)) throw error;
+      await tx.query('ROLLBACK TO SAVEPOINT alone');
+      return `PostgreSQL cannot print the payload: ${errorText(error)}`;
+    };
+    // Twice in a row: a server that hung, or was out of memory, for a moment must not cost an event. The second
+    // time without the look at its numbers, for which a deeply nested payload may need too much stack.
+    return claim(tx, 1, { kind: 'alone', values: [id] })
+      .catch((error) => backFrom(error).then(() => claim(tx, 1, { kind: 'unasked', values: [id] })))
+      .catch(async (error) => withhold(await backFrom(error)));
+  }
+
   return {
     transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
       transaction(pool, statementTimeoutMs, durability, work),
@@ -192,29 +216,29 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      * Takes the first fresh row alone, after a claim failed by what may be a payload that PostgreSQL cannot print:
      * if it is this one's, the row is taken all the same, its payload withheld. The caller adds its job meanwhile.
      */
-    claimAlone: (add: (leased: OutboxEvent[]) => Promise<void>): Promise<Claim> =>
-      transaction(pool, printMs, 'repeatable', async (tx) => {
-        const { rows } = await tx.query<{ id: string }>(
-          `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
-           ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
-        );
-        if (rows[0] === undefined) return { leased: [], parked: [], more: false };
-        const { id } = rows[0];
-        // The lock on the row is older than the savepoint and outlives the way back to it.
-        await tx.query('SAVEPOINT alone');
-        const backFrom = async (error: unknown): Promise<string> => {
-          if (!payloadMayBeAtFault(error)) throw error;
-          await tx.query('ROLLBACK TO SAVEPOINT alone');
-          return `PostgreSQL cannot print the payload: ${errorText(error)}`;
-        };
-        // Twice in a row: a server that hung, or was out of memory, for a moment must not cost an event. The second
-        // time without the look at its numbers, for which a deeply nested payload may need too much stack.
-        const claimed = await claim(tx, 1, { kind: 'alone', values: [id] })
-          .catch((error) => backFrom(error).then(() => claim(tx, 1, { kind: 'unasked', values: [id] })))
-          .catch(async (error) => claim(tx, 1, { kind: 'withheld', values: [id, await backFrom(error)] }));
-        if (claimed.leased.length > 0) await add(claimed.leased);
-        return claimed;
-      }),
+    async claimAlone(add: (leased: OutboxEvent[]) => Promise<void>): Promise<Claim> {
+      let id: string | undefined;
+      try {
+        return await transaction(pool, printMs, 'repeatable', async (tx) => {
+          const { rows } = await tx.query<{ id: string }>(
+            `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
+             ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+          );
+          if (rows[0] === undefined) return { leased: [], parked: [], more: false };
+          id = rows[0].id;
+          const claimed = await claimLocked(tx, id);
+          if (claimed.leased.length > 0) await add(claimed.leased);
+          unanswered.delete(id);
+          return claimed;
+        });
+      } catch (error) {
+        if (id !== undefined && isNoAnswer(error)) {
+          if (unanswered.size >= UNANSWERED_KEPT) unanswered.clear();
+          unanswered.set(id, (unanswered.get(id) ?? 0) + 1);
+        }
+        throw error;
+      }
+    },
 
     /**
      * Acknowledges appended events and leases the next row of each of their aggregates, whose jobs the

@@ -32,7 +32,7 @@ test('an event that Redis refuses is retried with doubling delays, then dead-let
     attempts: 5,
     next_attempt_at: Number.POSITIVE_INFINITY,
     error_message: expect.stringContaining('WRONGTYPE'),
-    stream_entry_id: null,
+    stream_entry_id: (await stage.entries(DLQ))[0]?.entryId,
   });
   expectRetries(history, [500, 1_000, 2_000, 4_000], insertedAt);
 
