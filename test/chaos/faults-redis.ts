@@ -2,6 +2,8 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { sampleEvent } from '../../src/demo/sample.ts';
 import { cutAof, endOfAof } from './aof.ts';
 import { type Fault, SERVER_BACK_MS } from './fault.ts';
+import { judgeBeforeErasing } from './grade.ts';
+import { persistently } from './patience.ts';
 import { between } from './random.ts';
 import { REFUSED_TOPICS, turncoatTopic } from './topics.ts';
 import { REDIS_USER, type World } from './world.ts';
@@ -72,6 +74,7 @@ export const redisFaults: readonly Fault[] = [
     describe: 'FLUSHALL',
     lane: 'redis',
     async inject(world) {
+      await persistently(() => judgeBeforeErasing(world));
       await emptied(world);
       return undefined;
     },

@@ -1,5 +1,5 @@
 /** The verdict on a run, from the table, the streams and the dead-letter stream alone. */
-import { gradeLedger, type Violation } from '../../src/demo/ledger.ts';
+import { gradeLedger, type LedgerGrade, type Violation } from '../../src/demo/ledger.ts';
 import { mayDie } from './topics.ts';
 import { DLQ, STREAM, type World } from './world.ts';
 
@@ -23,16 +23,32 @@ export const GRADE_NAMES = Object.keys(GRADES) as GradeName[];
 export type Grade = Readonly<Record<GradeName, readonly string[]>>;
 
 export async function gradeWorld(world: World): Promise<Grade> {
-  const { admin: pool, client: redis } = world;
-  const ledger = await gradeLedger({
+  const found = await readLedger(world);
+  return {
+    ...found,
+    doubled: [...new Set([...world.erased.doubled, ...found.doubled])],
+    outOfOrder: [...new Set([...world.erased.outOfOrder, ...found.outOfOrder])],
+    lost: [...found.lost, ...(await missingRows(world))],
+    healthyDead: await healthyDead(world),
+  };
+}
+
+/**
+ * Before the streams are emptied: what their readers have seen of them so far is judged now, or never. Only what a
+ * stream shows by itself counts, since the relay is at work.
+ */
+export async function judgeBeforeErasing(world: World): Promise<void> {
+  const { doubled, outOfOrder } = await readLedger(world);
+  world.erased.doubled.push(...doubled);
+  world.erased.outOfOrder.push(...outOfOrder);
+}
+
+async function readLedger({ admin: pool, client: redis }: World): Promise<LedgerGrade['samples']> {
+  const { samples } = await gradeLedger({
     ...{ pool, redis, defaultStream: STREAM, dlqStream: DLQ },
     samples: Number.POSITIVE_INFINITY,
   });
-  return {
-    ...ledger.samples,
-    lost: [...ledger.samples.lost, ...(await missingRows(world))],
-    healthyDead: await healthyDead(world),
-  };
+  return samples;
 }
 
 /** What is new since an earlier grade: in a run that grades after each fault, each answers for itself only. */

@@ -234,6 +234,7 @@ function judge(
   settled: boolean,
   world: World,
 ): Pick<RunResult, 'violations' | 'warnings'> {
+  if (signal?.aborted) return { violations: [], warnings: ['interrupted: there is no verdict'] };
   const violations: string[] = [];
   const warnings: string[] = world.fleet.surprises().slice();
   if (!isClean(grade)) {
@@ -241,8 +242,7 @@ function judge(
     for (const kind of kinds)
       violations.push(`${GRADES[kind]}: ${grade[kind].length} (${grade[kind].slice(0, 5).join(', ')})`);
   }
-  if (!settled && signal?.aborted !== true)
-    warnings.push(`rows or jobs were left after ${SETTLE_DEADLINE_MS / 1_000} s of peace`);
+  if (!settled) warnings.push(`rows or jobs were left after ${SETTLE_DEADLINE_MS / 1_000} s of peace`);
   for (const { fault, recoveryMs, error } of injections) {
     if (error !== undefined) violations.push(`${fault.name} could not be injected: ${error}`);
     else if ((recoveryMs ?? Number.POSITIVE_INFINITY) > (fault.recoveryMs ?? RECOVERY_MS)) {

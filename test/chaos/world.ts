@@ -53,6 +53,8 @@ export type World = Readonly<{
   queues: Readonly<{ claim: Queue; publish: Queue }>;
   /** Runs one statement as superuser; tries again while the server is away. */
   sql<R extends pg.QueryResultRow>(text: string, values?: unknown[]): Promise<R[]>;
+  /** Violations that streams had shown before a fault erased them. */
+  erased: { doubled: string[]; outOfOrder: string[] };
   /** URL of a session that counts against max_connections. */
   producerUrl: string;
   stop(): Promise<void>;
@@ -146,6 +148,7 @@ async function build(
   return {
     ...{ postgres, redis, redisFolder, fleet, workload, admin, client, sql, producerUrl },
     queues: { claim, publish },
+    erased: { doubled: [], outOfOrder: [] },
     stop: () => tearDown(undo),
   };
 }
