@@ -147,6 +147,7 @@ function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: b
 
   const scheduler = createScheduler({
     queue: queues.claim,
+    redis: queueRedis,
     pollIntervalMs: config.pollIntervalMs,
     logger,
   });

@@ -21,22 +21,19 @@ export async function waitForServers(deps: {
 }): Promise<void> {
   const { pool, redis, timeoutMs, logger } = deps;
   const endsAt = Date.now() + timeoutMs;
+  let missing: string[] = [];
+  // A session that ends meanwhile is no reason to give up.
+  const look = async () => {
+    missing = await missingFromTable(pool);
+  };
   await Promise.all([
-    waitFor('PostgreSQL', 'RELAY_DATABASE_URL', () => pool.query('SELECT 1'), endsAt, logger),
+    waitFor('PostgreSQL', 'RELAY_DATABASE_URL', look, endsAt, logger),
     ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', answers(it), endsAt, logger)),
   ]);
-  const client = await pool.connect();
-  // Unheard, an error between two statements ends the process; heard, the next statement fails.
-  client.on('error', () => {});
-  try {
-    const missing = await missingFromTable(client);
-    if (missing.length > 0) {
-      throw new NotReadyError(
-        `the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`,
-      );
-    }
-  } finally {
-    client.release();
+  if (missing.length > 0) {
+    throw new NotReadyError(
+      `the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`,
+    );
   }
 }
 

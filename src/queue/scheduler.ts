@@ -1,4 +1,5 @@
 import type { Queue } from 'bullmq';
+import type { Redis } from 'ioredis';
 import type { Logger } from '../logger.ts';
 
 /** Names of the claim queue's jobs. */
@@ -7,6 +8,8 @@ export const WAKE = 'wake';
 
 /** How soon a scheduler that vanished (FLUSHALL, obliterate, a removed tick) is back at the latest. */
 const HEAL_INTERVAL_MS = 2_000;
+/** Clocks that are kept differ by less. */
+const TOO_FAR_MS = 2_000;
 
 export type Scheduler = Readonly<{
   start(): void;
@@ -18,16 +21,33 @@ export type Scheduler = Readonly<{
 }>;
 
 /** The repeatable job that claims. Any number of pods may run one: they uphold the same schedule. */
-export function createScheduler(deps: { queue: Queue; pollIntervalMs: number; logger: Logger }): Scheduler {
-  const { queue, pollIntervalMs, logger } = deps;
+export function createScheduler(deps: {
+  queue: Queue;
+  redis: Redis;
+  pollIntervalMs: number;
+  logger: Logger;
+}): Scheduler {
+  const { queue, redis, pollIntervalMs, logger } = deps;
   let timer: NodeJS.Timeout | undefined;
   let running: Promise<void> = Promise.resolve();
   let stopped = true;
   let lookedAt = Date.now();
 
+  async function redisTime(): Promise<number> {
+    // From INFO, which the relay may ask for in any case, as it may not for TIME.
+    const microseconds = /^server_time_usec:(\d+)/m.exec(await redis.info('server'))?.[1];
+    return microseconds === undefined ? Date.now() : Number(microseconds) / 1_000;
+  }
+
   async function heal(): Promise<void> {
     // Upserting while the queue is paused leaves one more tick behind each time.
     if (await queue.isPaused()) return;
+    // The next tick is set by the clock of whoever starts the one before. A pod whose clock is minutes fast, and then
+    // gone, left the others without any for so long.
+    const next = (await queue.getJobScheduler(TICK))?.next;
+    if (next !== undefined && next - (await redisTime()) > pollIntervalMs + TOO_FAR_MS) {
+      await queue.removeJobScheduler(TICK);
+    }
     await queue.upsertJobScheduler(
       TICK,
       { every: pollIntervalMs },

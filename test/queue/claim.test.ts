@@ -38,7 +38,7 @@ afterEach(async () => {
 /** The real wish for a claim. */
 const wake = () =>
   createScheduler({
-    ...{ queue, pollIntervalMs: 60_000, logger: silent },
+    ...{ queue, redis: admin, pollIntervalMs: 60_000, logger: silent },
   }).wake();
 
 /**

@@ -4,7 +4,7 @@ import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest
 import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { claimQueueName, QUEUE_CONNECTION, WORKER_CONNECTION } from '../../src/queue/queues.ts';
-import { createScheduler, type Scheduler } from '../../src/queue/scheduler.ts';
+import { createScheduler, type Scheduler, TICK } from '../../src/queue/scheduler.ts';
 import { createRedis } from '../support/servers.ts';
 import { deferred, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
@@ -36,7 +36,7 @@ async function createOne(options: { pollIntervalMs?: number } = {}) {
   await waitFor(() => redis.status === 'ready', { what: 'the connection' });
   const scheduler = createScheduler({
     queue: new Queue(QUEUE, { connection: redis }),
-    ...{ pollIntervalMs: POLL_MS, logger: silent, ...options },
+    ...{ redis, pollIntervalMs: POLL_MS, logger: silent, ...options },
   });
   running.push(scheduler);
   return scheduler;
@@ -117,6 +117,20 @@ describe('the schedule', () => {
     await waitFor(() => ticks >= 2, { what: 'ticks again' });
   });
 
+  test('is pulled back when a pod whose clock is fast has set its next tick far ahead', async () => {
+    const now = Date.now;
+    Date.now = () => now() + 600_000;
+    try {
+      await queue.upsertJobScheduler(TICK, { every: POLL_MS }, { name: TICK });
+    } finally {
+      Date.now = now;
+    }
+    let ticks = 0;
+    work(async () => void ticks++);
+    (await createOne()).start();
+    await waitFor(() => ticks >= 3, { what: 'ticks' });
+  });
+
   test('outlives a pod that stops', async () => {
     const pod = await createOne({ pollIntervalMs: 60_000 });
     pod.start();
@@ -162,7 +176,7 @@ describe('a wake-up', () => {
     const away = new Queue(QUEUE, { connection: redis });
     away.on('error', () => {});
     const scheduler = createScheduler({
-      ...{ queue: away, pollIntervalMs: POLL_MS, logger: silent },
+      ...{ queue: away, redis, pollIntervalMs: POLL_MS, logger: silent },
     });
     await fragile.kill();
     await waitFor(() => redis.status !== 'ready', { what: 'the connection to be lost' });
