@@ -3,6 +3,12 @@ import type { Logger } from '../logger.ts';
 
 /** Rows compared in one step. */
 const PAGE_ROWS = 1_000;
+/**
+ * Lost rows that are held before any is restored, at most. They come by the time of their acknowledgement, which may
+ * be minutes after the append where the database was away, and after that of a successor: in the order of their old
+ * entries they are in the order of their stream.
+ */
+const HELD_ROWS = 100_000;
 /** Stored bytes of the payloads that are appended again in one step; compressed, they may be several times as long. */
 const STEP_BYTES = 4 << 20;
 
@@ -77,16 +83,20 @@ export function createResync(deps: {
 
   return async function compare(range: ComparisonRange): Promise<Comparison> {
     const found = new Map<string, Found>();
+    const held: Row[] = [];
     let after: Place = { settledAt: range.since, id: '-1' };
     for (;;) {
       const page = await deps.rows(after, range.until, PAGE_ROWS);
-      const lost = await lostOf(page, range, found);
-      if (range.guard !== undefined) {
-        for (const step of steps(lost)) await restore(step, range.guard, found);
+      held.push(...(await lostOf(page, range, found)));
+      const last = page.length < PAGE_ROWS ? undefined : page.at(-1);
+      if (range.guard === undefined) held.length = 0;
+      else if (last === undefined || held.length > HELD_ROWS) {
+        held.sort(byEntry);
+        const due = held.splice(0, last === undefined ? held.length : HELD_ROWS / 2);
+        for (const step of steps(due)) await restore(step, range.guard, found);
       }
-      const last = page.at(-1);
-      if (last !== undefined) range.onProgress?.(last.settledAt, found);
-      if (last === undefined || page.length < PAGE_ROWS) return found;
+      range.onProgress?.(page.at(-1)?.settledAt ?? after.settledAt, found);
+      if (last === undefined) return found;
       after = last;
     }
   };
@@ -118,13 +128,13 @@ export function createResync(deps: {
     return lost.flat();
   }
 
-  /** In order of id, and not too many bytes at once. */
+  /** Not too many rows, nor too many bytes, at once. */
   function steps(rows: readonly Row[]): Row[][] {
     const result: Row[][] = [];
     let bytes = Number.POSITIVE_INFINITY;
-    for (const row of rows.toSorted((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1))) {
+    for (const row of rows) {
       bytes += row.bytes;
-      if (bytes > STEP_BYTES) {
+      if (bytes > STEP_BYTES || result.at(-1)?.length === PAGE_ROWS) {
         result.push([]);
         bytes = row.bytes;
       }
@@ -175,6 +185,13 @@ export function createResync(deps: {
       guard,
     );
   }
+}
+
+/** By the ids of their entries, `<ms>-<sequence>`. */
+function byEntry(a: Row, b: Row): number {
+  const [ms = 0, sequence = 0] = a.entryId.split('-').map(Number);
+  const [otherMs = 0, otherSequence = 0] = b.entryId.split('-').map(Number);
+  return ms - otherMs || sequence - otherSequence;
 }
 
 function groupedBy<T>(items: readonly T[], key: (item: T) => string): Map<string, T[]> {
