@@ -1,16 +1,13 @@
 import { Presets, SingleBar } from 'cli-progress';
-import { createComparison, streamOptionsOf } from './comparison.ts';
-import type { RelayConfig } from './config.ts';
-import { createLogger } from './logger.ts';
-import { createPool } from './outbox/pool.ts';
-import { createReceipts } from './outbox/receipts.ts';
-import { waitForServers } from './preflight.ts';
-import { openRedis } from './servers.ts';
-import { APPEND_CONNECTION } from './stream/append.ts';
-import { createRestorer, notesOf } from './stream/restore.ts';
-import { type Found, totals } from './triage/resync.ts';
+import type { Command } from 'commander';
+import { createComparison, streamOptionsOf } from '../comparison.ts';
+import type { RelayConfig } from '../config.ts';
+import { createReceipts } from '../outbox/receipts.ts';
+import { createRestorer, notesOf } from '../stream/restore.ts';
+import { type Found, totals } from '../triage/resync.ts';
+import { EXIT, print, time, when, withConfig, withServers } from './command.ts';
 
-export type VerifyOptions = Readonly<{
+type VerifyOptions = Readonly<{
   /** A time, or how long ago in ms. */
   since: Date | number;
   until?: Date;
@@ -24,28 +21,33 @@ export type VerifyOptions = Readonly<{
 /** Held by the epoch's key where no relay has been yet: the first one compares by itself. */
 const NO_EPOCH = 'checking:verify';
 
+export function addVerify(program: Command): void {
+  program
+    .command('verify')
+    .description('compare what the table says is published, or dead, with what is in the streams')
+    .requiredOption(
+      '--since <when>',
+      'from then on: a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)',
+      when,
+    )
+    .option('--until <time>', 'up to then (default: now)', time)
+    .option('--topic <stream>', 'only this stream')
+    .option('--repair', 'append again what is missing, in order; entries that were trimmed are not')
+    .option('--json', 'print the result as JSON')
+    .addHelpText('after', '\nExits 0 if nothing is missing (any more), else 1.')
+    .action((options: VerifyOptions) =>
+      withConfig(async (config) => ((await verify(config, options)) ? EXIT.done : EXIT.failed)),
+    );
+}
+
 /**
  * Compares what the table says is published, or dead, with what is in the streams; with `repair` appends again what is
  * missing. Prints a line for each stream.
  * @returns whether nothing is missing, any more
  * @throws {NotReadyError} when a server cannot be reached
  */
-export async function verify(
-  config: RelayConfig,
-  options: VerifyOptions,
-  print: (line: string) => void,
-): Promise<boolean> {
-  const logger = createLogger('warn', process.stderr);
-  const pool = createPool(config.databaseUrl, { max: 2, application_name: 'relay-verify' });
-  pool.on('error', () => {}); // the next query says so
-  const redis = openRedis(config.redisUrl, {
-    ...APPEND_CONNECTION,
-    commandTimeout: config.publishTimeoutMs,
-    connectionName: 'relay-verify',
-  });
-  redis.on('error', () => {}); // the next command says so
-  try {
-    await waitForServers({ pool, redis: [redis], timeoutMs: config.startupTimeoutMs, logger });
+const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =>
+  withServers(config, 'relay-verify', async ({ pool, redis, logger }) => {
     const receipts = createReceipts(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
     const streamOptions = streamOptionsOf(config);
     const compare = createComparison(
@@ -74,13 +76,9 @@ export async function verify(
 
     const all = totals(found);
     if (options.json) print(JSON.stringify({ since, until, streams: Object.fromEntries(found), total: all }));
-    else report(found, since, until, options.repair === true, print);
+    else report(found, since, until, options.repair === true);
     return all.lost === all.restored && all.refused === 0;
-  } finally {
-    redis.disconnect();
-    await pool.end();
-  }
-}
+  });
 
 /** On stderr: in place in a terminal, otherwise a line now and then. It advances by the time of the rows. */
 function progressBar(since: string, until: string) {
@@ -105,13 +103,7 @@ function progressBar(since: string, until: string) {
   };
 }
 
-function report(
-  found: ReadonlyMap<string, Found>,
-  since: string,
-  until: string,
-  repair: boolean,
-  print: (line: string) => void,
-): void {
+function report(found: ReadonlyMap<string, Found>, since: string, until: string, repair: boolean): void {
   const columns = ['rows', 'there', 'trimmed', 'missing', 'restored', 'refused', 'stream'];
   const line = (cells: readonly (string | number)[]) =>
     print(cells.map((cell, i) => (i < 6 ? String(cell).padStart(9) : `  ${cell}`)).join(''));

@@ -1,11 +1,13 @@
-import type { RelayConfig } from './config.ts';
-import { withDeadline } from './lifecycle.ts';
-import { errorText } from './logger.ts';
-import { missingFromTable } from './outbox/migrate.ts';
-import { createClient } from './outbox/pool.ts';
-import { hasWakeup } from './outbox/wakeup.ts';
-import { inspectRedis } from './preflight.ts';
-import { openRedis } from './servers.ts';
+import type { Command } from 'commander';
+import type { RelayConfig } from '../config.ts';
+import { withDeadline } from '../lifecycle.ts';
+import { errorText } from '../logger.ts';
+import { missingFromTable } from '../outbox/migrate.ts';
+import { createClient } from '../outbox/pool.ts';
+import { hasWakeup } from '../outbox/wakeup.ts';
+import { inspectRedis } from '../preflight.ts';
+import { openRedis } from '../servers.ts';
+import { EXIT, print, withConfig } from './command.ts';
 
 /** `advice`: it works, but an operator should know. */
 type Verdict = { verdict: 'ok' | 'advice' | 'failed'; subject: string; finding: string };
@@ -15,11 +17,18 @@ const TIMEOUT_MS = 10_000;
 /** XADD with MAXLEN ~ and everything else the relay uses; BullMQ recommends it as well. */
 const MINIMUM_REDIS = [6, 2];
 
+export function addCheck(program: Command): void {
+  program
+    .command('check')
+    .description('check configuration, database, table, Redis, AOF and eviction policy; each with a verdict')
+    .action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
+}
+
 /**
  * Checks everything that the relay needs, and prints a verdict for each.
  * @returns whether the relay could run
  */
-export async function runChecks(config: RelayConfig, print: (line: string) => void): Promise<boolean> {
+async function runChecks(config: RelayConfig): Promise<boolean> {
   const verdicts: Verdict[] = [
     { verdict: 'ok', subject: 'configuration', finding: 'every variable is good' },
   ];

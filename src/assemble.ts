@@ -1,0 +1,322 @@
+import { createComparison, createRestore, streamOptionsOf } from './comparison.ts';
+import type { RelayConfig } from './config.ts';
+import type { OutboxEvent } from './event.ts';
+import { createLifecycle } from './lifecycle.ts';
+import { errorText, type Logger } from './logger.ts';
+import type { Queryable } from './outbox/database.ts';
+import { payloadMayBeAtFault } from './outbox/event-of-row.ts';
+import { createOutbox } from './outbox/outbox.ts';
+import { createReceipts } from './outbox/receipts.ts';
+import { createWakeup } from './outbox/wakeup.ts';
+import { createWriteProbe, inspectRedis } from './preflight.ts';
+import { createClaimWorker } from './queue/claim.ts';
+import { createProgressWatch } from './queue/progress.ts';
+import { createPublishWorker } from './queue/publish.ts';
+import { createQueues } from './queue/queues.ts';
+import { createClaimRounds } from './queue/rounds.ts';
+import { createScheduler } from './queue/scheduler.ts';
+import { createSuspects } from './queue/suspects.ts';
+import type { Servers } from './servers.ts';
+import { createStream } from './stream/append.ts';
+import { createEpoch, EpochOverError } from './stream/epoch.ts';
+import { createRestorer } from './stream/restore.ts';
+import { createValidator } from './stream/validate.ts';
+import { createTopicCheck } from './topics.ts';
+import { createAcknowledger } from './triage/acknowledge.ts';
+import { createCarry } from './triage/carry.ts';
+import { createDeadLetter } from './triage/dead-letter.ts';
+import { createOrphanWatch } from './triage/orphans.ts';
+import { createReconcile } from './triage/reconcile.ts';
+import { createHealth } from './web/health.ts';
+import { createWebServer } from './web/server.ts';
+
+/** Failed jobs looked through in one round of trimming. */
+const TRIM_LIMIT = 1_000;
+/** Longest time for a claim job with all its duties: 50 batches of due rows, then a turn. */
+const CLAIM_JOB_DEADLINE_MS = 120_000;
+/** A pod that has not looked after the schedule for so long hangs. */
+const STUCK_AFTER_MS = 60_000;
+/** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
+const STATEMENT_TIMEOUT_MS = 4_000;
+
+export function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: boolean) {
+  const { pool, queueRedis, appendRedis, workerRedis } = servers;
+  const ordered = config.ordering === 'aggregate';
+  let phase: 'starting' | 'running' | 'stopping' = 'starting';
+
+  const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
+  const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
+  const queues = createQueues(queueRedis, config, logger);
+  const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
+  const streamOptions = streamOptionsOf(config);
+  const assertWritable = createWriteProbe(queueRedis, `${config.queuePrefix}:${config.queueName}:probe`);
+
+  const scheduler = createScheduler({
+    queue: queues.claim,
+    redis: queueRedis,
+    pollIntervalMs: config.pollIntervalMs,
+    logger,
+  });
+
+  const restorer = createRestorer(appendRedis, streamOptions);
+  const epoch = createEpoch({
+    redis: appendRedis,
+    key: streamOptions.epochKey,
+    databaseTime: receipts.time,
+    restore: createRestore({
+      receipts,
+      compare: createComparison(restorer, receipts, config.dlqStreamName, logger),
+      windowMs: config.resyncWindowMs,
+      endLeases: outbox.endLeases,
+      onRestored: () => void scheduler.wake(),
+      logger,
+    }),
+    logger,
+  });
+  const stream = createStream(appendRedis, epoch, streamOptions);
+
+  const orphans = createOrphanWatch({
+    release: outbox.releaseOrphans,
+    parkedAggregates: outbox.parkedAggregates,
+    onReleased: () => void scheduler.wake(),
+    logger,
+  });
+  const watchOrphans = (events: readonly { aggregateType: string; aggregateId: string }[]) => {
+    if (ordered && phase !== 'stopping') orphans.watch(events);
+  };
+
+  const wakeup = createWakeup({ pool, logger, onWake: () => void scheduler.wake() });
+
+  /**
+   * Rows get their receipts, and their aggregates' next events the jobs that follow, added before the commit. An
+   * entry that Redis may have lost gives no receipt: asked before the jobs are added, so that no successor can get
+   * ahead of it.
+   */
+  const giveReceipts = async (
+    of: string,
+    change: (tx: Queryable, promoting: boolean) => Promise<OutboxEvent[]>,
+  ) => {
+    const write = (promoting: boolean) =>
+      receipts.giving(async (tx) => {
+        const successors = await change(tx, promoting);
+        await epoch.confirm(of);
+        if (successors.length > 0) await queues.addPublishJobs(successors);
+        return successors;
+      });
+    try {
+      return await write(true);
+    } catch (error) {
+      // The change must not wait for a successor that cannot be printed: the orphan watch makes it fresh, and the
+      // claim deals with it.
+      if (!payloadMayBeAtFault(error)) throw error;
+      return write(false);
+    }
+  };
+
+  const acknowledger = createAcknowledger({
+    markPublished: (batch, of) =>
+      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, batch, promoting)),
+    onNoSuccessor: watchOrphans,
+    isFinal: (error) => error instanceof EpochOverError,
+    logger,
+  });
+
+  const deadLetter = createDeadLetter({
+    append: stream.deadLetter,
+    markDead: async (dead, of) => {
+      await giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting));
+    },
+    onDead: (event) => watchOrphans([event]),
+    logger,
+  });
+
+  const carry = createCarry({
+    topicProblem: createTopicCheck({ ...config, queueKeyPrefix: `${config.queuePrefix}:` }),
+    violations: config.validation === 'off' ? () => [] : createValidator(),
+    strict: config.validation === 'strict',
+    ready: epoch.known,
+    publish: stream.publish,
+    refusedEverything: (event) =>
+      Promise.all([assertWritable(), queueRedis.exists(queues.jobKey(event.eventId))]).then(
+        () => null,
+        (error) => errorText(error),
+      ),
+    acknowledge: acknowledger.acknowledge,
+    logger,
+  });
+
+  const publishWorker = createPublishWorker({
+    connection: workerRedis,
+    options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 4) },
+    attempt: carry,
+    suspects: createSuspects({ redis: queueRedis, jobKey: queues.jobKey, maxCrashes: config.maxCrashes }),
+    recordFailure: outbox.recordFailure,
+    deadLetter,
+    delayedCount: async () => (await queues.inFlight()).delayed,
+    forget: queues.remove,
+    logger,
+  });
+
+  const claim = createClaimRounds({
+    inFlight: queues.inFlight,
+    options: config,
+    claimBatch: (limit) =>
+      outbox.transaction('repeatable', async (tx) => {
+        const claimed = await outbox.claimFresh(tx, limit);
+        if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
+        return claimed;
+      }),
+    claimAlone: () => outbox.claimAlone(queues.addPublishJobs),
+    payloadMayBeAtFault,
+    onParked: watchOrphans,
+    logger,
+  });
+
+  /** Epoch in which entries without a job were found; should it be over, they are looked for again. */
+  let foundIn: string | undefined;
+  const reconcile = createReconcile({
+    transaction: (work) => outbox.transaction('repeatable', work),
+    lockDue: outbox.lockDue,
+    returnToFresh: outbox.returnToFresh,
+    extendLease: outbox.extendLease,
+    jobFate: queues.jobFate,
+    failedJob: queues.failedJob,
+    appended: async (rows) => {
+      foundIn = epoch.current();
+      const found = new Map<string, string>();
+      for (const topic of new Set(rows.map((row) => row.topic))) {
+        const eventIds = rows.filter((row) => row.topic === topic).map((row) => row.eventId);
+        for (const [eventId, entryId] of await restorer.find(topic, eventIds)) found.set(eventId, entryId);
+      }
+      return found;
+    },
+    acknowledge: async (batch) => {
+      if (foundIn !== undefined)
+        await giveReceipts(foundIn, (tx, promoting) => outbox.markPublished(tx, batch, promoting));
+    },
+    deadLetter,
+    logger,
+  });
+
+  /** Failed jobs are kept for the dashboard, so many; never one whose dead letter is not written yet. */
+  async function trimFailedJobs(): Promise<void> {
+    const excess = await queues.failedBeyond(config.failedJobsKept, TRIM_LIMIT);
+    if (excess.length === 0) return;
+    const unsettled = new Set(await outbox.unsettled(excess));
+    for (const eventId of excess) if (!unsettled.has(eventId)) await queues.remove(eventId);
+  }
+
+  async function sweep(): Promise<void> {
+    if (ordered) await orphans.sweep();
+    else if ((await outbox.unparkAll(config.maxInFlight)) > 0) await scheduler.wake();
+  }
+
+  async function maintain(): Promise<void> {
+    for (const [duty, run] of Object.entries({ reconcile, sweep, trimFailedJobs })) {
+      try {
+        await run();
+      } catch (error) {
+        logger.warn({ err: error, duty }, 'a duty of the tick failed; the next tick does it');
+      }
+    }
+  }
+
+  const claimWorker = createClaimWorker({
+    connection: workerRedis,
+    queuePrefix: config.queuePrefix,
+    queueName: config.queueName,
+    claim,
+    exclusively: outbox.inClaimTurn,
+    maintain,
+    arm: config.notify ? wakeup.arm : async () => 'deaf',
+    wake: scheduler.wake,
+    logger,
+  });
+
+  const progress = createProgressWatch({
+    redis: queueRedis,
+    workplaces: [
+      {
+        worker: publishWorker.worker,
+        queue: queues.publish,
+        // One attempt, and the postponement of it.
+        deadlineMs: 2 * config.publishTimeoutMs,
+        oneByOne: false,
+      },
+      {
+        worker: claimWorker.worker,
+        queue: queues.claim,
+        deadlineMs: CLAIM_JOB_DEADLINE_MS,
+        oneByOne: true,
+      },
+    ],
+    assertWritable,
+  });
+
+  const health = createHealth({
+    database: async () => {
+      await pool.query('SELECT 1');
+      return {};
+    },
+    redis: async () => {
+      await assertWritable();
+      if (epoch.current() === undefined) throw new Error('Redis may have lost entries: they are looked for');
+      return inspectRedis(queueRedis);
+    },
+    backlog: async () => {
+      const { oldestWaitingSeconds, ...counts } = await outbox.backlog();
+      return { oldestWaitingSeconds, ...counts };
+    },
+  });
+  const web = createWebServer({
+    host: config.httpHost,
+    port: config.httpPort,
+    version: VERSION,
+    health,
+    stuck: () => [
+      ...(publishWorker.isRunning() ? [] : ['the publish worker does not run']),
+      ...(claimWorker.isRunning() ? [] : ['the claim worker does not run']),
+      ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
+        ? ['nobody looks after the claim schedule']
+        : []),
+      ...progress.reasons(),
+    ],
+    phase: () => phase,
+  });
+
+  /** Most of the time it is known at once; a long comparison, by this or another pod, is not waited for. */
+  async function startEpoch(): Promise<void> {
+    epoch.start();
+    await epoch.known();
+  }
+
+  const lifecycle = createLifecycle([
+    { name: 'HTTP server', ...(http && { start: web.start, stop: web.stop }) },
+    { name: 'queues', stop: queues.close },
+    { name: 'epoch', start: startEpoch, stop: epoch.stop },
+    { name: 'acknowledgements', stop: acknowledger.drain },
+    { name: 'orphan watch', stop: orphans.stop },
+    { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },
+    { name: 'wake-up', ...(config.notify && { start: wakeup.start, stop: wakeup.stop }) },
+    { name: 'claim worker', start: claimWorker.start, stop: claimWorker.stop },
+    { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
+    { name: 'progress watch', start: progress.start, stop: progress.stop },
+    { name: 'first claim', start: scheduler.wake },
+    {
+      name: 'readiness',
+      start: () => {
+        phase = 'running';
+      },
+    },
+  ]);
+
+  return {
+    lifecycle,
+    beginStop: () => {
+      phase = 'stopping';
+    },
+    httpPort: () => (http ? web.port() : undefined),
+  };
+}
+
+const VERSION = '0.1.0';

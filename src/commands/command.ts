@@ -1,0 +1,79 @@
+import { InvalidArgumentError } from 'commander';
+import type { Redis } from 'ioredis';
+import { ConfigError, loadConfig, type RelayConfig } from '../config.ts';
+import { NotReadyError } from '../lifecycle.ts';
+import { createLogger, errorText, type Logger } from '../logger.ts';
+import type { Pool } from '../outbox/database.ts';
+import { createPool } from '../outbox/pool.ts';
+import { waitForServers } from '../preflight.ts';
+import { openRedis } from '../servers.ts';
+import { APPEND_CONNECTION } from '../stream/append.ts';
+
+/** What all commands share: configuration, connections, options, exit codes. */
+
+/** sysexits.h, where it has a word for it. */
+export const EXIT = { done: 0, failed: 1, unavailable: 69, config: 78 } as const;
+
+/** Loads the configuration, runs the command, and turns what went wrong into a clear line and an exit code. */
+export async function withConfig(run: (config: RelayConfig) => Promise<number>): Promise<void> {
+  try {
+    process.exitCode = await run(loadConfig(process.env));
+  } catch (error) {
+    fail(error);
+  }
+}
+
+export function fail(error: unknown): void {
+  if (error instanceof ConfigError) {
+    console.error(`The configuration is wrong:\n${error.message.replace(/^/gm, '  ')}`);
+    process.exitCode = EXIT.config;
+  } else {
+    console.error(`relay: ${errorText(error)}`);
+    process.exitCode = error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
+  }
+}
+
+/** One connection to Redis and two to PostgreSQL, for as long as a command of an operator runs. Logs to stderr. */
+export async function withServers<T>(
+  config: RelayConfig,
+  command: string,
+  work: (servers: { pool: Pool; redis: Redis; logger: Logger }) => Promise<T>,
+): Promise<T> {
+  const logger = createLogger('warn', process.stderr);
+  const pool = createPool(config.databaseUrl, { max: 2, application_name: command });
+  pool.on('error', () => {}); // the next query says so
+  const redis = openRedis(config.redisUrl, {
+    ...APPEND_CONNECTION,
+    commandTimeout: config.publishTimeoutMs,
+    connectionName: command,
+  });
+  redis.on('error', () => {}); // the next command says so
+  try {
+    await waitForServers({ pool, redis: [redis], timeoutMs: config.startupTimeoutMs, logger });
+    return await work({ pool, redis, logger });
+  } finally {
+    redis.disconnect();
+    await pool.end();
+  }
+}
+
+export function print(line: string): void {
+  process.stdout.write(`${line}\n`);
+}
+
+/** Option parser: a time. */
+export function time(text: string): Date {
+  const date = new Date(text);
+  if (Number.isNaN(date.getTime()))
+    throw new InvalidArgumentError('Expected a time like 2026-01-31T12:00:00Z.');
+  return date;
+}
+
+const UNIT_MS = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
+
+/** Option parser: a time, or so many ms ago. */
+export function when(text: string): Date | number {
+  const [, count, unit] = /^(\d{1,9})([smhd]?)$/.exec(text) ?? [];
+  if (unit === undefined) return time(text);
+  return Number(count) * UNIT_MS[(unit || 's') as keyof typeof UNIT_MS];
+}
