@@ -26,7 +26,7 @@ import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
-import { createReconcile } from './triage/reconcile.ts';
+import { createReconcile, type Found } from './triage/reconcile.ts';
 import { createHealth } from './web/health.ts';
 import { createWebServer } from './web/server.ts';
 
@@ -183,16 +183,25 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     failedJob: queues.failedJob,
     appended: async (rows) => {
       foundIn = epoch.current();
-      const found = new Map<string, string>();
+      const receipts = new Map(rows.map((row) => [row.eventId, row.entryId]));
+      const found = new Map<string, Found>(await restorer.findDeadLetters([...receipts.keys()], receipts));
       for (const topic of new Set(rows.map((row) => row.topic))) {
         const eventIds = rows.filter((row) => row.topic === topic).map((row) => row.eventId);
-        for (const [eventId, entryId] of await restorer.find(topic, eventIds)) found.set(eventId, entryId);
+        for (const [eventId, entryId] of await restorer.find(topic, eventIds))
+          found.set(eventId, { entryId });
       }
       return found;
     },
-    acknowledge: async (batch) => {
-      if (foundIn !== undefined)
-        await giveReceipts(foundIn, (tx, promoting) => outbox.markPublished(tx, batch, promoting));
+    settle: async (found) => {
+      if (foundIn === undefined) return;
+      const published = found.filter((it) => it.deadLetter === undefined);
+      if (published.length > 0)
+        await giveReceipts(foundIn, (tx, promoting) => outbox.markPublished(tx, published, promoting));
+      for (const { id, entryId, deadLetter } of found) {
+        if (deadLetter === undefined) continue;
+        const dead = { id, entryId, ...deadLetter };
+        await giveReceipts(foundIn, (tx, promoting) => outbox.markDead(tx, dead, promoting));
+      }
     },
     deadLetter,
     logger,

@@ -34,8 +34,8 @@ export type Claim = Readonly<{
   more: boolean;
 }>;
 
-/** A due row: nothing was heard of its job until its lease ended. */
-export type DueRow = Readonly<{ id: string; eventId: string; topic: string }>;
+/** A due row: nothing was heard of its job until its lease ended. A replayed one has its dead letter's receipt yet. */
+export type DueRow = Readonly<{ id: string; eventId: string; topic: string; entryId: string | null }>;
 
 /** Rows by state; each counted up to `limit`. */
 export type Backlog = Readonly<{
@@ -315,7 +315,8 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
     /** Rows whose lease has ended, the longest overdue first; locked until the transaction ends. */
     async lockDue(tx: Queryable, limit: number): Promise<DueRow[]> {
       const { rows } = await tx.query<DueRow>(
-        `SELECT id::text AS "id", event_id AS "eventId", coalesce(topic, $1) AS "topic" FROM identity.outbox
+        `SELECT id::text AS "id", event_id AS "eventId", coalesce(topic, $1) AS "topic",
+                stream_entry_id AS "entryId" FROM identity.outbox
          WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at <= now()
          ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED`,
         [streamName, limit],

@@ -180,7 +180,7 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
 
     /**
      * Looks for the entries of these events among the stream's latest.
-     * @returns their ids, of those that are there
+     * @returns the id of each one's last entry, of those that are there
      * @throws when Redis does not answer
      */
     async find(stream: string, eventIds: readonly string[]): Promise<Map<string, string>> {
@@ -190,9 +190,29 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
         const answer = await orRefusal(redis.findEntries(stream, from, FIND_STEP, ...eventIds));
         if (!Array.isArray(answer)) break;
         const [last, ...pairs] = answer;
-        for (let i = 0; i < pairs.length; i += 2) found.set(pairs[i] as string, pairs[i + 1] as string);
+        for (let i = 0; i < pairs.length; i += 2) {
+          const [eventId, entryId] = pairs.slice(i, i + 2) as [string, string];
+          if (!found.has(eventId)) found.set(eventId, entryId);
+        }
         if (!last) break;
         from = `(${last}`;
+      }
+      return found;
+    },
+
+    /**
+     * The same in the dead-letter stream, with what the dead letters say.
+     * @param known dead letters that are not looked for, by event id: a replayed event has its old one
+     * @throws when Redis does not answer
+     */
+    async findDeadLetters(eventIds: readonly string[], known: ReadonlyMap<string, string | null>) {
+      const found = new Map<string, { entryId: string; deadLetter: { attempts: number; reason: string } }>();
+      for (const [eventId, entryId] of await this.find(options.dlqStreamName, eventIds)) {
+        if (entryId === known.get(eventId)) continue;
+        const [entry] = await redis.xrange(options.dlqStreamName, entryId, entryId);
+        const field = (name: string) => entry?.[1][entry[1].indexOf(name) + 1] ?? '';
+        const deadLetter = { attempts: Number(field('attempts')), reason: field('error_message') };
+        found.set(eventId, { entryId, deadLetter });
       }
       return found;
     },

@@ -108,6 +108,25 @@ describe('the entry of an event', () => {
     await redis.set('a.string', 'x');
     expect((await restorer.find('a.string', wanted)).size).toBe(0);
   });
+
+  test('is its last one where it has several, and a dead letter that is known already is not looked for', async () => {
+    const letter = (id: string, eventId: string, reason: string) =>
+      redis.xadd(DLQ, id, 'event_id', eventId, 'error_message', reason, 'attempts', '6');
+    await letter('1-1', 'replayed', 'first');
+    await letter('1-2', 'replayed again', 'first');
+    await letter('1-3', 'replayed again', 'second');
+    await letter('1-4', 'new', 'only');
+    const known = new Map([
+      ['replayed', '1-1'],
+      ['replayed again', '1-2'],
+      ['new', null],
+      ['none', null],
+    ]);
+    expect(Object.fromEntries(await restorer.findDeadLetters([...known.keys()], known))).toEqual({
+      'replayed again': { entryId: '1-3', deadLetter: { attempts: 6, reason: 'second' } },
+      new: { entryId: '1-4', deadLetter: { attempts: 6, reason: 'only' } },
+    });
+  });
 });
 
 describe('an entry that was lost', () => {

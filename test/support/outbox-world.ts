@@ -324,11 +324,13 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
             new Map(
               rows.flatMap(({ eventId }) => {
                 const entryId = of(eventId).entries.at(-1);
-                return entryId === undefined ? [] : [[eventId, entryId]];
+                return entryId === undefined ? [] : [[eventId, { entryId }]];
               }),
             ),
-          acknowledge: (receipts) =>
-            outboxOf(hands.pool, policy).acknowledge(receipts, async (successors) => jobs.add(successors)),
+          settle: (receipts) =>
+            outboxOf(hands.pool, policy).acknowledge([...receipts], async (successors) =>
+              jobs.add(successors),
+            ),
           deadLetter: deadLetterBy(hands, async () => {}),
           logger: silent,
         });

@@ -125,6 +125,26 @@ describe.concurrent('a pod that dies', () => {
     await stage.expectOneDeadLetter();
   });
 
+  test('after the dead-letter entry, before the row is dead, and its job is removed as well', async () => {
+    const stage = await setStage([anEvent()], { topic: BROKEN_TOPIC });
+    await stage.diesIn({
+      afterAppend: async (stream) => stream === stage.config.dlqStreamName && (await stage.becomesLeased(0)),
+    });
+    await stage.removeJob(0);
+    await stage.anotherPodGoesOn();
+    expect(await stage.states()).toEqual(['dead', 'published', 'published']);
+    await stage.expectOneDeadLetter();
+  });
+
+  test('after the append, before the acknowledgement, and its job is removed as well', async () => {
+    const stage = await setStage([anEvent()]);
+    const { topic } = stage.events[0] as SampleEvent;
+    await stage.diesIn({ afterAppend: async (stream) => stream === topic && (await stage.becomesLeased(0)) });
+    await stage.removeJob(0);
+    await stage.anotherPodGoesOn();
+    await stage.expectAllPublished();
+  });
+
   test('after the row is dead, before its commit: the successor has its job', async () => {
     const stage = await setStage([anEvent()], { topic: BROKEN_TOPIC });
     await stage.diesIn({
@@ -194,6 +214,18 @@ async function setStage([head = anEvent(), ...others]: SampleEvent[], first: Par
       waitFor(async () => (await stateOf(index)) === 'leased', { what: 'the claim to be committed' }),
     isPublished: async (index: number) => (await stateOf(index)) === 'published',
     jobsOf: (event: SampleEvent | undefined) => redis.exists(publishQueue.toKey(event?.eventId ?? '')),
+    /** As an operator's tool may, even while somebody seems to work on it. */
+    async removeJob(index: number) {
+      const { eventId } = events[index] as SampleEvent;
+      const key = (name: string) => publishQueue.toKey(name);
+      const [lists, sets] = [
+        ['active', 'wait'],
+        ['failed', 'delayed'],
+      ];
+      await redis.del(key(eventId), key(`${eventId}:lock`));
+      for (const list of lists as string[]) await redis.lrem(key(list), 0, eventId);
+      for (const set of sets as string[]) await redis.zrem(key(set), eventId);
+    },
     deadLetters: () => readStream(redis, config.dlqStreamName),
 
     async expectAllPublished() {

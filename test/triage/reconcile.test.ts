@@ -7,7 +7,7 @@ import type { OutboxEvent } from '../../src/event.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createQueues, publishQueueName, type Queues, WORKER_CONNECTION } from '../../src/queue/queues.ts';
 import type { Failure } from '../../src/triage/dead-letter.ts';
-import { createReconcile } from '../../src/triage/reconcile.ts';
+import { createReconcile, type Found } from '../../src/triage/reconcile.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
 import { openPool, openRedis, readRows, readStates, silent } from '../support/stages.ts';
@@ -44,7 +44,7 @@ beforeEach(async () => {
 
 const dead: Failure[] = [];
 /** What is in the streams, by event id. */
-const entries = new Map<string, string>();
+const entries = new Map<string, Found>();
 
 const reconcile = (deps: Partial<Parameters<typeof createReconcile>[0]> = {}) =>
   createReconcile({
@@ -53,8 +53,8 @@ const reconcile = (deps: Partial<Parameters<typeof createReconcile>[0]> = {}) =>
     ...{ jobFate: queues.jobFate, failedJob: queues.failedJob },
     deadLetter: async (failure) => void dead.push(failure),
     appended: async () => entries,
-    acknowledge: async (receipts) => {
-      await outbox.transaction('durable', (tx) => outbox.markPublished(tx, receipts));
+    settle: async (found) => {
+      await outbox.transaction('durable', (tx) => outbox.markPublished(tx, found));
     },
     logger: silent,
     ...(deps as object),
@@ -85,7 +85,7 @@ describe('a row whose lease has ended', () => {
   test('is published when its job is gone, but its entry is in the stream', async () => {
     const [first, second] = (await overdue(2)) as [OutboxEvent, OutboxEvent];
     for (const event of [first, second]) await queues.remove(event.eventId);
-    entries.set(first.eventId, '1700000000000-5');
+    entries.set(first.eventId, { entryId: '1700000000000-5' });
     await reconcile();
     entries.clear();
     expect(await readRows(pool)).toMatchObject([
