@@ -3,9 +3,10 @@
  * writes sample events, shows what becomes of them, audits the result and leaves nothing behind.
  */
 import { setTimeout as delay } from 'node:timers/promises';
-import { Command, InvalidArgumentError } from 'commander';
+import { Command } from 'commander';
 import { Redis } from 'ioredis';
 import pg from 'pg';
+import { EXIT_INTERRUPTED, interruption, wholeNumber } from './command-line.ts';
 import { gradeLedger } from './ledger.ts';
 import { TOPIC } from './sample.ts';
 import { createScreen, type Screen } from './screen.ts';
@@ -19,24 +20,13 @@ const COUNTED_RUN_S = 8;
 const RATE_MAX_PER_S = 1_500;
 const ACKNOWLEDGED_DEADLINE_MS = 30_000;
 const CLEANUP_DEADLINE_MS = 30_000;
-/** npm passes on a Ctrl-C which the terminal has sent us already: that is still the first one. */
-const SAME_SIGNAL_MS = 500;
 
 const EXIT_HELD = 0;
 const EXIT_NOT_HELD = 1;
-const EXIT_INTERRUPTED = 130;
 
 type Options = { events?: number; rate?: number; pods: number };
 
 class Interrupted extends Error {}
-
-const wholeNumber =
-  (min: number, max: number) =>
-  (text: string): number => {
-    const value = Number(text);
-    if (Number.isInteger(value) && value >= min && value <= max) return value;
-    throw new InvalidArgumentError(`Expected a whole number from ${min} to ${max}.`);
-  };
 
 const options = new Command('npm run demo --')
   .description(
@@ -59,24 +49,15 @@ const options = new Command('npm run demo --')
   .opts<Options>();
 
 const screen = createScreen(process.stdout);
-const stop = new AbortController();
 const cleanups: (() => Promise<unknown>)[] = [];
-let firstSignalAt: number | undefined;
 
-function onSignal(): void {
-  if (firstSignalAt === undefined) {
-    firstSignalAt = performance.now();
-    screen.blank();
-    screen.note('Stopping: what is on its way still arrives. Once more to stop at once.');
-    stop.abort();
-  } else if (performance.now() - firstSignalAt > SAME_SIGNAL_MS) {
-    // The watchdog (watchdog.ts) ends servers and pods and removes the folder.
-    process.exit(EXIT_INTERRUPTED);
-  }
-}
-
-process.on('SIGINT', onSignal);
-process.on('SIGTERM', onSignal);
+const interrupted = interruption(() => {
+  screen.blank();
+  screen.note('Stopping: what is on its way still arrives. Once more to stop at once.');
+});
+/** Also after a failure, when what still runs beside it need not go on. */
+const failed = new AbortController();
+const stop = AbortSignal.any([interrupted, failed.signal]);
 // The reader of our output has gone (`| head`): nobody is left to show anything to.
 process.stdout.on('error', () => process.exit(EXIT_NOT_HELD));
 
@@ -95,7 +76,7 @@ async function play(options: Options, screen: Screen): Promise<boolean> {
     onReady: screen.step,
     onNote: screen.note,
     checkStop() {
-      if (stop.signal.aborted) throw new Interrupted('Stopped before anything was written.');
+      if (stop.aborted) throw new Interrupted('Stopped before anything was written.');
     },
     onCleanup: (undo) => cleanups.push(undo),
   });
@@ -126,7 +107,7 @@ async function run(stack: Stack, events: number, ratePerSecond: number, screen: 
     throw new Error(`${error.message}. Last lines of ${stack.lastLines()}`, { cause: error });
   });
   const drained = async (): Promise<void> => {
-    await traffic.produce(stop.signal);
+    await traffic.produce(stop);
     while (traffic.onTheirWay() > 0) await delay(20);
     await acknowledged(pool);
   };
@@ -176,8 +157,7 @@ let exitCode = EXIT_NOT_HELD;
 try {
   exitCode = (await play(options, screen)) ? EXIT_HELD : EXIT_NOT_HELD;
 } catch (error) {
-  // What still runs beside the failure need not go on.
-  stop.abort();
+  failed.abort();
   if (error instanceof Interrupted) {
     screen.note(error.message);
     exitCode = EXIT_INTERRUPTED;

@@ -7,7 +7,8 @@ import { spawn } from 'node:child_process';
 import { readdir, readFile } from 'node:fs/promises';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { Command, InvalidArgumentError, Option } from 'commander';
+import { Command, Option } from 'commander';
+import { wholeNumber } from '../../src/demo/command-line.ts';
 import { BACKLOG_ENV, benchBacklog } from './backlog.ts';
 import { BLOCKED_ENV, benchBlocked } from './blocked.ts';
 import { type BenchStage, median, NOTHING_FRESH, NOTHING_LIVE, openBenchStage, STREAM } from './stage.ts';
@@ -15,12 +16,7 @@ import { type BenchStage, median, NOTHING_FRESH, NOTHING_LIVE, openBenchStage, S
 /** Where the no-op queue is fastest: 200 is a fifth slower. */
 const NOOP_CONCURRENCY = 100;
 
-const positive = (text: string) => {
-  const value = Number(text);
-  if (!Number.isInteger(value) || value < 1)
-    throw new InvalidArgumentError('expected a whole number above 0');
-  return value;
-};
+const positive = wholeNumber(1, 1_000_000_000);
 const list = (text: string) => text.split(',').map(positive);
 
 const options = new Command('bench')

@@ -1,6 +1,6 @@
+import type { NetworkLink } from '../support/proxy.ts';
 import type { Fault } from './fault.ts';
 import type { Links } from './fleet.ts';
-import type { NetworkLink } from './proxy.ts';
 import { pick } from './random.ts';
 
 const SERVERS = { redis: 'Redis', postgres: 'PostgreSQL' } as const;

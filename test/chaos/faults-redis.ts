@@ -1,6 +1,6 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { sampleEvent } from '../../src/demo/sample.ts';
-import { cutAof, endOfAof } from './aof.ts';
+import { cutAof, endOfAof } from '../support/aof.ts';
 import { type Fault, SERVER_BACK_MS } from './fault.ts';
 import { judgeBeforeErasing } from './grade.ts';
 import { persistently } from './patience.ts';

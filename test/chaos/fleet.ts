@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { type Pod, startPod } from '../../src/demo/pod.ts';
-import { type NetworkLink, startProxy } from './proxy.ts';
+import { type NetworkLink, startProxy } from '../support/proxy.ts';
 
 export const CLI = fileURLToPath(new URL('../../dist/cli.js', import.meta.url));
 /** As a platform takes to notice, and to start another. */

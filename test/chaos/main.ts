@@ -3,6 +3,7 @@
  * a verdict from the table, the streams and the dead letters alone. README, "Faults".
  */
 import { Command, InvalidArgumentError } from 'commander';
+import { EXIT_INTERRUPTED, interruption, wholeNumber } from '../../src/demo/command-line.ts';
 import type { Fault } from './fault.ts';
 import { FAULTS, faultsNamed } from './faults.ts';
 import { createProgress } from './progress.ts';
@@ -10,17 +11,6 @@ import { reportTable, schedulePlan } from './report.ts';
 import { planOf, run } from './run.ts';
 
 const EXIT_VIOLATED = 1;
-const EXIT_INTERRUPTED = 130;
-/** npm passes on a Ctrl-C which the terminal has sent us already: that is still the first one. */
-const SAME_SIGNAL_MS = 500;
-
-const wholeNumber =
-  (min: number, max: number) =>
-  (text: string): number => {
-    const value = Number(text);
-    if (Number.isInteger(value) && value >= min && value <= max) return value;
-    throw new InvalidArgumentError(`Expected a whole number from ${min} to ${max}.`);
-  };
 
 function faultList(text: string): readonly Fault[] {
   if (text === 'all') return FAULTS;
@@ -67,26 +57,15 @@ if (options.list) {
 }
 
 const progress = createProgress(process.stdout);
-const stop = new AbortController();
-let firstSignalAt: number | undefined;
-const onSignal = (): void => {
-  if (firstSignalAt === undefined) {
-    firstSignalAt = performance.now();
-    progress.note('Stopping: faults are undone, servers and pods ended. Once more to stop at once.');
-    stop.abort();
-  } else if (performance.now() - firstSignalAt > SAME_SIGNAL_MS) {
-    // The watchdog (src/demo/watchdog.ts) ends servers and pods and removes the folder.
-    process.exit(EXIT_INTERRUPTED);
-  }
-};
-process.on('SIGINT', onSignal);
-process.on('SIGTERM', onSignal);
+const stop = interruption(() =>
+  progress.note('Stopping: faults are undone, servers and pods ended. Once more to stop at once.'),
+);
 
 const runOptions = {
   ...options,
   faults,
   durationMs: options.duration * 1_000,
-  signal: stop.signal,
+  signal: stop,
   onNote: progress.note,
   onWorld: progress.watch,
 };
@@ -102,6 +81,6 @@ console.log(
 for (const warning of result.warnings) console.log(`Look at: ${warning}`);
 for (const violation of result.violations) console.log(`VIOLATED ${violation}`);
 if (result.logs !== undefined) console.log(`Logs of pods and servers: ${result.logs}`);
-if (stop.signal.aborted) process.exit(EXIT_INTERRUPTED);
+if (stop.aborted) process.exit(EXIT_INTERRUPTED);
 if (result.violations.length === 0) console.log('Every promise held.');
 process.exit(result.violations.length === 0 ? 0 : EXIT_VIOLATED);

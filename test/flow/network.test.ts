@@ -1,8 +1,8 @@
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
-import { createProxy, type NetworkProxy, through } from '../support/proxy.ts';
+import { type NetworkLink, startProxy, through } from '../support/proxy.ts';
 import { waitFor } from '../support/wait.ts';
 
 /** As long as it lasts, and as long as the flow may take to resume after it. */
@@ -15,13 +15,14 @@ const hold = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
 type Server = 'Redis' | 'PostgreSQL';
 
 /** Two pods whose way to a server leads through a proxy, under load, when something happens to it. */
-async function suffer(server: Server, happen: (proxy: NetworkProxy) => Promise<void>): Promise<Stage> {
+async function suffer(server: Server, happen: (proxy: NetworkLink) => Promise<void>): Promise<Stage> {
   const stage = await setStage();
   const [variable, url, port] =
     server === 'Redis'
       ? (['RELAY_REDIS_URL', stage.server.url, stage.server.port] as const)
       : (['RELAY_DATABASE_URL', stage.databaseUrl, Number(new URL(stage.databaseUrl).port)] as const);
-  const proxy = await createProxy(port);
+  const proxy = await startProxy(port);
+  onTestFinished(proxy.close);
   const env = { [variable]: through(proxy, url) };
   await Promise.all([stage.pod(env), stage.pod(env)]);
   await insertEvents(stage.pool, someEvents(1_000, 300));
@@ -56,7 +57,7 @@ for (const server of ['Redis', 'PostgreSQL'] as const) {
     await suffer(server, async (proxy) => {
       proxy.halfOpen();
       await hold(FAULT_MS);
-      proxy.heal();
+      await proxy.heal();
     });
   }, 120_000);
 
@@ -75,21 +76,21 @@ for (const server of ['Redis', 'PostgreSQL'] as const) {
       await hold(3_000);
       proxy.cut();
       await hold(3_000);
-      proxy.delay(0);
+      await proxy.heal();
     });
   }, 120_000);
 
   test(`old connections to ${server} that are dead for ever are found out while new ones are fine`, async () => {
     await suffer(server, async (proxy) => {
-      proxy.halfOpen();
-      proxy.heal();
+      proxy.loseTrack();
     });
   }, 120_000);
 }
 
 test('a pod that is cut off from PostgreSQL in the midst of its turn to claim holds up the others no longer than 15 s', async () => {
   const stage = await setStage();
-  const proxy = await createProxy(Number(new URL(stage.databaseUrl).port));
+  const proxy = await startProxy(Number(new URL(stage.databaseUrl).port));
+  onTestFinished(proxy.close);
   await stage.pod({ RELAY_DATABASE_URL: through(proxy, stage.databaseUrl) });
   const load = startLoad(stage.pool);
   await waitFor(async () => (await stage.redis.xlen(STREAM)) > 100, {

@@ -1,9 +1,9 @@
 import pg from 'pg';
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
 import { transaction } from '../../src/outbox/database.ts';
 import { distrustful } from '../../src/outbox/distrust.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
-import { createProxy, through } from '../support/proxy.ts';
+import { startProxy, through } from '../support/proxy.ts';
 import { createDatabase } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -11,7 +11,8 @@ const { url } = await createDatabase();
 
 /** A pool whose connections have all been used, on a network that then dies for them. */
 async function aDeadPool(size: number, { usedByUs }: { usedByUs: boolean }) {
-  const proxy = await createProxy(Number(new URL(url).port));
+  const proxy = await startProxy(Number(new URL(url).port));
+  onTestFinished(proxy.close);
   const pool = new pg.Pool({ connectionString: through(proxy, url), max: size });
   pool.on('error', () => {});
   atEndOfFile(() => pool.end());
@@ -19,8 +20,7 @@ async function aDeadPool(size: number, { usedByUs }: { usedByUs: boolean }) {
   const by = usedByUs ? trusted : pool;
   const clients = await Promise.all(Array.from({ length: size }, () => by.connect()));
   for (const client of clients) client.release();
-  proxy.halfOpen();
-  proxy.heal();
+  proxy.loseTrack();
   return { pool, trusted };
 }
 

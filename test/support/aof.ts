@@ -1,52 +1,65 @@
-import { open, readdir, stat, truncate } from 'node:fs/promises';
+/** What a power cut does to a Redis with `appendfsync everysec`: the end of its append-only file was never written. */
+import { readFile, stat, truncate } from 'node:fs/promises';
 import { join } from 'node:path';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 
-/** The file that Redis appends its commands to. */
-async function appendFile(server: PrivateRedis): Promise<string> {
-  const folder = join(server.logFile, '../appendonlydir');
-  const files = (await readdir(folder)).filter((name) => name.endsWith('.incr.aof'));
-  const newest = files.toSorted((a, b) => sequence(a) - sequence(b)).at(-1);
-  if (newest === undefined) throw new Error('Redis has no append-only file');
-  return join(folder, newest);
-}
+export type AofPosition = Readonly<{ file: string; bytes: number }>;
 
-const sequence = (name: string): number => Number(/\.(\d+)\.incr\.aof$/.exec(name)?.[1]);
-
-/** How much Redis has written so far: what `powerCut` may go back to. */
-export async function written(server: PrivateRedis): Promise<number> {
-  return (await stat(await appendFile(server))).size;
+/** Where the append-only file of the Redis in `directory` ends at this moment. */
+export async function endOfAof(directory: string): Promise<AofPosition> {
+  const folder = join(directory, 'appendonlydir');
+  const manifest = await readFile(join(folder, 'appendonly.aof.manifest'), 'utf8');
+  // "file appendonly.aof.2.incr.aof seq 2 type i": the last increment is the one that is being written.
+  const name = [...manifest.matchAll(/^file (\S+) seq \d+ type i$/gm)].at(-1)?.[1];
+  if (name === undefined) throw new Error(`no increment in the manifest of ${folder}:\n${manifest}`);
+  const file = join(folder, name);
+  return { file, bytes: (await stat(file)).size };
 }
 
 /**
- * A power cut, as `appendfsync everysec` may suffer it: the server is gone and what it wrote after `kept` bytes with
- * it. Killing it alone loses nothing, since the page cache survives. It starts again.
+ * Takes from the append-only file of a dead Redis what was written after `position`. If the file was rewritten since
+ * then, the new increment holds nothing that is older, so all of it goes.
+ * @returns how many bytes were taken
  */
-export async function powerCut(server: PrivateRedis, kept: number): Promise<void> {
-  await server.kill('SIGKILL');
-  const path = await appendFile(server);
-  await truncate(path, await commandBoundary(path, kept));
-  await server.restart();
+export async function cutAof(directory: string, position: AofPosition): Promise<number> {
+  const end = await endOfAof(directory);
+  const limit = end.file === position.file ? position.bytes : 0;
+  const boundary = lastBoundary(await readFile(end.file), limit);
+  await truncate(end.file, boundary);
+  return end.bytes - boundary;
 }
 
-/** The end of the last whole command that begins before `limit`. */
-async function commandBoundary(path: string, limit: number): Promise<number> {
-  const file = await open(path);
-  try {
-    const text = (await file.readFile()).toString('latin1');
-    let at = 0;
-    while (at < limit && text[at] === '*') {
-      const head = text.indexOf('\r\n', at);
-      let next = head + 2;
-      for (let left = Number(text.slice(at + 1, head)); left > 0; left--) {
-        const length = text.indexOf('\r\n', next);
-        next = length + 2 + Number(text.slice(next + 1, length)) + 2;
-      }
-      if (next > limit) break;
-      at = next;
-    }
-    return at;
-  } finally {
-    await file.close();
+const CR = 13;
+
+/**
+ * The last place at or before `limit` where a command ends, and no MULTI is open: what Lua scripts wrote stands
+ * between MULTI and EXEC, all or nothing.
+ */
+export function lastBoundary(aof: Buffer, limit: number): number {
+  let boundary = 0;
+  let inMulti = false;
+  let at = 0;
+
+  function line(): string {
+    const end = aof.indexOf(CR, at);
+    const text = aof.toString('latin1', at, end);
+    at = end + 2;
+    return text;
   }
+
+  while (at < limit) {
+    const head = line();
+    // "#TS:1700000000": an annotation.
+    if (head.startsWith('#')) continue;
+    if (!head.startsWith('*')) throw new Error(`not an append-only file at byte ${at}: ${head.slice(0, 40)}`);
+    let name = '';
+    for (let part = 0; part < Number(head.slice(1)); part++) {
+      const length = Number(line().slice(1));
+      if (part === 0) name = aof.toString('latin1', at, at + length).toUpperCase();
+      at += length + 2;
+    }
+    if (name === 'MULTI') inMulti = true;
+    if (name === 'EXEC') inMulti = false;
+    if (!inMulti && at <= limit) boundary = at;
+  }
+  return boundary;
 }

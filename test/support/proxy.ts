@@ -1,75 +1,141 @@
-import { connect, createServer, type Socket } from 'node:net';
-import { onTestFinished } from 'vitest';
+import { createServer, connect as openSocket, type Server, type Socket } from 'node:net';
 
-export type NetworkProxy = Readonly<{
+/** The network between a pod and a server: all that can happen to it. */
+export type NetworkLink = Readonly<{
   port: number;
-  /** Nothing gets through any more, and nobody is told; connections that are made meanwhile stay dead for ever, too. */
-  halfOpen(): void;
-  /** What is new gets through again. */
-  heal(): void;
-  /** Ends every connection at once. */
+  /** Resets every connection; new ones are made as before. */
   cut(): void;
-  /** Holds back what comes from the server for `ms`; 0 ends it. */
+  /** Resets every connection and refuses new ones. */
+  refuse(): Promise<void>;
+  /** Each byte arrives so much later, in both directions. */
   delay(ms: number): void;
+  /** Connections stay open and new ones are accepted, but nothing gets through any more, in either direction. */
+  halfOpen(): void;
+  /** The same for the connections of this moment, for ever; new ones work. */
+  loseTrack(): void;
+  /** All is well again. Connections that had become half-open are reset, as by a peer that knows nothing of them. */
+  heal(): Promise<void>;
+  /** Connections at this moment. */
+  connections(): number;
+  close(): Promise<void>;
 }>;
 
-/** A network between the relay and a server on `port` of this machine, for one test. */
-export async function createProxy(port: number): Promise<NetworkProxy> {
-  const sockets = new Set<Socket>();
-  let isHalfOpen = false;
-  let delayMs = 0;
-  const dead = new Set<Socket>();
+type Link = { client: Socket; server: Socket | undefined; dead: boolean };
 
-  const server = createServer({ allowHalfOpen: true, noDelay: true }, (client) => {
-    const upstream = connect({ port, host: '127.0.0.1', noDelay: true });
-    for (const [from, to] of [
-      [client, upstream],
-      [upstream, client],
-    ] as const) {
-      sockets.add(from);
-      if (isHalfOpen) dead.add(from);
-      from.on('data', (chunk) => {
-        if (dead.has(from)) return;
-        if (from === upstream && delayMs > 0) setTimeout(() => to.writable && to.write(chunk), delayMs);
-        else to.write(chunk);
-      });
-      from.on('end', () => {
-        if (!dead.has(from)) to.end();
-      });
-      from.on('error', () => {});
-      from.on('close', () => {
-        sockets.delete(from);
-        if (!dead.has(from)) to.destroy();
-      });
+/** Forwards connections to a port of this machine. */
+export async function startProxy(targetPort: number): Promise<NetworkLink> {
+  const links = new Set<Link>();
+  let delayMs = 0;
+  let swallowing = false;
+  let listener = await listen(0);
+  const { port } = listener.address() as { port: number };
+
+  function listen(onPort: number): Promise<Server> {
+    const created = createServer({ noDelay: true, allowHalfOpen: true }, accept);
+    return new Promise((done, fail) => {
+      created.once('error', fail);
+      created.listen({ host: '127.0.0.1', port: onPort }, () => done(created));
+    });
+  }
+
+  function accept(client: Socket): void {
+    const server = swallowing
+      ? undefined
+      : openSocket({ host: '127.0.0.1', port: targetPort, noDelay: true, allowHalfOpen: true });
+    const link: Link = { client, server, dead: swallowing };
+    links.add(link);
+    for (const socket of [client, server]) {
+      socket?.on('error', () => {});
+      socket?.once('close', () => reset(link));
     }
-  });
-  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-  onTestFinished(async () => {
-    for (const socket of sockets) socket.destroy();
-    server.close();
-  });
-  const address = server.address();
-  if (address === null || typeof address === 'string') throw new Error('no port');
+    if (server === undefined) {
+      client.resume();
+      return;
+    }
+    forward(link, client, server);
+    forward(link, server, client);
+  }
+
+  /** In order, each chunk after its delay, no faster than the other side reads. */
+  function forward(link: Link, from: Socket, to: Socket): void {
+    const waiting: { chunk: Buffer; dueAt: number }[] = [];
+    let timer: NodeJS.Timeout | undefined;
+    const flush = (): void => {
+      timer = undefined;
+      if (link.dead) return;
+      for (let next = waiting[0]; next !== undefined; next = waiting[0]) {
+        const inMs = next.dueAt - performance.now();
+        if (inMs > 0) {
+          timer = setTimeout(flush, inMs);
+          return;
+        }
+        waiting.shift();
+        if (!to.write(next.chunk) && !from.isPaused()) {
+          from.pause();
+          to.once('drain', () => from.resume());
+        }
+      }
+    };
+    from.on('data', (chunk) => {
+      if (link.dead) return;
+      waiting.push({ chunk, dueAt: performance.now() + delayMs });
+      if (timer === undefined) flush();
+    });
+    from.once('end', () => {
+      if (!link.dead) to.end();
+    });
+    from.once('close', () => clearTimeout(timer));
+  }
+
+  function reset(link: Link): void {
+    links.delete(link);
+    for (const socket of [link.client, link.server]) if (!socket?.destroyed) socket?.resetAndDestroy();
+  }
+
+  function cut(): void {
+    for (const link of [...links]) reset(link);
+  }
+
+  function loseTrack(): void {
+    for (const link of links) {
+      link.dead = true;
+      link.client.resume();
+      link.server?.resume();
+    }
+  }
+
+  async function stopListening(): Promise<void> {
+    if (!listener.listening) return;
+    const closed = new Promise((done) => listener.close(done));
+    cut();
+    await closed;
+  }
+
   return {
-    port: address.port,
-    halfOpen() {
-      isHalfOpen = true;
-      for (const socket of sockets) dead.add(socket);
-    },
-    heal() {
-      isHalfOpen = false;
-    },
-    cut() {
-      for (const socket of sockets) socket.destroy();
-    },
+    port,
+    cut,
+    refuse: stopListening,
     delay(ms) {
       delayMs = ms;
     },
+    halfOpen() {
+      swallowing = true;
+      loseTrack();
+    },
+    loseTrack,
+    async heal() {
+      delayMs = 0;
+      swallowing = false;
+      for (const link of [...links]) if (link.dead) reset(link);
+      if (!listener.listening) listener = await listen(port);
+    },
+    connections: () => links.size,
+    close: stopListening,
   };
 }
 
 /** `url`, through the proxy. */
-export function through(proxy: NetworkProxy, url: string): string {
+export function through(proxy: NetworkLink, url: string): string {
   const changed = new URL(url);
   changed.port = String(proxy.port);
   return changed.href;
