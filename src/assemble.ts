@@ -142,6 +142,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
         (error) => errorText(error),
       ),
     acknowledge: acknowledger.acknowledge,
+    vanished: ({ id }) => outbox.endLease(id),
     logger,
   });
 

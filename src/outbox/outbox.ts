@@ -341,6 +341,15 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       );
     },
 
+    /** The job of this row is gone: its lease ends now, so that somebody looks. */
+    async endLease(id: string): Promise<void> {
+      await pool.query(
+        `UPDATE identity.outbox o SET next_attempt_at = now()
+         WHERE o.id = $1 AND ${STILL_LIVE('o')} AND o.next_attempt_at > now() AND o.next_attempt_at < 'infinity'`,
+        [id],
+      );
+    },
+
     /** Of these events, those whose row waits for something yet: neither published, nor dead, nor gone. */
     async unsettled(eventIds: readonly string[]): Promise<string[]> {
       const { rows } = await pool.query<{ eventId: string }>(

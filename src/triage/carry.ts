@@ -20,6 +20,8 @@ export function createCarry(deps: {
   /** Asked when permission was refused: why Redis refuses the relay everything, or null when it is this stream. */
   refusedEverything: (event: OutboxEvent) => Promise<string | null>;
   acknowledge: (event: OutboxEvent, entryId: string, epoch: string) => Promise<void>;
+  /** The job is gone: has somebody look at once what became of the event. */
+  vanished: (event: OutboxEvent) => Promise<void>;
   logger: Logger;
 }) {
   const { logger } = deps;
@@ -69,6 +71,9 @@ export function createCarry(deps: {
           { eventId: event.eventId, topic: brief(event.topic) },
           'the job vanished before its append; its row decides',
         );
+        await deps.vanished(event).catch((error) => {
+          logger.debug({ err: error, eventId: event.eventId }, 'the row is looked at when its lease ends');
+        });
         return { kind: 'done' };
       default:
         return verdict;

@@ -1,6 +1,6 @@
 import { fileURLToPath } from 'node:url';
 import type { Fault } from './fault.ts';
-import { pause } from './patience.ts';
+import { pause, persistently } from './patience.ts';
 import { between, pick } from './random.ts';
 import type { World } from './world.ts';
 
@@ -38,9 +38,9 @@ async function lureInto(world: World, window: Window, signal: AbortSignal): Prom
   while (!signal.aborted) {
     if (window.startsWith('claim-')) {
       // Under load the pod that claims goes on claiming. After a pause the one that has waited longest is next.
-      await world.queues.claim.pause();
+      await persistently(() => world.queues.claim.pause());
       await pause(PAUSED_MS);
-      await world.queues.claim.resume();
+      await persistently(() => world.queues.claim.resume());
       await pause(LURE_EVERY_MS, signal);
     } else if (FAILURES.includes(window)) {
       await world.workload.poison(POISON_PER_FEED);
@@ -52,6 +52,8 @@ async function lureInto(world: World, window: Window, signal: AbortSignal): Prom
 async function killInWindow(world: World, window: Window, occurrence: number): Promise<void> {
   const lured = new AbortController();
   const luring = lureInto(world, window, lured.signal);
+  // Awaited below; should it fail before, that is no reason to end the harness.
+  luring.catch(() => {});
   try {
     let last = '';
     for (let pod = 1; pod <= DOOMED_PODS; pod++) {

@@ -105,6 +105,7 @@ const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
     (it) => it.transaction('repeatable', (tx) => it.extendLease(tx, DUE_IDS)),
     3 * BATCH,
   ],
+  ['the end of one lease', (it) => it.endLease(DUE_IDS[0] as string), 10],
   ['the question which events are settled', (it) => it.unsettled([randomUUID(), randomUUID()]), 10],
   ['the list of aggregates with parked rows', (it) => it.parkedAggregates(null, BATCH), 3 * BATCH],
 ];

@@ -524,7 +524,7 @@ describe('due rows', () => {
     expect(idsOf(await lockDue())).toEqual(['3', '2', '1']);
     expect(idsOf(await lockDue(2))).toEqual(['3', '2']);
     expect((await lockDue())[0]).toEqual({
-      ...{ id: '3', eventId: (await row(3)).eventId, topic: 'identity.user.v1' },
+      ...{ id: '3', eventId: (await row(3)).eventId, topic: 'identity.user.v1', entryId: null },
     });
   });
 
@@ -549,6 +549,14 @@ describe('due rows', () => {
     });
     expect(await states()).toEqual(['fresh', 'leased', 'published', 'published', 'dead', 'dead']);
     expect((await row(2)).msLeft).toBeGreaterThan(55_000);
+  });
+
+  test('are one by one those whose job vanished, if they were leased', async () => {
+    await insertEvents(pool, someEvents(6));
+    const assignments = [LEASED, LEASED, PARKED, PUBLISHED, DEAD];
+    for (const [at, assignment] of assignments.entries()) await set(at + 1, assignment);
+    for (const id of ['1', '3', '4', '5', '6']) await outbox.endLease(id);
+    expect(await states()).toEqual(['due', 'leased', 'parked', 'published', 'dead', 'fresh']);
   });
 
   test('are all that were leased, once Redis lost its jobs', async () => {

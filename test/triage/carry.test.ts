@@ -34,6 +34,7 @@ async function attempt(
       await findings.acknowledge?.();
       done.push(`acknowledged ${entryId} of ${epoch}`);
     },
+    vanished: async () => void done.push('row looked at'),
     logger: silent,
   });
   return { attempt: await carry(aClaimedEvent({ withheld: findings.withheld ?? null })), done };
@@ -49,10 +50,10 @@ describe('an attempt', () => {
     }
   });
 
-  test('whose job is gone acknowledges nothing', async () => {
+  test('whose job is gone acknowledges nothing, and has somebody look at the row', async () => {
     expect(await attempt({ outcome: { status: 'job-gone' } })).toEqual({
       attempt: { kind: 'done' },
-      done: ['appended'],
+      done: ['appended', 'row looked at'],
     });
   });
 
@@ -93,6 +94,7 @@ describe('an attempt', () => {
       },
       refusedEverything: async () => null,
       acknowledge: async () => void done.push('acknowledged'),
+      vanished: async () => {},
       logger: silent,
     });
     await carry(aClaimedEvent(), async (work) => {
