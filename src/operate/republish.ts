@@ -147,7 +147,8 @@ export function createRepublish(deps: {
               if (refusal !== null) refused++;
               reason ??= refusal;
               place = { ...from, entryId: row.entryId, entryRow: row.id };
-              options.onProgress?.(++seen, toCursor(place));
+              seen++;
+              options.onProgress?.(seen, toCursor(place));
             }
           }
         }
