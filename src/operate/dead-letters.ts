@@ -65,6 +65,8 @@ const ROOM = 1_000;
 const ROOM_TIMEOUT_MS = 5_000;
 const ROOM_POLL_MS = 50;
 
+const UNCLEAR = 'its job is being worked on, or has appended it: try again, or replay it';
+
 export function createDeadLetters(deps: {
   rows: DeadRows;
   entries: DeadEntries;
@@ -113,8 +115,7 @@ export function createDeadLetters(deps: {
       const held = await rows.lock(tx, ids);
       const unclear = await jobs.takeAway(eventIdsOf(held), memory);
       const clear = held.filter((row) => !unclear.has(row.eventId));
-      for (const eventId of unclear)
-        refuse(eventId, 'its job is being worked on, or had appended it: replay it, or try again later');
+      for (const eventId of unclear) refuse(eventId, UNCLEAR);
       const entryIds = await entries.idsOf(eventIdsOf(clear));
       await rows.discard(tx, idsOf(clear), reason, by);
       return { gone: clear, closed: entryIds };
@@ -139,6 +140,8 @@ export function createDeadLetters(deps: {
       return no('its dead letter names no event, or no aggregate');
     // Somebody may have replayed it by other roads, and its row was pruned after that.
     if (await deps.isInStream(entry.topic, eventId)) return no('it is in its stream already');
+    // Its failed job, which the row did not take along, would swallow the new one.
+    if ((await jobs.takeAway([eventId], memory)).size > 0) return no(UNCLEAR);
     try {
       if (!(await rows.insert(entry))) return no('it has a row by now');
     } catch (error) {

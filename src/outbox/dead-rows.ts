@@ -128,6 +128,14 @@ export function createDeadRows(
     return `$1::text IS NOT NULL AND ${conditions.join(' AND ')}`;
   }
 
+  /**
+   * All that match. In an order that only the index on dead rows has: the platform's index on `published` looks as
+   * good to the planner, and holds every row that waits (122,000 were read to find none, seen in the test of plans).
+   */
+  const allMatching = (filter: DeadLetterFilter, values: unknown[]) =>
+    `(SELECT o.* FROM identity.outbox o WHERE ${matching(filter, values)}
+      ORDER BY o.dead_lettered_at, o.id OFFSET 0) o`;
+
   const details = (eventId: string, printing: boolean): Promise<RowDetails[]> =>
     within(async (tx) => {
       const { rows } = await tx.query<OutboxEvent & Omit<RowDetails, 'event'>>(
@@ -186,7 +194,7 @@ export function createDeadRows(
     /** The same, counted by reason, the most frequent first. */
     groups: (filter: DeadLetterFilter, limit: number): Promise<DeadLetterGroup[]> => {
       const values: unknown[] = [streamName, limit];
-      const match = matching(filter, values);
+      const from = allMatching(filter, values);
       return read(
         `SELECT g.error, g.count, ${iso('g.first')} AS "first", ${iso('g.last')} AS "last",
                 (SELECT event_id FROM identity.outbox WHERE id = g.example) AS "example", g.types AS "eventTypes"
@@ -194,7 +202,7 @@ export function createDeadRows(
                       count(*)::int AS count, min(o.dead_lettered_at) AS first, max(o.dead_lettered_at) AS last,
                       max(o.id) AS example,
                       (array_agg(DISTINCT left(o.event_type, 200)))[1:${EVERY_TYPE_SHOWN}] AS types
-               FROM identity.outbox o WHERE ${match} GROUP BY 1) g
+               FROM ${from} GROUP BY 1) g
          ORDER BY g.count DESC, g.error LIMIT $2`,
         values,
       );
@@ -203,7 +211,7 @@ export function createDeadRows(
     async count(filter: DeadLetterFilter): Promise<number> {
       const values: unknown[] = [streamName];
       const [counted] = await read<{ n: number }>(
-        `SELECT count(*)::int AS n FROM identity.outbox o WHERE ${matching(filter, values)}`,
+        `SELECT count(*)::int AS n FROM ${allMatching(filter, values)}`,
         values,
       );
       return counted?.n ?? 0;

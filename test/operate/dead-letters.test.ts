@@ -316,6 +316,7 @@ describe('an event whose row is gone', () => {
     const event = anEvent({ topic: 'a.b', payload: { text: 'x', big: 12 } });
     await writeDeadLetter(event, {});
     await writeDeadLetter(event, {});
+    await failedJob(event.eventId);
     const selection = { filter: {}, pruned: true };
     expect((await deadLetters.list({}, { pruned: true })).letters).toHaveLength(1);
     expect(await deadLetters.replay(selection, { ...BY, dryRun: true })).toMatchObject({ done: 1 });
@@ -326,6 +327,7 @@ describe('an event whose row is gone', () => {
       ...{ payload: event.payload, created_at: event.createdAt, attempts: 0 },
     });
     expect(await redis.xlen(DLQ)).toBe(0);
+    expect(await publish.getJob(event.eventId)).toBeUndefined();
     for (const again of [selection, { eventIds: [event.eventId] }])
       expect(await deadLetters.replay(again, BY)).toMatchObject({ done: 0 });
     expect(await readStates(pool)).toEqual(['fresh']);

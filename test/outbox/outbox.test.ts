@@ -524,7 +524,7 @@ describe('due rows', () => {
     expect(idsOf(await lockDue())).toEqual(['3', '2', '1']);
     expect(idsOf(await lockDue(2))).toEqual(['3', '2']);
     expect((await lockDue())[0]).toEqual({
-      ...{ id: '3', eventId: (await row(3)).eventId, topic: 'identity.user.v1' },
+      ...{ id: '3', eventId: (await row(3)).eventId, topic: 'identity.user.v1', entryId: null },
     });
   });
 
