@@ -61,3 +61,5 @@ export const barOptions = (format: string): [Options, Preset] => [
   },
   Presets.shades_classic,
 ];
+
+export const counted = (count: number, what: string): string => `${count} ${what}${count === 1 ? '' : 's'}`;

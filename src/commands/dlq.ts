@@ -6,7 +6,7 @@ import type { ActionResult, DeadLetters, Selection } from '../operate/dead-lette
 import { isUuid, type ListedDeadLetter } from '../operate/inspection.ts';
 import { openOperations } from '../operate/open.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
-import { barOptions, confirmed, operator, untilInterrupted } from './act.ts';
+import { barOptions, confirmed, counted, operator, untilInterrupted } from './act.ts';
 import { EXIT, print, when, withConfig, withServers } from './command.ts';
 
 type FilterOptions = Readonly<{
@@ -176,11 +176,11 @@ async function act(
   if (options.dryRun || would.done === 0) {
     if (!('eventIds' in selection) && !options.pruned && would.done > 0)
       print(groupTable(await deadLetters.groups(filter)));
-    print(`${would.done} dead letters would be ${past}.`);
+    print(`${counted(would.done, 'dead letter')} would be ${past}.`);
     printRefusals(would);
     return would.refused === 0 ? EXIT.done : EXIT.failed;
   }
-  const question = `${verb === 'replay' ? 'Replay' : 'Discard'} ${would.done} dead letters?`;
+  const question = `${verb === 'replay' ? 'Replay' : 'Discard'} ${counted(would.done, 'dead letter')}?`;
   if (!(await confirmed(question, options.yes === true))) return EXIT.failed;
 
   const bar = new SingleBar(
@@ -190,7 +190,7 @@ async function act(
   const { result, interrupted } = await untilInterrupted((stopped) =>
     perform({ stopped, onProgress: (seen) => bar.update(seen) }),
   ).finally(() => bar.stop());
-  print(`${result.done} dead letters were ${past}, by ${by}.`);
+  print(`${by} ${past} ${counted(result.done, 'dead letter')}.`);
   if (verb === 'replay' && result.done > 0)
     print(
       `They go out at once where a relay runs, else within ${config.pollIntervalMs / 1_000} s of its start.`,
@@ -202,7 +202,7 @@ async function act(
 
 function printRefusals({ refused, refusals }: ActionResult): void {
   if (refused === 0) return;
-  print(`${refused} were left as they are:`);
+  print(`${counted(refused, 'event')} left as before:`);
   for (const { eventId, reason } of refusals) print(`  ${eventId}  ${reason}`);
   if (refused > refusals.length) print(`  … and ${refused - refusals.length} more`);
 }

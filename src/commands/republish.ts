@@ -2,7 +2,7 @@ import { SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config.ts';
 import { openOperations } from '../operate/open.ts';
-import { barOptions, confirmed, operator, untilInterrupted } from './act.ts';
+import { barOptions, confirmed, counted, operator, untilInterrupted } from './act.ts';
 import { EXIT, print, when, withConfig, withServers } from './command.ts';
 import { aggregate } from './dlq.ts';
 
@@ -69,10 +69,15 @@ async function run(
     );
   }
   if (options.dryRun || total === 0) {
-    print(`${total} events would be appended again.`);
+    print(`${counted(total, 'event')} would be appended again.`);
     return EXIT.done;
   }
-  if (!(await confirmed(`Append ${total} events again, for every consumer to read?`, options.yes === true)))
+  if (
+    !(await confirmed(
+      `Append ${counted(total, 'event')} again, for every consumer to read?`,
+      options.yes === true,
+    ))
+  )
     return EXIT.failed;
 
   const by = operator();
@@ -97,8 +102,8 @@ async function run(
         },
       }),
     ).finally(() => bar.stop());
-    print(`${result.appended} events were appended again, by ${by}.`);
-    if (result.refused > 0) print(`${result.refused} were refused: ${result.reason}`);
+    print(`${by} had ${counted(result.appended, 'event')} appended again.`);
+    if (result.refused > 0) print(`${counted(result.refused, 'event')} refused: ${result.reason}`);
     if (interrupted && result.next !== null) goOn();
     return result.refused === 0 && result.next === null ? EXIT.done : EXIT.failed;
   } catch (error) {

@@ -279,6 +279,23 @@ describe('a replay', () => {
     expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 250, next: null });
   });
 
+  test('waits while many rows are fresh: new events would wait behind its own', async () => {
+    await pool.query(`
+      INSERT INTO identity.outbox (event_type, aggregate_id, payload, dead_lettered_at, next_attempt_at)
+      SELECT 'X', gen_random_uuid(), '{}', CASE WHEN n > 1000 THEN now() END, CASE WHEN n > 1000 THEN 'infinity'::timestamptz END
+      FROM generate_series(1, 1450) n`);
+    let seen = 0;
+    const onProgress = (count: number) => {
+      seen = count;
+    };
+    const replay = deadLetters.replay({ filter: {} }, { ...BY, onProgress });
+    await waitFor(() => seen === 200, { what: 'the first batch' });
+    const goesOn = waitFor(() => seen > 200, { what: 'it', timeoutMs: 500 });
+    await expect(goesOn).rejects.toThrow('Waited');
+    await pool.query('UPDATE identity.outbox SET published = true WHERE next_attempt_at IS NULL');
+    expect(await replay).toMatchObject({ done: 450, next: null });
+  });
+
   test('says which events it cannot replay, and a dry run changes nothing', async () => {
     const [live, gone] = [anEvent(), anEvent()];
     await insertEvents(pool, [live]);
