@@ -253,14 +253,17 @@ describe('a replay', () => {
     const somebody = await pool.connect();
     await somebody.query('BEGIN; SELECT FROM identity.outbox WHERE id = 211 FOR UPDATE');
     const rest = deadLetters.replay({ filter: {} }, { ...BY, after: first.next as string });
-    await waitFor(
-      async () =>
-        (await pool.query(`SELECT FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'`)).rowCount,
-      { what: 'the replay to wait for the row' },
-    );
-    expect(await fresh()).toEqual(upTo(210));
-    await somebody.query('COMMIT');
-    somebody.release();
+    try {
+      const waiting = `SELECT FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'`;
+      await waitFor(async () => (await pool.query(waiting)).rowCount, {
+        what: 'the replay to wait for the row',
+        timeoutMs: 5_000,
+      });
+      expect(await fresh()).toEqual(upTo(210));
+    } finally {
+      await somebody.query('COMMIT');
+      somebody.release();
+    }
     expect(await rest).toMatchObject({ done: 240, next: null });
     expect(await fresh()).toEqual(upTo(450));
   });
