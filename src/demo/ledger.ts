@@ -49,6 +49,8 @@ type Row = {
   aggregate: string;
   published: boolean;
   dead: boolean;
+  /** Given up by an operator: nothing of it has to be anywhere. */
+  discarded: boolean;
 };
 
 /** Reads the whole table and every stream; meant for up to some 100,000 events, after the relay came to rest. */
@@ -85,7 +87,7 @@ export async function gradeLedger(options: LedgerOptions): Promise<LedgerGrade> 
   for (const eventId of deadLetters) deadCount.set(eventId, (deadCount.get(eventId) ?? 0) + 1);
 
   for (const [eventId, row] of rows) {
-    if (ignore.has(eventId)) continue;
+    if (ignore.has(eventId) || row.discarded) continue;
     const entries = entryCount.get(eventId) ?? 0;
     const dead = deadCount.get(eventId) ?? 0;
     if (entries === 0 && dead === 0) found.lost.push(eventId);
@@ -131,7 +133,8 @@ async function readRows(pool: Pool, defaultStream: string): Promise<Map<string, 
   for (let after = '-9223372036854775808'; ; ) {
     const { rows } = await pool.query<Row>(
       `SELECT id::text, event_id::text, coalesce(topic, $1) AS stream, published,
-              aggregate_type || ' ' || aggregate_id AS aggregate, dead_lettered_at IS NOT NULL AS dead
+              aggregate_type || ' ' || aggregate_id AS aggregate, dead_lettered_at IS NOT NULL AS dead,
+              published AND dead_lettered_at IS NOT NULL AS discarded
          FROM identity.outbox WHERE id > $2::bigint ORDER BY outbox.id LIMIT $3`,
       [defaultStream, after, PAGE_ROWS],
     );

@@ -23,6 +23,15 @@ export type SettledRow = Readonly<{
 export type SettledEvent = OutboxEvent &
   Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null }>;
 
+/** Which published events are meant; what is left out does not matter. */
+export type PublishedFilter = Readonly<{
+  topic?: string;
+  eventType?: string;
+  aggregateType?: string;
+  /** uuid */
+  aggregateId?: string;
+}>;
+
 /** Place of a row in the order of settling. */
 export type SettledPlace = Readonly<{ settledAt: string; id: string }>;
 
@@ -97,6 +106,31 @@ export function createReceipts(
              AND ${SETTLED_AT} <= $4::timestamptz
            ORDER BY ${SETTLED_AT}, o.id LIMIT $5`,
           [streamName, after.settledAt, after.id, until, limit],
+        );
+        return rows;
+      }),
+
+    /** Of the same rows, those that are in the stream of their topic and match. */
+    published: (
+      filter: PublishedFilter,
+      after: SettledPlace,
+      until: string,
+      limit: number,
+    ): Promise<(SettledRow & Readonly<{ topic: string }>)[]> =>
+      read(async (tx) => {
+        const { rows } = await tx.query<SettledRow & { topic: string }>(
+          `SELECT o.id::text AS "id", coalesce(o.topic, $1) AS "topic", o.stream_entry_id AS "entryId",
+                  ${SETTLED_AT}::text AS "settledAt", pg_column_size(o.payload) AS "bytes"
+           FROM identity.outbox o
+           WHERE o.stream_entry_id IS NOT NULL AND (${SETTLED_AT}, o.id) > ($2::timestamptz, $3::bigint)
+             AND ${SETTLED_AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL
+             AND ($6::text IS NULL OR coalesce(o.topic, $1) = $6) AND ($7::text IS NULL OR o.event_type = $7)
+             AND ($8::text IS NULL OR o.aggregate_type = $8) AND ($9::uuid IS NULL OR o.aggregate_id = $9)
+           ORDER BY ${SETTLED_AT}, o.id LIMIT $5`,
+          [
+            ...[streamName, after.settledAt, after.id, until, limit],
+            ...[filter.topic, filter.eventType, filter.aggregateType, filter.aggregateId],
+          ],
         );
         return rows;
       }),

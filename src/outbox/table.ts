@@ -14,7 +14,7 @@ import {
 const instant = (name: string) => timestamp(name, { withTimezone: true });
 
 /**
- * `identity.outbox`, as the backend's own migrations made it, plus two columns of the relay.
+ * `identity.outbox`, as the backend's own migrations made it, plus five columns of the relay.
  *
  * | state     | condition                                                                        |
  * |-----------|----------------------------------------------------------------------------------|
@@ -24,6 +24,7 @@ const instant = (name: string) => timestamp(name, { withTimezone: true });
  * | parked    | not published, `next_attempt_at` infinity: behind an earlier row of its aggregate |
  * | published | `published`, with `published_at` and the receipt `stream_entry_id`               |
  * | dead      | not published, `dead_lettered_at` set, `next_attempt_at` infinity; the receipt is its dead letter's |
+ * | discarded | `published` and `dead_lettered_at` set: an operator gave it up for good; it never was in its stream |
  *
  * The relay's indexes are partial on unpublished rows, so that published rows cost nothing; but for
  * `relay_outbox_settled`, which finds receipts by the time of their row, should Redis lose its last entries.
@@ -48,6 +49,11 @@ export const outbox = pgSchema('identity').table(
     deadLetteredAt: instant('dead_lettered_at'),
     /** The receipt: the id that Redis answered to the append (of a dead row: to that of its dead letter). */
     streamEntryId: text('stream_entry_id'),
+    /** When an operator last replayed it. */
+    replayedAt: instant('replayed_at'),
+    /** Of a discarded row: why, and by whom. */
+    discardReason: text('discard_reason'),
+    discardedBy: text('discarded_by'),
   },
   (row) => [
     index('relay_outbox_fresh').on(row.id).where(sql`not published and next_attempt_at is null`),
@@ -62,6 +68,9 @@ export const outbox = pgSchema('identity').table(
       .where(sql`not published and dead_lettered_at is null and next_attempt_at = 'infinity'::timestamptz`),
     index('relay_outbox_dead')
       .on(row.aggregateType, row.aggregateId, row.id)
+      .where(sql`not published and dead_lettered_at is not null`),
+    index('relay_outbox_dead_at')
+      .on(row.deadLetteredAt, row.id)
       .where(sql`not published and dead_lettered_at is not null`),
     index('relay_outbox_settled')
       .on(sql`coalesce(dead_lettered_at, published_at)`, row.id)

@@ -31,6 +31,17 @@ export type JobFate = 'alive' | 'failed' | 'missing';
 /** A publish job whose retries are spent, as its dead letter needs it. */
 export type FailedJob = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
 
+/** An event's job, as an operator sees it. Times are ISO 8601. */
+export type JobView = Readonly<{
+  /** BullMQ's word, e.g. `failed` or `delayed`. */
+  state: string;
+  /** Attempts that ended, of this job. */
+  attempts: number;
+  failedReason: string | null;
+  lastStartedAt: string | null;
+  failedAt: string | null;
+}>;
+
 export type Queues = ReturnType<typeof createQueues>;
 
 /** For everything but waiting for jobs: no database transaction is held open across a Redis outage. */
@@ -237,6 +248,39 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Logger
     /** Removes an event's job, unless somebody works on it. */
     async remove(eventId: string): Promise<void> {
       await publish.remove(eventId);
+    },
+
+    /**
+     * Takes away the failed jobs of events that get new ones: their ids would shadow these.
+     * @param memory field of the job's hash in which an append is remembered
+     * @returns the events whose job is worked on, or remembers an append: somebody has to look what became of them
+     * @throws when Redis does not answer
+     */
+    async takeAway(eventIds: readonly string[], memory: string): Promise<Set<string>> {
+      const unclear = await Promise.all(
+        eventIds.map(async (eventId) => {
+          const [appended, removed] = await Promise.all([
+            redis.hexists(publish.toKey(eventId), memory),
+            publish.remove(eventId),
+          ]);
+          return appended === 1 || removed !== 1 ? [eventId] : [];
+        }),
+      );
+      return new Set(unclear.flat());
+    },
+
+    /** The event's job, or null. */
+    async view(eventId: string): Promise<JobView | null> {
+      const [job, state] = await Promise.all([publish.getJob(eventId), publish.getJobState(eventId)]);
+      if (!job) return null;
+      const time = (ms: number | undefined) => (ms ? new Date(ms).toISOString() : null);
+      return {
+        state,
+        attempts: job.attemptsMade,
+        failedReason: job.failedReason ?? null,
+        lastStartedAt: time(job.processedOn),
+        failedAt: time(job.finishedOn),
+      };
     },
 
     async close(): Promise<void> {

@@ -29,6 +29,13 @@ export function envelopeFields(event: OutboxEvent): string[] {
   return fields;
 }
 
+/** The entry of an event that is published once more, marked as such. */
+export const replayedFields = (event: OutboxEvent, replayedAt: Date): string[] => [
+  ...envelopeFields(event),
+  'replayed_at',
+  replayedAt.toISOString(),
+];
+
 /** The event's entry in the dead-letter stream: its envelope, and why and when it was given up. */
 export function deadLetterFields(
   event: OutboxEvent,

@@ -163,6 +163,24 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
     return { status: 'restored', entryId };
   }
 
+  /** From the stream's end back, until `take` has seen enough. */
+  async function search(
+    stream: string,
+    eventIds: readonly string[],
+    take: (eventId: string, entryId: string) => boolean,
+  ): Promise<void> {
+    let from = '+';
+    let goOn = true;
+    for (let looked = 0; looked < FIND_LIMIT && goOn; looked += FIND_STEP) {
+      const answer = await orRefusal(redis.findEntries(stream, from, FIND_STEP, ...eventIds));
+      if (!Array.isArray(answer)) return;
+      const [last, ...pairs] = answer;
+      for (let i = 0; i < pairs.length; i += 2) goOn = take(pairs[i] as string, pairs[i + 1] as string);
+      if (!last) return;
+      from = `(${last}`;
+    }
+  }
+
   return {
     /**
      * @param restoring entries of this stream will be restored, so what there was before has to be noted down
@@ -185,18 +203,22 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
      */
     async find(stream: string, eventIds: readonly string[]): Promise<Map<string, string>> {
       const found = new Map<string, string>();
-      let from = '+';
-      for (let looked = 0; looked < FIND_LIMIT && found.size < eventIds.length; looked += FIND_STEP) {
-        const answer = await orRefusal(redis.findEntries(stream, from, FIND_STEP, ...eventIds));
-        if (!Array.isArray(answer)) break;
-        const [last, ...pairs] = answer;
-        for (let i = 0; i < pairs.length; i += 2) {
-          const [eventId, entryId] = pairs.slice(i, i + 2) as [string, string];
-          if (!found.has(eventId)) found.set(eventId, entryId);
-        }
-        if (!last) break;
-        from = `(${last}`;
-      }
+      const take = (eventId: string, entryId: string) => {
+        if (!found.has(eventId)) found.set(eventId, entryId);
+        return found.size < eventIds.length;
+      };
+      if (eventIds.length > 0) await search(stream, eventIds, take);
+      return found;
+    },
+
+    /** The same for all entries of each event, the last one first. */
+    async findAll(stream: string, eventIds: readonly string[]): Promise<Map<string, string[]>> {
+      const found = new Map<string, string[]>();
+      const take = (eventId: string, entryId: string) => {
+        found.set(eventId, [...(found.get(eventId) ?? []), entryId]);
+        return true;
+      };
+      if (eventIds.length > 0) await search(stream, eventIds, take);
       return found;
     },
 

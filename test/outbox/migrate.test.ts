@@ -15,11 +15,15 @@ import { waitFor } from '../support/wait.ts';
 const ADDED = [
   'column dead_lettered_at',
   'column stream_entry_id',
+  'column replayed_at',
+  'column discard_reason',
+  'column discarded_by',
   'index relay_outbox_fresh',
   'index relay_outbox_due',
   'index relay_outbox_live',
   'index relay_outbox_parked',
   'index relay_outbox_dead',
+  'index relay_outbox_dead_at',
   'index relay_outbox_settled',
 ];
 

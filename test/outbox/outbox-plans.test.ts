@@ -6,6 +6,7 @@ import { randomUUID } from 'node:crypto';
 import pg from 'pg';
 import { beforeAll, describe, expect, test } from 'vitest';
 import type { Pool } from '../../src/outbox/database.ts';
+import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createDatabase } from '../support/servers.ts';
 import { openPool } from '../support/stages.ts';
@@ -67,7 +68,17 @@ beforeAll(async () => {
   `);
 }, SETUP_LIMIT_MS);
 
-const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
+/** With the pool, for statements that are not the outbox's own. */
+type Run = (outbox: Outbox, pool: Pool) => Promise<unknown>;
+
+const deadRows = (pool: Pool) =>
+  createDeadRows(pool, {
+    ...{ streamName: 'identity.user.v1', maxEventBytes: 1_048_576, statementTimeoutMs: 20_000 },
+  });
+const FILTER = { eventType: 'UserUpdated', topic: 'x', aggregateId: HOT.aggregateId, error: 'x' };
+const SOME_TIME = '2026-01-31T12:00:00Z';
+
+const statements: [string, Run, number][] = [
   ['a claim', (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)), 10 * BATCH],
   ['due rows', (it) => it.transaction('repeatable', (tx) => it.lockDue(tx, BATCH)), 3 * BATCH],
   [
@@ -107,6 +118,16 @@ const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
   ],
   ['the end of one lease', (it) => it.endLease(DUE_IDS[0] as string), 10],
   ['the question which events are settled', (it) => it.unsettled([randomUUID(), randomUUID()]), 10],
+  ['a page of dead letters', (_, it) => deadRows(it).page({}, { at: SOME_TIME, id: '1' }, BATCH), 3 * BATCH],
+  [
+    'dead letters by filter',
+    (_, it) => deadRows(it).page({ ...FILTER, since: SOME_TIME, until: SOME_TIME }, null, BATCH),
+    3 * BATCH,
+  ],
+  ['dead letters by error', (_, it) => deadRows(it).groups({}, BATCH), 3 * BATCH],
+  ['dead letters counted', (_, it) => deadRows(it).count(FILTER), 3 * BATCH],
+  ['dead rows in order', (_, it) => deadRows(it).inOrder({}, { ...HOT, id: '1' }, BATCH), 3 * BATCH],
+  ['dead rows of some events', (_, it) => deadRows(it).ofEvents([randomUUID(), randomUUID()]), 10],
   ['the list of aggregates with parked rows', (it) => it.parkedAggregates(null, BATCH), 3 * BATCH],
 ];
 
@@ -140,11 +161,12 @@ describe.each([
     '%s touches few rows, by index (%s, %s plan)',
     async (_name, deadLetterPolicy, plan, run, limit) => {
       const costs: Cost[] = [];
-      const outbox = createOutbox(explaining(pool, plan, costs), {
+      const explained = explaining(pool, plan, costs);
+      const outbox = createOutbox(explained, {
         ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000, maxEventBytes: 1_048_576 },
         ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
       });
-      await run(outbox);
+      await run(outbox, explained);
       expect(costs).toHaveLength(1);
       const [{ rowsTouched, buffers, indexes, scans, mostRowsSorted }] = costs as [Cost];
       expect(rowsTouched).toBeLessThanOrEqual(limit);

@@ -509,6 +509,14 @@ describe('a failed attempt', () => {
   });
 });
 
+test('a dead row whose job was retried by hand is published, and not dead any more', async () => {
+  await insertOfUser(2);
+  await claim();
+  await bury(1);
+  await acknowledge([1]);
+  expect(await states()).toEqual(['published', 'leased']);
+});
+
 describe('due rows', () => {
   const lockDue = (limit = 100) => outbox.transaction('repeatable', (tx) => outbox.lockDue(tx, limit));
 

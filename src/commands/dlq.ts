@@ -1,0 +1,285 @@
+import { SingleBar } from 'cli-progress';
+import Table from 'cli-table3';
+import { type Command, InvalidArgumentError } from 'commander';
+import type { RelayConfig } from '../config.ts';
+import type { ActionResult, DeadLetters, Selection } from '../operate/dead-letters.ts';
+import { isUuid, type ListedDeadLetter } from '../operate/inspection.ts';
+import { openOperations } from '../operate/open.ts';
+import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
+import { barOptions, confirmed, counted, operator, untilInterrupted } from './act.ts';
+import { EXIT, print, when, withConfig, withServers } from './command.ts';
+
+type FilterOptions = Readonly<{
+  type?: string;
+  topic?: string;
+  aggregate?: Aggregate;
+  error?: string;
+  since?: Date | number;
+  until?: Date | number;
+  pruned?: boolean;
+}>;
+type ListOptions = FilterOptions &
+  Readonly<{ limit: number; cursor?: string; group?: boolean; json?: boolean }>;
+type ActOptions = FilterOptions & Readonly<{ all?: boolean; dryRun?: boolean; yes?: boolean }>;
+
+const MOST_LISTED = 10_000;
+
+export function addDlq(program: Command): void {
+  const dlq = program.command('dlq').description('list, show, replay and discard dead letters');
+
+  filters(dlq.command('list').description('dead letters, the latest first; never a payload'))
+    .option('--limit <count>', `how many at most (1 to ${MOST_LISTED})`, count, 50)
+    .option('--cursor <cursor>', 'go on where an earlier list ended')
+    .option('--group', 'count them by error instead')
+    .option('--json', 'print JSON')
+    .action((options: ListOptions) => run('relay-dlq-list', (it) => list(it, options)));
+
+  dlq
+    .command('show')
+    .description('everything that is known of one event: envelope, error, attempts, times, job')
+    .argument('<event-id>', 'its event_id', eventId)
+    .option('--json', 'print JSON')
+    .action((id: string, options: { json?: boolean }) =>
+      run('relay-dlq-show', (it) => show(it, id, options)),
+    );
+
+  acting(dlq.command('replay').description('publish dead events again, in the order of their aggregates'))
+    .addHelpText('after', '\nCut off, it may simply be run again. Exits 1 if any event was refused.')
+    .action((ids: string[], options: ActOptions) =>
+      run('relay-dlq-replay', (it, config) => act(it, config, 'replay', ids, options)),
+    );
+
+  acting(dlq.command('discard').description('give dead events up for good; nothing waits for them any more'))
+    .requiredOption('--reason <text>', 'why; it is kept with the row')
+    .action((ids: string[], options: ActOptions & { reason: string }) =>
+      run('relay-dlq-discard', (it, config) => act(it, config, 'discard', ids, options, options.reason)),
+    );
+}
+
+const filters = (command: Command): Command =>
+  command
+    .option('--type <event-type>', 'only this event type')
+    .option('--topic <stream>', 'only this topic')
+    .option('--aggregate <id>', 'only this aggregate: its id, or type:id', aggregate)
+    .option('--error <text>', 'only errors that contain this, in any case')
+    .option(
+      '--since <when>',
+      'given up from then on: a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)',
+      when,
+    )
+    .option('--until <when>', 'given up to then', when)
+    .option('--pruned', 'those whose row is gone, from the dead-letter stream, instead');
+
+const acting = (command: Command): Command =>
+  filters(command.argument('[event-id...]', 'these events; or use filters', eventIds))
+    .option('--all', 'every dead letter, where no filter is given')
+    .option('--dry-run', 'only say what would be done')
+    .option('--yes', 'do not ask; needed where there is no terminal');
+
+async function run(
+  name: string,
+  work: (deadLetters: DeadLetters, config: RelayConfig) => Promise<number>,
+): Promise<void> {
+  await withConfig((config) =>
+    withServers(config, name, async (servers) => {
+      const operations = openOperations(config, servers);
+      try {
+        return await work(operations.deadLetters, config);
+      } finally {
+        await operations.close();
+      }
+    }),
+  );
+}
+
+async function list(deadLetters: DeadLetters, options: ListOptions): Promise<number> {
+  const filter = filterOf(options);
+  if (options.group) {
+    if (options.pruned) throw new Error('--group counts rows: it does not go with --pruned');
+    const groups = await deadLetters.groups(filter, options.limit);
+    if (options.json) print(JSON.stringify({ groups }));
+    else if (groups.length === 0) print('No dead letters.');
+    else print(groupTable(groups));
+    return EXIT.done;
+  }
+  const { limit, cursor, pruned = false } = options;
+  const page = await deadLetters.list(filter, {
+    limit,
+    pruned,
+    ...(cursor !== undefined && { after: cursor }),
+  });
+  if (options.json) {
+    print(JSON.stringify(page));
+    return EXIT.done;
+  }
+  if (page.letters.length === 0) print('No dead letters.');
+  else print(letterTable(page.letters));
+  if (page.next !== null) print(`There are more: --cursor ${page.next}`);
+  return EXIT.done;
+}
+
+async function show(deadLetters: DeadLetters, id: string, options: { json?: boolean }): Promise<number> {
+  const details = await deadLetters.show(id);
+  if (details === null) {
+    console.error(`relay: neither the table nor the dead-letter stream knows ${id}`);
+    return EXIT.failed;
+  }
+  if (options.json) {
+    print(JSON.stringify(details));
+    return EXIT.done;
+  }
+  const { event, state, error, attempts, timeline, dlqEntryId, job } = details;
+  const rows: [string, string][] = [
+    ['event', event.eventId],
+    ['type', event.eventType],
+    ['aggregate', `${event.aggregateType}:${event.aggregateId}`],
+    ['topic', event.topic],
+    ['state', state === 'pruned' ? 'pruned: the row is gone, this is its dead letter' : state],
+    ['attempts', String(attempts)],
+    ['error', error ?? '–'],
+    ['dead letter', dlqEntryId ?? 'none in the stream'],
+    ['job', job === null ? 'none in BullMQ' : `${job.state}, ${job.attempts} attempts`],
+    ['payload', event.withheld ? `withheld: ${event.withheld}` : event.payload],
+  ];
+  for (const [name, value] of rows) print(`${name.padEnd(12)} ${value}`);
+  for (const { at, what } of timeline) print(`${at.padEnd(28)} ${what}`);
+  return EXIT.done;
+}
+
+async function act(
+  deadLetters: DeadLetters,
+  config: RelayConfig,
+  verb: 'replay' | 'discard',
+  ids: readonly string[],
+  options: ActOptions,
+  reason = '',
+): Promise<number> {
+  const filter = filterOf(options);
+  const filtered = Object.keys(filter).length > 0 || options.pruned === true;
+  if (ids.length > 0 && (filtered || options.all)) throw new Error('name events, or use filters: not both');
+  if (ids.length === 0 && !filtered && !options.all)
+    throw new Error('name events, use filters, or say --all for every dead letter');
+  const selection: Selection =
+    ids.length > 0 ? { eventIds: ids } : { filter, ...(options.pruned && { pruned: true }) };
+  const by = operator();
+  const perform = (more: {
+    dryRun?: boolean;
+    stopped?: () => boolean;
+    onProgress?: (seen: number) => void;
+  }) =>
+    verb === 'replay'
+      ? deadLetters.replay(selection, { by, ...more })
+      : deadLetters.discard(selection, reason, { by, ...more });
+
+  const would = await perform({ dryRun: true });
+  const past = verb === 'replay' ? 'replayed' : 'discarded';
+  if (options.dryRun || would.done === 0) {
+    if (!('eventIds' in selection) && !options.pruned && would.done > 0)
+      print(groupTable(await deadLetters.groups(filter)));
+    print(`${counted(would.done, 'dead letter')} would be ${past}.`);
+    printRefusals(would);
+    return would.refused === 0 ? EXIT.done : EXIT.failed;
+  }
+  const question = `${verb === 'replay' ? 'Replay' : 'Discard'} ${counted(would.done, 'dead letter')}?`;
+  if (!(await confirmed(question, options.yes === true))) return EXIT.failed;
+
+  const bar = new SingleBar(
+    ...barOptions(' {percentage}% | {bar} | {value} of {total} | {eta_formatted} left'),
+  );
+  bar.start(would.done + would.refused, 0);
+  const { result, interrupted } = await untilInterrupted((stopped) =>
+    perform({ stopped, onProgress: (seen) => bar.update(seen) }),
+  ).finally(() => bar.stop());
+  print(`${by} ${past} ${counted(result.done, 'dead letter')}.`);
+  if (verb === 'replay' && result.done > 0)
+    print(
+      `They go out at once where a relay runs, else within ${config.pollIntervalMs / 1_000} s of its start.`,
+    );
+  printRefusals(result);
+  if (interrupted) print('Interrupted: run it again for the rest.');
+  return result.refused === 0 && !interrupted ? EXIT.done : EXIT.failed;
+}
+
+function printRefusals({ refused, refusals }: ActionResult): void {
+  if (refused === 0) return;
+  print(`${counted(refused, 'event')} left as before:`);
+  for (const { eventId, reason } of refusals) print(`  ${eventId}  ${reason}`);
+  if (refused > refusals.length) print(`  … and ${refused - refusals.length} more`);
+}
+
+const plain = { style: { head: [], border: [], compact: true } };
+
+function letterTable(letters: readonly ListedDeadLetter[]): string {
+  const table = new Table({
+    ...plain,
+    head: ['dead since', 'event id', 'type', 'topic', 'aggregate', 'attempts', 'error'],
+    colWidths: [null, null, null, null, null, null, 60],
+  });
+  for (const it of letters)
+    table.push([
+      it.deadLetteredAt.slice(0, 19),
+      ...[it.eventId, it.eventType, it.topic, `${it.aggregateType}:${it.aggregateId}`],
+      ...[it.attempts, it.error.replaceAll(/\s+/g, ' ')],
+    ]);
+  return table.toString();
+}
+
+function groupTable(groups: readonly DeadLetterGroup[]): string {
+  const table = new Table({
+    ...plain,
+    head: ['count', 'first', 'last', 'types', 'example', 'error'],
+    colWidths: [null, null, null, 40, null, 70],
+    wordWrap: true,
+  });
+  for (const it of groups)
+    table.push([
+      it.count,
+      it.first.slice(0, 19),
+      it.last.slice(0, 19),
+      it.eventTypes.join(', '),
+      it.example,
+      it.error,
+    ]);
+  return table.toString();
+}
+
+type Aggregate = Readonly<{ aggregateType?: string; aggregateId: string }>;
+
+/** Option parser: an aggregate. Its type may have colons. */
+export function aggregate(text: string): Aggregate {
+  const colon = text.lastIndexOf(':');
+  const aggregateId = text.slice(colon + 1);
+  if (!isUuid(aggregateId))
+    throw new InvalidArgumentError('Expected the id of an aggregate (a uuid), or type:id.');
+  return colon === -1 ? { aggregateId } : { aggregateType: text.slice(0, colon), aggregateId };
+}
+
+function eventId(text: string): string {
+  if (!isUuid(text)) throw new InvalidArgumentError('Expected an event_id (a uuid).');
+  return text.toLowerCase();
+}
+
+const eventIds = (text: string, before: readonly string[] | undefined): string[] => [
+  ...(before ?? []),
+  eventId(text),
+];
+
+function count(text: string): number {
+  const number = Number(text);
+  if (!Number.isInteger(number) || number < 1 || number > MOST_LISTED)
+    throw new InvalidArgumentError(`Expected a number from 1 to ${MOST_LISTED}.`);
+  return number;
+}
+
+const instant = (at: Date | number) => (at instanceof Date ? at : new Date(Date.now() - at)).toISOString();
+
+function filterOf({ type, topic, aggregate: of, error, since, until }: FilterOptions): DeadLetterFilter {
+  return {
+    ...(type !== undefined && { eventType: type }),
+    ...(topic !== undefined && { topic }),
+    ...of,
+    ...(error !== undefined && { error }),
+    ...(since !== undefined && { since: instant(since) }),
+    ...(until !== undefined && { until: instant(until) }),
+  };
+}

@@ -1,0 +1,57 @@
+import type { Redis } from 'ioredis';
+import { streamOptionsOf } from '../comparison.ts';
+import type { RelayConfig } from '../config.ts';
+import type { Logger } from '../logger.ts';
+import type { Pool } from '../outbox/database.ts';
+import { createDeadRows } from '../outbox/dead-rows.ts';
+import { createOutbox } from '../outbox/outbox.ts';
+import { createReceipts } from '../outbox/receipts.ts';
+import { createQueues } from '../queue/queues.ts';
+import { createScheduler } from '../queue/scheduler.ts';
+import { ENTRY } from '../stream/append.ts';
+import { createDeadEntries } from '../stream/dead-entries.ts';
+import { createRepublisher } from '../stream/republish.ts';
+import { createRestorer } from '../stream/restore.ts';
+import { createDeadLetters, type DeadLetters } from './dead-letters.ts';
+import { createRepublish, type Republish } from './republish.ts';
+
+export type Operations = Readonly<{
+  deadLetters: DeadLetters;
+  republish: Republish;
+  /** Closes what was opened here, not the connections. */
+  close(): Promise<void>;
+}>;
+
+/**
+ * What operators can do, on connections that are there already: within a relay or beside it.
+ * @param servers `redis` neither queues nor resends commands (QUEUE_CONNECTION, APPEND_CONNECTION)
+ */
+export function openOperations(
+  config: RelayConfig,
+  servers: Readonly<{ pool: Pool; redis: Redis; logger: Logger }>,
+): Operations {
+  const { pool, redis, logger } = servers;
+  const options = { ...config, statementTimeoutMs: config.publishTimeoutMs };
+  const streamOptions = streamOptionsOf(config);
+  const restorer = createRestorer(redis, streamOptions);
+  const queues = createQueues(redis, config, logger);
+  const { pollIntervalMs } = config;
+  return {
+    deadLetters: createDeadLetters({
+      rows: createDeadRows(pool, options),
+      entries: createDeadEntries(redis, config.dlqStreamName, restorer.findAll),
+      jobs: queues,
+      memory: ENTRY,
+      isInStream: async (stream, eventId) => (await restorer.find(stream, [eventId])).has(eventId),
+      release: createOutbox(pool, options).releaseOrphans,
+      wake: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }).wake,
+      logger,
+    }),
+    republish: createRepublish({
+      receipts: createReceipts(pool, options),
+      republisher: createRepublisher(redis, streamOptions),
+      logger,
+    }),
+    close: queues.close,
+  };
+}

@@ -1,0 +1,334 @@
+import type { OutboxEvent } from '../event.ts';
+import { type Pool, type Queryable, transaction } from './database.ts';
+import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
+
+/**
+ * Dead rows, as operators list, replay and discard them. Nothing here reads published or live rows, but for those that
+ * are asked for by their event id.
+ */
+
+/** Which dead letters are meant; what is left out does not matter. */
+export type DeadLetterFilter = Readonly<{
+  eventType?: string;
+  /** Key of the stream that the event was for. */
+  topic?: string;
+  aggregateType?: string;
+  /** uuid */
+  aggregateId?: string;
+  /** Part of the error message, in any case. */
+  error?: string;
+  /** Given up at or after, and at or before; ISO 8601. */
+  since?: string;
+  until?: string;
+}>;
+
+/** A dead letter in a list: everything but the payload. Times are ISO 8601. */
+export type DeadLetter = Readonly<{
+  eventId: string;
+  eventType: string;
+  aggregateType: string;
+  aggregateId: string;
+  topic: string;
+  attempts: number;
+  error: string;
+  createdAt: string;
+  deadLetteredAt: string;
+  /** Its entry in the dead-letter stream, which may have been trimmed since. */
+  entryId: string | null;
+}>;
+
+/** Place of a dead letter in the order of time. */
+export type DeadLetterPlace = Readonly<{ at: string; id: string }>;
+
+/** Dead letters of one reason; numbers and ids in the text are written `#`. */
+export type DeadLetterGroup = Readonly<{
+  error: string;
+  count: number;
+  first: string;
+  last: string;
+  /** The latest of them. */
+  example: string;
+  eventTypes: string[];
+}>;
+
+/** A dead row on its way back, or out. */
+export type DeadRow = Readonly<{ id: string; eventId: string; aggregateType: string; aggregateId: string }>;
+
+/** Place of a row in the order of aggregates: within each, that of its rows. */
+export type AggregatePlace = Readonly<{ aggregateType: string; aggregateId: string; id: string }>;
+
+/** Where the row is that an event has; see table.ts. */
+export type RowState = 'fresh' | 'leased' | 'due' | 'parked' | 'published' | 'dead' | 'discarded';
+
+/** A row in any state, with its event as consumers would get it. Times are ISO 8601. */
+export type RowDetails = Readonly<{
+  event: OutboxEvent;
+  state: RowState;
+  error: string | null;
+  nextAttemptAt: string | null;
+  deadLetteredAt: string | null;
+  replayedAt: string | null;
+  publishedAt: string | null;
+  entryId: string | null;
+  discardReason: string | null;
+  discardedBy: string | null;
+}>;
+
+/** An event whose row is gone, as its entry in the dead-letter stream tells it. */
+export type LostRow = Readonly<{
+  eventId: string;
+  eventType: string;
+  aggregateType: string;
+  aggregateId: string;
+  topic: string;
+  payload: string;
+  occurredAt: string;
+}>;
+
+export type DeadRows = ReturnType<typeof createDeadRows>;
+
+const EVERY_TYPE_SHOWN = 10;
+const ERROR_SHOWN = 300;
+const NUMBERS_AND_IDS = '[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9]+';
+
+const DEAD = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NOT NULL`;
+/** Asked of a row that is looked up by its id: no partial index shall seem to answer it. See STILL_LIVE in outbox.ts. */
+const STILL_DEAD = (row: string) =>
+  `CASE WHEN ${row}.published THEN false ELSE ${row}.dead_lettered_at IS NOT NULL END`;
+const iso = (time: string) => `to_char(${time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`;
+/** Infinity is no time to print. */
+const isoOrNull = (time: string) => `CASE WHEN isfinite(${time}) THEN ${iso(time)} END`;
+
+export function createDeadRows(
+  pool: Pool,
+  options: Readonly<{ streamName: string; maxEventBytes: number; statementTimeoutMs: number }>,
+) {
+  const { streamName, maxEventBytes, statementTimeoutMs } = options;
+  const within = <T>(work: (tx: Queryable) => Promise<T>) =>
+    transaction(pool, statementTimeoutMs, 'durable', work);
+  const read = <T extends object>(text: string, values: unknown[]): Promise<T[]> =>
+    within(async (tx) => (await tx.query<T>(text, values)).rows);
+
+  /** The filter as conditions on `o`, their parameters after those in `values`. `$1` is the topic of rows without. */
+  function matching(filter: DeadLetterFilter, values: unknown[]): string {
+    const conditions = [DEAD('o')];
+    const add = (value: unknown, condition: (parameter: string) => string) => {
+      if (value === undefined) return;
+      values.push(value);
+      conditions.push(condition(`$${values.length}`));
+    };
+    add(filter.eventType, (it) => `o.event_type = ${it}`);
+    add(filter.topic, (it) => `coalesce(o.topic, $1) = ${it}`);
+    add(filter.aggregateType, (it) => `o.aggregate_type = ${it}`);
+    add(filter.aggregateId, (it) => `o.aggregate_id = ${it}::uuid`);
+    add(filter.error, (it) => `strpos(lower(o.error_message), lower(${it})) > 0`);
+    add(filter.since, (it) => `o.dead_lettered_at >= ${it}::timestamptz`);
+    add(filter.until, (it) => `o.dead_lettered_at <= ${it}::timestamptz`);
+    // Each statement names $1: PostgreSQL wants to know its type.
+    return `$1::text IS NOT NULL AND ${conditions.join(' AND ')}`;
+  }
+
+  /**
+   * All that match. In an order that only the index on dead rows has: the platform's index on `published` looks as
+   * good to the planner, and holds every row that waits (122,000 were read to find none, seen in the test of plans).
+   */
+  const allMatching = (filter: DeadLetterFilter, values: unknown[]) =>
+    `(SELECT o.* FROM identity.outbox o WHERE ${matching(filter, values)}
+      ORDER BY o.dead_lettered_at, o.id OFFSET 0) o`;
+
+  const details = (eventId: string, printing: boolean): Promise<RowDetails[]> =>
+    within(async (tx) => {
+      const { rows } = await tx.query<OutboxEvent & Omit<RowDetails, 'event'>>(
+        `WITH wanted AS (SELECT * FROM identity.outbox WHERE event_id = $2::uuid)
+         ${eventsOf('wanted', maxEventBytes, {
+           columns: `CASE WHEN o.published AND o.dead_lettered_at IS NOT NULL THEN 'discarded'
+                          WHEN o.published THEN 'published'
+                          WHEN o.dead_lettered_at IS NOT NULL THEN 'dead'
+                          WHEN o.next_attempt_at IS NULL THEN 'fresh'
+                          WHEN o.next_attempt_at = 'infinity' THEN 'parked'
+                          WHEN o.next_attempt_at <= now() THEN 'due' ELSE 'leased' END AS "state",
+             o.error_message AS "error", ${isoOrNull('o.next_attempt_at')} AS "nextAttemptAt",
+             ${iso('o.dead_lettered_at')} AS "deadLetteredAt", ${iso('o.replayed_at')} AS "replayedAt",
+             ${iso('o.published_at')} AS "publishedAt", o.stream_entry_id AS "entryId",
+             o.discard_reason AS "discardReason", o.discarded_by AS "discardedBy",`,
+           ...(!printing && { printed: 'false', otherwise: 'o.error_message' }),
+         })}`,
+        [streamName, eventId],
+      );
+      return rows.map((row) => {
+        const { state, error, nextAttemptAt, deadLetteredAt, replayedAt, publishedAt, ...rest } = row;
+        const { entryId, discardReason, discardedBy, ...event } = rest;
+        const times = { nextAttemptAt, deadLetteredAt, replayedAt, publishedAt };
+        return { event, state, error, ...times, entryId, discardReason, discardedBy };
+      });
+    });
+
+  return {
+    /** Runs `work` on rows that `lock` holds until it is committed: when it returns, no crash can undo it. */
+    transaction: within,
+
+    /** Dead letters that match, the latest first, from that place on. */
+    page: (
+      filter: DeadLetterFilter,
+      after: DeadLetterPlace | null,
+      limit: number,
+    ): Promise<(DeadLetter & Readonly<{ id: string }>)[]> => {
+      const values: unknown[] = [streamName, limit];
+      const match = matching(filter, values);
+      const from =
+        after === null
+          ? ''
+          : `AND (o.dead_lettered_at, o.id) < ($${values.push(after.at)}::timestamptz, $${values.push(after.id)}::bigint)`;
+      return read(
+        `SELECT o.id::text AS "id", o.event_id AS "eventId", left(o.event_type, 200) AS "eventType",
+                o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId",
+                left(coalesce(o.topic, $1), 512) AS "topic", o.attempts AS "attempts",
+                coalesce(o.error_message, '') AS "error", ${iso('o.created_at')} AS "createdAt",
+                ${iso('o.dead_lettered_at')} AS "deadLetteredAt", o.stream_entry_id AS "entryId"
+         FROM identity.outbox o WHERE ${match} ${from}
+         ORDER BY o.dead_lettered_at DESC, o.id DESC LIMIT $2`,
+        values,
+      );
+    },
+
+    /** The same, counted by reason, the most frequent first. */
+    groups: (filter: DeadLetterFilter, limit: number): Promise<DeadLetterGroup[]> => {
+      const values: unknown[] = [streamName, limit];
+      const from = allMatching(filter, values);
+      return read(
+        `SELECT g.error, g.count, ${iso('g.first')} AS "first", ${iso('g.last')} AS "last",
+                (SELECT event_id FROM identity.outbox WHERE id = g.example) AS "example", g.types AS "eventTypes"
+         FROM (SELECT left(regexp_replace(coalesce(o.error_message, ''), '${NUMBERS_AND_IDS}', '#', 'g'), ${ERROR_SHOWN}) AS error,
+                      count(*)::int AS count, min(o.dead_lettered_at) AS first, max(o.dead_lettered_at) AS last,
+                      max(o.id) AS example,
+                      (array_agg(DISTINCT left(o.event_type, 200)))[1:${EVERY_TYPE_SHOWN}] AS types
+               FROM ${from} GROUP BY 1) g
+         ORDER BY g.count DESC, g.error LIMIT $2`,
+        values,
+      );
+    },
+
+    async count(filter: DeadLetterFilter): Promise<number> {
+      const values: unknown[] = [streamName];
+      const [counted] = await read<{ n: number }>(
+        `SELECT count(*)::int AS n FROM ${allMatching(filter, values)}`,
+        values,
+      );
+      return counted?.n ?? 0;
+    },
+
+    /** The event's row, whatever its state; a payload that cannot be printed is withheld. Null when there is none. */
+    async details(eventId: string): Promise<RowDetails | null> {
+      const rows = await details(eventId, true).catch((error) => {
+        if (!payloadMayBeAtFault(error)) throw error;
+        return details(eventId, false);
+      });
+      return rows[0] ?? null;
+    },
+
+    /** Dead rows that match, in the order of their aggregates, after that place. */
+    inOrder: (filter: DeadLetterFilter, after: AggregatePlace | null, limit: number): Promise<DeadRow[]> => {
+      const values: unknown[] = [streamName, limit];
+      const match = matching(filter, values);
+      const from =
+        after === null
+          ? ''
+          : `AND (o.aggregate_type, o.aggregate_id, o.id) >
+                 ($${values.push(after.aggregateType)}, $${values.push(after.aggregateId)}::uuid, $${values.push(after.id)}::bigint)`;
+      return read(
+        `SELECT ${DEAD_ROW} FROM identity.outbox o WHERE ${match} ${from}
+         ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT $2`,
+        values,
+      );
+    },
+
+    /** The rows of these events in the order of their aggregates, each with its state. */
+    ofEvents: (eventIds: readonly string[]): Promise<(DeadRow & Readonly<{ dead: boolean }>)[]> =>
+      read(
+        `SELECT ${DEAD_ROW}, ${STILL_DEAD('o')} AS "dead" FROM identity.outbox o
+         WHERE o.event_id = ANY ($1::uuid[]) ORDER BY o.aggregate_type, o.aggregate_id, o.id`,
+        [eventIds],
+      ),
+
+    /**
+     * Locks those of the rows that are dead, in the order of their aggregates. Waits for whoever has them: if rows
+     * were skipped, the later ones of their aggregate would get ahead of them.
+     */
+    async lock(tx: Queryable, ids: readonly string[]): Promise<DeadRow[]> {
+      const { rows } = await tx.query<DeadRow>(
+        `SELECT ${DEAD_ROW} FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_DEAD('o')}
+         ORDER BY o.aggregate_type, o.aggregate_id, o.id FOR UPDATE`,
+        [ids],
+      );
+      return rows;
+    },
+
+    /**
+     * Dead rows are fresh again, with all their attempts. Those in `asked` are due instead: somebody looks first what
+     * became of their jobs.
+     */
+    async revive(tx: Queryable, ids: readonly string[], asked: readonly string[]): Promise<void> {
+      await tx.query(
+        `UPDATE identity.outbox o
+         SET dead_lettered_at = NULL, attempts = 0, replayed_at = now(),
+             next_attempt_at = CASE WHEN o.id = ANY ($2::bigint[]) THEN now() END
+         WHERE o.id = ANY ($1::bigint[]) AND ${STILL_DEAD('o')}`,
+        [ids, asked],
+      );
+    },
+
+    /**
+     * Dead rows are given up for good. Out of the way as if they were published, they hold nobody; without a receipt,
+     * since their dead letters are taken away.
+     */
+    async discard(tx: Queryable, ids: readonly string[], reason: string, by: string): Promise<void> {
+      await tx.query(
+        `UPDATE identity.outbox o
+         SET published = true, published_at = now(), next_attempt_at = NULL, stream_entry_id = NULL,
+             discard_reason = $2, discarded_by = $3
+         WHERE o.id = ANY ($1::bigint[]) AND ${STILL_DEAD('o')}`,
+        [ids, reason, by],
+      );
+    },
+
+    /** Of these events, those that have a row. */
+    async existing(eventIds: readonly string[]): Promise<Set<string>> {
+      const rows = await read<{ eventId: string }>(
+        `SELECT event_id AS "eventId" FROM identity.outbox WHERE event_id = ANY ($1::uuid[])`,
+        [eventIds],
+      );
+      return new Set(rows.map((row) => row.eventId));
+    },
+
+    /**
+     * Writes the row of an event anew, unless it has one: it goes behind all rows of its aggregate.
+     * @returns whether it was written
+     * @throws when PostgreSQL does not take what the entry says, or the role may not insert
+     */
+    async insert(lost: LostRow): Promise<boolean> {
+      const { rowCount } = await pool.query(
+        `INSERT INTO identity.outbox
+           (event_id, event_type, aggregate_type, aggregate_id, topic, payload, created_at, replayed_at)
+         VALUES ($1::uuid, $2, $3, $4::uuid, $5, $6::jsonb, $7::timestamptz, now()) ON CONFLICT (event_id) DO NOTHING`,
+        [
+          ...[lost.eventId, lost.eventType, lost.aggregateType, lost.aggregateId, lost.topic],
+          ...[lost.payload, lost.occurredAt],
+        ],
+      );
+      return rowCount === 1;
+    },
+
+    /** How many rows are fresh, up to `limit`. */
+    async fresh(limit: number): Promise<number> {
+      const [counted] = await read<{ n: number }>(
+        `SELECT count(*)::int AS n FROM (
+           SELECT FROM identity.outbox o WHERE NOT o.published AND o.next_attempt_at IS NULL LIMIT $1) x`,
+        [limit],
+      );
+      return counted?.n ?? 0;
+    },
+  };
+}
+
+const DEAD_ROW = `o.id::text AS "id", o.event_id AS "eventId", o.aggregate_type AS "aggregateType",
+  o.aggregate_id AS "aggregateId"`;

@@ -1,0 +1,167 @@
+import type { Redis } from 'ioredis';
+import type pg from 'pg';
+import { beforeAll, beforeEach, expect, test } from 'vitest';
+import { loadConfig } from '../../src/config.ts';
+import type { SampleEvent } from '../../src/demo/sample.ts';
+import { openOperations } from '../../src/operate/open.ts';
+import type { Republish } from '../../src/operate/republish.ts';
+import { APPEND_CONNECTION } from '../../src/stream/append.ts';
+import { atEndOfFile } from '../support/cleanup.ts';
+import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { createDatabase, createRedis } from '../support/servers.ts';
+import { openPool, openRedis, readStream, silent } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+const STREAM = 'identity.user.v1';
+const EPOCH = 'bull:relay:epoch';
+const BY = { by: 'alice' };
+const ALL = { since: '2020-01-01T00:00:00Z', until: '2100-01-01T00:00:00Z', filter: {} };
+
+let pool: pg.Pool;
+let redis: Redis;
+let republish: Republish;
+let epoch: string;
+
+beforeAll(async () => {
+  const [{ url }, server] = await Promise.all([createDatabase(), createRedis()]);
+  pool = openPool(url, { max: 4 });
+  redis = openRedis(server.url, APPEND_CONNECTION);
+  await waitFor(() => redis.status === 'ready', { what: 'the connection' });
+  const operations = openOperations(loadConfig({ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: server.url }), {
+    pool,
+    redis,
+    logger: silent,
+  });
+  republish = operations.republish;
+  atEndOfFile(operations.close);
+  const info = `${await redis.info('server')}${await redis.info('replication')}`;
+  const named = (name: string) => new RegExp(`${name}:(\\w+)`).exec(info)?.[1];
+  epoch = `${named('run_id')}/${named('master_replid')}:x`;
+});
+
+beforeEach(async () => {
+  await pool.query('TRUNCATE identity.outbox RESTART IDENTITY');
+  await redis.flushall();
+  await redis.set(EPOCH, epoch);
+});
+
+/** Rows as the relay leaves them: published within one statement, in the given order of their entries. */
+async function published(
+  events: readonly SampleEvent[],
+  at = '2026-01-31T12:00:00Z',
+  order = events.map((_, i) => i),
+) {
+  const ids = await insertEvents(pool, events);
+  for (const i of order) {
+    const event = events[i] as SampleEvent;
+    const entryId = await redis.xadd(event.topic ?? STREAM, '*', 'event_id', event.eventId);
+    await pool.query(
+      `UPDATE identity.outbox SET published = true, published_at = $2, stream_entry_id = $3 WHERE id = $1`,
+      [ids[i], at, entryId],
+    );
+  }
+  return ids;
+}
+
+const again = async (stream = STREAM) =>
+  (await readStream(redis, stream)).filter((it) => it.replayed_at !== undefined);
+const idsOf = (events: readonly { eventId: string }[]) => events.map((event) => event.eventId);
+const receipts = async () =>
+  (await pool.query('SELECT id, stream_entry_id, published_at FROM identity.outbox ORDER BY id')).rows;
+
+test('entries come again in the order of their stream, whole and marked; rows stay as they are', async () => {
+  const events = someEvents(6, 2);
+  await published(events, '2026-01-31T12:00:00Z', [0, 1, 3, 2, 5, 4]);
+  const before = await receipts();
+  expect(await republish.count(ALL)).toEqual(new Map([[STREAM, 6]]));
+  expect(await republish.run(ALL, BY)).toEqual({ appended: 6, refused: 0, reason: null, next: null });
+  const entries = await again();
+  expect(entries.map((it) => it.event_id)).toEqual([0, 1, 3, 2, 5, 4].map((i) => events[i]?.eventId));
+  expect(entries[0]).toMatchObject({ event_type: 'UserCreated', topic: STREAM, schema_version: '1' });
+  expect(JSON.parse(entries[0]?.payload ?? '')).toEqual(events[0]?.payload);
+  expect(Date.parse(entries[0]?.replayed_at ?? '')).toBeGreaterThan(Date.now() - 60_000);
+  expect(await receipts()).toEqual(before);
+});
+
+test('only what was published in that time and matches: neither dead, nor discarded, nor waiting', async () => {
+  const word = anEvent({ eventType: 'WordAdded', aggregateType: 'word', topic: 'words' });
+  const [early, late, dead, discarded] = someEvents(4) as [
+    SampleEvent,
+    SampleEvent,
+    SampleEvent,
+    SampleEvent,
+  ];
+  await published([early], '2026-01-30T12:00:00Z');
+  await published([word, dead, discarded]);
+  await published([late], '2026-02-01T12:00:00Z');
+  await insertEvents(pool, [anEvent()]);
+  await pool.query(
+    `UPDATE identity.outbox SET published = event_id = $2, dead_lettered_at = published_at WHERE event_id = ANY ($1)`,
+    [idsOf([dead, discarded]), discarded.eventId],
+  );
+  const of = async (range: Partial<typeof ALL>) => {
+    const all = { ...ALL, ...range };
+    const counts = await republish.count(all);
+    const { appended } = await republish.run(all, BY);
+    expect([...counts.values()].reduce((sum, n) => sum + n, 0)).toBe(appended);
+    const found = [...(await again()), ...(await again('words'))].map((it) => it.event_id);
+    await redis.del(STREAM, 'words');
+    return found;
+  };
+  expect((await of({})).toSorted()).toEqual(idsOf([word, early, late]).toSorted());
+  expect(await of({ until: '2026-01-31T00:00:00Z' })).toEqual([early.eventId]);
+  expect(await of({ since: '2026-02-01T00:00:00Z' })).toEqual([late.eventId]);
+  for (const filter of [
+    { topic: 'words' },
+    { eventType: 'WordAdded' },
+    { aggregateId: word.aggregateId },
+    { aggregateType: 'word' },
+  ])
+    expect(await of({ filter } as never), JSON.stringify(filter)).toEqual([word.eventId]);
+});
+
+test('cut off, it goes on where it was: each entry once, in order', async () => {
+  const events = someEvents(25, 5);
+  await published(events);
+  let next: string | undefined;
+  for (let runs = 0; runs < 4; runs++) {
+    const result = await republish.run(ALL, { ...BY, limit: 7, ...(next !== undefined && { after: next }) });
+    expect(result.appended).toBe(runs < 3 ? 7 : 4);
+    expect(result.next === null).toBe(runs === 3);
+    next = result.next ?? undefined;
+  }
+  expect((await again()).map((it) => it.event_id)).toEqual(idsOf(events));
+});
+
+test('nothing is appended while it is not known whether Redis lost entries; a comparison is waited for', async () => {
+  await published(someEvents(3));
+  await redis.set(EPOCH, 'checking:somebody');
+  const running = republish.run(ALL, BY);
+  await expect(
+    Promise.race([running, waitFor(async () => (await again()).length, { what: 'it', timeoutMs: 600 })]),
+  ).rejects.toThrow('Waited');
+  await redis.set(EPOCH, epoch);
+  expect(await running).toMatchObject({ appended: 3 });
+
+  // Lost in the middle, restarted on the way: what has another name gets nothing.
+  await redis.del(STREAM);
+  await redis.set(EPOCH, epoch);
+  const onProgress = (seen: number) => {
+    if (seen === 1) void redis.set(EPOCH, 'a/b:x');
+  };
+  const second = republish.run(ALL, { ...BY, onProgress });
+  const goesOn = waitFor(async () => (await again()).length > 1, { what: 'it', timeoutMs: 600 });
+  await expect(Promise.race([second, goesOn])).rejects.toThrow('Waited');
+  await redis.set(EPOCH, epoch);
+  expect(await second).toMatchObject({ appended: 3 });
+});
+
+test('a stream that takes nothing is left out, and said', async () => {
+  await published([anEvent({ topic: 'broken' }), anEvent()]);
+  await redis.del('broken');
+  await redis.set('broken', 'a string');
+  expect(await republish.run(ALL, BY)).toMatchObject({
+    ...{ appended: 1, refused: 1, next: null },
+    reason: expect.stringContaining('WRONGTYPE'),
+  });
+});
