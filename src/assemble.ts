@@ -27,6 +27,7 @@ import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile, type Found } from './triage/reconcile.ts';
+import { createDashboard } from './web/dashboard.ts';
 import { createHealth } from './web/health.ts';
 import { createWebServer } from './web/server.ts';
 
@@ -292,6 +293,11 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       ...progress.reasons(),
     ],
     phase: () => phase,
+    dashboard: config.board
+      ? createDashboard({ users: config.boardUsers, basePath: config.boardBasePath, queues, logger })
+      : undefined,
+    basePath: config.boardBasePath,
+    trustedProxies: config.trustedProxies,
   });
 
   /** Most of the time it is known at once; a long comparison, by this or another pod, is not waited for. */
@@ -329,4 +335,4 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
   };
 }
 
-const VERSION = '0.1.0';
+export const VERSION = '0.1.0';

@@ -242,7 +242,8 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
 
     /**
      * Acknowledges appended events and leases the next row of each of their aggregates, whose jobs the
-     * caller adds before the commit. A row that was already published gets its receipt renewed.
+     * caller adds before the commit. A row that was already published gets its receipt renewed. One that was dead is
+     * so no more: an operator had its job retried.
      */
     async markPublished(
       tx: Queryable,
@@ -254,7 +255,7 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       const publish = (idParam: string, entryParam: string) => `
         UPDATE identity.outbox o
         SET published = true, published_at = coalesce(CASE WHEN o.published THEN o.published_at END, now()),
-            next_attempt_at = NULL, stream_entry_id = r.entry_id
+            next_attempt_at = NULL, stream_entry_id = r.entry_id, dead_lettered_at = NULL
         FROM unnest(${idParam}::bigint[], ${entryParam}::text[]) AS r (id, entry_id)
         WHERE o.id = r.id`;
       if (!ordered || !promoting) {
