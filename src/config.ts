@@ -530,7 +530,7 @@ function keyConflicts(config: Partial<RelayConfig>): ConfigProblem[] {
 }
 
 /** Read by the demo and the tests, not by the service. */
-const KNOWN_ELSEWHERE = ['RELAY_REDIS_SERVER_BIN'];
+const KNOWN_ELSEWHERE = ['RELAY_REDIS_SERVER_BIN', 'RELAY_CHROMIUM_BIN'];
 
 /** What Kubernetes sets for a Service whose name begins with `relay`. */
 const KUBERNETES_VARIABLE = /_SERVICE_(?:HOST|PORT)(?:_|$)|_PORT_\d+_(?:TCP|UDP)(?:_|$)/;
