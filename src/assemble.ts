@@ -27,7 +27,6 @@ import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile, type Found } from './triage/reconcile.ts';
-import { createDashboard } from './web/dashboard.ts';
 import { createHealth } from './web/health.ts';
 import { createWebServer } from './web/server.ts';
 
@@ -294,7 +293,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     ],
     phase: () => phase,
     dashboard: config.board
-      ? createDashboard({ users: config.boardUsers, basePath: config.boardBasePath, queues, logger })
+      ? { users: config.boardUsers, basePath: config.boardBasePath, queues, logger }
       : undefined,
     basePath: config.boardBasePath,
     trustedProxies: config.trustedProxies,

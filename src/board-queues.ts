@@ -2,7 +2,7 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from './config.ts';
 import { createQueues, QUEUE_CONNECTION } from './queue/queues.ts';
 import { openRedis } from './servers.ts';
-import { adaptersOf, createGuard } from './web/board-queues.ts';
+import type { adaptersOf, createGuard } from './web/board-queues.ts';
 
 /** Where the queues are: a configuration, or a client of yours and the names. */
 export type BoardQueuesFrom =
@@ -19,14 +19,15 @@ export type BoardQueues = Readonly<{
 }>;
 
 /**
- * The relay's two queues for a Bull Board of your own, with readable jobs.
+ * The relay's two queues for a Bull Board of your own, with readable jobs. Loads `@bull-board/api`.
  *
  * @param options.payloads whether the board shows payloads. Default: false, they may hold personal data.
  */
-export function createBoardQueues(
+export async function createBoardQueues(
   from: BoardQueuesFrom,
   { payloads = false }: Readonly<{ payloads?: boolean }> = {},
-): BoardQueues {
+): Promise<BoardQueues> {
+  const { adaptersOf, createGuard } = await import('./web/board-queues.ts');
   const { queuePrefix = 'bull', queueName = 'relay' } = from;
   const own = 'redis' in from ? undefined : openRedis(from.redisUrl, QUEUE_CONNECTION);
   // Whoever looks at the board sees that Redis is away.

@@ -121,7 +121,7 @@ const boardUsers = (): Kind<readonly BoardUser[]> => {
   return {
     schema: z.string().transform((list, context) => {
       const parsed = list === 'none' ? { users: [] } : parseBoardUsers(list);
-      if ('users' in parsed) return parsed.users;
+      if ('users' in parsed) return Object.freeze(parsed.users);
       context.addIssue({ code: 'custom', message: `${expected}, but ${parsed.problem}` });
       return z.NEVER;
     }),
@@ -136,7 +136,7 @@ const basePath = (): Kind<string> => {
   return {
     schema: z
       .string()
-      .regex(/^(?:\/|(?:\/[A-Za-z0-9._~-]{1,64}){1,8}\/?)$/, expected)
+      .regex(/^(?:\/|(?:\/(?!\.)[A-Za-z0-9._~-]{1,64}){1,8}\/?)$/, expected)
       .transform((path) => path.replace(/\/$/, '')),
     expected,
   };
@@ -152,7 +152,8 @@ const proxies = (): Kind<readonly string[]> => {
     schema: z
       .string()
       .transform(listed)
-      .refine((list) => list.every((it) => PROXY_NAMES.includes(it) || isAddress(it)), expected),
+      .refine((list) => list.every((it) => PROXY_NAMES.includes(it) || isAddress(it)), expected)
+      .transform((list) => Object.freeze(list)),
     expected,
   };
 };

@@ -7,7 +7,6 @@ import { createOutbox } from '../outbox/outbox.ts';
 import { inspectRedis, waitForServers } from '../preflight.ts';
 import { createQueues } from '../queue/queues.ts';
 import { openServers } from '../servers.ts';
-import { createDashboard } from '../web/dashboard.ts';
 import { createHealth } from '../web/health.ts';
 import { createWebServer } from '../web/server.ts';
 import { EXIT, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
@@ -57,12 +56,7 @@ async function serve(config: RelayConfig): Promise<number> {
     }),
     stuck: () => [],
     phase: () => phase,
-    dashboard: createDashboard({
-      users: config.boardUsers,
-      basePath: config.boardBasePath,
-      queues,
-      logger,
-    }),
+    dashboard: { users: config.boardUsers, basePath: config.boardBasePath, queues, logger },
     basePath: config.boardBasePath,
     trustedProxies: config.trustedProxies,
   });

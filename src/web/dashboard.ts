@@ -24,13 +24,8 @@ const CONTENT_SECURITY_POLICY = {
   },
 };
 
-export type Dashboard = (app: FastifyInstance) => Promise<void>;
-
-/**
- * Everything that asks who you are: the log-in at /login and /logout, the board at /board, and whatever `api` adds.
- * In a scope of its own: the endpoints beside it stay as they are.
- */
-export function createDashboard(deps: {
+export type DashboardOptions = Readonly<{
+  /** Who may log in; nobody: everybody on this machine is the operator "local". */
   users: readonly BoardUser[];
   /** Path of the whole server as the browser sees it, without a slash at its end. */
   basePath: string;
@@ -38,7 +33,13 @@ export function createDashboard(deps: {
   /** Adds routes under /api; `requires` is their hook. */
   api?: (app: FastifyInstance, requires: ReturnType<typeof createAccess>['requires']) => Promise<void>;
   logger: Logger;
-}): Dashboard {
+}>;
+
+/**
+ * Everything that asks who you are: the log-in at /login and /logout, the board at /board, and whatever `api` adds.
+ * In a scope of its own: the endpoints beside it stay as they are.
+ */
+export function createDashboard(deps: DashboardOptions): (app: FastifyInstance) => Promise<void> {
   const { basePath, logger } = deps;
   const access = createAccess(deps);
   const board = createBoard({ ...deps, requires: access.requires });

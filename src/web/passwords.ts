@@ -11,10 +11,10 @@ const AT_ONCE = 2;
 type Cost = typeof COST;
 
 /** The hash of a password, in the form of PASSWORD_HASH. */
-export async function hashPassword(password: string): Promise<string> {
+export async function hashPassword(password: string, cost: Cost = COST): Promise<string> {
   const salt = randomBytes(SALT_BYTES);
-  const key = await derive(password, salt, COST);
-  const { logN, r, p } = COST;
+  const key = await derive(password, salt, cost);
+  const { logN, r, p } = cost;
   return `scrypt.${logN}.${r}.${p}.${salt.toString('base64url')}.${key.toString('base64url')}`;
 }
 

@@ -1,12 +1,16 @@
 import { entryOf } from '../../src/board-users.ts';
 import { hashPassword } from '../../src/web/passwords.ts';
 
+/** A password's hash that costs little. */
+export const cheapHash = (password: string): Promise<string> =>
+  hashPassword(password, { logN: 10, r: 8, p: 1 });
+
 /** Of everybody in these tests. */
 export const PASSWORD = 'correct horse battery';
 
 /** A viewer `vera` and an operator `olga`, as RELAY_BOARD_USERS. */
 export async function boardUsers(): Promise<string> {
-  const hash = await hashPassword(PASSWORD);
+  const hash = await cheapHash(PASSWORD);
   return [{ name: 'vera', role: 'viewer', hash } as const, { name: 'olga', role: 'operator', hash } as const]
     .map(entryOf)
     .join(' ');

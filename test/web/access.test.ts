@@ -2,28 +2,24 @@ import { type FastifyInstance, fastify, type InjectOptions } from 'fastify';
 import { afterEach, beforeAll, expect, test, vi } from 'vitest';
 import type { BoardUser } from '../../src/board-users.ts';
 import { createAccess } from '../../src/web/access.ts';
-import { hashPassword } from '../../src/web/passwords.ts';
+import { basicOf, cheapHash, PASSWORD } from '../support/board.ts';
 import { silent } from '../support/stages.ts';
 
-const PASSWORD = 'correct horse battery';
 const HOUR_MS = 3_600_000;
 let users: BoardUser[];
 let basic: string;
 
 beforeAll(async () => {
-  const hash = await hashPassword(PASSWORD);
+  const hash = await cheapHash(PASSWORD);
   users = [
     { name: 'vera', role: 'viewer', hash },
     { name: 'olga', role: 'operator', hash },
   ];
-  basic = basicOf('olga', PASSWORD);
+  basic = basicOf('olga');
 });
 afterEach(() => {
   vi.useRealTimers();
 });
-
-const basicOf = (name: string, password: string) =>
-  `Basic ${Buffer.from(`${name}:${password}`).toString('base64')}`;
 
 type Site = Readonly<{ app: FastifyInstance; lines: Record<string, unknown>[] }>;
 
@@ -100,7 +96,7 @@ test('every pod knows the session; a changed password or role, a forged or an ol
 
   const [vera, olga] = users as [BoardUser, BoardUser];
   expect(await status(await site({ who: [{ ...vera, role: 'operator' }, olga] }), cookie)).toBe(401);
-  const hash = await hashPassword('another password');
+  const hash = await cheapHash('another password');
   expect(await status(await site({ who: [vera, { ...olga, hash }] }), cookie)).toBe(401);
   expect(await status(other, cookie.replace('vera', 'olga'))).toBe(401);
   expect(await status(other, `relay_session=${Date.now() + HOUR_MS}.olga`)).toBe(401);
@@ -168,7 +164,7 @@ test('a script logs in with every request, and its password is computed once', a
     expect((await act(basic)).json()).toMatchObject({ operator: { name: 'olga' } });
   const wrong = await act(basicOf('olga', 'wrong password'));
   expect([wrong.statusCode, wrong.headers['www-authenticate']]).toEqual([401, 'Basic realm="relay"']);
-  expect((await act(basicOf('vera', PASSWORD))).statusCode).toBe(403);
+  expect((await act(basicOf('vera'))).statusCode).toBe(403);
 });
 
 test('what changes anything does not come from another site', async () => {
