@@ -4,13 +4,20 @@ import { once } from 'node:events';
 import { join } from 'node:path';
 import type { Readable } from 'node:stream';
 import { text } from 'node:stream/consumers';
+import { createBullBoard } from '@bull-board/api';
+import { BullMQAdapter } from '@bull-board/api/bullMQAdapter';
+import { FastifyAdapter } from '@bull-board/fastify';
+import { Queue } from 'bullmq';
+import { fastify } from 'fastify';
 import { expect, inject, test } from 'vitest';
+import { createBoardQueues } from '../../src/app.ts';
 import { loadConfig } from '../../src/config.ts';
 import type { Pod } from '../../src/demo/pod.ts';
 import { isPassword } from '../../src/web/passwords.ts';
 import { basicOf, boardApi, boardUsers, PASSWORD } from '../support/board.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { aClaimedEvent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 type Board = Readonly<{ stage: Stage; pod: Pod; api: ReturnType<typeof boardApi> }>;
@@ -277,4 +284,40 @@ test('relay hash-password takes the password from stdin, and its entry lets that
   expect(await isPassword(PASSWORD, user?.hash ?? '')).toBe(true);
   expect(await isPassword(`${PASSWORD} `, user?.hash ?? '')).toBe(false);
   expect([none, problem, code]).toEqual(['', expect.stringContaining('has 5 characters'), 1]);
+}, 60_000);
+
+test('a Bull Board of one’s own shows the relay’s queues readably, refuses what harms them, and keeps its own as they are', async () => {
+  const stage = await setStage();
+  const data = aClaimedEvent();
+  await stage.queue('publish').add(data.eventType, data, { jobId: data.eventId });
+  const own = new Queue('own', { connection: stage.redis });
+  for (const from of [{ redis: stage.redis }, stage.config()]) {
+    const relay = await createBoardQueues(from);
+    const app = fastify();
+    const server = new FastifyAdapter();
+    createBullBoard({
+      queues: [new BullMQAdapter(own), ...relay.queues],
+      serverAdapter: server,
+      options: { handlerHooks: relay.handlerHooks },
+    });
+    await app.register(server.registerPlugin(), { prefix: '/team' });
+    const { queues } = (await app.inject('/team/api/queues?activeQueue=relay-publish')).json();
+    expect(queues.map(({ name }: { name: string }) => name)).toEqual(['own', 'relay-publish', 'relay-claim']);
+    expect(queues[1].jobs).toMatchObject([
+      {
+        name: `UserCreated · user ${data.aggregateId} · identity.user.v1 · attempt 1 of 1`,
+        data: { event_id: data.eventId, payload: 'hidden: it may hold personal data' },
+      },
+    ]);
+    const empty = async (queue: string) =>
+      (await app.inject({ method: 'PUT', url: `/team/api/queues/${queue}/empty` })).statusCode;
+    expect([await empty('relay-publish'), await empty('own')]).toEqual([403, 200]);
+    await relay.close();
+    await app.close();
+  }
+  expect(await stage.redis.ping(), 'a client that was given stays open').toBe('PONG');
+  const clients = async () => (String(await stage.redis.client('LIST')).match(/^id=/gm) ?? []).length;
+  // The test's own two.
+  await waitFor(async () => (await clients()) === 2, { what: 'what was opened to be closed' });
+  await own.close();
 }, 60_000);
