@@ -8,6 +8,7 @@ import type { Pool } from './outbox/database.ts';
 import { waitForServers } from './preflight.ts';
 import { openServers, type Servers } from './servers.ts';
 
+export { type BoardQueues, type BoardQueuesFrom, createBoardQueues } from './board-queues.ts';
 export { ConfigError, loadConfig, type RelayConfig } from './config.ts';
 export { serializeError } from './logger.ts';
 export { appendEvent, type NewEvent, type Transaction } from './outbox/producer.ts';

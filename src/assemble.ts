@@ -1,5 +1,6 @@
 import { createComparison, createRestore, streamOptionsOf } from './comparison.ts';
 import type { RelayConfig } from './config.ts';
+import { dashboardOf } from './dashboard.ts';
 import type { OutboxEvent } from './event.ts';
 import { createLifecycle } from './lifecycle.ts';
 import { errorText, type Logger } from './logger.ts';
@@ -292,6 +293,9 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       ...progress.reasons(),
     ],
     phase: () => phase,
+    dashboard: config.board ? dashboardOf(config, servers, queues, VERSION, logger) : undefined,
+    basePath: config.boardBasePath,
+    trustedProxies: config.trustedProxies,
   });
 
   /** Most of the time it is known at once; a long comparison, by this or another pod, is not waited for. */
@@ -329,4 +333,4 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
   };
 }
 
-const VERSION = '0.1.0';
+export const VERSION = '0.1.0';

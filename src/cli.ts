@@ -1,7 +1,9 @@
 #!/usr/bin/env node
 import { Command } from 'commander';
+import { addBoard } from './commands/board.ts';
 import { addCheck } from './commands/check.ts';
 import { addDlq } from './commands/dlq.ts';
+import { addHashPassword } from './commands/hash-password.ts';
 import { addMigrate } from './commands/migrate.ts';
 import { addRepublish } from './commands/republish.ts';
 import { addStart } from './commands/start.ts';
@@ -14,6 +16,17 @@ const program = new Command('relay')
     `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready, 78 wrong configuration.`,
   );
 
-for (const add of [addStart, addMigrate, addCheck, addVerify, addDlq, addRepublish]) add(program);
+for (const add of [
+  addStart,
+  addMigrate,
+  addCheck,
+  addVerify,
+  addDlq,
+  addRepublish,
+  addBoard,
+  addHashPassword,
+]) {
+  add(program);
+}
 
 await program.parseAsync();

@@ -2,7 +2,9 @@
  * Configuration. Each variable is described once, in `table`; everything that is said about variables elsewhere
  * (`relay start --help`, `.env.example`, the README) is written from it or compared with it.
  */
+import { isIP } from 'node:net';
 import { z } from 'zod';
+import { type BoardUser, parseBoardUsers } from './board-users.ts';
 import { normaliseDatabaseUrl, normaliseRedisUrl, redactUrls, UrlError } from './connection-urls.ts';
 import { allowing, keyRule, patternsOf, quoted, STREAM_NAME } from './topics.ts';
 
@@ -112,6 +114,55 @@ const url = (expected: string, normalise: (text: string) => string): Kind<string
   expected,
   secret: true,
 });
+
+/** Log-ins of the dashboard; `none` is nobody. */
+const boardUsers = (): Kind<readonly BoardUser[]> => {
+  const expected = 'none, or entries that "relay hash-password" prints, separated by spaces or commas';
+  return {
+    schema: z.string().transform((list, context) => {
+      const parsed = list === 'none' ? { users: [] } : parseBoardUsers(list);
+      if ('users' in parsed) return Object.freeze(parsed.users);
+      context.addIssue({ code: 'custom', message: `${expected}, but ${parsed.problem}` });
+      return z.NEVER;
+    }),
+    expected,
+    secret: true,
+  };
+};
+
+/** A path as the browser sees it; in the configuration without the slash at its end. */
+const basePath = (): Kind<string> => {
+  const expected = 'a path like / or /ops/relay';
+  return {
+    schema: z
+      .string()
+      .regex(/^(?:\/|(?:\/(?!\.)[A-Za-z0-9._~-]{1,64}){1,8}\/?)$/, expected)
+      .transform((path) => path.replace(/\/$/, '')),
+    expected,
+  };
+};
+
+const PROXY_NAMES = ['loopback', 'linklocal', 'uniquelocal'];
+
+/** Addresses of proxies; `none` is nobody. */
+const proxies = (): Kind<readonly string[]> => {
+  const expected = `none, or addresses like 10.0.0.0/8 and ${PROXY_NAMES.join(', ')}, separated by commas`;
+  const listed = (list: string) => (list === 'none' ? [] : list.split(',').map((it) => it.trim()));
+  return {
+    schema: z
+      .string()
+      .transform(listed)
+      .refine((list) => list.every((it) => PROXY_NAMES.includes(it) || isAddress(it)), expected)
+      .transform((list) => Object.freeze(list)),
+    expected,
+  };
+};
+
+/** An IP address, or a block of them in CIDR notation. */
+const isAddress = (text: string): boolean => {
+  const [, address = '', bits = '1'] = /^([0-9A-Fa-f:.]+)(?:\/(\d{1,3}))?$/.exec(text) ?? [];
+  return isIP(address) !== 0 && Number(bits) > 0 && Number(bits) <= (isIP(address) === 4 ? 32 : 128);
+};
 
 const variable = <T>(name: `RELAY_${string}`, kind: Kind<T>, defaultText: string, description: string) => ({
   name,
@@ -286,6 +337,30 @@ const table = {
     '8004',
     'Port that the HTTP server listens on; 0 = any free port',
   ),
+  board: variable(
+    'RELAY_BOARD',
+    flag(),
+    'false',
+    'Serve the dashboard at /board, for those in RELAY_BOARD_USERS',
+  ),
+  boardUsers: variable(
+    'RELAY_BOARD_USERS',
+    boardUsers(),
+    'none',
+    'Who may log in to the dashboard; may be none only where RELAY_HTTP_HOST is a loopback address',
+  ),
+  boardBasePath: variable(
+    'RELAY_BOARD_BASE_PATH',
+    basePath(),
+    '/',
+    'Path under which a proxy serves this HTTP server; the proxy may take it away or leave it',
+  ),
+  trustedProxies: variable(
+    'RELAY_TRUSTED_PROXIES',
+    proxies(),
+    'none',
+    'Proxies whose X-Forwarded-For, -Proto and -Host are believed',
+  ),
   logLevel: variable(
     'RELAY_LOG_LEVEL',
     oneOf(LOG_LEVELS, PYTHON_LOG_LEVELS),
@@ -413,8 +488,28 @@ function conflicts(config: Partial<RelayConfig>): ConfigProblem[] {
       problems.push({ variable: 'RELAY_RETRY_BASE_DELAY', problem });
     }
   }
+  if (config.board) problems.push(...openBoard(config));
   return [...problems, ...keyConflicts(config)];
 }
+
+/** What is wrong about a dashboard that everybody could use; nothing unless RELAY_BOARD_USERS is empty. */
+export function openBoard({
+  boardUsers,
+  httpHost,
+  boardBasePath,
+  trustedProxies,
+}: Partial<RelayConfig>): ConfigProblem[] {
+  if (boardUsers === undefined || boardUsers.length > 0) return [];
+  const wrong = (why: string): ConfigProblem[] => [
+    { variable: 'RELAY_BOARD_USERS', problem: `needs an entry of "relay hash-password": ${why}` },
+  ];
+  if (httpHost !== undefined && !isLoopback(httpHost))
+    return wrong(`the dashboard would be open to everybody who can reach RELAY_HTTP_HOST (${httpHost})`);
+  if (boardBasePath || trustedProxies?.length) return wrong('the dashboard is to be used through a proxy');
+  return [];
+}
+
+const isLoopback = (host: string): boolean => /^(?:localhost|127(?:\.\d{1,3}){3}|::1)$/i.test(host);
 
 /** The streams and BullMQ's keys share one Redis: no key may serve two purposes. */
 function keyConflicts(config: Partial<RelayConfig>): ConfigProblem[] {
@@ -436,7 +531,7 @@ function keyConflicts(config: Partial<RelayConfig>): ConfigProblem[] {
 }
 
 /** Read by the demo and the tests, not by the service. */
-const KNOWN_ELSEWHERE = ['RELAY_REDIS_SERVER_BIN'];
+const KNOWN_ELSEWHERE = ['RELAY_REDIS_SERVER_BIN', 'RELAY_CHROMIUM_BIN'];
 
 /** What Kubernetes sets for a Service whose name begins with `relay`. */
 const KUBERNETES_VARIABLE = /_SERVICE_(?:HOST|PORT)(?:_|$)|_PORT_\d+_(?:TCP|UDP)(?:_|$)/;

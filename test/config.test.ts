@@ -59,6 +59,10 @@ describe('defaults', () => {
       queueName: 'relay',
       httpHost: '0.0.0.0',
       httpPort: 8_004,
+      board: false,
+      boardUsers: [],
+      boardBasePath: '',
+      trustedProxies: [],
       logLevel: 'info',
       failedJobsKept: 10_000,
       startupTimeoutMs: 30_000,
@@ -68,7 +72,8 @@ describe('defaults', () => {
   test('the configuration cannot be changed', () => {
     const config = loadConfig({});
     expect(Object.isFrozen(config)).toBe(true);
-    expect(Object.values(config).every((value) => typeof value !== 'object')).toBe(true);
+    const parts = Object.values(config).filter((value) => typeof value === 'object');
+    expect(parts.every((part) => Object.isFrozen(part))).toBe(true);
   });
 
   test('other variables of the environment do not matter', () => {
@@ -82,7 +87,7 @@ describe('defaults', () => {
     for (const { name, property, default: text, description } of VARIABLES) {
       expect(description.length, name).toBeGreaterThan(10);
       const given = loadConfig({ [name]: text }) as unknown as Record<string, unknown>;
-      expect(given[property], name).toBe(config[property]);
+      expect(given[property], name).toEqual(config[property]);
     }
   });
 
@@ -95,6 +100,9 @@ describe('defaults', () => {
 });
 
 const escaped = (text: string) => text.replaceAll(/[.*+?^${}()|[\]\\]/g, '\\$&');
+
+/** As `relay hash-password` prints it. */
+const HASH = `scrypt.15.8.1.${'a'.repeat(22)}.${'b'.repeat(43)}`;
 
 describe('good values', () => {
   const cases: [string, string, string, unknown][] = [
@@ -121,6 +129,22 @@ describe('good values', () => {
     ['RELAY_MAX_EVENT_BYTES', '1024', 'maxEventBytes', 1_024],
     ['RELAY_HTTP_HOST', '::1', 'httpHost', '::1'],
     ['RELAY_HTTP_PORT', '0', 'httpPort', 0],
+    ['RELAY_BOARD_BASE_PATH', '/ops/relay/', 'boardBasePath', '/ops/relay'],
+    [
+      'RELAY_TRUSTED_PROXIES',
+      'loopback, 10.0.0.0/8,::1',
+      'trustedProxies',
+      ['loopback', '10.0.0.0/8', '::1'],
+    ],
+    [
+      'RELAY_BOARD_USERS',
+      `olga:operator:${HASH}, vera:viewer:${HASH}\n`,
+      'boardUsers',
+      [
+        { name: 'olga', role: 'operator', hash: HASH },
+        { name: 'vera', role: 'viewer', hash: HASH },
+      ],
+    ],
     ...['true', '1', 'YES', 'on'].map((text): [string, string, string, unknown] => [
       'RELAY_NOTIFY',
       text,
@@ -135,7 +159,7 @@ describe('good values', () => {
     ]),
   ];
   test.each(cases)('%s=%j', (name, text, property, value) => {
-    expect((loadConfig({ [name]: text }) as unknown as Record<string, unknown>)[property]).toBe(value);
+    expect((loadConfig({ [name]: text }) as unknown as Record<string, unknown>)[property]).toEqual(value);
   });
 });
 
@@ -208,6 +232,14 @@ describe('bad values', () => {
     RELAY_QUEUE_NAME: [...notKey, 'a:b'],
     RELAY_HTTP_HOST: ['http://0.0.0.0', 'a b', 'host/path', '[::1]'],
     RELAY_HTTP_PORT: [...notWhole, '-1', '65536', 'tcp://10.0.0.1:8004'],
+    RELAY_BOARD: ['maybe'],
+    RELAY_BOARD_USERS: [
+      ...['olga', 'olga:operator', `olga:admin:${HASH}`, `ol ga:viewer:${HASH}`, `:viewer:${HASH}`],
+      ...[`olga:viewer:${HASH}x`, `olga:viewer:${HASH}:x`, 'olga:viewer:secret', `none,olga:viewer:${HASH}`],
+      ...[`olga:viewer:${HASH} olga:operator:${HASH}`, `olga:viewer:${HASH.replace('15', '30')}`],
+    ],
+    RELAY_BOARD_BASE_PATH: ['ops', '//ops', '/ops//relay', '/../x', '/a b', 'https://host/ops', '/%2e'],
+    RELAY_TRUSTED_PROXIES: ['true', '10.0.0', '10.0.0.0/33', '10.0.0.0/0', '::/129', 'proxy.test', 'a,,b'],
     RELAY_LOG_LEVEL: ['loud', 'silent', '30'],
     RELAY_FAILED_JOBS_KEPT: [...notWhole, '0', '1000001'],
     RELAY_STARTUP_TIMEOUT: [...notSeconds, '0', '3601'],
@@ -269,6 +301,11 @@ describe('bad values', () => {
     }
   });
 
+  test('nothing of the users is shown', () => {
+    for (const text of [`s3cr3t:viewer:${HASH}x`, `s3cr3t:x:${HASH}`, 's3cr3t'])
+      expect(new ConfigError(problemsOf({ RELAY_BOARD_USERS: text })).message).not.toMatch(/s3cr3t|bbbb/);
+  });
+
   test('a URL that was put into the wrong variable is shown without its password', () => {
     expect(problemsOf({ RELAY_HTTP_HOST: 'redis://me:s3cr3t@host' })[0]?.problem).toContain(
       '"redis://***@host"',
@@ -290,9 +327,21 @@ describe('values that are wrong together', () => {
     ['RELAY_ALLOWED_TOPICS', { RELAY_STREAM_NAME: 'x', RELAY_ALLOWED_TOPICS: 'identity.*' }],
     ['RELAY_STREAM_NAME', { RELAY_STREAM_NAME: 'p:x', RELAY_QUEUE_PREFIX: 'p' }],
     ['RELAY_RETRY_BASE_DELAY', { RELAY_RETRY_BASE_DELAY: '3600', RELAY_MAX_RETRY_ATTEMPTS: '20' }],
+    ['RELAY_BOARD_USERS', { RELAY_BOARD: 'true' }],
+    [
+      'RELAY_BOARD_USERS',
+      { RELAY_BOARD: 'true', RELAY_HTTP_HOST: '127.0.0.1', RELAY_BOARD_BASE_PATH: '/ops' },
+    ],
+    ['RELAY_BOARD_USERS', { RELAY_BOARD: 'true', RELAY_HTTP_HOST: '::1', RELAY_TRUSTED_PROXIES: '::1' }],
   ];
   test.each(cases)('%s %j', (name, env) => {
     expect(problemsOf(env).map(({ variable }) => variable)).toEqual([name]);
+  });
+
+  test('a dashboard without users is for loopback addresses', () => {
+    for (const host of ['127.0.0.1', 'localhost', '::1'])
+      expect(loadConfig({ RELAY_BOARD: 'true', RELAY_HTTP_HOST: host }).board).toBe(true);
+    expect(loadConfig({ RELAY_BOARD: 'true', RELAY_BOARD_USERS: `olga:operator:${HASH}` }).board).toBe(true);
   });
 
   test('the defaults of batch size and publish timeout give way to a value that bounds them', () => {

@@ -1,6 +1,6 @@
 import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
-import { ConfigError, loadConfig, type RelayConfig } from '../config.ts';
+import { ConfigError, loadConfig, type RelayConfig, unknownVariables } from '../config.ts';
 import { NotReadyError } from '../lifecycle.ts';
 import { createLogger, errorText, type Logger } from '../logger.ts';
 import type { Pool } from '../outbox/database.ts';
@@ -54,6 +54,25 @@ export async function withServers<T>(
   } finally {
     redis.disconnect();
     await pool.end();
+  }
+}
+
+/** The first SIGTERM or SIGINT. */
+export const signalled = (): Promise<NodeJS.Signals> =>
+  new Promise((resolve) => {
+    for (const signal of ['SIGTERM', 'SIGINT'] as const) {
+      process.once(signal, () => {
+        // A second signal means: now. Nothing is lost by it, other pods take over what was left.
+        for (const again of ['SIGTERM', 'SIGINT'] as const)
+          process.once(again, () => process.exit(EXIT.failed));
+        resolve(signal);
+      });
+    }
+  });
+
+export function warnOfUnknownVariables(logger: Logger): void {
+  for (const { name, nearest } of unknownVariables(process.env)) {
+    logger.warn({ variable: name, ...(nearest && { nearest }) }, 'unknown variable; it has no effect');
   }
 }
 

@@ -1,10 +1,10 @@
 import { setFlagsFromString } from 'node:v8';
 import type { Command } from 'commander';
 import { createRelay } from '../app.ts';
-import { describeVariables, type RelayConfig, unknownVariables } from '../config.ts';
+import { describeVariables, type RelayConfig } from '../config.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { createLogger } from '../logger.ts';
-import { EXIT, fail, withConfig } from './command.ts';
+import { fail, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
 
 /**
  * V8 lets the heap grow to four times what lives before it collects all of it: 30 MiB of a busy pod became 225 MiB of
@@ -23,25 +23,14 @@ export function addStart(program: Command): void {
 async function start(config: RelayConfig): Promise<never> {
   setFlagsFromString(`--heap-growing-percent=${HEAP_GROWING_PERCENT}`);
   const logger = createLogger(config.logLevel);
-  for (const { name, nearest } of unknownVariables(process.env)) {
-    logger.warn({ variable: name, ...(nearest && { nearest }) }, 'unknown variable; it has no effect');
-  }
+  warnOfUnknownVariables(logger);
   const relay = createRelay(config, { logger });
-  const signalled = new Promise<NodeJS.Signals>((resolve) => {
-    for (const signal of ['SIGTERM', 'SIGINT'] as const) {
-      process.once(signal, () => {
-        // A second signal means: now. Nothing is lost by it, other pods take over what was left.
-        for (const again of ['SIGTERM', 'SIGINT'] as const)
-          process.once(again, () => process.exit(EXIT.failed));
-        resolve(signal);
-      });
-    }
-  });
+  const signal = signalled();
   const started = relay.start().then(() => 'started' as const);
   try {
-    const first = await Promise.race([started, signalled]);
+    const first = await Promise.race([started, signal]);
     if (first === 'started') logger.info({ port: relay.httpPort(), ...settings(config) }, 'relay started');
-    logger.info({ signal: await signalled }, 'stopping');
+    logger.info({ signal: await signal }, 'stopping');
     started.catch((error) => logger.warn({ err: error }, 'stopped while starting'));
     // Parts that overrun get a grace each, which may add up to some seconds more.
     await succeedsWithin(config.shutdownTimeoutMs, relay.stop());
@@ -53,6 +42,11 @@ async function start(config: RelayConfig): Promise<never> {
 }
 
 /** What is worth knowing in the log; no URL, no secret. */
-function settings({ databaseUrl: _, redisUrl: __, ...rest }: RelayConfig): Partial<RelayConfig> {
+function settings({
+  databaseUrl: _,
+  redisUrl: __,
+  boardUsers: ___,
+  ...rest
+}: RelayConfig): Partial<RelayConfig> {
   return rest;
 }

@@ -159,7 +159,7 @@ export const publishJobKey = (
   eventId: string,
 ) => new QueueKeys(options.queuePrefix).toKey(publishQueueName(options.queueName), eventId);
 
-export function createQueues(redis: Redis, options: QueueOptions, logger: Logger) {
+export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<Logger, 'debug'>) {
   const shared = { connection: redis, prefix: options.queuePrefix };
   const claim = new Queue(claimQueueName(options.queueName), shared);
   const publish = new Queue<OutboxEvent, void, string>(publishQueueName(options.queueName), {

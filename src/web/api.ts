@@ -20,7 +20,7 @@ export type ApiDeps = Readonly<{
       options: Readonly<{ limit: number; after?: string; pruned: boolean }>,
     ): Promise<object>;
     groups(filter: Filter, limit: number): Promise<object>;
-    show(eventId: string): Promise<object | null>;
+    show(eventId: string): Promise<Readonly<{ event: object }> | null>;
     replay(selection: Selection, options: Options): Promise<object>;
     discard(selection: Selection, reason: string, options: Options): Promise<object>;
   }>;
@@ -102,7 +102,10 @@ type ApiRequest = Readonly<{
   body: Record<string, unknown>;
   params: Record<string, string>;
   by: string;
+  role: 'viewer' | 'operator';
 }>;
+
+type Operator = Readonly<{ name: string; role: 'viewer' | 'operator' }>;
 
 class ApiError extends Error {
   override readonly name = 'ApiError';
@@ -136,16 +139,16 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
     },
     {
       ...{ method: 'GET', url: '/dlq/:eventId', role: 'viewer' },
-      summary: 'Everything that is known of one event, with its payload',
+      summary: 'Everything that is known of one event; its payload is for operators alone',
       schema: {
         params: object({ eventId: uuid }, ['eventId']),
         response: answer('the event', {}),
       },
-      handle: async ({ params }) => {
+      handle: async ({ params, role }) => {
         const details = await deadLetters.show(params.eventId ?? '');
         if (details === null)
           throw new ApiError(404, 'neither the table nor the dead-letter stream knows this event');
-        return details;
+        return role === 'operator' ? details : { ...details, event: { ...details.event, payload: null } };
       },
     },
     {
@@ -269,13 +272,15 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
               refuseUnknown(route.schema.body, request.body, 'body');
             },
           ],
-          handler: async (request) =>
-            route.handle({
+          handler: async (request) => {
+            const { name: by, role } = (request as unknown as { operator: Operator }).operator;
+            return route.handle({
               query: request.query,
               body: request.body ?? {},
               params: request.params,
-              by: (request as { operator?: { name: string } }).operator?.name ?? 'unknown',
-            }),
+              ...{ by, role },
+            });
+          },
         });
       }
       done();

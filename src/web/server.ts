@@ -1,5 +1,6 @@
 import { fastify } from 'fastify';
 import { NotReadyError } from '../lifecycle.ts';
+import type { DashboardOptions } from './dashboard.ts';
 import type { createHealth } from './health.ts';
 import { overall } from './health.ts';
 
@@ -14,6 +15,7 @@ export type WebServer = Readonly<{
  * - `/livez`: 200 while this process makes progress; a restart helps otherwise
  * - `/readyz`: 200 while database and Redis answer and the relay is not stopping
  * - `/health`, `/health/detailed`: the same question in the platform's form; 503 when unhealthy
+ * - what `dashboard` adds, for people who log in
  */
 export function createWebServer(deps: {
   host: string;
@@ -23,10 +25,31 @@ export function createWebServer(deps: {
   /** What keeps this process from making progress; empty when nothing does. */
   stuck: () => string[];
   phase: () => 'starting' | 'running' | 'stopping';
+  /** Added in a scope of its own; no dashboard without. */
+  dashboard?: DashboardOptions | undefined;
+  /** Path that the browser sees in front of every path here; a proxy may take it away or leave it. */
+  basePath?: string;
+  /** Addresses whose X-Forwarded-* headers are believed. */
+  trustedProxies?: readonly string[];
 }): WebServer {
-  const { health, phase } = deps;
+  const { health, phase, basePath = '', trustedProxies = [] } = deps;
   const service = { service: 'relay-service', version: deps.version };
-  const app = fastify({ logger: false, forceCloseConnections: true, requestTimeout: 10_000 });
+  const app = fastify({
+    logger: false,
+    forceCloseConnections: true,
+    requestTimeout: 10_000,
+    trustProxy: trustedProxies.length > 0 && [...trustedProxies],
+    rewriteUrl: ({ url = '/' }) =>
+      basePath !== '' && url.startsWith(`${basePath}/`) ? url.slice(basePath.length) : url,
+  });
+  const { dashboard } = deps;
+  if (dashboard) {
+    app.register(async (scope) => {
+      // 14 MiB and 0.3 s that most pods do without.
+      const { createDashboard } = await import('./dashboard.ts');
+      await createDashboard(dashboard)(scope);
+    });
+  }
 
   app.get('/livez', async (_request, reply) => {
     const reasons = phase() === 'running' ? deps.stuck() : [];

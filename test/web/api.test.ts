@@ -28,7 +28,10 @@ beforeEach(() => {
     deadLetters: {
       list: (...it) => answer('list', ...it),
       groups: async (...it) => [await answer('groups', ...it)],
-      show: async (...it) => (it[0] === eventId ? answer('show', ...it) : null),
+      show: async (...it) =>
+        it[0] === eventId
+          ? { ...(await answer('show', ...it)), event: { payload: '{"email":"a@b.c"}' } }
+          : null,
       replay: (...it) => answer('replay', ...it),
       discard: (...it) => answer('discard', ...it),
     },

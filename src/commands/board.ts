@@ -1,0 +1,80 @@
+import type { Command } from 'commander';
+import { VERSION } from '../assemble.ts';
+import { ConfigError, describeVariables, openBoard, type RelayConfig } from '../config.ts';
+import { dashboardOf } from '../dashboard.ts';
+import { succeedsWithin } from '../lifecycle.ts';
+import { createLogger } from '../logger.ts';
+import { createOutbox } from '../outbox/outbox.ts';
+import { inspectRedis, waitForServers } from '../preflight.ts';
+import { createQueues } from '../queue/queues.ts';
+import { openServers } from '../servers.ts';
+import { createHealth } from '../web/health.ts';
+import { createWebServer } from '../web/server.ts';
+import { EXIT, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
+
+export function addBoard(program: Command): void {
+  program
+    .command('board')
+    .description('serve the dashboard alone, without claiming or publishing, until SIGTERM or SIGINT')
+    .addHelpText('after', () => `\nEnvironment:\n${describeVariables()}`)
+    .action(async () => {
+      await withConfig(serve);
+      // What still waits for a server that is away must not keep the process.
+      process.exit();
+    });
+}
+
+const STATEMENT_TIMEOUT_MS = 4_000;
+const STOP_TIMEOUT_MS = 5_000;
+
+/**
+ * The dashboard in a process of its own. It has the connections of a pod and no workers.
+ * @throws {ConfigError} when everybody could use it
+ * @throws {NotReadyError} when a server cannot be reached in time, or the port is taken
+ */
+async function serve(config: RelayConfig): Promise<number> {
+  const problems = openBoard(config);
+  if (problems.length > 0) throw new ConfigError(problems);
+  const logger = createLogger(config.logLevel);
+  warnOfUnknownVariables(logger);
+  const signal = signalled();
+  const servers = openServers(config, {}, logger);
+  const { pool, queueRedis } = servers;
+  let phase: 'starting' | 'running' | 'stopping' = 'starting';
+  const queues = createQueues(queueRedis, config, logger);
+  const outbox = createOutbox(pool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
+  const web = createWebServer({
+    host: config.httpHost,
+    port: config.httpPort,
+    version: VERSION,
+    health: createHealth({
+      database: async () => {
+        await pool.query('SELECT 1');
+        return {};
+      },
+      redis: () => inspectRedis(queueRedis),
+      backlog: async () => ({ ...(await outbox.backlog()) }),
+    }),
+    stuck: () => [],
+    phase: () => phase,
+    dashboard: dashboardOf(config, servers, queues, VERSION, logger),
+    basePath: config.boardBasePath,
+    trustedProxies: config.trustedProxies,
+  });
+  try {
+    const started = waitForServers({ pool, redis: [queueRedis], timeoutMs: config.startupTimeoutMs, logger })
+      .then(() => web.start())
+      .then(() => 'started' as const);
+    if ((await Promise.race([started, signal])) === 'started') {
+      phase = 'running';
+      logger.info({ port: web.port() }, 'dashboard started');
+    }
+    logger.info({ signal: await signal }, 'stopping');
+    started.catch(() => {});
+    return EXIT.done;
+  } finally {
+    phase = 'stopping';
+    await succeedsWithin(STOP_TIMEOUT_MS, Promise.all([web.stop(), queues.close()]));
+    await succeedsWithin(STOP_TIMEOUT_MS, servers.close());
+  }
+}

@@ -1,0 +1,64 @@
+import { createInterface } from 'node:readline/promises';
+import { Writable } from 'node:stream';
+import { text } from 'node:stream/consumers';
+import { type Command, InvalidArgumentError, Option } from 'commander';
+import { entryOf, ROLES, type Role, USER_NAME } from '../board-users.ts';
+import { hashPassword } from '../web/passwords.ts';
+import { EXIT, fail, print } from './command.ts';
+
+const MIN_CHARACTERS = 12;
+const MAX_CHARACTERS = 1_000;
+
+export function addHashPassword(program: Command): void {
+  program
+    .command('hash-password')
+    .description('print an entry for RELAY_BOARD_USERS; the password is asked for, or read from stdin')
+    .argument('<name>', `name of the user: ${USER_NAME.expected}`, userName)
+    .addOption(
+      new Option('--role <role>', 'viewer: may look; operator: may act').choices(ROLES).makeOptionMandatory(),
+    )
+    .action(async (name: string, { role }: { role: Role }) => {
+      try {
+        const password = process.stdin.isTTY
+          ? await ask()
+          : (await text(process.stdin)).replace(/\r?\n$/, '');
+        const { length } = [...password];
+        if (length < MIN_CHARACTERS || length > MAX_CHARACTERS)
+          throw new Error(
+            `the password has ${length} characters; ${MIN_CHARACTERS} to ${MAX_CHARACTERS} are needed`,
+          );
+        if (/[\p{Cc}]/u.test(password))
+          throw new Error('the password has control characters, or several lines');
+        print(entryOf({ name, role, hash: await hashPassword(password) }));
+        process.exitCode = EXIT.done;
+      } catch (error) {
+        fail(error);
+      }
+    });
+}
+
+function userName(name: string): string {
+  if (USER_NAME.pattern.test(name)) return name;
+  throw new InvalidArgumentError(`Expected ${USER_NAME.expected}.`);
+}
+
+/** Twice, since nobody sees what is typed. The prompts go to stderr: stdout is for the entry alone. */
+async function ask(): Promise<string> {
+  const unseen = new Writable({ write: (_chunk, _encoding, done) => done() });
+  const terminal = createInterface({ input: process.stdin, output: unseen, terminal: true });
+  const onInterrupt = new AbortController();
+  terminal.on('SIGINT', () => onInterrupt.abort());
+  const question = async (prompt: string): Promise<string> => {
+    process.stderr.write(prompt);
+    const answer = await terminal.question('', { signal: onInterrupt.signal });
+    process.stderr.write('\n');
+    return answer;
+  };
+  try {
+    const password = await question('Password: ');
+    if ((await question('Again: ')) !== password) throw new Error('the two are not the same');
+    return password;
+  } finally {
+    terminal.close();
+  }
+}

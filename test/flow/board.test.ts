@@ -1,0 +1,323 @@
+import { execFile } from 'node:child_process';
+import { randomUUID } from 'node:crypto';
+import { once } from 'node:events';
+import { join } from 'node:path';
+import type { Readable } from 'node:stream';
+import { text } from 'node:stream/consumers';
+import { createBullBoard } from '@bull-board/api';
+import { BullMQAdapter } from '@bull-board/api/bullMQAdapter';
+import { FastifyAdapter } from '@bull-board/fastify';
+import { Queue } from 'bullmq';
+import { fastify } from 'fastify';
+import { expect, inject, test } from 'vitest';
+import { createBoardQueues } from '../../src/app.ts';
+import { loadConfig } from '../../src/config.ts';
+import type { Pod } from '../../src/demo/pod.ts';
+import { isPassword } from '../../src/web/passwords.ts';
+import { basicOf, boardApi, boardUsers, PASSWORD } from '../support/board.ts';
+import { anEvent, insertEvents } from '../support/events.ts';
+import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { aClaimedEvent } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+type Board = Readonly<{ stage: Stage; pod: Pod; api: ReturnType<typeof boardApi> }>;
+
+/** A relay with a board, and its operator. */
+async function board(env: Readonly<Record<string, string>> = {}): Promise<Board> {
+  const stage = await setStage();
+  const pod = await stage.pod({
+    ...{ RELAY_BOARD: 'true', RELAY_BOARD_USERS: await boardUsers() },
+    ...{ RELAY_POLL_INTERVAL: '0.2', RELAY_CLAIM_LEASE: '1', RELAY_MAX_RETRY_ATTEMPTS: '0' },
+    ...env,
+  });
+  return { stage, pod, api: boardApi(pod.url, 'olga') };
+}
+
+/** Topics whose stream Redis refuses, until `mend`. */
+async function brokenTopic(stage: Stage, topic = `broken.${randomUUID()}`) {
+  await stage.redis.set(topic, 'no stream');
+  return { topic, mend: () => stage.redis.del(topic) };
+}
+
+const isDead = async (stage: Stage, eventId: string) => (await stage.row(eventId)).dead_lettered_at !== null;
+const isPublished = async (stage: Stage, eventId: string) => (await stage.row(eventId)).published;
+const jobState = (stage: Stage, eventId: string) => stage.queue('publish').getJobState(eventId);
+const eventIds = async (stage: Stage, stream = STREAM) =>
+  (await stage.entries(stream)).map(({ fields }) => fields.event_id);
+
+test('Retry on a failed job publishes its event, closes its dead letter and lets its aggregate go on', async () => {
+  const { stage, pod, api } = await board({ RELAY_DEAD_LETTER_POLICY: 'hold' });
+  const { topic, mend } = await brokenTopic(stage);
+  const first = anEvent({ topic });
+  const second = anEvent({ topic, aggregateId: first.aggregateId });
+  await insertEvents(stage.pool, [first, second]);
+  await waitFor(() => isDead(stage, first.eventId), { what: 'the dead letter' });
+
+  // Too early: it fails again, and is as dead as before.
+  const before = await stage.row(first.eventId);
+  expect((await api('PUT', `/relay-publish/${first.eventId}/retry`)).status).toBe(204);
+  const failedAgain = () =>
+    pod.logs().filter(({ msg }) => msg === 'event moved to the dead-letter stream').length === 2;
+  await waitFor(failedAgain, { what: 'the second failure' });
+  expect(await stage.row(first.eventId)).toEqual(before);
+  expect(await eventIds(stage, DLQ)).toEqual([first.eventId]);
+
+  await mend();
+  expect((await api('PUT', `/relay-publish/${first.eventId}/retry`)).status).toBe(204);
+  await stage.rested();
+  const [entry] = await stage.entries(topic);
+  expect(await stage.row(first.eventId)).toMatchObject({
+    ...{ published: true, dead_lettered_at: null, next_attempt_at: null, stream_entry_id: entry?.entryId },
+  });
+  expect(await eventIds(stage, topic)).toEqual([first.eventId, second.eventId]);
+  await stage.expectPromisesHeld();
+  // The receipt is that of the entry: nothing is taken for lost.
+  expect((await stage.command(['verify', '--since', '1h'])).code).toBe(0);
+  expect(await jobState(stage, first.eventId)).toBe('unknown');
+  expect(pod.logs()).toContainEqual(
+    expect.objectContaining({
+      ...{ level: 'info', msg: 'an operator acted', operator: 'olga', action: 'retry' },
+      ...{ queue: 'relay-publish', jobId: first.eventId },
+    }),
+  );
+}, 60_000);
+
+test('Retry all, Remove and Clean leave each row as it must be', async () => {
+  const { stage, api } = await board();
+  const [removed, cleaned, ...retried] = await Promise.all(
+    Array.from({ length: 5 }, () => brokenTopic(stage)),
+  );
+  const events = [removed, cleaned, ...retried].map((it) => anEvent({ topic: it?.topic ?? '' }));
+  const [one, two, ...others] = events.map(({ eventId }) => eventId) as [string, string, ...string[]];
+  await insertEvents(stage.pool, events);
+  await waitFor(async () => (await stage.count('dead_lettered_at IS NOT NULL')) === 5, {
+    what: '5 dead letters',
+  });
+
+  // What is removed stays dead, with its dead letter: for the row's own replay.
+  expect((await api('PUT', `/relay-publish/${one}/clean`)).status).toBe(204);
+  // Bull Board spares what ended within 5 s.
+  await stage.redis.zadd('bull:relay-publish:failed', 'XX', 1, two);
+  await stage.redis.hset(`bull:relay-publish:${two}`, 'finishedOn', 1);
+  expect((await api('PUT', '/relay-publish/clean/failed')).status).toBe(200);
+  expect(await jobState(stage, one)).toBe('unknown');
+  expect(await jobState(stage, two)).toBe('unknown');
+
+  for (const { mend } of retried) await mend();
+  expect(await api('PUT', '/relay-publish/retry/failed')).toEqual({
+    status: 200,
+    body: { retried: 3, skipped: 0 },
+  });
+  await waitFor(async () => (await stage.count('published')) === 3, { what: 'three published rows' });
+  for (const eventId of others)
+    expect(await stage.row(eventId)).toMatchObject({ published: true, dead_lettered_at: null });
+  for (const eventId of [one, two])
+    expect(await stage.row(eventId)).toMatchObject({ published: false, dead_lettered_at: expect.any(Date) });
+  await stage.expectPromisesHeld();
+}, 60_000);
+
+test('jobs that wait are held by Pause, brought forward by Promote and come back when removed', async () => {
+  const { stage, api } = await board({ RELAY_MAX_RETRY_ATTEMPTS: '3', RELAY_RETRY_BASE_DELAY: '600' });
+  const { topic, mend } = await brokenTopic(stage);
+  const events = Array.from({ length: 3 }, () => anEvent({ topic }));
+  const [one, two, three] = events.map(({ eventId }) => eventId) as [string, string, string];
+  await insertEvents(stage.pool, events);
+  await waitFor(async () => (await stage.count('attempts = 1')) === 3, { what: 'three failed attempts' });
+  await mend();
+
+  // Long before their time.
+  expect((await api('PUT', `/relay-publish/${one}/promote`)).status).toBe(204);
+  await waitFor(() => isPublished(stage, one), { what: 'the promoted event to be published' });
+  expect(await eventIds(stage, topic)).toEqual([one]);
+  expect((await api('PUT', `/relay-publish/${two}/clean`)).status).toBe(204);
+  expect((await api('PUT', '/relay-publish/promote')).status).toBe(200);
+  await waitFor(() => isPublished(stage, three), { what: 'the other promoted event to be published' });
+  // Its time is that of its retry; we cannot wait so long.
+  await stage.pool.query('UPDATE identity.outbox SET next_attempt_at = now() WHERE event_id = $1', [two]);
+  await waitFor(() => isPublished(stage, two), { what: 'the removed event to be published' });
+
+  for (const [pause, resume] of [
+    ['/relay-publish/pause', '/relay-publish/resume'],
+    ['/pause', '/resume'],
+  ] as const) {
+    expect((await api('PUT', pause)).status).toBe(200);
+    const event = anEvent();
+    await insertEvents(stage.pool, [event]);
+    if (pause === '/relay-publish/pause') {
+      const waits = async () => (await jobState(stage, event.eventId)) === 'waiting';
+      await waitFor(waits, { what: 'a job that waits' });
+      // Removed, it comes back when its lease has ended, and waits again.
+      expect((await api('PUT', `/relay-publish/${event.eventId}/clean`)).status).toBe(204);
+      await waitFor(waits, { what: 'the job to be back' });
+      await stage.redis.hset(`bull:relay-publish:${event.eventId}`, 'timestamp', 1);
+      expect((await api('PUT', '/relay-publish/clean/wait')).status).toBe(200);
+      expect(await jobState(stage, event.eventId)).toBe('unknown');
+    }
+    expect(await isPublished(stage, event.eventId)).toBe(false);
+    expect((await api('PUT', resume)).status).toBe(200);
+    await waitFor(() => isPublished(stage, event.eventId), { what: 'the event to be published' });
+  }
+  await stage.expectPromisesHeld();
+}, 60_000);
+
+test('what harms the relay is refused with a reason; viewers see no buttons and no payloads', async () => {
+  const { stage, pod, api } = await board();
+  const { topic } = await brokenTopic(stage);
+  const event = anEvent({ topic });
+  await insertEvents(stage.pool, [event]);
+  await waitFor(() => isDead(stage, event.eventId), { what: 'the dead letter' });
+  const job = `/relay-publish/${event.eventId}`;
+  const hash = () => stage.redis.hgetall(`bull:relay-publish:${event.eventId}`);
+  const before = await hash();
+
+  for (const [method, path, body, reason] of [
+    ['PATCH', `${job}/update-data`, { jobData: { eventId: 'x' } }, /what was committed/],
+    ['PUT', '/relay-publish/obliterate', { force: true }, /Pause the queue/],
+    ['PUT', '/relay-publish/empty', {}, /Pause the queue/],
+    ['POST', '/relay-publish/add', { name: 'x', data: {} }, /nothing is added here/],
+    ['POST', '/relay-claim/add', { name: 'tick', data: {} }, /nothing is added here/],
+    ['PUT', '/relay-claim/promote', {}, /next tick/],
+    ['PUT', '/relay-publish/concurrency', { concurrency: 1 }, /RELAY_CONCURRENCY/],
+    ['PUT', '/relay-claim/job-schedulers/tick/remove', {}, /next tick/],
+  ] as const) {
+    const answer = await api(method, path, body);
+    expect(answer, path).toMatchObject({ status: 403, body: { message: expect.stringMatching(reason) } });
+  }
+  expect(await hash()).toEqual(before);
+  expect(await stage.queue('publish').getGlobalConcurrency()).toBeNull();
+
+  const queues = '?activeQueue=relay-publish&status=failed';
+  const shown = async (name: string) =>
+    (await boardApi(pod.url, name)('GET', queues)).body as {
+      queues: { name: string; readOnlyMode: boolean; jobs: { name: string; data: object }[] }[];
+    };
+  const { payload: _, eventType, aggregateType, aggregateId } = event;
+  const name = `${eventType} · ${aggregateType} ${aggregateId} · ${topic} · given up after 1 attempt`;
+  const about = { event_id: event.eventId, event_type: eventType, topic };
+  expect(await shown('olga')).toMatchObject({
+    queues: [
+      {
+        ...{ name: 'relay-publish', readOnlyMode: false },
+        jobs: [{ name, data: { ...about, payload: event.payload } }],
+      },
+      { name: 'relay-claim' },
+    ],
+  });
+  const seen = await shown('vera');
+  expect(seen).toMatchObject({
+    queues: [
+      { readOnlyMode: true, allowRetries: false, jobs: [{ name, data: about }] },
+      { readOnlyMode: true, allowRetries: false },
+    ],
+  });
+  const { email } = event.payload as { email: string };
+  expect(JSON.stringify(await shown('olga'))).toContain(email);
+  expect(JSON.stringify(seen)).not.toContain(email);
+  const one = await boardApi(pod.url, 'vera')('GET', job);
+  expect(one.status).toBe(200);
+  expect(JSON.stringify(one.body)).not.toContain(email);
+  const act = await boardApi(pod.url, 'vera')('PUT', `${job}/retry`);
+  expect(act).toEqual({ status: 403, body: { error: 'vera is a viewer; acting needs the role operator' } });
+  expect(await jobState(stage, event.eventId)).toBe('failed');
+  expect(pod.logs()).toContainEqual(
+    expect.objectContaining({
+      ...{ msg: 'an action of an operator was refused, or failed', status: 403 },
+      ...{ operator: 'olga', action: 'obliterate', queue: 'relay-publish' },
+    }),
+  );
+  expect(pod.lines.join('\n')).not.toContain(email);
+}, 60_000);
+
+test('the board alone asks nothing of another host, under a path of a proxy as well, beside endpoints that stay open', async () => {
+  const stage = await setStage();
+  const alone = await stage.spawn(['board'], {
+    ...{ RELAY_BOARD_USERS: await boardUsers(), RELAY_BOARD_BASE_PATH: '/ops/relay' },
+  });
+  await alone.waitReady();
+  const get = (path: string, name?: string) =>
+    fetch(alone.url + path, { redirect: 'manual', headers: name ? { authorization: basicOf(name) } : {} });
+  expect((await get('/livez')).status).toBe(200);
+  expect((await get('/health')).headers.get('content-security-policy')).toBeNull();
+  expect((await get('/board/static/favicon.ico')).status).toBe(401);
+
+  // The proxy takes its path away, or leaves it.
+  for (const path of ['/board', '/ops/relay/board', '/ops/relay/board/queue/relay-publish']) {
+    const page = await get(path, 'vera');
+    const html = await page.text();
+    expect(page.status, path).toBe(200);
+    expect(html).toContain('<base href="/ops/relay/board/" />');
+    expect(html).toContain('static/js/main');
+    expect(html.match(/https?:\/\//g)).toBeNull();
+    expect(page.headers.get('content-security-policy')).toContain("default-src 'none';script-src 'self'");
+    expect(page.headers.get('content-security-policy')).toContain("frame-ancestors 'none'");
+  }
+  await insertEvents(stage.pool, [anEvent()]);
+  expect(await boardApi(alone.url, 'vera')('GET', '')).toMatchObject({
+    ...{ status: 200, body: { queues: [{ name: 'relay-publish' }, { name: 'relay-claim' }] } },
+  });
+  expect(await stage.count('published OR next_attempt_at IS NOT NULL'), 'rows that it took').toBe(0);
+  expect(await alone.kill('SIGTERM')).toMatchObject({ code: 0 });
+}, 60_000);
+
+test('the board does not start where everybody could use it', async () => {
+  const stage = await setStage();
+  const { code, lines } = await stage.command(['board'], { RELAY_HTTP_HOST: '0.0.0.0' });
+  expect(code).toBe(78);
+  expect(lines.join('\n')).toMatch(/RELAY_BOARD_USERS: needs an entry of "relay hash-password"/);
+}, 60_000);
+
+test('relay hash-password takes the password from stdin, and its entry lets that one in', async () => {
+  const run = (name: string, password: string) => {
+    const child = execFile(process.execPath, [
+      ...[join(inject('root'), 'dist/cli.js'), 'hash-password', name, '--role', 'operator'],
+    ]);
+    child.stdin?.end(`${password}\n`);
+    return Promise.all([
+      text(child.stdout as Readable),
+      text(child.stderr as Readable),
+      once(child, 'close'),
+    ]);
+  };
+  const [[entry], [none, problem, [code]]] = await Promise.all([run('olga', PASSWORD), run('olga', 'short')]);
+  expect(entry).toMatch(/^olga:operator:scrypt\.15\.8\.1\.[\w-]{22}\.[\w-]{43}\n$/);
+  const [user] = loadConfig({ RELAY_BOARD_USERS: entry }).boardUsers;
+  expect(await isPassword(PASSWORD, user?.hash ?? '')).toBe(true);
+  expect(await isPassword(`${PASSWORD} `, user?.hash ?? '')).toBe(false);
+  expect([none, problem, code]).toEqual(['', expect.stringContaining('has 5 characters'), 1]);
+}, 60_000);
+
+test('a Bull Board of one’s own shows the relay’s queues readably, refuses what harms them, and keeps its own as they are', async () => {
+  const stage = await setStage();
+  const data = aClaimedEvent();
+  await stage.queue('publish').add(data.eventType, data, { jobId: data.eventId });
+  const own = new Queue('own', { connection: stage.redis });
+  for (const from of [{ redis: stage.redis }, stage.config()]) {
+    const relay = await createBoardQueues(from);
+    const app = fastify();
+    const server = new FastifyAdapter();
+    createBullBoard({
+      queues: [new BullMQAdapter(own), ...relay.queues],
+      serverAdapter: server,
+      options: { handlerHooks: relay.handlerHooks },
+    });
+    await app.register(server.registerPlugin(), { prefix: '/team' });
+    const { queues } = (await app.inject('/team/api/queues?activeQueue=relay-publish')).json();
+    expect(queues.map(({ name }: { name: string }) => name)).toEqual(['own', 'relay-publish', 'relay-claim']);
+    expect(queues[1].jobs).toMatchObject([
+      {
+        name: `UserCreated · user ${data.aggregateId} · identity.user.v1 · attempt 1 of 1`,
+        data: { event_id: data.eventId, payload: 'hidden: it may hold personal data' },
+      },
+    ]);
+    const empty = async (queue: string) =>
+      (await app.inject({ method: 'PUT', url: `/team/api/queues/${queue}/empty` })).statusCode;
+    expect([await empty('relay-publish'), await empty('own')]).toEqual([403, 200]);
+    await relay.close();
+    await app.close();
+  }
+  expect(await stage.redis.ping(), 'a client that was given stays open').toBe('PONG');
+  const clients = async () => (String(await stage.redis.client('LIST')).match(/^id=/gm) ?? []).length;
+  // The test's own two.
+  await waitFor(async () => (await clients()) === 2, { what: 'what was opened to be closed' });
+  await own.close();
+}, 60_000);
