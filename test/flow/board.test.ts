@@ -82,6 +82,36 @@ test('Retry on a failed job publishes its event, closes its dead letter and lets
   );
 }, 60_000);
 
+test('the API beside the board lists a dead letter and replays it, for whoever may, and says who did it', async () => {
+  const { stage, pod } = await board();
+  const { topic, mend } = await brokenTopic(stage);
+  const event = anEvent({ topic });
+  await insertEvents(stage.pool, [event]);
+  await waitFor(() => isDead(stage, event.eventId), { what: 'the dead letter' });
+  await mend();
+  const ask = (path: string, name?: string, body?: object) =>
+    fetch(`${pod.url}/api${path}`, {
+      headers: {
+        ...(name !== undefined && { authorization: basicOf(name) }),
+        ...(body && { 'content-type': 'application/json' }),
+      },
+      ...(body && { method: 'POST', body: JSON.stringify(body) }),
+    });
+  expect((await ask('/dlq')).status).toBe(401);
+  expect(await (await ask('/dlq', 'vera')).json()).toMatchObject({
+    letters: [{ eventId: event.eventId, topic }],
+  });
+  const replay = { eventIds: [event.eventId] };
+  expect((await ask('/dlq/replay', 'vera', replay)).status).toBe(403);
+  expect(await (await ask('/dlq/replay', 'olga', replay)).json()).toMatchObject({ done: 1, refused: 0 });
+  await waitFor(() => isPublished(stage, event.eventId), { what: 'the event to be published' });
+  expect(await eventIds(stage, topic)).toEqual([event.eventId]);
+  expect(await eventIds(stage, DLQ)).toEqual([]);
+  expect(pod.logs()).toContainEqual(
+    expect.objectContaining({ msg: 'dead letters were replayed', by: 'olga', events: 1 }),
+  );
+});
+
 test('Retry all, Remove and Clean leave each row as it must be', async () => {
   const { stage, api } = await board();
   const [removed, cleaned, ...retried] = await Promise.all(

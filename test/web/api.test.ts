@@ -156,6 +156,14 @@ test('viewers see and cannot act; nobody else sees anything, not even what is wr
   expect(asked).toEqual([]);
 });
 
+test('a payload, which may hold personal data, is for operators alone', async () => {
+  const payload = async (role: string) =>
+    ((await call('GET', `/dlq/${eventId}`, undefined, role)).body as { event: { payload: unknown } }).event
+      .payload;
+  expect(await payload('operator')).toBe('{"email":"a@b.c"}');
+  expect(await payload('viewer')).toBeNull();
+});
+
 test('a bad cursor is the asker’s fault, a server that is away is not', async () => {
   fail = new CursorError();
   expect((await call('GET', '/dlq?after=x')).status).toBe(400);
