@@ -166,7 +166,9 @@ function describe(status: Status, config: RelayConfig, paint: Colours): string[]
       row('parked', oldest.parked),
       row('dead', oldest.dead, true),
       (isLate ? paint.red : (text: string) => text)(
-        `should be out already for ${oldest.waiting === null ? 'no time: nothing waits' : duration(oldest.waiting)}`,
+        oldest.waiting === null
+          ? 'nothing waits that should be out already'
+          : `the oldest that should be out already: ${duration(oldest.waiting)}`,
       ),
     ]);
   }

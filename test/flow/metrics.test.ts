@@ -72,6 +72,19 @@ test('/metrics of a pod that has seen everything can be read', async () => {
     },
     { what: 'the streams to be known' },
   );
+
+  // A Redis that hangs keeps nobody from knowing that it does.
+  stage.server.pause();
+  try {
+    const askedAt = Date.now();
+    const hanging = familiesOf(await (await fetch(`${pod.url}/metrics`)).text());
+    expect(Date.now() - askedAt).toBeLessThan(2_500);
+    expect(valueIn(hanging, 'relay_ready')).toBe(0);
+    expect(valueIn(hanging, 'relay_server_healthy', { server: 'redis' })).toBe(0);
+    expect(hanging.get('relay_backlog_events')?.samples).toEqual([]);
+  } finally {
+    stage.server.resume();
+  }
 }, 60_000);
 
 test('what has happened is counted, by topic and type', () => {
