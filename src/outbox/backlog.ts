@@ -65,6 +65,8 @@ const FRESH = 'NOT o.published AND o.next_attempt_at IS NULL';
 const IN_HAND = `NOT o.published AND o.next_attempt_at < 'infinity'`;
 const PARKED = `${LIVE('o')} AND o.next_attempt_at = 'infinity'`;
 const DEAD = 'NOT o.published AND o.dead_lettered_at IS NOT NULL';
+/** Any order would do: this one is that of the relay's own indexes, beside which the platform's look as good. */
+const BY_AGGREGATE = 'ORDER BY o.aggregate_type, o.aggregate_id, o.id';
 const SETTLED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
 
 /** Seconds since the earliest of `time`; rows may have infinite times, which cannot be subtracted. */
@@ -97,7 +99,7 @@ export function createBacklog(
                   parked.age AS "parkedAge", dead.age AS "deadAge"
            FROM
              -- Counted without a look at the rows themselves; the first by id is as good as the oldest.
-             (SELECT (SELECT count(*)::int FROM (SELECT FROM ${ROWS} WHERE ${FRESH} LIMIT ${LIMIT}) x) AS n,
+             (SELECT (SELECT count(*)::int FROM (SELECT FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT ${LIMIT}) x) AS n,
                      (SELECT ${age('created_at')}
                       FROM (SELECT o.created_at FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT 1) x) AS age) fresh,
              (SELECT count(*) FILTER (WHERE NOT due AND NOT again)::int AS leased,
@@ -108,9 +110,9 @@ export function createBacklog(
               FROM (SELECT o.created_at, o.next_attempt_at, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
                     FROM ${ROWS} WHERE ${IN_HAND} ORDER BY o.next_attempt_at LIMIT ${LIMIT}) x) in_hand,
              (SELECT count(*)::int AS n, ${age('created_at')} AS age
-              FROM (SELECT o.created_at FROM ${ROWS} WHERE ${PARKED} LIMIT ${LIMIT}) x) parked,
+              FROM (SELECT o.created_at FROM ${ROWS} WHERE ${PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) parked,
              (SELECT count(*)::int AS n, ${age('dead_lettered_at')} AS age
-              FROM (SELECT o.dead_lettered_at FROM ${ROWS} WHERE ${DEAD} LIMIT ${LIMIT}) x) dead`,
+              FROM (SELECT o.dead_lettered_at FROM ${ROWS} WHERE ${DEAD} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) dead`,
         );
         const { waitingAge, retryingAge, parkedAge, deadAge, ...counts } = rows[0];
         return {
@@ -149,7 +151,7 @@ export function createBacklog(
              UNION ALL SELECT 'due', min(id) FROM in_hand WHERE due
              UNION ALL SELECT 'leased', min(id) FROM in_hand WHERE NOT due AND NOT again
              UNION ALL SELECT 'retrying', min(id) FROM in_hand WHERE NOT due AND again
-             UNION ALL SELECT 'parked', min(id) FROM (SELECT o.id FROM ${ROWS} WHERE ${PARKED} LIMIT ${LIMIT}) x
+             UNION ALL SELECT 'parked', min(id) FROM (SELECT o.id FROM ${ROWS} WHERE ${PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x
            )
            SELECT oldest.state, o.id::text AS id, o.event_id AS "eventId", o.event_type AS "eventType",
                   o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId",
@@ -158,18 +160,20 @@ export function createBacklog(
                   CASE WHEN isfinite(o.next_attempt_at)
                     THEN extract(epoch FROM o.next_attempt_at - now())::float8 END AS "nextInSeconds",
                   ahead.event_id AS "behindId", ahead.is_dead AS "behindIsDead"
-           FROM oldest JOIN identity.outbox o ON o.id = oldest.id
+           FROM oldest
+           -- Each by its id: a join of both in the order of their ids would walk along all published rows.
+           CROSS JOIN LATERAL (SELECT * FROM identity.outbox r WHERE r.id = oldest.id LIMIT 1) o
            LEFT JOIN LATERAL (
              SELECT * FROM (${first(false)} ${options.deadLetterPolicy === 'hold' ? `UNION ALL ${first(true)}` : ''}) e
              WHERE oldest.state = 'parked' AND e.id < o.id ORDER BY e.id LIMIT 1
-           ) ahead ON true
-           ORDER BY o.id`,
+           ) ahead ON true`,
           [streamName],
         );
-        return rows.map(({ behindId, behindIsDead, ...row }) => ({
+        const found = rows.map(({ behindId, behindIsDead, ...row }) => ({
           ...row,
           behind: behindId === null ? null : { eventId: behindId, isDead: behindIsDead },
         }));
+        return found.toSorted((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
       }),
 
     /** Of the latest rows at most `LIMIT`: where there were more, the rates are those of the time that these took. */

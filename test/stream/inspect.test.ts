@@ -64,6 +64,7 @@ test('where Redis cannot tell a lag, as before version 7, it is estimated by the
 test('what was trimmed unread is not there to be read any more', async () => {
   await fill('a', 10);
   await redis.xgroup('CREATE', 'a', 'late', '0');
+  await redis.xreadgroup('GROUP', 'late', 'me', 'COUNT', 2, 'NOACK', 'STREAMS', 'a', '>');
   await redis.xtrim('a', 'MAXLEN', 4);
   const [found] = await inspect('a');
   expect(found).toMatchObject({ length: 4, groups: { late: { lag: 4, unacknowledged: 4 } } });
