@@ -35,6 +35,8 @@ export type Relay = Readonly<{
   stop(): Promise<void>;
   /** Port of the HTTP server, while it runs. */
   httpPort(): number | undefined;
+  /** What `/metrics` answers, for an HTTP server of your own; '' before the start. Resolves within 2 s. */
+  metrics(): Promise<string>;
 }>;
 
 const CLOSE_TIMEOUT_MS = 1_000;
@@ -95,5 +97,6 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
       await stopping;
     },
     httpPort: () => running?.httpPort(),
+    metrics: async () => running?.metrics() ?? '',
   };
 }

@@ -4,6 +4,9 @@ import { dashboardOf } from './dashboard.ts';
 import type { OutboxEvent } from './event.ts';
 import { createLifecycle } from './lifecycle.ts';
 import { errorText, type Logger } from './logger.ts';
+import { createFigures, shareFigures } from './operate/figures.ts';
+import { createFleetReader, createHeartbeat } from './operate/heartbeat.ts';
+import { createBacklog } from './outbox/backlog.ts';
 import type { Queryable } from './outbox/database.ts';
 import { payloadMayBeAtFault } from './outbox/event-of-row.ts';
 import { createOutbox } from './outbox/outbox.ts';
@@ -20,6 +23,7 @@ import { createSuspects } from './queue/suspects.ts';
 import type { Servers } from './servers.ts';
 import { createStream } from './stream/append.ts';
 import { createEpoch, EpochOverError } from './stream/epoch.ts';
+import { createStreamInspector } from './stream/inspect.ts';
 import { createRestorer } from './stream/restore.ts';
 import { createValidator } from './stream/validate.ts';
 import { createTopicCheck } from './topics.ts';
@@ -29,6 +33,7 @@ import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile, type Found } from './triage/reconcile.ts';
 import { createHealth } from './web/health.ts';
+import { createMetrics } from './web/metrics.ts';
 import { createWebServer } from './web/server.ts';
 
 /** Failed jobs looked through in one round of trimming. */
@@ -47,10 +52,12 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
 
   const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
+  const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
   const queues = createQueues(queueRedis, config, logger);
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
   const streamOptions = streamOptionsOf(config);
-  const assertWritable = createWriteProbe(queueRedis, `${config.queuePrefix}:${config.queueName}:probe`);
+  const keyPrefix = `${config.queuePrefix}:${config.queueName}`;
+  const assertWritable = createWriteProbe(queueRedis, `${keyPrefix}:probe`);
 
   const scheduler = createScheduler({
     queue: queues.claim,
@@ -69,7 +76,10 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       compare: createComparison(restorer, receipts, config.dlqStreamName, logger),
       windowMs: config.resyncWindowMs,
       endLeases: outbox.endLeases,
-      onRestored: () => void scheduler.wake(),
+      onRestored: (found) => {
+        metrics.resynced(found);
+        void scheduler.wake();
+      },
       logger,
     }),
     logger,
@@ -128,6 +138,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       await giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting));
     },
     onDead: (event) => watchOrphans([event]),
+    onWritten: (event) => metrics.deadLettered(event),
     logger,
   });
 
@@ -144,6 +155,10 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       ),
     acknowledge: acknowledger.acknowledge,
     vanished: ({ id }) => outbox.endLease(id),
+    onPublished: (event, entryId) => {
+      metrics.published(event, entryId);
+      heartbeat.appendedTo(event.topic);
+    },
     logger,
   });
 
@@ -151,6 +166,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     connection: workerRedis,
     options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 4) },
     attempt: carry,
+    onAttempted: (event, outcome, seconds) => metrics.attempted(event, outcome, seconds),
     suspects: createSuspects({ redis: queueRedis, jobKey: queues.jobKey, maxCrashes: config.maxCrashes }),
     recordFailure: outbox.recordFailure,
     deadLetter,
@@ -170,6 +186,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       }),
     claimAlone: () => outbox.claimAlone(queues.addPublishJobs),
     payloadMayBeAtFault,
+    onClaimed: (events) => metrics.claimed(events),
     onParked: watchOrphans,
     logger,
   });
@@ -206,6 +223,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       }
     },
     deadLetter,
+    onExpired: (seen) => metrics.leasesEnded(seen),
     logger,
   });
 
@@ -222,7 +240,10 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     else if ((await outbox.unparkAll(config.maxInFlight)) > 0) await scheduler.wake();
   }
 
+  let tickedAt: number | undefined;
+
   async function maintain(): Promise<void> {
+    tickedAt = Date.now();
     for (const [duty, run] of Object.entries({ reconcile, sweep, trimFailedJobs })) {
       try {
         await run();
@@ -275,15 +296,54 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       return inspectRedis(queueRedis);
     },
     backlog: async () => {
-      const { oldestWaitingSeconds, ...counts } = await outbox.backlog();
-      return { oldestWaitingSeconds, ...counts };
+      const { oldestSeconds, ...counts } = await backlog.count();
+      return { oldestWaitingSeconds: oldestSeconds.waiting, ...counts };
     },
+  });
+
+  const startedAt = Date.now();
+  const heartbeat = createHeartbeat({
+    redis: queueRedis,
+    prefix: keyPrefix,
+    facts: () => ({
+      version: VERSION,
+      phase,
+      upSeconds: secondsSince(startedAt),
+      inHand: publishWorker.worker.inHand(),
+      concurrency: config.concurrency,
+      tickSecondsAgo: tickedAt === undefined ? null : secondsSince(tickedAt),
+    }),
+    logger,
+  });
+  const metrics = createMetrics({
+    ...config,
+    prefixed: config.metricsPrefix,
+    version: VERSION,
+    inHand: () => publishWorker.worker.inHand(),
+    tickSecondsAgo: () => secondsSince(tickedAt ?? startedAt),
+    epochIsKnown: () => epoch.current() !== undefined,
+    isRunning: () => phase === 'running',
+    ready: health.ready,
+    figures: shareFigures({
+      redis: queueRedis,
+      key: `${keyPrefix}:figures`,
+      read: createFigures({
+        backlog: backlog.count,
+        databaseTime: backlog.time,
+        queues: queues.figures,
+        fleet: createFleetReader(queueRedis, keyPrefix),
+        inspectStreams: createStreamInspector(queueRedis),
+        streams: [config.streamName, config.dlqStreamName],
+        deadlineMs: statementTimeoutMs,
+      }),
+    }),
   });
   const web = createWebServer({
     host: config.httpHost,
     port: config.httpPort,
     version: VERSION,
     health,
+    metrics,
     stuck: () => [
       ...(publishWorker.isRunning() ? [] : ['the publish worker does not run']),
       ...(claimWorker.isRunning() ? [] : ['the claim worker does not run']),
@@ -307,6 +367,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
   const lifecycle = createLifecycle([
     { name: 'HTTP server', ...(http && { start: web.start, stop: web.stop }) },
     { name: 'queues', stop: queues.close },
+    { name: 'heartbeat', start: heartbeat.start, stop: heartbeat.stop },
     { name: 'epoch', start: startEpoch, stop: epoch.stop },
     { name: 'acknowledgements', stop: acknowledger.drain },
     { name: 'orphan watch', stop: orphans.stop },
@@ -320,6 +381,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       name: 'readiness',
       start: () => {
         phase = 'running';
+        heartbeat.beat();
       },
     },
   ]);
@@ -330,7 +392,10 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       phase = 'stopping';
     },
     httpPort: () => (http ? web.port() : undefined),
+    metrics: metrics.render,
   };
 }
 
 export const VERSION = '0.1.0';
+
+const secondsSince = (time: number) => (Date.now() - time) / 1_000;

@@ -7,6 +7,7 @@ import { addHashPassword } from './commands/hash-password.ts';
 import { addMigrate } from './commands/migrate.ts';
 import { addRepublish } from './commands/republish.ts';
 import { addStart } from './commands/start.ts';
+import { addStatus } from './commands/status.ts';
 import { addVerify } from './commands/verify.ts';
 
 const program = new Command('relay')
@@ -20,6 +21,7 @@ for (const add of [
   addStart,
   addMigrate,
   addCheck,
+  addStatus,
   addVerify,
   addDlq,
   addRepublish,

@@ -5,7 +5,7 @@ import { publishJobKey } from './queue/queues.ts';
 import type { StreamOptions } from './stream/append.ts';
 import type { Loss } from './stream/epoch.ts';
 import type { Restorer } from './stream/restore.ts';
-import { createResync, totals } from './triage/resync.ts';
+import { createResync, type Found, totals } from './triage/resync.ts';
 
 /** Table and streams compared, when Redis may have lost data and by `relay verify`. */
 
@@ -41,7 +41,7 @@ export const createRestore =
     /** How far back, at most. */
     windowMs: number;
     endLeases: () => Promise<number>;
-    onRestored: () => void;
+    onRestored: (found: Found) => void;
     logger: Logger;
   }) =>
   async ({ intactUntil, guard }: Loss): Promise<void> => {
@@ -54,5 +54,5 @@ export const createRestore =
     const about = { since, ...found, leases, ms: Date.now() - startedAt };
     if (found.lost + found.refused === 0) logger.info(about, 'nothing that was published is missing');
     else logger.warn(about, 'Redis had lost entries; they were appended again');
-    deps.onRestored();
+    deps.onRestored(found);
   };

@@ -367,6 +367,12 @@ const table = {
     'info',
     'Least severe level that is logged',
   ),
+  metricsPrefix: variable(
+    'RELAY_METRICS_PREFIX',
+    flag(),
+    'false',
+    'Put relay_ before the names of the five metrics that have no prefix',
+  ),
   failedJobsKept: variable(
     'RELAY_FAILED_JOBS_KEPT',
     wholeNumber(1, 1_000_000, 'jobs'),

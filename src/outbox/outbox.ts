@@ -5,7 +5,7 @@ import { isNoAnswer } from './distrust.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 
 /**
- * Every statement on `identity.outbox`. A state change is a named function with its precondition in the
+ * Every statement that takes events through `identity.outbox`. A state change is a named function with its precondition in the
  * WHERE; the states are described in table.ts. The database clock (`now()`) alone decides leases.
  */
 
@@ -37,18 +37,6 @@ export type Claim = Readonly<{
 /** A due row: nothing was heard of its job until its lease ended. A replayed one has its dead letter's receipt yet. */
 export type DueRow = Readonly<{ id: string; eventId: string; topic: string; entryId: string | null }>;
 
-/** Rows by state; each counted up to `limit`. */
-export type Backlog = Readonly<{
-  fresh: number;
-  leased: number;
-  due: number;
-  parked: number;
-  dead: number;
-  /** Age of the oldest row that is fresh or due, i.e. should be out already; null when there is none. */
-  oldestWaitingSeconds: number | null;
-  limit: number;
-}>;
-
 export type Outbox = ReturnType<typeof createOutbox>;
 
 /** Spells "rlay", "clai". */
@@ -59,7 +47,6 @@ const CLAIMING = '1919705465, 1668047209';
  */
 const CLAIM_TURN_LIMIT_MS = 8_000;
 
-const BACKLOG_COUNT_LIMIT = 100_000;
 /** Rows that are remembered to have been printed in vain, at most. */
 const UNANSWERED_KEPT = 1_000;
 
@@ -70,7 +57,7 @@ const MS = `* interval '1 millisecond'`;
  */
 const STILL_LIVE = (row: string) =>
   `CASE WHEN ${row}.published THEN false ELSE ${row}.dead_lettered_at IS NULL END`;
-const LIVE = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NULL`;
+export const LIVE = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NULL`;
 
 /**
  * The first row of an aggregate: condition and order.
@@ -81,10 +68,10 @@ const LIVE = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at 
  * names the aggregate as well, and only the indexes by aggregate have it. An upper bound of the id would not end
  * the scan, so it is compared with what was found.
  */
-const OF_AGGREGATE = (a: string, b: string) =>
+export const OF_AGGREGATE = (a: string, b: string) =>
   `${a}.aggregate_type = ${b}.aggregate_type
    AND ${a}.aggregate_id >= ${b}.aggregate_id AND ${a}.aggregate_id <= ${b}.aggregate_id`;
-const FIRST = (a: string) => `ORDER BY ${a}.aggregate_id, ${a}.id LIMIT 1`;
+export const FIRST = (a: string) => `ORDER BY ${a}.aggregate_id, ${a}.id LIMIT 1`;
 
 export function createOutbox(pool: Pool, options: OutboxOptions) {
   const { streamName, claimLeaseMs, statementTimeoutMs, maxEventBytes } = options;
@@ -430,29 +417,6 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
         [limit],
       );
       return rowCount ?? 0;
-    },
-
-    async backlog(): Promise<Backlog> {
-      const count = (state: string) =>
-        `(SELECT count(*)::int FROM (SELECT FROM identity.outbox o WHERE ${state} LIMIT ${BACKLOG_COUNT_LIMIT}) x)`;
-      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rows } = await tx.query<Omit<Backlog, 'limit'>>(
-          `SELECT
-             ${count('NOT o.published AND o.next_attempt_at IS NULL')} AS "fresh",
-             ${count(`NOT o.published AND o.next_attempt_at < 'infinity' AND o.next_attempt_at > now()`)} AS "leased",
-             ${count(`NOT o.published AND o.next_attempt_at < 'infinity' AND o.next_attempt_at <= now()`)} AS "due",
-             ${count(`${LIVE('o')} AND o.next_attempt_at = 'infinity'`)} AS "parked",
-             ${count('NOT o.published AND o.dead_lettered_at IS NOT NULL')} AS "dead",
-             (SELECT CASE WHEN count(*) > 0 THEN greatest(0, extract(epoch FROM now() - min(created_at)))::float8 END FROM (
-               (SELECT created_at FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
-                ORDER BY id LIMIT 1)
-               UNION ALL
-               (SELECT created_at FROM identity.outbox WHERE NOT published AND next_attempt_at < 'infinity'
-                AND next_attempt_at <= now() ORDER BY next_attempt_at LIMIT 1)
-             ) waiting) AS "oldestWaitingSeconds"`,
-        );
-        return { ...(rows[0] as Omit<Backlog, 'limit'>), limit: BACKLOG_COUNT_LIMIT };
-      });
     },
   };
 }

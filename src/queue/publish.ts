@@ -39,6 +39,8 @@ export function createPublishWorker(deps: {
   options: PublishOptions;
   /** One attempt to publish; must not throw for anything that is the event's fault. */
   attempt: (event: OutboxEvent, inTurn: InTurn) => Promise<Attempt>;
+  /** Told what each attempt came to, and how long it took. */
+  onAttempted?: (event: OutboxEvent, outcome: Attempt, seconds: number) => void;
   suspects: Suspects;
   recordFailure: (failure: {
     id: string;
@@ -70,6 +72,7 @@ export function createPublishWorker(deps: {
       topic: brief(event.topic),
       attempt: event.attempts + job.attemptsMade + 1,
     };
+    const startedAt = performance.now();
     const expiresAt = Date.now() + options.publishTimeoutMs;
     const inTurn: InTurn = (append) =>
       job.stalledCounter > 0
@@ -81,6 +84,7 @@ export function createPublishWorker(deps: {
         reason: error.message,
       }),
     );
+    deps.onAttempted?.(event, outcome, (performance.now() - startedAt) / 1_000);
     switch (outcome.kind) {
       case 'done':
         logger.debug(about, 'event published');

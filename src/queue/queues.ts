@@ -20,6 +20,16 @@ export type InFlight = Readonly<{
   total: number;
 }>;
 
+/** Jobs of one queue in Redis, by state. */
+export type QueueFigures = Readonly<{
+  waiting: number;
+  active: number;
+  delayed: number;
+  prioritized: number;
+  failed: number;
+  isPaused: boolean;
+}>;
+
 /**
  * What BullMQ knows of an event's job.
  * - `alive`: waiting, delayed, or active with somebody working on it (or soon found to be stalled)
@@ -216,6 +226,24 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       const { waiting = 0, active = 0, delayed = 0, prioritized = 0, failed = 0 } = counts;
       return { waiting, active, delayed, failed, total: waiting + active + delayed + prioritized };
     },
+
+    /** What dashboards show, of both queues. */
+    async figures(): Promise<Record<'claim' | 'publish', QueueFigures>> {
+      const [ofClaim, ofPublish] = await Promise.all(
+        [claim, publish].map(async (queue): Promise<QueueFigures> => {
+          const [counts, isPaused] = await Promise.all([
+            queue.getJobCounts('waiting', 'active', 'delayed', 'prioritized', 'failed'),
+            queue.isPaused(),
+          ]);
+          const { waiting = 0, active = 0, delayed = 0, prioritized = 0, failed = 0 } = counts;
+          return { waiting, active, delayed, prioritized, failed, isPaused };
+        }),
+      );
+      return { claim: ofClaim as QueueFigures, publish: ofPublish as QueueFigures };
+    },
+
+    /** Where BullMQ has the event's job: `active`, `waiting`, `delayed`, `failed`, …; `unknown` when it has none. */
+    jobState: (eventId: string): Promise<string> => publish.getJobState(eventId),
 
     async jobFate(eventId: string): Promise<JobFate> {
       const state = await publish.getJobState(eventId);

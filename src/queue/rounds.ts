@@ -18,6 +18,8 @@ export function createClaimRounds(deps: {
   /** Takes the first fresh row, even if its payload cannot be printed. */
   claimAlone: () => Promise<Claim>;
   payloadMayBeAtFault: (error: unknown) => boolean;
+  /** Told how many events a transaction has claimed, if any. */
+  onClaimed?: (events: number) => void;
   onParked: (aggregates: readonly Aggregate[]) => void;
   logger: Logger;
 }): () => Promise<ClaimRound> {
@@ -63,6 +65,8 @@ export function createClaimRounds(deps: {
         return claimOneByOne(limit);
       });
       onParked(parked);
+      const events = leased.length + parked.length;
+      if (events > 0) deps.onClaimed?.(events);
       return { kind: more ? 'more' : 'all', events: leased.length };
     } finally {
       added += limit;

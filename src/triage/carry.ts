@@ -22,6 +22,8 @@ export function createCarry(deps: {
   acknowledge: (event: OutboxEvent, entryId: string, epoch: string) => Promise<void>;
   /** The job is gone: has somebody look at once what became of the event. */
   vanished: (event: OutboxEvent) => Promise<void>;
+  /** Told when the row is marked. */
+  onPublished?: (event: OutboxEvent, entryId: string) => void;
   logger: Logger;
 }) {
   const { logger } = deps;
@@ -65,6 +67,7 @@ export function createCarry(deps: {
             reason: `appended, but its row could not be marked: ${errorText(error)}`,
           };
         }
+        deps.onPublished?.(event, verdict.entryId);
         return { kind: 'done' };
       case 'let-go':
         logger.warn(

@@ -16,6 +16,8 @@ export function createDeadLetter(deps: {
     epoch: string,
   ) => Promise<void>;
   onDead: (event: OutboxEvent) => void;
+  /** Told of each entry once, however often its dead letter is gone through. */
+  onWritten?: (event: OutboxEvent) => void;
   logger: Logger;
 }) {
   const { append, markDead, onDead, logger } = deps;
@@ -25,6 +27,7 @@ export function createDeadLetter(deps: {
     const { eventId } = event;
     const about = { eventId, topic: brief(event.topic), eventType: brief(event.eventType), attempts };
     const outcome = await append(event, failure);
+    if (outcome.status === 'appended') deps.onWritten?.(event);
     switch (outcome.status) {
       case 'appended':
       case 'already-appended':

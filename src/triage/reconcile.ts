@@ -31,6 +31,8 @@ export function createReconcile<Tx>(deps: {
   /** Gives the rows their receipts: they are published, or dead. */
   settle: (found: readonly (Found & Readonly<{ id: string }>)[]) => Promise<void>;
   deadLetter: (failure: Failure) => Promise<void>;
+  /** Told how many leases had ended, by what became of their jobs. */
+  onExpired?: (seen: Readonly<Record<'alive' | 'failed' | 'missing', number>>) => void;
   logger: Logger;
 }) {
   const { logger } = deps;
@@ -69,6 +71,7 @@ export function createReconcile<Tx>(deps: {
       }
       if (rows.length < BATCH) break;
     }
+    deps.onExpired?.(seen);
     if (seen.missing > 0)
       logger.warn(
         { events: seen.missing, settled },

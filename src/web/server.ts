@@ -3,6 +3,7 @@ import { NotReadyError } from '../lifecycle.ts';
 import type { DashboardOptions } from './dashboard.ts';
 import type { createHealth } from './health.ts';
 import { overall } from './health.ts';
+import type { Metrics } from './metrics.ts';
 
 export type WebServer = Readonly<{
   start(): Promise<void>;
@@ -14,6 +15,7 @@ export type WebServer = Readonly<{
 /**
  * - `/livez`: 200 while this process makes progress; a restart helps otherwise
  * - `/readyz`: 200 while database and Redis answer and the relay is not stopping
+ * - `/metrics`: for Prometheus
  * - `/health`, `/health/detailed`: the same question in the platform's form; 503 when unhealthy
  * - what `dashboard` adds, for people who log in
  */
@@ -22,6 +24,7 @@ export function createWebServer(deps: {
   port: number;
   version: string;
   health: ReturnType<typeof createHealth>;
+  metrics: Pick<Metrics, 'contentType' | 'render'>;
   /** What keeps this process from making progress; empty when nothing does. */
   stuck: () => string[];
   phase: () => 'starting' | 'running' | 'stopping';
@@ -77,6 +80,10 @@ export function createWebServer(deps: {
       .code(status === 'healthy' || status === 'degraded' ? 200 : 503)
       .send({ status, ...service, timestamp: new Date().toISOString(), checks });
   });
+
+  app.get('/metrics', async (_request, reply) =>
+    reply.type(deps.metrics.contentType).send(await deps.metrics.render()),
+  );
 
   return {
     async start() {

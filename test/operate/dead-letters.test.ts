@@ -7,7 +7,7 @@ import type { SampleEvent } from '../../src/demo/sample.ts';
 import { CursorError } from '../../src/operate/cursor.ts';
 import type { DeadLetters } from '../../src/operate/dead-letters.ts';
 import { openOperations } from '../../src/operate/open.ts';
-import { createOutbox } from '../../src/outbox/outbox.ts';
+import { createBacklog } from '../../src/outbox/backlog.ts';
 import { QUEUE_CONNECTION } from '../../src/queue/queues.ts';
 import { deadLetterFields } from '../../src/stream/envelope.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
@@ -403,9 +403,8 @@ describe('a discard', () => {
     expect(await deadLetters.replay(selection, BY)).toMatchObject({ done: 0, refused: 1 });
     expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 0 });
     expect((await deadLetters.list({})).letters).toEqual([]);
-    expect((await createOutbox(pool, { ...loadConfig({}), statementTimeoutMs: 5_000 }).backlog()).dead).toBe(
-      0,
-    );
+    const backlog = createBacklog(pool, { ...loadConfig({}), statementTimeoutMs: 5_000 });
+    expect((await backlog.count()).dead).toBe(0);
   });
 
   test('refuses an event whose job is being worked on', async () => {

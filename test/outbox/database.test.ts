@@ -11,7 +11,7 @@ atEndOfFile(() => pipelined.end());
 
 const admin = openPool(url);
 
-const settings = `SELECT current_setting('statement_timeout') AS deadline, pg_current_xact_id() IS NOT NULL AS started`;
+const settings = `SELECT current_setting('statement_timeout') AS deadline, current_setting('jit') AS jit, pg_current_xact_id() IS NOT NULL AS started`;
 
 for (const [kind, pool] of [
   ['one statement at a time', openPool(url)],
@@ -19,7 +19,7 @@ for (const [kind, pool] of [
 ] as const) {
   test(`the first statement is inside the transaction, under its settings (${kind})`, async () => {
     const { rows } = await transaction(pool, 4_000, 'durable', (tx) => tx.query(settings));
-    expect(rows).toEqual([{ deadline: '4s', started: true }]);
+    expect(rows).toEqual([{ deadline: '4s', jit: 'off', started: true }]);
   });
 
   test(`nothing remains of a transaction whose work fails (${kind})`, async () => {

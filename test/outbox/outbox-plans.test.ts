@@ -5,6 +5,7 @@
 import { randomUUID } from 'node:crypto';
 import pg from 'pg';
 import { beforeAll, describe, expect, test } from 'vitest';
+import { type BacklogReader, createBacklog } from '../../src/outbox/backlog.ts';
 import type { Pool } from '../../src/outbox/database.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
@@ -176,6 +177,26 @@ describe.each([
       expect(mostRowsSorted).toBeLessThanOrEqual(BATCH);
     },
   );
+
+  test.each<[string, (backlog: BacklogReader) => Promise<unknown>]>([
+    ['the backlog is counted', (it) => it.count()],
+    ['the oldest events are found', (it) => it.oldest()],
+    ['rates are taken', (it) => it.rates()],
+  ])('%s without a look at published rows', async (_name, run) => {
+    const costs: Cost[] = [];
+    const backlog = createBacklog(explaining(pool, 'custom', costs), {
+      deadLetterPolicy: 'hold',
+      streamName: 'identity.user.v1',
+      statementTimeoutMs: 20_000,
+    });
+    // Its answer is an explanation, of which nothing can be made.
+    await run(backlog).catch(() => {});
+    expect(costs).toHaveLength(1);
+    const [{ rowsTouched, indexes, scans }] = costs as [Cost];
+    expect(rowsTouched).toBeLessThanOrEqual(PARKED_ROWS + FRESH_ROWS + 3_000);
+    expect(scans).toEqual([]);
+    expect(indexes.filter((name) => !GOOD_INDEX.test(name))).toEqual([]);
+  });
 });
 
 /**

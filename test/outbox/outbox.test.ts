@@ -704,30 +704,6 @@ test('an event is unsettled until its row is published, dead or gone', async () 
   expect(await outbox.unsettled([])).toEqual([]);
 });
 
-describe('the backlog', () => {
-  test('counts the rows of each state', async () => {
-    await insertEvents(pool, someEvents(10));
-    const assignments = [LEASED, LEASED, LEASED, DUE, DUE, PARKED, PUBLISHED, DEAD];
-    for (const [at, assignment] of assignments.entries()) await set(at + 1, assignment);
-    expect(await outbox.backlog()).toMatchObject({ fresh: 2, leased: 3, due: 2, parked: 1, dead: 1 });
-  });
-
-  test('is as old as the oldest row that should be out: not one that waits for its retry or its turn', async () => {
-    await insertEvents(pool, someEvents(4));
-    await set(1, `created_at = now() - interval '1 hour', ${LEASED}`);
-    await set(2, `created_at = now() - interval '1 hour', ${PARKED}`);
-    await set(3, `created_at = now() - interval '100 seconds', ${DUE}`);
-    await set(4, `created_at = now() - interval '50 seconds'`);
-    const { oldestWaitingSeconds } = await outbox.backlog();
-    expect(oldestWaitingSeconds).toBeGreaterThanOrEqual(100);
-    expect(oldestWaitingSeconds).toBeLessThan(200);
-    await set(3, PUBLISHED);
-    expect((await outbox.backlog()).oldestWaitingSeconds).toBeLessThan(100);
-    await set(4, PUBLISHED);
-    expect((await outbox.backlog()).oldestWaitingSeconds).toBeNull();
-  });
-});
-
 async function somebodyWaitsForALock(): Promise<void> {
   await waitFor(
     async () =>

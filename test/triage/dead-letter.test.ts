@@ -54,6 +54,9 @@ const markDead: MarkDead = async (dead) => {
   await outbox.transaction('durable', (tx) => outbox.markDead(tx, dead));
 };
 
+/** Events of which a dead letter was written, as told to whoever counts them. */
+const written: string[] = [];
+
 function bury(mark: MarkDead = markDead): Promise<void> {
   const epochs = { known: async () => EPOCH, doubt: () => {}, doubtAll: () => {} };
   const stream = createStream(redis, epochs, {
@@ -64,6 +67,7 @@ function bury(mark: MarkDead = markDead): Promise<void> {
     append: stream.deadLetter,
     markDead: mark,
     onDead: () => {},
+    onWritten: ({ eventId }) => written.push(eventId),
     logger: silent,
   });
   return deadLetter({
@@ -94,9 +98,11 @@ test('a dead letter is one entry and a dead row, and the aggregate goes on', asy
 });
 
 test('written any number of times, at once or one after the other, it is still one', async () => {
+  written.length = 0;
   await Promise.all([bury(), bury(), bury()]);
   await bury();
   expect(await readStream(redis, DLQ)).toHaveLength(1);
+  expect(written).toEqual([event.eventId]);
   expect(await readStates(pool)).toEqual(['dead', 'leased', 'parked']);
 });
 

@@ -1,0 +1,207 @@
+import { type Pool, type Queryable, transaction } from './database.ts';
+import { FIRST, LIVE, OF_AGGREGATE } from './outbox.ts';
+
+/** What operators ask of the table: how much waits, for how long, for what, and how fast it goes. Changes nothing. */
+
+/** Live rows by state, and dead ones; each counted up to `limit`, and the ages are of the rows counted. */
+export type Backlog = Readonly<{
+  fresh: number;
+  /** In their first attempt, or about to be. */
+  leased: number;
+  /** Failed before, and leased until the next attempt. */
+  retrying: number;
+  due: number;
+  parked: number;
+  dead: number;
+  oldestSeconds: Readonly<{
+    /**
+     * Of the row that should be out already for the longest time: fresh, due, or in its first attempt. From its
+     * `created_at`; of a retry that is due, from the time for which it was scheduled. Null when there is none.
+     */
+    waiting: number | null;
+    /** Of rows that wait for their next attempt, from `created_at`. */
+    retrying: number | null;
+    /** Of rows behind an earlier one, from `created_at`. */
+    parked: number | null;
+    /** Since the first of the dead rows was given up. */
+    dead: number | null;
+  }>;
+  limit: number;
+}>;
+
+export const WAITING_STATES = ['fresh', 'due', 'leased', 'retrying', 'parked'] as const;
+export type WaitingState = (typeof WAITING_STATES)[number];
+
+/** The oldest row of one state. */
+export type OldestRow = Readonly<{
+  state: WaitingState;
+  id: string;
+  eventId: string;
+  eventType: string;
+  aggregateType: string;
+  aggregateId: string;
+  topic: string;
+  /** Null when `created_at` is infinite. */
+  ageSeconds: number | null;
+  attempts: number;
+  error: string | null;
+  /** Until the lease ends or the next attempt comes; negative when that has passed. Null for fresh and parked rows. */
+  nextInSeconds: number | null;
+  /** Of a parked row: the first of its aggregate that it waits for. */
+  behind: { eventId: string; isDead: boolean } | null;
+}>;
+
+/** Events per second by the times of their rows, over the last one and the last five minutes. */
+export type Rates = Readonly<{
+  published: { lastMinute: number; lastFiveMinutes: number };
+  dead: { lastMinute: number; lastFiveMinutes: number };
+}>;
+
+/** Rows looked at for one answer, of each state: 100,000 take the database about 50 ms. */
+const LIMIT = 100_000;
+
+const ROWS = 'identity.outbox o';
+const FRESH = 'NOT o.published AND o.next_attempt_at IS NULL';
+const IN_HAND = `NOT o.published AND o.next_attempt_at < 'infinity'`;
+const PARKED = `${LIVE('o')} AND o.next_attempt_at = 'infinity'`;
+const DEAD = 'NOT o.published AND o.dead_lettered_at IS NOT NULL';
+/** Any order would do: this one is that of the relay's own indexes, beside which the platform's look as good. */
+const BY_AGGREGATE = 'ORDER BY o.aggregate_type, o.aggregate_id, o.id';
+const SETTLED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
+
+/** Seconds since the earliest of `time`; rows may have infinite times, which cannot be subtracted. */
+const age = (time: string, condition = 'true') =>
+  `extract(epoch FROM now() - min(${time}) FILTER (WHERE isfinite(${time}) AND ${condition}))::float8`;
+
+/** Producers may have clocks of their own. */
+const positive = (seconds: number | null) => (seconds === null ? null : Math.max(0, seconds));
+
+export type BacklogReader = ReturnType<typeof createBacklog>;
+
+export function createBacklog(
+  pool: Pool,
+  options: Readonly<{
+    streamName: string;
+    deadLetterPolicy: 'continue' | 'hold';
+    statementTimeoutMs: number;
+  }>,
+) {
+  const { streamName, statementTimeoutMs } = options;
+  const read = <T>(work: (tx: Queryable) => Promise<T>) =>
+    transaction(pool, statementTimeoutMs, 'repeatable', work);
+
+  return {
+    count: (): Promise<Backlog> =>
+      read(async (tx) => {
+        const { rows } = await tx.query(
+          `SELECT fresh.n AS fresh, in_hand.leased, in_hand.retrying, in_hand.due, parked.n AS parked, dead.n AS dead,
+                  greatest(fresh.age, in_hand.age) AS "waitingAge", in_hand."retryingAge",
+                  parked.age AS "parkedAge", dead.age AS "deadAge"
+           FROM
+             -- Counted without a look at the rows themselves; the first by id is as good as the oldest.
+             (SELECT (SELECT count(*)::int FROM (SELECT FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT ${LIMIT}) x) AS n,
+                     (SELECT ${age('created_at')}
+                      FROM (SELECT o.created_at FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT 1) x) AS age) fresh,
+             (SELECT count(*) FILTER (WHERE NOT due AND NOT again)::int AS leased,
+                     count(*) FILTER (WHERE NOT due AND again)::int AS retrying,
+                     count(*) FILTER (WHERE due)::int AS due,
+                     greatest(${age('created_at', 'NOT again')}, ${age('next_attempt_at', 'due AND again')}) AS age,
+                     ${age('created_at', 'NOT due AND again')} AS "retryingAge"
+              FROM (SELECT o.created_at, o.next_attempt_at, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
+                    FROM ${ROWS} WHERE ${IN_HAND} ORDER BY o.next_attempt_at LIMIT ${LIMIT}) x) in_hand,
+             (SELECT count(*)::int AS n, ${age('created_at')} AS age
+              FROM (SELECT o.created_at FROM ${ROWS} WHERE ${PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) parked,
+             (SELECT count(*)::int AS n, ${age('dead_lettered_at')} AS age
+              FROM (SELECT o.dead_lettered_at FROM ${ROWS} WHERE ${DEAD} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) dead`,
+        );
+        const { waitingAge, retryingAge, parkedAge, deadAge, ...counts } = rows[0];
+        return {
+          ...counts,
+          oldestSeconds: {
+            waiting: positive(waitingAge),
+            retrying: positive(retryingAge),
+            parked: positive(parkedAge),
+            dead: positive(deadAge),
+          },
+          limit: LIMIT,
+        };
+      }),
+
+    /** The database's clock, ms since the epoch. */
+    async time(): Promise<number> {
+      const { rows } = await pool.query<{ ms: number }>(
+        'SELECT (extract(epoch FROM clock_timestamp()) * 1000)::float8 AS ms',
+      );
+      return (rows[0] as { ms: number }).ms;
+    },
+
+    /** The oldest row of each state that has any, the oldest of all first. */
+    oldest: (): Promise<OldestRow[]> =>
+      read(async (tx) => {
+        const first = (dead: boolean) => `
+          (SELECT e.id, e.event_id, ${dead} AS is_dead FROM identity.outbox e
+           WHERE ${dead ? 'NOT e.published AND e.dead_lettered_at IS NOT NULL' : LIVE('e')}
+             AND ${OF_AGGREGATE('e', 'o')} ${FIRST('e')})`;
+        const { rows } = await tx.query<OldestRow & { behindId: string | null; behindIsDead: boolean }>(
+          `WITH in_hand AS MATERIALIZED (
+             SELECT o.id, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
+             FROM ${ROWS} WHERE ${IN_HAND} ORDER BY o.next_attempt_at LIMIT ${LIMIT}
+           ), oldest (state, id) AS (
+             (SELECT 'fresh', o.id FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT 1)
+             UNION ALL SELECT 'due', min(id) FROM in_hand WHERE due
+             UNION ALL SELECT 'leased', min(id) FROM in_hand WHERE NOT due AND NOT again
+             UNION ALL SELECT 'retrying', min(id) FROM in_hand WHERE NOT due AND again
+             UNION ALL SELECT 'parked', min(id) FROM (SELECT o.id FROM ${ROWS} WHERE ${PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x
+           )
+           SELECT oldest.state, o.id::text AS id, o.event_id AS "eventId", o.event_type AS "eventType",
+                  o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId",
+                  coalesce(o.topic, $1) AS topic, o.attempts, o.error_message AS error,
+                  CASE WHEN isfinite(o.created_at) THEN extract(epoch FROM now() - o.created_at)::float8 END AS "ageSeconds",
+                  CASE WHEN isfinite(o.next_attempt_at)
+                    THEN extract(epoch FROM o.next_attempt_at - now())::float8 END AS "nextInSeconds",
+                  ahead.event_id AS "behindId", ahead.is_dead AS "behindIsDead"
+           FROM oldest
+           -- Each by its id: a join of both in the order of their ids would walk along all published rows.
+           CROSS JOIN LATERAL (SELECT * FROM identity.outbox r WHERE r.id = oldest.id LIMIT 1) o
+           LEFT JOIN LATERAL (
+             SELECT * FROM (${first(false)} ${options.deadLetterPolicy === 'hold' ? `UNION ALL ${first(true)}` : ''}) e
+             WHERE oldest.state = 'parked' AND e.id < o.id ORDER BY e.id LIMIT 1
+           ) ahead ON true`,
+          [streamName],
+        );
+        const found = rows.map(({ behindId, behindIsDead, ...row }) => ({
+          ...row,
+          behind: behindId === null ? null : { eventId: behindId, isDead: behindIsDead },
+        }));
+        return found.toSorted((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
+      }),
+
+    /** Of the latest rows at most `LIMIT`: where there were more, the rates are those of the time that these took. */
+    rates: (): Promise<Rates> =>
+      read(async (tx) => {
+        const { rows } = await tx.query<{
+          dead: boolean;
+          minute: number;
+          five: number;
+          all: number;
+          since: number;
+        }>(
+          `SELECT dead, count(*) FILTER (WHERE ago <= 60)::int AS minute, count(*)::int AS five,
+                  (sum(count(*)) OVER ())::int AS "all", (max(max(ago)) OVER ())::float8 AS since
+           FROM (SELECT extract(epoch FROM now() - ${SETTLED_AT}) AS ago, o.dead_lettered_at IS NOT NULL AS dead
+                 FROM ${ROWS} WHERE o.stream_entry_id IS NOT NULL AND ${SETTLED_AT} > now() - interval '5 minutes'
+                 ORDER BY ${SETTLED_AT} DESC, o.id DESC LIMIT ${LIMIT}) x
+           GROUP BY dead`,
+        );
+        const rate = (dead: boolean) => {
+          const found = rows.find((row) => row.dead === dead);
+          const seconds = found?.all === LIMIT ? Math.max(found.since, 1) : Number.POSITIVE_INFINITY;
+          return {
+            lastMinute: (found?.minute ?? 0) / Math.min(60, seconds),
+            lastFiveMinutes: (found?.five ?? 0) / Math.min(300, seconds),
+          };
+        };
+        return { published: rate(false), dead: rate(true) };
+      }),
+  };
+}
