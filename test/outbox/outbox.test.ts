@@ -101,7 +101,7 @@ describe('a claim', () => {
         ...{ aggregateType: 'account', aggregateId: event.aggregateId, topic: 'default.stream' },
         payload: stored.text,
         occurredAt: '2026-01-02T01:04:05.678901Z',
-        ...{ tenantId: 't', correlationId: 'c', attempts: 2, withheld: null },
+        ...{ tenantId: 't', correlationId: 'c', attempts: 2, withheld: null, trace: null },
       },
     ]);
   });
@@ -524,7 +524,7 @@ describe('due rows', () => {
     expect(idsOf(await lockDue())).toEqual(['3', '2', '1']);
     expect(idsOf(await lockDue(2))).toEqual(['3', '2']);
     expect((await lockDue())[0]).toEqual({
-      ...{ id: '3', eventId: (await row(3)).eventId, topic: 'identity.user.v1' },
+      ...{ id: '3', eventId: (await row(3)).eventId, topic: 'identity.user.v1', entryId: null },
     });
   });
 

@@ -1,0 +1,206 @@
+import {
+  type Attributes,
+  type Context,
+  context,
+  createTraceState,
+  ProxyTracerProvider,
+  ROOT_CONTEXT,
+  type Span,
+  SpanKind,
+  SpanStatusCode,
+  trace,
+} from '@opentelemetry/api';
+import type { Telemetry } from 'bullmq';
+import { BullMQOtel } from 'bullmq-otel';
+import { type AppendOutcome, type Attempt, brief, type OutboxEvent, type TraceContext } from '../event.ts';
+import { namedAfter } from './trace-ids.ts';
+import { type Tracing, untraced } from './tracing.ts';
+
+const TRACER = 'relay-service';
+
+/**
+ * Spans by whatever tracer is registered with OpenTelemetry in this process: that of our own SDK (sdk.ts), or of the
+ * team that embeds the relay. None registered: no spans.
+ *
+ * Names and attributes follow OpenTelemetry's conventions for messaging; nothing of a payload is among them.
+ *
+ * @param version of the relay
+ * @param dlqStreamName where dead letters go
+ */
+export function createTracing(version: string, dlqStreamName: string): Tracing {
+  const provider = trace.getTracerProvider();
+  if (provider instanceof ProxyTracerProvider && provider.getDelegateTracer(TRACER) === undefined)
+    return untraced;
+  const tracer = trace.getTracer(TRACER, version);
+  /** Spans of this process, by what was handed on of them. */
+  const contexts = new WeakMap<TraceContext, Context>();
+
+  const contextOf = (handedOn: TraceContext) => contexts.get(handedOn) ?? parsed(handedOn);
+
+  /** BullMQ's span, if it is active and of the same trace; else what was handed on. */
+  function parentOf(event: OutboxEvent): Context {
+    if (!event.trace) return ROOT_CONTEXT;
+    const handedOn = contextOf(event.trace);
+    const active = context.active();
+    const isSame = trace.getSpanContext(active)?.traceId === trace.getSpanContext(handedOn)?.traceId;
+    return isSame ? active : handedOn;
+  }
+
+  function begin(
+    name: string,
+    kind: SpanKind,
+    event: OutboxEvent,
+    attributes: Attributes,
+  ): { span: Span; traced: OutboxEvent } {
+    const options = { kind, attributes: { ...attributesOf(name, event), ...attributes } };
+    const parent = parentOf(event);
+    const start = () => tracer.startSpan(name, options, parent);
+    const span = parent === ROOT_CONTEXT ? namedAfter(event.eventId, start) : start();
+    const handedOn = written(span);
+    contexts.set(handedOn, trace.setSpan(ROOT_CONTEXT, span));
+    return { span, traced: { ...event, trace: handedOn } };
+  }
+
+  async function during<T>(
+    { span, traced }: ReturnType<typeof begin>,
+    work: (traced: OutboxEvent) => Promise<T>,
+    conclude: (span: Span, result: T) => void,
+  ): Promise<T> {
+    try {
+      const result = await work(traced);
+      conclude(span, result);
+      return result;
+    } catch (error) {
+      fail(span, (error as Error).message);
+      throw error;
+    } finally {
+      span.end();
+    }
+  }
+
+  return {
+    async claim(events, add) {
+      const begun = events.map((event) =>
+        begin('claim', SpanKind.PRODUCER, event, { ...operation('create') }),
+      );
+      try {
+        await add(begun.map(({ traced }) => traced));
+      } catch (error) {
+        for (const { span } of begun) fail(span, (error as Error).message);
+        throw error;
+      } finally {
+        for (const { span } of begun) span.end();
+      }
+    },
+
+    publish: (event, attempt, work) =>
+      during(
+        begin('publish', SpanKind.INTERNAL, event, { ...operation('process'), 'relay.attempt': attempt }),
+        work,
+        concludeAttempt,
+      ),
+
+    append: (event, work) =>
+      during(begin('append', SpanKind.PRODUCER, event, operation('send')), work, concludeAppend),
+
+    deadLetter(event, { reason, attempts }, work) {
+      const begun = begin('dead letter', SpanKind.PRODUCER, event, {
+        ...operation('send'),
+        'messaging.destination.name': dlqStreamName,
+        'relay.attempt': attempts,
+      });
+      fail(begun.span, reason);
+      return during(begun, work, concludeAppend);
+    },
+
+    jobs: jobSpans(contextOf),
+  };
+}
+
+const operation = (type: 'create' | 'process' | 'send'): Attributes => ({ 'messaging.operation.type': type });
+
+const attributesOf = (name: string, event: OutboxEvent): Attributes => ({
+  'messaging.system': 'redis',
+  'messaging.operation.name': name,
+  'messaging.destination.name': brief(event.topic),
+  'messaging.message.id': event.eventId,
+  'relay.outbox.id': event.id,
+  'relay.event.type': brief(event.eventType),
+  'relay.aggregate.type': brief(event.aggregateType),
+  'relay.aggregate.id': event.aggregateId,
+});
+
+function concludeAttempt(span: Span, attempt: Attempt): void {
+  span.setAttribute('relay.outcome', attempt.kind);
+  if (attempt.kind !== 'done') fail(span, attempt.reason);
+}
+
+function concludeAppend(span: Span, outcome: AppendOutcome): void {
+  span.setAttribute('relay.outcome', outcome.status);
+  if ('entryId' in outcome) span.setAttribute('relay.entry.id', outcome.entryId);
+  if ('reason' in outcome) fail(span, outcome.reason);
+}
+
+/** How Redis begins what it refuses: `WRONGTYPE Operation against a key …`. */
+const CODE = /^[A-Z][A-Z0-9]+\b/;
+
+function fail(span: Span, reason: string): void {
+  span.setAttribute('error.type', CODE.exec(reason)?.[0] ?? '_OTHER');
+  span.setStatus({ code: SpanStatusCode.ERROR, message: brief(reason) });
+}
+
+/** As W3C writes it, whatever the process writes elsewhere (`OTEL_PROPAGATORS`): it goes into jobs and entries. */
+function written(span: Span): TraceContext {
+  const { traceId, spanId, traceFlags, traceState } = span.spanContext();
+  const tracestate = traceState?.serialize();
+  return {
+    traceparent: `00-${traceId}-${spanId}-${traceFlags.toString(16).padStart(2, '0')}`,
+    ...(tracestate && { tracestate }),
+  };
+}
+
+function parsed({ traceparent, tracestate }: TraceContext): Context {
+  const [, traceId = '', spanId = '', flags = ''] = traceparent.split('-');
+  return trace.setSpanContext(ROOT_CONTEXT, {
+    traceId,
+    spanId,
+    traceFlags: Number.parseInt(flags, 16),
+    isRemote: true,
+    ...(tracestate !== undefined && { traceState: createTraceState(tracestate) }),
+  });
+}
+
+/**
+ * BullMQ's span of each run of a job, by bullmq-otel. Of what else it would trace nothing belongs to an event: looks
+ * for stalled jobs and renewals of locks, every few seconds a trace each.
+ */
+function jobSpans(contextOf: (handedOn: TraceContext) => Context): Telemetry {
+  const { tracer, contextManager } = new BullMQOtel({ tracerName: TRACER });
+  const nothing: ReturnType<typeof tracer.startSpan> = {
+    setSpanOnContext: (ctx) => ctx,
+    setAttribute: () => {},
+    setAttributes: () => {},
+    addEvent: () => {},
+    recordException: () => {},
+    end: () => {},
+  };
+  return {
+    tracer: {
+      startSpan: (name, options, parent) =>
+        parent === undefined ? nothing : tracer.startSpan(name, options, parent),
+    },
+    contextManager: {
+      getMetadata: (ctx) => contextManager.getMetadata(ctx),
+      fromMetadata: (active, metadata) => {
+        try {
+          return contextOf(JSON.parse(metadata));
+        } catch {
+          // Not written by a relay: a span too few must not cost the job.
+          return active;
+        }
+      },
+      with: (ctx, work) => contextManager.with(ctx, work),
+      active: () => contextManager.active(),
+    },
+  };
+}
