@@ -21,7 +21,11 @@ export function addStart(program: Command): void {
   program
     .command('start')
     .description('run the relay until SIGTERM or SIGINT')
-    .addHelpText('after', () => `\nEnvironment:\n${describeVariables()}`)
+    .addHelpText(
+      'after',
+      () =>
+        `\nEnvironment:\n${describeVariables()}\n\nTraces are switched on by the standard OTEL_* variables.`,
+    )
     .action(() => withConfig(start));
 }
 

@@ -35,15 +35,14 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
   /** Spans of this process, by what was handed on of them. */
   const contexts = new WeakMap<TraceContext, Context>();
 
-  const contextOf = (handedOn: TraceContext) => contexts.get(handedOn) ?? parsed(handedOn);
-
-  /** BullMQ's span, if it is active and of the same trace; else what was handed on. */
-  function parentOf(event: OutboxEvent): Context {
-    if (!event.trace) return ROOT_CONTEXT;
-    const handedOn = contextOf(event.trace);
+  /** The step before this one, if this process took it; BullMQ's run of the job; or what the job or the row says. */
+  function parentOf({ trace: handedOn }: OutboxEvent): Context {
+    if (!handedOn) return ROOT_CONTEXT;
+    const own = contexts.get(handedOn);
+    if (own !== undefined) return own;
+    const said = parsed(handedOn);
     const active = context.active();
-    const isSame = trace.getSpanContext(active)?.traceId === trace.getSpanContext(handedOn)?.traceId;
-    return isSame ? active : handedOn;
+    return trace.getSpanContext(active)?.traceId === trace.getSpanContext(said)?.traceId ? active : said;
   }
 
   function begin(
@@ -113,7 +112,7 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
       return during(begun, work, concludeAppend);
     },
 
-    jobs: jobSpans(contextOf),
+    jobs: jobSpans(),
   };
 }
 
@@ -174,7 +173,7 @@ function parsed({ traceparent, tracestate }: TraceContext): Context {
  * BullMQ's span of each run of a job, by bullmq-otel. Of what else it would trace nothing belongs to an event: looks
  * for stalled jobs and renewals of locks, every few seconds a trace each.
  */
-function jobSpans(contextOf: (handedOn: TraceContext) => Context): Telemetry {
+function jobSpans(): Telemetry {
   const { tracer, contextManager } = new BullMQOtel({ tracerName: TRACER });
   const nothing: ReturnType<typeof tracer.startSpan> = {
     setSpanOnContext: (ctx) => ctx,
@@ -193,7 +192,7 @@ function jobSpans(contextOf: (handedOn: TraceContext) => Context): Telemetry {
       getMetadata: (ctx) => contextManager.getMetadata(ctx),
       fromMetadata: (active, metadata) => {
         try {
-          return contextOf(JSON.parse(metadata));
+          return parsed(JSON.parse(metadata));
         } catch {
           // Not written by a relay: a span too few must not cost the job.
           return active;
