@@ -1,5 +1,5 @@
 import { hostname } from 'node:os';
-import { type DiagLogger, DiagLogLevel, diag } from '@opentelemetry/api';
+import { type ContextManager, type DiagLogger, DiagLogLevel, diag } from '@opentelemetry/api';
 import { core, NodeSDK, resources } from '@opentelemetry/sdk-node';
 import { succeedsWithin } from '../lifecycle.ts';
 import { errorText, type Logger } from '../logger.ts';
@@ -31,6 +31,8 @@ export function startSdk(
       }),
     ),
     idGenerator: traceIds,
+    // Null means none, of which the type knows nothing. The relay has no need of an AsyncLocalStorage.
+    contextManager: null as unknown as ContextManager,
     // Left out, both would be sent by default.
     metricReaders: [],
     logRecordProcessors: [],

@@ -34,6 +34,7 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
   const tracer = trace.getTracer(TRACER, version);
   /** Spans of this process, by what was handed on of them. */
   const contexts = new WeakMap<TraceContext, Context>();
+  const runs = createJobSpans();
 
   /** The step before this one, if this process took it; BullMQ's run of the job; or what the job or the row says. */
   function parentOf({ trace: handedOn }: OutboxEvent): Context {
@@ -41,8 +42,8 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
     const own = contexts.get(handedOn);
     if (own !== undefined) return own;
     const said = parsed(handedOn);
-    const active = context.active();
-    return trace.getSpanContext(active)?.traceId === trace.getSpanContext(said)?.traceId ? active : said;
+    const run = runs.current();
+    return run && traceIdOf(run) === traceIdOf(said) ? run : said;
   }
 
   function begin(
@@ -56,7 +57,7 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
     const start = () => tracer.startSpan(name, options, parent);
     const span = parent === ROOT_CONTEXT ? namedAfter(event.eventId, start) : start();
     const handedOn = written(span);
-    contexts.set(handedOn, trace.setSpan(ROOT_CONTEXT, span));
+    contexts.set(handedOn, contextOf(span));
     return { span, traced: { ...event, trace: handedOn } };
   }
 
@@ -66,7 +67,8 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
     conclude: (span: Span, result: T) => void,
   ): Promise<T> {
     try {
-      const result = await work(traced);
+      // For what else the host of an embedded relay may trace: calls to Redis, say.
+      const result = await context.with(contextOf(span), work, undefined, traced);
       conclude(span, result);
       return result;
     } catch (error) {
@@ -112,7 +114,7 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
       return during(begun, work, concludeAppend);
     },
 
-    jobs: jobSpans(),
+    jobs: runs.telemetry,
   };
 }
 
@@ -169,12 +171,19 @@ function parsed({ traceparent, tracestate }: TraceContext): Context {
   });
 }
 
+const traceIdOf = (ctx: Context) => trace.getSpanContext(ctx)?.traceId;
+const contextOf = (span: Span): Context => trace.setSpan(ROOT_CONTEXT, span);
+
 /**
  * BullMQ's span of each run of a job, by bullmq-otel. Of what else it would trace nothing belongs to an event: looks
  * for stalled jobs and renewals of locks, every few seconds a trace each.
+ *
+ * Which run an attempt belongs to is known where it begins, since BullMQ calls it at once. OpenTelemetry's own way, an
+ * AsyncLocalStorage, makes every promise dearer on Node 20.
  */
-function jobSpans(): Telemetry {
+function createJobSpans(): { telemetry: Telemetry; current: () => Context | undefined } {
   const { tracer, contextManager } = new BullMQOtel({ tracerName: TRACER });
+  let current: Context | undefined;
   const nothing: ReturnType<typeof tracer.startSpan> = {
     setSpanOnContext: (ctx) => ctx,
     setAttribute: () => {},
@@ -183,7 +192,7 @@ function jobSpans(): Telemetry {
     recordException: () => {},
     end: () => {},
   };
-  return {
+  const telemetry: Telemetry = {
     tracer: {
       startSpan: (name, options, parent) =>
         parent === undefined ? nothing : tracer.startSpan(name, options, parent),
@@ -198,8 +207,17 @@ function jobSpans(): Telemetry {
           return active;
         }
       },
-      with: (ctx, work) => contextManager.with(ctx, work),
+      with: (ctx, work) => {
+        const before = current;
+        current = ctx === ROOT_CONTEXT ? undefined : (ctx as Context);
+        try {
+          return contextManager.with(ctx, work);
+        } finally {
+          current = before;
+        }
+      },
       active: () => contextManager.active(),
     },
   };
+  return { telemetry, current: () => current };
 }

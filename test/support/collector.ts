@@ -22,15 +22,24 @@ export type Collector = Readonly<{
   spans: readonly CollectedSpan[];
   /** Paths that were asked for. */
   paths: ReadonlySet<string>;
+  requests(): number;
 }>;
 
-/** A collector of OpenTelemetry that takes OTLP over HTTP in JSON; `silent` takes connections and never answers. */
-export async function startCollector({ silent = false } = {}): Promise<Collector> {
+/**
+ * A collector of OpenTelemetry that takes OTLP over HTTP in JSON; a broken one refuses so many requests, and never
+ * answers after that.
+ */
+export async function startCollector({ refusals }: { refusals?: number } = {}): Promise<Collector> {
   const spans: CollectedSpan[] = [];
   const paths = new Set<string>();
+  let requests = 0;
   const server = createServer(async (request, response) => {
     paths.add(request.url ?? '');
-    if (silent) return;
+    requests++;
+    if (refusals !== undefined) {
+      if (requests <= refusals) response.writeHead(400).end();
+      return;
+    }
     const chunks: Buffer[] = [];
     for await (const chunk of request) chunks.push(chunk as Buffer);
     spans.push(...spansOf(JSON.parse(Buffer.concat(chunks).toString())));
@@ -50,6 +59,7 @@ export async function startCollector({ silent = false } = {}): Promise<Collector
     },
     spans,
     paths,
+    requests: () => requests,
   };
 }
 
