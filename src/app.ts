@@ -1,12 +1,13 @@
 /** The library's entry: createRelay(config, deps?) -> { start, stop, … }. */
 import type { Redis } from 'ioredis';
-import { assemble } from './assemble.ts';
+import { assemble, VERSION } from './assemble.ts';
 import type { RelayConfig } from './config.ts';
 import { succeedsWithin } from './lifecycle.ts';
 import { createLogger, type Logger } from './logger.ts';
 import type { Pool } from './outbox/database.ts';
 import { waitForServers } from './preflight.ts';
 import { openServers, type Servers } from './servers.ts';
+import { type Tracing, untraced } from './tracing/tracing.ts';
 
 export { type BoardQueues, type BoardQueuesFrom, createBoardQueues } from './board-queues.ts';
 export { ConfigError, loadConfig, type RelayConfig } from './config.ts';
@@ -23,6 +24,8 @@ export type RelayDeps = Readonly<{
   logger?: Logger;
   /** Whether to serve the health endpoints. Default: true. */
   http?: boolean;
+  /** Whether to make spans, if a tracer is registered with OpenTelemetry by the time of `start`. Default: true. */
+  tracing?: boolean;
 }>;
 
 export type Relay = Readonly<{
@@ -38,6 +41,12 @@ export type Relay = Readonly<{
   /** What `/metrics` answers, for an HTTP server of your own; '' before the start. Resolves within 2 s. */
   metrics(): Promise<string>;
 }>;
+
+/** Loaded here and now: OpenTelemetry's part of it takes its time. */
+async function tracingOf(config: RelayConfig): Promise<Tracing> {
+  const { createTracing } = await import('./tracing/spans.ts');
+  return createTracing(VERSION, config.dlqStreamName);
+}
 
 const CLOSE_TIMEOUT_MS = 1_000;
 /** Of the time to stop, this much is for finishing what runs; the rest is for closing. */
@@ -56,7 +65,8 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
     const redis = [queueRedis, appendRedis, workerRedis];
     await waitForServers({ pool, redis, timeoutMs: config.startupTimeoutMs, logger });
     if (stopping !== undefined) return;
-    running = assemble(config, servers, logger, deps.http !== false);
+    const tracing = deps.tracing === false ? untraced : await tracingOf(config);
+    running = assemble(config, servers, logger, deps.http !== false, tracing);
     await running.lifecycle.start();
   }
 

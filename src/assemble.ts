@@ -27,6 +27,7 @@ import { createStreamInspector } from './stream/inspect.ts';
 import { createRestorer } from './stream/restore.ts';
 import { createValidator } from './stream/validate.ts';
 import { createTopicCheck } from './topics.ts';
+import type { Tracing } from './tracing/tracing.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
@@ -45,7 +46,13 @@ const STUCK_AFTER_MS = 60_000;
 /** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
 const STATEMENT_TIMEOUT_MS = 4_000;
 
-export function assemble(config: RelayConfig, servers: Servers, logger: Logger, http: boolean) {
+export function assemble(
+  config: RelayConfig,
+  servers: Servers,
+  logger: Logger,
+  http: boolean,
+  tracing: Tracing,
+) {
   const { pool, queueRedis, appendRedis, workerRedis } = servers;
   const ordered = config.ordering === 'aggregate';
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
@@ -54,6 +61,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
   const queues = createQueues(queueRedis, config, logger);
+  const addPublishJobs = (events: readonly OutboxEvent[]) => tracing.claim(events, queues.addPublishJobs);
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
   const streamOptions = streamOptionsOf(config);
   const keyPrefix = `${config.queuePrefix}:${config.queueName}`;
@@ -111,7 +119,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
       receipts.giving(async (tx) => {
         const successors = await change(tx, promoting);
         await epoch.confirm(of);
-        if (successors.length > 0) await queues.addPublishJobs(successors);
+        if (successors.length > 0) await addPublishJobs(successors);
         return successors;
       });
     try {
@@ -133,7 +141,8 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
   });
 
   const deadLetter = createDeadLetter({
-    append: stream.deadLetter,
+    append: (event, failure) =>
+      tracing.deadLetter(event, failure, (traced) => stream.deadLetter(traced, failure)),
     markDead: async (dead, of) => {
       await giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting));
     },
@@ -147,7 +156,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     violations: config.validation === 'off' ? () => [] : createValidator(),
     strict: config.validation === 'strict',
     ready: epoch.known,
-    publish: stream.publish,
+    publish: (event) => tracing.append(event, stream.publish),
     refusedEverything: (event) =>
       Promise.all([assertWritable(), queueRedis.exists(queues.jobKey(event.eventId))]).then(
         () => null,
@@ -167,6 +176,8 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     options: { ...config, maxDelayed: Math.floor(config.maxInFlight / 4) },
     attempt: carry,
     onAttempted: (event, outcome, seconds) => metrics.attempted(event, outcome, seconds),
+    traced: tracing.publish,
+    telemetry: tracing.jobs,
     suspects: createSuspects({ redis: queueRedis, jobKey: queues.jobKey, maxCrashes: config.maxCrashes }),
     recordFailure: outbox.recordFailure,
     deadLetter,
@@ -181,10 +192,10 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     claimBatch: (limit) =>
       outbox.transaction('repeatable', async (tx) => {
         const claimed = await outbox.claimFresh(tx, limit);
-        if (claimed.leased.length > 0) await queues.addPublishJobs(claimed.leased);
+        if (claimed.leased.length > 0) await addPublishJobs(claimed.leased);
         return claimed;
       }),
-    claimAlone: () => outbox.claimAlone(queues.addPublishJobs),
+    claimAlone: () => outbox.claimAlone(addPublishJobs),
     payloadMayBeAtFault,
     onClaimed: (events) => metrics.claimed(events),
     onParked: watchOrphans,

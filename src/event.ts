@@ -29,6 +29,19 @@ export type OutboxEvent = Readonly<{
   correlationId: string | null;
   /** Failed attempts before this job was made (a job that Redis lost continues where it was). */
   attempts: number;
+  /**
+   * The trace that the event belongs to, and the span that comes before: its producer's, as the row's headers or its
+   * payload's metadata say; then that of each step on its way. Absent from jobs of a pod that did not know of it yet.
+   */
+  trace?: TraceContext | null;
+}>;
+
+/** W3C Trace Context. */
+export type TraceContext = Readonly<{
+  /** e.g. `00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01` */
+  traceparent: string;
+  /** At most 512 characters where it comes from a row. */
+  tracestate?: string;
 }>;
 
 /** Where one event's entry is, after it was appended. */

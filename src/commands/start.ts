@@ -1,9 +1,11 @@
 import { setFlagsFromString } from 'node:v8';
 import type { Command } from 'commander';
 import { createRelay } from '../app.ts';
+import { VERSION } from '../assemble.ts';
 import { describeVariables, type RelayConfig } from '../config.ts';
 import { succeedsWithin } from '../lifecycle.ts';
-import { createLogger } from '../logger.ts';
+import { createLogger, type Logger } from '../logger.ts';
+import { tracesWanted } from '../tracing/tracing.ts';
 import { fail, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
 
 /**
@@ -12,11 +14,18 @@ import { fail, signalled, warnOfUnknownVariables, withConfig } from './command.t
  */
 const HEAP_GROWING_PERCENT = 50;
 
+/** Longest time for sending the last traces; the relay itself has ended by then. */
+const FLUSH_MS = 2_000;
+
 export function addStart(program: Command): void {
   program
     .command('start')
     .description('run the relay until SIGTERM or SIGINT')
-    .addHelpText('after', () => `\nEnvironment:\n${describeVariables()}`)
+    .addHelpText(
+      'after',
+      () =>
+        `\nEnvironment:\n${describeVariables()}\n\nTraces are switched on by the standard OTEL_* variables.`,
+    )
     .action(() => withConfig(start));
 }
 
@@ -24,21 +33,37 @@ async function start(config: RelayConfig): Promise<never> {
   setFlagsFromString(`--heap-growing-percent=${HEAP_GROWING_PERCENT}`);
   const logger = createLogger(config.logLevel);
   warnOfUnknownVariables(logger);
+  const traces = tracesWanted(process.env) ? await startTraces(logger) : undefined;
   const relay = createRelay(config, { logger });
   const signal = signalled();
+  let stopBy = Number.POSITIVE_INFINITY;
   const started = relay.start().then(() => 'started' as const);
   try {
     const first = await Promise.race([started, signal]);
     if (first === 'started') logger.info({ port: relay.httpPort(), ...settings(config) }, 'relay started');
     logger.info({ signal: await signal }, 'stopping');
+    stopBy = Date.now() + config.shutdownTimeoutMs;
     started.catch((error) => logger.warn({ err: error }, 'stopped while starting'));
     // Parts that overrun get a grace each, which may add up to some seconds more.
     await succeedsWithin(config.shutdownTimeoutMs, relay.stop());
   } catch (error) {
     fail(error);
   }
+  const flushMs = Math.max(0, Math.min(FLUSH_MS, stopBy - Date.now()));
+  if (traces && !(await traces.stop(flushMs))) logger.warn({}, 'the last traces could not be sent in time');
   // Whatever is still open belongs to a part that overran; it must not keep the process.
   process.exit();
+}
+
+/** Loaded only where it is wanted. Without traces the relay works as well as with them. */
+async function startTraces(logger: Logger) {
+  try {
+    const { startSdk } = await import('../tracing/sdk.ts');
+    return startSdk(VERSION, logger);
+  } catch (err) {
+    logger.error({ err }, 'traces cannot be switched on; the relay starts without them');
+    return undefined;
+  }
 }
 
 /** What is worth knowing in the log; no URL, no secret. */

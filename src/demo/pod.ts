@@ -94,7 +94,7 @@ export async function startPod({ cli, env, args = ['start'] }: PodOptions): Prom
 
 /** Ours, without anything that configures a relay, a PostgreSQL client or a test runner. */
 export function cleanEnvironment(): Record<string, string> {
-  const foreign = /^(RELAY_|PG|VITEST|NODE_OPTIONS$|NODE_ENV$|DATABASE_URL$|REDIS_URL$)/;
+  const foreign = /^(RELAY_|OTEL_|PG|VITEST|NODE_OPTIONS$|NODE_ENV$|DATABASE_URL$|REDIS_URL$)/;
   return Object.fromEntries(
     Object.entries(process.env).filter((entry): entry is [string, string] => {
       return entry[1] !== undefined && !foreign.test(entry[0]);

@@ -1,5 +1,13 @@
 import { drizzle } from 'drizzle-orm/node-postgres';
-import type { PgDatabase, PgQueryResultHKT } from 'drizzle-orm/pg-core';
+import {
+  bigserial,
+  jsonb,
+  type PgDatabase,
+  type PgQueryResultHKT,
+  pgSchema,
+  text,
+  uuid,
+} from 'drizzle-orm/pg-core';
 import type pg from 'pg';
 import { outbox } from './table.ts';
 
@@ -17,11 +25,28 @@ export type NewEvent = {
   topic?: string;
   /** uuid; consumers deduplicate on it. Default: made by the database. */
   eventId?: string;
+  /**
+   * For the column `headers`, which the table must have then; `traceparent` and `tracestate` of W3C Trace Context go
+   * on into the stream entry. At most 8 kB.
+   */
+  headers?: Readonly<Record<string, string>>;
 };
 
 /** A node-postgres client inside BEGIN … COMMIT, or a drizzle transaction. */
 // biome-ignore lint/suspicious/noExplicitAny: drizzle's schema parameters are invariant; ours are irrelevant here
 export type Transaction = pg.ClientBase | PgDatabase<PgQueryResultHKT, any, any>;
+
+/** What a producer fills, with the column that a team may have added. It is not ours: no migration makes it. */
+const withHeaders = pgSchema('identity').table('outbox', {
+  id: bigserial('id', { mode: 'bigint' }),
+  eventId: uuid('event_id').notNull().defaultRandom(),
+  eventType: text('event_type').notNull(),
+  aggregateType: text('aggregate_type').notNull().default('user'),
+  aggregateId: uuid('aggregate_id').notNull(),
+  payload: jsonb('payload').notNull(),
+  topic: text('topic').default('identity.user.v1'),
+  headers: jsonb('headers'),
+});
 
 /**
  * Writes an event into the outbox, within the caller's own transaction: it exists if and only if that commits.
@@ -36,18 +61,23 @@ export async function appendEvent(
   event: NewEvent,
 ): Promise<{ id: bigint; eventId: string }> {
   const db = 'insert' in tx ? tx : drizzle(tx as pg.Client);
-  const { eventType, aggregateType, aggregateId, payload, topic, eventId } = event;
-  const [row] = await db
-    .insert(outbox)
-    .values({
-      eventType,
-      aggregateId,
-      payload,
-      ...(aggregateType !== undefined && { aggregateType }),
-      ...(topic !== undefined && { topic }),
-      ...(eventId !== undefined && { eventId }),
-    })
-    .returning({ id: outbox.id, eventId: outbox.eventId });
+  const { eventType, aggregateType, aggregateId, payload, topic, eventId, headers } = event;
+  const values = {
+    eventType,
+    aggregateId,
+    payload,
+    ...(aggregateType !== undefined && { aggregateType }),
+    ...(topic !== undefined && { topic }),
+    ...(eventId !== undefined && { eventId }),
+  };
+  // An insert names all columns of its table, and most tables have no headers.
+  const [row] =
+    headers === undefined
+      ? await db.insert(outbox).values(values).returning({ id: outbox.id, eventId: outbox.eventId })
+      : await db
+          .insert(withHeaders)
+          .values({ ...values, headers })
+          .returning({ id: withHeaders.id, eventId: withHeaders.eventId });
   if (!row) throw new Error('the insert into identity.outbox returned no row');
   return row;
 }

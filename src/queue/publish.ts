@@ -1,4 +1,4 @@
-import { DelayedError, type Job, UnrecoverableError } from 'bullmq';
+import { DelayedError, type Job, type Telemetry, UnrecoverableError } from 'bullmq';
 import type { Redis } from 'ioredis';
 import { type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
@@ -41,6 +41,13 @@ export function createPublishWorker(deps: {
   attempt: (event: OutboxEvent, inTurn: InTurn) => Promise<Attempt>;
   /** Told what each attempt came to, and how long it took. */
   onAttempted?: (event: OutboxEvent, outcome: Attempt, seconds: number) => void;
+  /** Runs attempt number `attempt`, to be seen in the event's trace. */
+  traced: (
+    event: OutboxEvent,
+    attempt: number,
+    run: (event: OutboxEvent) => Promise<Attempt>,
+  ) => Promise<Attempt>;
+  telemetry?: Telemetry | undefined;
   suspects: Suspects;
   recordFailure: (failure: {
     id: string;
@@ -78,11 +85,13 @@ export function createPublishWorker(deps: {
       job.stalledCounter > 0
         ? suspects.alone(event.eventId, expiresAt, append)
         : suspects.together(expiresAt, append);
-    const outcome = await withDeadline(options.publishTimeoutMs, deps.attempt(event, inTurn)).catch(
-      (error: Error): Attempt => ({
-        kind: error instanceof CrashLimitError ? 'give-up' : 'postpone',
-        reason: error.message,
-      }),
+    const outcome = await deps.traced(event, about.attempt, (traced) =>
+      withDeadline(options.publishTimeoutMs, deps.attempt(traced, inTurn)).catch(
+        (error: Error): Attempt => ({
+          kind: error instanceof CrashLimitError ? 'give-up' : 'postpone',
+          reason: error.message,
+        }),
+      ),
     );
     deps.onAttempted?.(event, outcome, (performance.now() - startedAt) / 1_000);
     switch (outcome.kind) {
@@ -140,6 +149,7 @@ export function createPublishWorker(deps: {
     connection: deps.connection,
     prefix: options.queuePrefix,
     concurrency: options.concurrency,
+    ...(deps.telemetry && { telemetry: deps.telemetry }),
     // A stall is no crash, and a crash not the fault of all that were in hand: suspects.ts tells them apart.
     maxStalledCount: 1_000_000,
   });

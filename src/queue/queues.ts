@@ -1,6 +1,6 @@
 import { type Job, Queue, QueueKeys, Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
-import { brief, type OutboxEvent } from '../event.ts';
+import { brief, type OutboxEvent, type TraceContext } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 
@@ -163,6 +163,11 @@ const CLOSE_TIMEOUT_MS = 2_000;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
+/** Every run of the job is a span of its own below this one, not each below the one before. */
+const traced = (trace: TraceContext) => ({
+  telemetry: { metadata: JSON.stringify(trace), omitContext: true },
+});
+
 /** Redis key of an event's publish job. */
 export const publishJobKey = (
   options: Readonly<{ queuePrefix: string; queueName: string }>,
@@ -216,7 +221,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
         events.map((event) => ({
           name: brief(event.eventType),
           data: event,
-          opts: { jobId: event.eventId, ...retries(event.attempts) },
+          opts: { jobId: event.eventId, ...retries(event.attempts), ...(event.trace && traced(event.trace)) },
         })),
       );
     },

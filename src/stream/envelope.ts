@@ -26,6 +26,10 @@ export function envelopeFields(event: OutboxEvent): string[] {
     event.payload,
   ];
   if (event.correlationId !== null) fields.push('correlation_id', event.correlationId);
+  if (event.trace) {
+    fields.push('traceparent', event.trace.traceparent);
+    if (event.trace.tracestate) fields.push('tracestate', event.trace.tracestate);
+  }
   return fields;
 }
 

@@ -101,7 +101,7 @@ describe('a claim', () => {
         ...{ aggregateType: 'account', aggregateId: event.aggregateId, topic: 'default.stream' },
         payload: stored.text,
         occurredAt: '2026-01-02T01:04:05.678901Z',
-        ...{ tenantId: 't', correlationId: 'c', attempts: 2, withheld: null },
+        ...{ tenantId: 't', correlationId: 'c', attempts: 2, withheld: null, trace: null },
       },
     ]);
   });

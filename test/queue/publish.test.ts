@@ -6,6 +6,7 @@ import { withDeadline } from '../../src/lifecycle.ts';
 import { createPublishWorker, type PublishOptions, type PublishWorker } from '../../src/queue/publish.ts';
 import { createQueues, type FailedJob, type Queues, WORKER_CONNECTION } from '../../src/queue/queues.ts';
 import { createSuspects } from '../../src/queue/suspects.ts';
+import { untraced } from '../../src/tracing/tracing.ts';
 import { createRedis } from '../support/servers.ts';
 import { aClaimedEvent, deferred, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
@@ -43,6 +44,7 @@ function startWorker(
   const notes: Failure[] = [];
   const dead: FailedJob[] = [];
   const worker = createPublishWorker({
+    traced: untraced.publish,
     connection: openRedis(server.url, WORKER_CONNECTION),
     options: { ...QUEUE, concurrency: 10, publishTimeoutMs: 5_000, maxDelayed: 100, ...options },
     attempt,

@@ -1,0 +1,223 @@
+import {
+  type Attributes,
+  type Context,
+  context,
+  createTraceState,
+  ProxyTracerProvider,
+  ROOT_CONTEXT,
+  type Span,
+  SpanKind,
+  SpanStatusCode,
+  trace,
+} from '@opentelemetry/api';
+import type { Telemetry } from 'bullmq';
+import { BullMQOtel } from 'bullmq-otel';
+import { type AppendOutcome, type Attempt, brief, type OutboxEvent, type TraceContext } from '../event.ts';
+import { namedAfter } from './trace-ids.ts';
+import { type Tracing, untraced } from './tracing.ts';
+
+const TRACER = 'relay-service';
+
+/**
+ * Spans by whatever tracer is registered with OpenTelemetry in this process: that of our own SDK (sdk.ts), or of the
+ * team that embeds the relay. None registered: no spans.
+ *
+ * Names and attributes follow OpenTelemetry's conventions for messaging; nothing of a payload is among them.
+ *
+ * @param version of the relay
+ * @param dlqStreamName where dead letters go
+ */
+export function createTracing(version: string, dlqStreamName: string): Tracing {
+  const provider = trace.getTracerProvider();
+  if (provider instanceof ProxyTracerProvider && provider.getDelegateTracer(TRACER) === undefined)
+    return untraced;
+  const tracer = trace.getTracer(TRACER, version);
+  /** Spans of this process, by what was handed on of them. */
+  const contexts = new WeakMap<TraceContext, Context>();
+  const runs = createJobSpans();
+
+  /** The step before this one, if this process took it; BullMQ's run of the job; or what the job or the row says. */
+  function parentOf({ trace: handedOn }: OutboxEvent): Context {
+    if (!handedOn) return ROOT_CONTEXT;
+    const own = contexts.get(handedOn);
+    if (own !== undefined) return own;
+    const said = parsed(handedOn);
+    const run = runs.current();
+    return run && traceIdOf(run) === traceIdOf(said) ? run : said;
+  }
+
+  function begin(
+    name: string,
+    kind: SpanKind,
+    event: OutboxEvent,
+    attributes: Attributes,
+  ): { span: Span; traced: OutboxEvent } {
+    const options = { kind, attributes: { ...attributesOf(name, event), ...attributes } };
+    const parent = parentOf(event);
+    const start = () => tracer.startSpan(name, options, parent);
+    const span = parent === ROOT_CONTEXT ? namedAfter(event.eventId, start) : start();
+    const handedOn = written(span);
+    contexts.set(handedOn, contextOf(span));
+    return { span, traced: { ...event, trace: handedOn } };
+  }
+
+  async function during<T>(
+    { span, traced }: ReturnType<typeof begin>,
+    work: (traced: OutboxEvent) => Promise<T>,
+    conclude: (span: Span, result: T) => void,
+  ): Promise<T> {
+    try {
+      // For what else the host of an embedded relay may trace: calls to Redis, say.
+      const result = await context.with(contextOf(span), work, undefined, traced);
+      conclude(span, result);
+      return result;
+    } catch (error) {
+      fail(span, (error as Error).message);
+      throw error;
+    } finally {
+      span.end();
+    }
+  }
+
+  return {
+    async claim(events, add) {
+      const begun = events.map((event) =>
+        begin('claim', SpanKind.PRODUCER, event, { ...operation('create') }),
+      );
+      try {
+        await add(begun.map(({ traced }) => traced));
+      } catch (error) {
+        for (const { span } of begun) fail(span, (error as Error).message);
+        throw error;
+      } finally {
+        for (const { span } of begun) span.end();
+      }
+    },
+
+    publish: (event, attempt, work) =>
+      during(
+        begin('publish', SpanKind.INTERNAL, event, { ...operation('process'), 'relay.attempt': attempt }),
+        work,
+        concludeAttempt,
+      ),
+
+    append: (event, work) =>
+      during(begin('append', SpanKind.PRODUCER, event, operation('send')), work, concludeAppend),
+
+    deadLetter(event, { reason, attempts }, work) {
+      const begun = begin('dead letter', SpanKind.PRODUCER, event, {
+        ...operation('send'),
+        'messaging.destination.name': dlqStreamName,
+        'relay.attempt': attempts,
+      });
+      fail(begun.span, reason);
+      return during(begun, work, concludeAppend);
+    },
+
+    jobs: runs.telemetry,
+  };
+}
+
+const operation = (type: 'create' | 'process' | 'send'): Attributes => ({ 'messaging.operation.type': type });
+
+const attributesOf = (name: string, event: OutboxEvent): Attributes => ({
+  'messaging.system': 'redis',
+  'messaging.operation.name': name,
+  'messaging.destination.name': brief(event.topic),
+  'messaging.message.id': event.eventId,
+  'relay.outbox.id': event.id,
+  'relay.event.type': brief(event.eventType),
+  'relay.aggregate.type': brief(event.aggregateType),
+  'relay.aggregate.id': event.aggregateId,
+});
+
+function concludeAttempt(span: Span, attempt: Attempt): void {
+  span.setAttribute('relay.outcome', attempt.kind);
+  if (attempt.kind !== 'done') fail(span, attempt.reason);
+}
+
+function concludeAppend(span: Span, outcome: AppendOutcome): void {
+  span.setAttribute('relay.outcome', outcome.status);
+  if ('entryId' in outcome) span.setAttribute('relay.entry.id', outcome.entryId);
+  if ('reason' in outcome) fail(span, outcome.reason);
+}
+
+/** How Redis begins what it refuses: `WRONGTYPE Operation against a key …`. */
+const CODE = /^[A-Z][A-Z0-9]+\b/;
+
+function fail(span: Span, reason: string): void {
+  span.setAttribute('error.type', CODE.exec(reason)?.[0] ?? '_OTHER');
+  span.setStatus({ code: SpanStatusCode.ERROR, message: brief(reason) });
+}
+
+/** As W3C writes it, whatever the process writes elsewhere (`OTEL_PROPAGATORS`): it goes into jobs and entries. */
+function written(span: Span): TraceContext {
+  const { traceId, spanId, traceFlags, traceState } = span.spanContext();
+  const tracestate = traceState?.serialize();
+  return {
+    traceparent: `00-${traceId}-${spanId}-${traceFlags.toString(16).padStart(2, '0')}`,
+    ...(tracestate && { tracestate }),
+  };
+}
+
+function parsed({ traceparent, tracestate }: TraceContext): Context {
+  const [, traceId = '', spanId = '', flags = ''] = traceparent.split('-');
+  return trace.setSpanContext(ROOT_CONTEXT, {
+    traceId,
+    spanId,
+    traceFlags: Number.parseInt(flags, 16),
+    isRemote: true,
+    ...(tracestate !== undefined && { traceState: createTraceState(tracestate) }),
+  });
+}
+
+const traceIdOf = (ctx: Context) => trace.getSpanContext(ctx)?.traceId;
+const contextOf = (span: Span): Context => trace.setSpan(ROOT_CONTEXT, span);
+
+/**
+ * BullMQ's span of each run of a job, by bullmq-otel. Of what else it would trace nothing belongs to an event: looks
+ * for stalled jobs and renewals of locks, every few seconds a trace each.
+ *
+ * Which run an attempt belongs to is known where it begins, since BullMQ calls it at once. OpenTelemetry's own way, an
+ * AsyncLocalStorage, makes every promise dearer on Node 20.
+ */
+function createJobSpans(): { telemetry: Telemetry; current: () => Context | undefined } {
+  const { tracer, contextManager } = new BullMQOtel({ tracerName: TRACER });
+  let current: Context | undefined;
+  const nothing: ReturnType<typeof tracer.startSpan> = {
+    setSpanOnContext: (ctx) => ctx,
+    setAttribute: () => {},
+    setAttributes: () => {},
+    addEvent: () => {},
+    recordException: () => {},
+    end: () => {},
+  };
+  const telemetry: Telemetry = {
+    tracer: {
+      startSpan: (name, options, parent) =>
+        parent === undefined ? nothing : tracer.startSpan(name, options, parent),
+    },
+    contextManager: {
+      getMetadata: (ctx) => contextManager.getMetadata(ctx),
+      fromMetadata: (active, metadata) => {
+        try {
+          return parsed(JSON.parse(metadata));
+        } catch {
+          // Not written by a relay: a span too few must not cost the job.
+          return active;
+        }
+      },
+      with: (ctx, work) => {
+        const before = current;
+        current = ctx === ROOT_CONTEXT ? undefined : (ctx as Context);
+        try {
+          return contextManager.with(ctx, work);
+        } finally {
+          current = before;
+        }
+      },
+      active: () => contextManager.active(),
+    },
+  };
+  return { telemetry, current: () => current };
+}
