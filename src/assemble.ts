@@ -27,6 +27,7 @@ import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile, type Found } from './triage/reconcile.ts';
+import { createUpkeep } from './upkeep.ts';
 import { createHealth } from './web/health.ts';
 import { createWebServer } from './web/server.ts';
 
@@ -51,10 +52,16 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
   const streamOptions = streamOptionsOf(config);
   const assertWritable = createWriteProbe(queueRedis, `${config.queuePrefix}:${config.queueName}:probe`);
 
+  const upkeep = createUpkeep({
+    ...{ config, servers, statementTimeoutMs, logger },
+    epoch: () => epoch.current(),
+  });
   const scheduler = createScheduler({
     queue: queues.claim,
     redis: queueRedis,
     pollIntervalMs: config.pollIntervalMs,
+    others: upkeep.schedules,
+    retired: upkeep.retired,
     logger,
   });
 
@@ -73,7 +80,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     }),
     logger,
   });
-  const stream = createStream(appendRedis, epoch, streamOptions);
+  const stream = createStream(appendRedis, epoch, { ...streamOptions, onFirstEntry: upkeep.met });
 
   const orphans = createOrphanWatch({
     release: outbox.releaseOrphans,
@@ -238,6 +245,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     claim,
     exclusively: outbox.inClaimTurn,
     maintain,
+    kick: upkeep.kick,
     arm: config.notify ? wakeup.arm : async () => 'deaf',
     wake: scheduler.wake,
     logger,
@@ -308,6 +316,7 @@ export function assemble(config: RelayConfig, servers: Servers, logger: Logger, 
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },
     { name: 'wake-up', ...(config.notify && { start: wakeup.start, stop: wakeup.stop }) },
+    { name: 'upkeep', stop: upkeep.stop },
     { name: 'claim worker', start: claimWorker.start, stop: claimWorker.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
     { name: 'progress watch', start: progress.start, stop: progress.stop },

@@ -1,7 +1,9 @@
 #!/usr/bin/env node
 import { Command } from 'commander';
 import { addCheck } from './commands/check.ts';
+import { addGrants } from './commands/grants.ts';
 import { addMigrate } from './commands/migrate.ts';
+import { addPrune } from './commands/prune.ts';
 import { addStart } from './commands/start.ts';
 import { addVerify } from './commands/verify.ts';
 
@@ -12,6 +14,6 @@ const program = new Command('relay')
     `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready, 78 wrong configuration.`,
   );
 
-for (const add of [addStart, addMigrate, addCheck, addVerify]) add(program);
+for (const add of [addStart, addMigrate, addCheck, addVerify, addPrune, addGrants]) add(program);
 
 await program.parseAsync();
