@@ -7,6 +7,7 @@ import pg from 'pg';
 import { beforeAll, describe, expect, test } from 'vitest';
 import type { Pool } from '../../src/outbox/database.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
+import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/prune.ts';
 import { createDatabase } from '../support/servers.ts';
 import { openPool } from '../support/stages.ts';
 
@@ -67,7 +68,7 @@ beforeAll(async () => {
   `);
 }, SETUP_LIMIT_MS);
 
-const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
+const statements: [string, (outbox: Outbox, pool: Pool) => Promise<unknown>, number][] = [
   ['a claim', (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)), 10 * BATCH],
   ['due rows', (it) => it.transaction('repeatable', (tx) => it.lockDue(tx, BATCH)), 3 * BATCH],
   [
@@ -108,6 +109,15 @@ const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
   ['the end of one lease', (it) => it.endLease(DUE_IDS[0] as string), 10],
   ['the question which events are settled', (it) => it.unsettled([randomUUID(), randomUUID()]), 10],
   ['the list of aggregates with parked rows', (it) => it.parkedAggregates(null, BATCH), 3 * BATCH],
+  ...PRUNABLE_KINDS.map((kind): [string, (outbox: Outbox, pool: Pool) => Promise<unknown>, number] => [
+    `the deletion of old rows (${kind})`,
+    (_, them) => {
+      const step = { kind, after: FIRST_PLACE, before: '2100-01-01', limit: BATCH };
+      // It misses the answer that EXPLAIN does not give.
+      return expect(createPruner(them, { statementTimeoutMs: 20_000 }).step(step)).rejects.toThrow(TypeError);
+    },
+    3 * BATCH,
+  ]),
 ];
 
 /** PostgreSQL may keep a plan that fits any parameters, of a statement that comes again and again. */
@@ -140,11 +150,12 @@ describe.each([
     '%s touches few rows, by index (%s, %s plan)',
     async (_name, deadLetterPolicy, plan, run, limit) => {
       const costs: Cost[] = [];
-      const outbox = createOutbox(explaining(pool, plan, costs), {
+      const them = explaining(pool, plan, costs);
+      const outbox = createOutbox(them, {
         ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000, maxEventBytes: 1_048_576 },
         ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
       });
-      await run(outbox);
+      await run(outbox, them);
       expect(costs).toHaveLength(1);
       const [{ rowsTouched, buffers, indexes, scans, mostRowsSorted }] = costs as [Cost];
       expect(rowsTouched).toBeLessThanOrEqual(limit);
