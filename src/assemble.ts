@@ -33,6 +33,7 @@ import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile, type Found } from './triage/reconcile.ts';
+import { createUpkeep } from './upkeep.ts';
 import { createHealth } from './web/health.ts';
 import { createMetrics } from './web/metrics.ts';
 import { createWebServer } from './web/server.ts';
@@ -67,10 +68,16 @@ export function assemble(
   const keyPrefix = `${config.queuePrefix}:${config.queueName}`;
   const assertWritable = createWriteProbe(queueRedis, `${keyPrefix}:probe`);
 
+  const upkeep = createUpkeep({
+    ...{ config, servers, statementTimeoutMs, logger },
+    epoch: () => epoch.current(),
+  });
   const scheduler = createScheduler({
     queue: queues.claim,
     redis: queueRedis,
     pollIntervalMs: config.pollIntervalMs,
+    others: upkeep.schedules,
+    retired: upkeep.retired,
     logger,
   });
 
@@ -92,7 +99,7 @@ export function assemble(
     }),
     logger,
   });
-  const stream = createStream(appendRedis, epoch, streamOptions);
+  const stream = createStream(appendRedis, epoch, { ...streamOptions, onFirstEntry: upkeep.met });
 
   const orphans = createOrphanWatch({
     release: outbox.releaseOrphans,
@@ -271,6 +278,7 @@ export function assemble(
     claim,
     exclusively: outbox.inClaimTurn,
     maintain,
+    kick: upkeep.kick,
     arm: config.notify ? wakeup.arm : async () => 'deaf',
     wake: scheduler.wake,
     logger,
@@ -384,6 +392,7 @@ export function assemble(
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },
     { name: 'wake-up', ...(config.notify && { start: wakeup.start, stop: wakeup.stop }) },
+    { name: 'upkeep', stop: upkeep.stop },
     { name: 'claim worker', start: claimWorker.start, stop: claimWorker.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
     { name: 'progress watch', start: progress.start, stop: progress.stop },

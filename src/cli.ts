@@ -3,8 +3,10 @@ import { Command } from 'commander';
 import { addBoard } from './commands/board.ts';
 import { addCheck } from './commands/check.ts';
 import { addDlq } from './commands/dlq.ts';
+import { addGrants } from './commands/grants.ts';
 import { addHashPassword } from './commands/hash-password.ts';
 import { addMigrate } from './commands/migrate.ts';
+import { addPrune } from './commands/prune.ts';
 import { addRepublish } from './commands/republish.ts';
 import { addStart } from './commands/start.ts';
 import { addStatus } from './commands/status.ts';
@@ -25,8 +27,10 @@ for (const add of [
   addVerify,
   addDlq,
   addRepublish,
+  addPrune,
   addBoard,
   addHashPassword,
+  addGrants,
 ]) {
   add(program);
 }

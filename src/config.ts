@@ -252,6 +252,12 @@ const table = {
     '100000',
     'Entries kept in each stream, approximately; 0 = never trim',
   ),
+  streamTrim: variable(
+    'RELAY_STREAM_TRIM',
+    oneOf(['maxlen', 'acknowledged']),
+    'maxlen',
+    'acknowledged = trim, before that limit, what every consumer group has acknowledged; maxlen = that limit alone',
+  ),
   dlqMaxLen: variable(
     'RELAY_DLQ_MAXLEN',
     wholeNumber(0, 1_000_000_000, 'entries'),
@@ -281,6 +287,12 @@ const table = {
     seconds(0, 30 * DAY),
     '3600',
     'How far back published events are restored when Redis has lost its last entries, or all; 0 = never',
+  ),
+  publishedRetentionMs: variable(
+    'RELAY_PUBLISHED_RETENTION',
+    seconds(0, 3_650 * DAY),
+    '0',
+    'Age at which published rows are deleted from the table, at least RELAY_RESYNC_WINDOW; 0 = never',
   ),
   concurrency: variable(
     'RELAY_CONCURRENCY',
@@ -479,6 +491,7 @@ function conflicts(config: Partial<RelayConfig>): ConfigProblem[] {
   const problems: ConfigProblem[] = [];
   const { publishTimeoutMs, claimLeaseMs, batchSize, maxInFlight, maxRetryAttempts, retryBaseDelayMs } =
     config;
+  const { publishedRetentionMs, resyncWindowMs } = config;
   if (publishTimeoutMs !== undefined && claimLeaseMs !== undefined && publishTimeoutMs >= claimLeaseMs) {
     const problem = `must be shorter than RELAY_CLAIM_LEASE (${claimLeaseMs / 1000} s), is ${publishTimeoutMs / 1000} s`;
     problems.push({ variable: 'RELAY_PUBLISH_TIMEOUT', problem });
@@ -486,6 +499,14 @@ function conflicts(config: Partial<RelayConfig>): ConfigProblem[] {
   if (batchSize !== undefined && maxInFlight !== undefined && batchSize > maxInFlight) {
     const problem = `must be at most RELAY_MAX_IN_FLIGHT (${maxInFlight}), is ${batchSize}`;
     problems.push({ variable: 'RELAY_BATCH_SIZE', problem });
+  }
+  const keepsTooLittle =
+    publishedRetentionMs !== undefined &&
+    resyncWindowMs !== undefined &&
+    publishedRetentionMs < resyncWindowMs;
+  if (keepsTooLittle && publishedRetentionMs > 0) {
+    const problem = `must be 0 or at least RELAY_RESYNC_WINDOW (${resyncWindowMs / 1000} s), whose rows are needed when Redis loses data; is ${publishedRetentionMs / 1000} s`;
+    problems.push({ variable: 'RELAY_PUBLISHED_RETENTION', problem });
   }
   if (maxRetryAttempts !== undefined && retryBaseDelayMs !== undefined) {
     const longestMs = retryBaseDelayMs * 2 ** (maxRetryAttempts - 1);

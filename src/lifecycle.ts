@@ -52,6 +52,29 @@ export function createLifecycle(parts: readonly Part[]): Lifecycle {
   };
 }
 
+export type Chore = Readonly<{ kick(): void; stop(): Promise<void> }>;
+
+/**
+ * Work that goes on beside the job that asked for it, one run at a time: a wish in the meantime is none. `run` is to
+ * end soon once `goesOn()` says no, and owns its errors.
+ */
+export function createChore(run: (goesOn: () => boolean) => Promise<void>): Chore {
+  let running: Promise<void> | undefined;
+  let stopped = false;
+  return {
+    kick() {
+      if (stopped || running !== undefined) return;
+      running = run(() => !stopped).finally(() => {
+        running = undefined;
+      });
+    },
+    async stop() {
+      stopped = true;
+      await running;
+    },
+  };
+}
+
 /** A part cannot start; the message tells an operator why and what to do. */
 export class NotReadyError extends Error {
   override readonly name = 'NotReadyError';

@@ -27,7 +27,8 @@ const instant = (name: string) => timestamp(name, { withTimezone: true });
  * | discarded | `published` and `dead_lettered_at` set: an operator gave it up for good; it never was in its stream |
  *
  * The relay's indexes are partial on unpublished rows, so that published rows cost nothing; but for
- * `relay_outbox_settled`, which finds receipts by the time of their row, should Redis lose its last entries.
+ * `relay_outbox_settled`, which finds receipts by the time of their row, should Redis lose its last entries, and
+ * `relay_outbox_unreceipted`, which finds published rows that have none. By these two, old rows are found to be deleted.
  */
 export const outbox = pgSchema('identity').table(
   'outbox',
@@ -75,5 +76,10 @@ export const outbox = pgSchema('identity').table(
     index('relay_outbox_settled')
       .on(sql`coalesce(dead_lettered_at, published_at)`, row.id)
       .where(sql`stream_entry_id is not null`),
+    // Rows that another system published. Ours get their receipt in the statement that publishes them and never
+    // enter: the index costs an event nothing.
+    index('relay_outbox_unreceipted')
+      .on(sql`coalesce(published_at, created_at)`, row.id)
+      .where(sql`published and stream_entry_id is null`),
   ],
 );

@@ -87,6 +87,8 @@ export function createClaimWorker(deps: {
   exclusively: (turn: () => Promise<Turn>) => Promise<Turn | 'busy'>;
   /** What a tick does besides claiming: reconcile, sweep, trim. */
   maintain: () => Promise<void>;
+  /** Starts the work of another schedule, by the job's name, and waits for none of it. Whether there is such work. */
+  kick?: (name: string) => boolean;
   /** Asks writers to wake us up from now on. */
   arm: () => Promise<'armed' | 'already-armed' | 'writers' | 'deaf'>;
   wake: () => Promise<void>;
@@ -97,6 +99,7 @@ export function createClaimWorker(deps: {
   let lastTurnAt = Date.now();
 
   async function process(job: Job): Promise<void> {
+    if (deps.kick?.(job.name)) return;
     if (job.name === TICK) await deps.maintain();
     const turn = await deps.exclusively(takeTurn);
     lastTurnAt = Date.now();

@@ -6,6 +6,9 @@ import type { Logger } from '../logger.ts';
 export const TICK = 'tick';
 export const WAKE = 'wake';
 
+/** A job that comes again and again. */
+export type Schedule = Readonly<{ name: string; everyMs: number }>;
+
 /** How soon a scheduler that vanished (FLUSHALL, obliterate, a removed tick) is back at the latest. */
 const HEAL_INTERVAL_MS = 2_000;
 /** Clocks that are kept differ by less. */
@@ -20,14 +23,20 @@ export type Scheduler = Readonly<{
   lastLookAt(): number;
 }>;
 
-/** The repeatable job that claims. Any number of pods may run one: they uphold the same schedule. */
+/** The repeatable job that claims, and others. Any number of pods may run one: they uphold the same schedules. */
 export function createScheduler(deps: {
   queue: Queue;
   redis: Redis;
   pollIntervalMs: number;
+  /** Further schedules, upheld like that of the ticks. */
+  others?: readonly Schedule[];
+  /** Names of schedules that an earlier configuration may have left behind. */
+  retired?: readonly string[];
   logger: Logger;
 }): Scheduler {
-  const { queue, redis, pollIntervalMs, logger } = deps;
+  const { queue, redis, others = [], logger } = deps;
+  const schedules: readonly Schedule[] = [{ name: TICK, everyMs: deps.pollIntervalMs }, ...others];
+  let retired = deps.retired ?? [];
   let timer: NodeJS.Timeout | undefined;
   let running: Promise<void> = Promise.resolve();
   let stopped = true;
@@ -42,17 +51,23 @@ export function createScheduler(deps: {
   async function heal(): Promise<void> {
     // Upserting while the queue is paused leaves one more tick behind each time.
     if (await queue.isPaused()) return;
+    for (const name of retired) await queue.removeJobScheduler(name);
+    retired = [];
+    for (const schedule of schedules) await uphold(schedule);
+  }
+
+  async function uphold({ name, everyMs }: Schedule): Promise<void> {
     // The next tick is set by the clock of whoever starts the one before. A pod whose clock is minutes fast, and then
     // gone, left the others without any for so long.
-    const next = (await queue.getJobScheduler(TICK))?.next;
-    if (next !== undefined && next - (await redisTime()) > pollIntervalMs + TOO_FAR_MS) {
-      await queue.removeJobScheduler(TICK);
+    const next = (await queue.getJobScheduler(name))?.next;
+    if (next !== undefined && next - (await redisTime()) > everyMs + TOO_FAR_MS) {
+      await queue.removeJobScheduler(name);
     }
     await queue.upsertJobScheduler(
-      TICK,
-      { every: pollIntervalMs },
+      name,
+      { every: everyMs },
       // A tick that fails is not retried: the next one is its retry.
-      { name: TICK, opts: { attempts: 1, removeOnComplete: true, removeOnFail: { count: 20 } } },
+      { name, opts: { attempts: 1, removeOnComplete: true, removeOnFail: { count: 20 } } },
     );
   }
 

@@ -47,6 +47,8 @@ export type StreamOptions = Readonly<{
   jobKey: (eventId: string) => string;
   /** Redis key of the epoch's name. */
   epochKey: string;
+  /** Told of each stream of events at its first entry in an epoch. */
+  onFirstEntry?: (stream: string) => void;
 }>;
 
 /** What an append has to do with epochs; see epoch.ts. */
@@ -94,8 +96,10 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
         await redis.appendOnce(stream, job, options.epochKey, epoch, field, hasEnded, ...xadd),
         epoch,
       );
-      if (outcome.status === 'appended') streams.add(stream);
-      else if (outcome.status === 'lost') {
+      if (outcome.status === 'appended') {
+        if (!streams.has(stream) && field === ENTRY) options.onFirstEntry?.(stream);
+        streams.add(stream);
+      } else if (outcome.status === 'lost') {
         if (outcome.isStream) epochs.doubtAll(epoch);
         else epochs.doubt();
         return NOT_KNOWN;

@@ -47,6 +47,16 @@ export type Loss = Readonly<{
   guard: string;
 }>;
 
+/** What the epoch's key begins with while table and streams are compared. */
+const COMPARING = 'checking:';
+
+/**
+ * Whether somebody is comparing table and streams now.
+ * @throws when Redis does not answer
+ */
+export const isComparing = async (redis: Redis, epochKey: string): Promise<boolean> =>
+  (await redis.get(epochKey))?.startsWith(COMPARING) === true;
+
 declare module 'ioredis' {
   interface RedisCommander<Context> {
     stampEpoch(epochKey: string, intactKey: string, epoch: string, at: string): Result<number, Context>;
@@ -180,7 +190,7 @@ export function createEpoch(deps: {
   }
 
   async function check(server: string, found: string | null, mine: number): Promise<void> {
-    const guard = `checking:${randomUUID()}`;
+    const guard = `${COMPARING}${randomUUID()}`;
     const renewal = setInterval(() => {
       redis.pexpire(checkerKey, CHECKER_TTL_MS).catch(() => {});
     }, CHECKER_RENEWAL_MS);

@@ -12,11 +12,18 @@ import {
   startPrivateRedis,
 } from '../../src/demo/servers.ts';
 import { temporaryFolder } from '../../src/demo/watchdog.ts';
+import type { Logger } from '../../src/logger.ts';
 import { migrate } from '../../src/outbox/migrate.ts';
 
 export const STREAM = 'identity.user.v1';
 export const DLQ_STREAM = `${STREAM}.dlq`;
 const DRAIN_DEADLINE_MS = 300_000;
+
+const nothing = () => {};
+export const silent: Logger = {
+  ...{ trace: nothing, debug: nothing, info: nothing, warn: nothing, error: nothing, fatal: nothing },
+  child: () => silent,
+};
 
 export type BenchStage = Readonly<{
   postgres: PrivatePostgres;
@@ -50,17 +57,7 @@ export async function openBenchStage(
   const admin = new pg.Client(postgres.url);
   await admin.connect();
   undo.push(() => admin.end());
-  const silent = () => {};
-  const logger = {
-    trace: silent,
-    debug: silent,
-    info: silent,
-    warn: silent,
-    error: silent,
-    fatal: silent,
-    child: () => logger,
-  };
-  await migrate(admin, true, logger);
+  await migrate(admin, true, silent);
   const redis = new Redis(redisServer.url);
   undo.push(async () => redis.disconnect());
   const pool = new pg.Pool({ connectionString: postgres.url, max: 2 });

@@ -11,7 +11,9 @@ import { Command, Option } from 'commander';
 import { wholeNumber } from '../../src/demo/command-line.ts';
 import { BACKLOG_ENV, benchBacklog } from './backlog.ts';
 import { BLOCKED_ENV, benchBlocked } from './blocked.ts';
+import { benchRetention, RETENTION_ENV } from './retention.ts';
 import { type BenchStage, median, NOTHING_FRESH, NOTHING_LIVE, openBenchStage, STREAM } from './stage.ts';
+import { benchTableSize } from './table-size.ts';
 
 /** Where the no-op queue is fastest: 200 is a fifth slower. */
 const NOOP_CONCURRENCY = 100;
@@ -24,28 +26,36 @@ const options = new Command('bench')
   .addOption(
     new Option(
       '--scenario <name>',
-      'engine: beside a no-op queue; blocked: beside blocked aggregates; backlog: memory with many rows waiting',
+      'engine: beside a no-op queue; blocked: beside blocked aggregates; backlog: memory with many rows waiting; ' +
+        'retention: latency while old rows are deleted; table-size: after as many events',
     )
-      .choices(['engine', 'blocked', 'backlog'])
+      .choices(['engine', 'blocked', 'backlog', 'retention', 'table-size'])
       .default('engine'),
   )
-  .option('--events <n>', 'events per run (default: 20000; backlog: 1000000)', positive)
+  .option(
+    '--events <n>',
+    'events per run (default: 20000; backlog, retention, table-size: 1000000)',
+    positive,
+  )
   .option('--runs <n>', 'runs of each contender', positive, 3)
   .option('--aggregates <list>', 'numbers of aggregates that the events belong to', list, [20_000, 1_000])
   .option('--concurrency <n>', "publish jobs at once (default: the relay's own)", positive)
   .option('--seconds <n>', 'how long memory is watched (backlog)', positive, 60)
+  .option('--variant <n>', 'only this variant of the table (table-size)', positive)
   .option('--no-fsync', 'run PostgreSQL without fsync')
   .parse()
   .opts<{
-    scenario: 'engine' | 'blocked' | 'backlog';
+    scenario: 'engine' | 'blocked' | 'backlog' | 'retention' | 'table-size';
     events?: number;
     runs: number;
     aggregates: number[];
     concurrency?: number;
     seconds: number;
+    variant?: number;
     fsync: boolean;
   }>();
-const events = options.events ?? (options.scenario === 'backlog' ? 1_000_000 : 20_000);
+const isLong = ['backlog', 'retention', 'table-size'].includes(options.scenario);
+const events = options.events ?? (isLong ? 1_000_000 : 20_000);
 
 const undo: (() => Promise<unknown>)[] = [];
 process.once('SIGINT', () => void cleanUp().then(() => process.exit(130)));
@@ -62,6 +72,10 @@ async function cleanUp(): Promise<void> {
 async function bench(): Promise<boolean> {
   const { scenario, fsync, runs } = options;
   console.log(`node ${process.version}, scenario ${scenario}, fsync ${fsync ? 'on' : 'off'}`);
+  if (scenario === 'table-size') {
+    await benchTableSize(events, options.variant, undo);
+    return true;
+  }
   const env = {
     engine: {
       RELAY_STREAM_MAXLEN: '0',
@@ -69,6 +83,7 @@ async function bench(): Promise<boolean> {
     },
     blocked: BLOCKED_ENV,
     backlog: BACKLOG_ENV,
+    retention: RETENTION_ENV,
   }[scenario];
   const stage = await openBenchStage({ fsync, env }, undo);
   switch (scenario) {
@@ -79,6 +94,8 @@ async function bench(): Promise<boolean> {
       return benchBlocked(stage, { events, runs });
     case 'backlog':
       return benchBacklog(stage, { events, seconds: options.seconds });
+    case 'retention':
+      return benchRetention(stage, { rows: events });
   }
 }
 

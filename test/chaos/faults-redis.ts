@@ -1,6 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { sampleEvent } from '../../src/demo/sample.ts';
 import { cutAof, endOfAof } from '../support/aof.ts';
+import { redisRules } from '../support/least-privilege.ts';
 import { type Fault, SERVER_BACK_MS } from './fault.ts';
 import { judgeBeforeErasing } from './grade.ts';
 import { persistently } from './patience.ts';
@@ -39,7 +40,7 @@ const withdrawn = (name: string, describe: string, rules: readonly string[]): Fa
   lastsMs: WITHDRAWN_MS,
   async inject({ client }) {
     await client.call('ACL', 'SETUSER', REDIS_USER, ...rules);
-    return () => client.call('ACL', 'SETUSER', REDIS_USER, '~*', '&*', '+@all');
+    return () => client.call('ACL', 'SETUSER', REDIS_USER, ...redisRules());
   },
 });
 

@@ -11,6 +11,7 @@ import {
   startPrivateRedis,
 } from '../../src/demo/servers.ts';
 import { temporaryFolder } from '../../src/demo/watchdog.ts';
+import { grantLeast, RELAY_PASSWORD, redisArgs } from '../support/least-privilege.ts';
 import { CLI, type Fleet, startFleet } from './fleet.ts';
 import { persistently, survive } from './patience.ts';
 import { REFUSED_TOPICS } from './topics.ts';
@@ -21,7 +22,6 @@ export const DLQ = `${STREAM}.dlq`;
 export const REDIS_USER = 'relay';
 export const POSTGRES_ROLE = 'relay';
 export const PRODUCER_ROLE = 'producer';
-const PASSWORD = 'chaos';
 const MAX_CONNECTIONS = 90;
 const RESERVED_CONNECTIONS = 15;
 const CONNECT_DEADLINE_MS = 5_000;
@@ -80,17 +80,7 @@ async function build(
   const [redis, postgres] = await Promise.all([
     startPrivateRedis({
       directory: redisFolder,
-      args: [
-        '--aof-use-rdb-preamble',
-        'yes',
-        '--user',
-        REDIS_USER,
-        'on',
-        `>${PASSWORD}`,
-        '~*',
-        '&*',
-        '+@all',
-      ],
+      args: ['--aof-use-rdb-preamble', 'yes', ...redisArgs(POD_SETTINGS, REDIS_USER)],
     }),
     startPrivatePostgres({
       directory: join(folder.path, 'postgres'),
@@ -138,7 +128,7 @@ async function build(
     postgresPort: postgres.port,
     env: (redisPort, postgresPort) => ({
       ...POD_SETTINGS,
-      RELAY_REDIS_URL: `redis://${REDIS_USER}:${PASSWORD}@127.0.0.1:${redisPort}/0`,
+      RELAY_REDIS_URL: `redis://${REDIS_USER}:${RELAY_PASSWORD}@127.0.0.1:${redisPort}/0`,
       RELAY_DATABASE_URL: as(postgres.url, POSTGRES_ROLE, postgresPort),
     }),
   });
@@ -162,19 +152,16 @@ async function prepare(admin: pg.Pool, url: string): Promise<void> {
   const migration = await startPod({ cli: CLI, args: ['migrate'], env: { RELAY_DATABASE_URL: url } });
   const { code } = await migration.exited;
   if (code !== 0) throw new Error(`relay migrate failed:\n${migration.lines.join('\n')}`);
+  await grantLeast(url, POD_SETTINGS, { role: POSTGRES_ROLE, producer: PRODUCER_ROLE });
   await admin.query(`
-    CREATE ROLE ${POSTGRES_ROLE} LOGIN PASSWORD '${PASSWORD}';
-    CREATE ROLE ${PRODUCER_ROLE} LOGIN PASSWORD '${PASSWORD}';
-    GRANT USAGE ON SCHEMA identity TO ${POSTGRES_ROLE}, ${PRODUCER_ROLE};
-    GRANT SELECT, UPDATE ON identity.outbox TO ${POSTGRES_ROLE};
-    GRANT SELECT, INSERT ON identity.outbox TO ${PRODUCER_ROLE};
-    GRANT USAGE ON SEQUENCE identity.outbox_id_seq TO ${PRODUCER_ROLE}`);
+    -- The harness' writers look at their own rows, too.
+    GRANT SELECT ON identity.outbox TO ${PRODUCER_ROLE}`);
 }
 
 function as(url: string, role: string, port?: number): string {
   const changed = new URL(url);
   changed.username = role;
-  changed.password = PASSWORD;
+  changed.password = RELAY_PASSWORD;
   if (port !== undefined) changed.port = String(port);
   return changed.href;
 }

@@ -11,6 +11,7 @@ import { expect, inject, onTestFinished, test } from 'vitest';
 import { appendEvent, createRelay, type Logger } from '../../src/app.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { type Stage, setStage } from '../support/flow.ts';
+import { asRelay, EMBEDDER_ROLE } from '../support/least-privilege.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -33,8 +34,8 @@ function listeningLogger(): Logger & { lines: Line[] } {
 
 /** What the caller brings along. */
 function ownConnections(stage: Stage): { pool: Pool; redis: Redis } {
-  const pool = new Pool({ connectionString: stage.databaseUrl, max: 10 });
-  const redis = new Redis(stage.server.url);
+  const pool = new Pool({ connectionString: asRelay(stage.databaseUrl, EMBEDDER_ROLE), max: 10 });
+  const redis = new Redis(stage.env.RELAY_REDIS_URL);
   redis.on('error', () => {});
   onTestFinished(async () => {
     redis.disconnect();
@@ -64,7 +65,7 @@ test('an embedded relay works on the pool, the Redis and the logger that it is g
     waiting: 0,
   });
   // Its own connections are gone; the caller's and ours stay.
-  const clients = async () => String(await redis.client('LIST')).match(/name=relay-\S*/g) ?? [];
+  const clients = async () => String(await stage.redis.client('LIST')).match(/name=relay-\S*/g) ?? [];
   await waitFor(async () => (await clients()).length === 0, { what: 'the Redis connections to be closed' });
   // What comes after the stop stays in the table.
   const event = anEvent();
@@ -110,7 +111,7 @@ test('a start that fails says why, leaves the caller as he was, and a later one 
   await expect(createRelay(config, deps).start()).rejects.toThrow(/relay migrate/);
   expect(await redis.ping()).toBe('PONG');
   expect(pool.totalCount - pool.idleCount).toBe(0);
-  const clients = async () => String(await redis.client('LIST')).match(/name=relay-\S*/g) ?? [];
+  const clients = async () => String(await stage.redis.client('LIST')).match(/name=relay-\S*/g) ?? [];
   await waitFor(async () => (await clients()).length === 0, { what: 'the Redis connections to be closed' });
 
   await stage.pool.query('ALTER TABLE identity.outbox_away RENAME TO outbox');
@@ -153,7 +154,10 @@ test('a process that embeds the relay ends by itself when everything is stopped'
   );
   // Rejects when it has to be killed.
   const { stdout } = await promisify(execFile)(process.execPath, [script], {
-    env: { ...process.env, ...stage.env, RELAY_HTTP_PORT: '0', NODE_OPTIONS: '' },
+    env: {
+      ...{ ...process.env, ...stage.env, RELAY_HTTP_PORT: '0', NODE_OPTIONS: '' },
+      RELAY_DATABASE_URL: asRelay(stage.databaseUrl, EMBEDDER_ROLE),
+    },
     timeout: 30_000,
     killSignal: 'SIGKILL',
   });

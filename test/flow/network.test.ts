@@ -19,8 +19,12 @@ async function suffer(server: Server, happen: (proxy: NetworkLink) => Promise<vo
   const stage = await setStage();
   const [variable, url, port] =
     server === 'Redis'
-      ? (['RELAY_REDIS_URL', stage.server.url, stage.server.port] as const)
-      : (['RELAY_DATABASE_URL', stage.databaseUrl, Number(new URL(stage.databaseUrl).port)] as const);
+      ? (['RELAY_REDIS_URL', stage.env.RELAY_REDIS_URL, stage.server.port] as const)
+      : ([
+          'RELAY_DATABASE_URL',
+          stage.env.RELAY_DATABASE_URL,
+          Number(new URL(stage.databaseUrl).port),
+        ] as const);
   const proxy = await startProxy(port);
   onTestFinished(proxy.close);
   const env = { [variable]: through(proxy, url) };
@@ -91,7 +95,7 @@ test('a pod that is cut off from PostgreSQL in the midst of its turn to claim ho
   const stage = await setStage();
   const proxy = await startProxy(Number(new URL(stage.databaseUrl).port));
   onTestFinished(proxy.close);
-  await stage.pod({ RELAY_DATABASE_URL: through(proxy, stage.databaseUrl) });
+  await stage.pod({ RELAY_DATABASE_URL: through(proxy, stage.env.RELAY_DATABASE_URL) });
   const load = startLoad(stage.pool);
   await waitFor(async () => (await stage.redis.xlen(STREAM)) > 100, {
     what: 'the load to flow',

@@ -3,6 +3,7 @@ import { expect, onTestFinished, test } from 'vitest';
 import type { Pod } from '../../src/demo/pod.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
+import { RELAY_USER, redisRules } from '../support/least-privilege.ts';
 import { startLoad } from '../support/load.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -29,18 +30,13 @@ async function refusals(stage: Stage): Promise<number> {
 /** Two pods under load, and a Redis that is there but refuses them what they ask, for a reason that they can tell. */
 async function suffer(
   fault: { reason: RegExp; begin: (stage: Stage) => Promise<void>; end: (stage: Stage) => Promise<void> },
-  options: { redisArgs?: string[]; user?: boolean } = {},
+  options: { redisArgs?: string[] } = {},
 ): Promise<void> {
   const stage = await setStage({
     env: FEW_ATTEMPTS,
     ...(options.redisArgs && { redisArgs: options.redisArgs }),
   });
-  const env: Record<string, string> = {};
-  if (options.user) {
-    await stage.redis.call('ACL', 'SETUSER', 'relay', 'on', '>secret', '~*', '&*', '+@all');
-    env.RELAY_REDIS_URL = stage.server.url.replace('redis://', 'redis://relay:secret@');
-  }
-  const pods = await Promise.all([stage.pod(env), stage.pod(env)]);
+  const pods = await Promise.all([stage.pod(), stage.pod()]);
   await insertEvents(stage.pool, someEvents(2_000, 500));
   const load = startLoad(stage.pool);
   await waitFor(async () => (await stage.redis.xlen(STREAM)) > 200, {
@@ -108,28 +104,22 @@ test('a Redis without the replicas that it must have', async () => {
 }, 120_000);
 
 test('a Redis that refuses the relay everything', async () => {
-  await suffer(
-    {
-      reason: /NOPERM/,
-      begin: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', 'relay', 'resetkeys', '-@all')),
-      end: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', 'relay', '~*', '+@all')),
-    },
-    { user: true },
-  );
+  await suffer({
+    reason: /NOPERM/,
+    begin: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', RELAY_USER, 'resetkeys', '-@all')),
+    end: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', RELAY_USER, ...redisRules())),
+  });
 }, 120_000);
 
 test('a Redis whose password was changed before the relay’s', async () => {
-  await suffer(
-    {
-      reason: /WRONGPASS|NOAUTH/,
-      begin: async ({ redis }) => {
-        await redis.call('ACL', 'SETUSER', 'relay', 'resetpass', '>other');
-        await redis.call('CLIENT', 'KILL', 'USER', 'relay');
-      },
-      end: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', 'relay', 'resetpass', '>secret')),
+  await suffer({
+    reason: /WRONGPASS|NOAUTH/,
+    begin: async ({ redis }) => {
+      await redis.call('ACL', 'SETUSER', RELAY_USER, 'resetpass', '>other');
+      await redis.call('CLIENT', 'KILL', 'USER', RELAY_USER);
     },
-    { user: true },
-  );
+    end: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', RELAY_USER, ...redisRules())),
+  });
 }, 120_000);
 
 test('a Redis that is busy with somebody’s script', async () => {

@@ -25,6 +25,7 @@ const ADDED = [
   'index relay_outbox_dead',
   'index relay_outbox_dead_at',
   'index relay_outbox_settled',
+  'index relay_outbox_unreceipted',
 ];
 
 async function emptyDatabase(): Promise<{ url: string; pool: pg.Pool }> {
@@ -201,11 +202,12 @@ test('what is missing is named, one by one', async () => {
   await pool.query(
     'ALTER TABLE identity.outbox DROP COLUMN stream_entry_id; DROP INDEX identity.relay_outbox_due',
   );
-  // With the column goes the index on it.
+  // With the column go the indexes on it.
   expect(await missingFromTable(pool)).toEqual([
     'column stream_entry_id',
     'index relay_outbox_due',
     'index relay_outbox_settled',
+    'index relay_outbox_unreceipted',
   ]);
 });
 

@@ -7,6 +7,7 @@ import { loadConfig, type RelayConfig } from '../../src/config.ts';
 import type { LedgerGrade } from '../../src/demo/ledger.ts';
 import type { Pod } from '../../src/demo/pod.ts';
 import type { PrivateRedis } from '../../src/demo/servers.ts';
+import { asRelay, grantLeast } from './least-privilege.ts';
 import { expectPromisesHeld } from './ledger.ts';
 import { startPod } from './pods.ts';
 import { createDatabase, createRedis } from './servers.ts';
@@ -35,17 +36,18 @@ export type Row = Readonly<{
 }>;
 
 export type Stage = Readonly<{
+  /** The superuser's. */
   databaseUrl: string;
   pool: Pool;
   server: PrivateRedis;
   redis: Redis;
-  /** What every pod of this stage is started with. */
-  env: Readonly<Record<string, string>>;
+  /** What every pod of this stage is started with: as a role and a user that have the least rights. */
+  env: Readonly<Record<string, string> & { RELAY_DATABASE_URL: string; RELAY_REDIS_URL: string }>;
   /** The same as a library user would hold it. */
   config(env?: Readonly<Record<string, string>>): RelayConfig;
   /** Starts a pod and waits until it is ready. */
   pod(env?: Readonly<Record<string, string>>): Promise<Pod>;
-  /** Starts `relay <args>`, and waits for nothing. */
+  /** Starts `relay <args>`, and waits for nothing. What needs more rights than the relay runs as superuser. */
   spawn(args: readonly string[], env?: Readonly<Record<string, string>>): Promise<Pod>;
   /** Runs `relay <args>` to its end. */
   command(
@@ -72,6 +74,9 @@ export type StageOptions = Readonly<{
   env?: Readonly<Record<string, string>>;
 }>;
 
+/** They are for the owner of the table. */
+const OWNERS_COMMANDS = ['migrate', 'prune'];
+
 /** For one test: a database, a Redis and whatever is needed to look at them. Its pods and its Redis end with the test. */
 export async function setStage(options: StageOptions = {}): Promise<Stage> {
   const [databaseUrl, server] = await Promise.all([
@@ -92,7 +97,11 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     await pool.end();
     await server.kill('SIGKILL');
   });
-  const env = { RELAY_DATABASE_URL: databaseUrl, RELAY_REDIS_URL: server.url, ...options.env };
+  if (options.databaseUrl !== undefined) await grantLeast(databaseUrl);
+  const env = {
+    ...{ RELAY_DATABASE_URL: asRelay(databaseUrl), RELAY_REDIS_URL: asRelay(server.url) },
+    ...options.env,
+  };
 
   const rows = async (condition: string, values: unknown[] = []): Promise<Row[]> => {
     const found = await pool.query<Row>(
@@ -111,7 +120,11 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
   };
 
   async function spawn(args: readonly string[], more?: Readonly<Record<string, string>>): Promise<Pod> {
-    const pod = await startPod({ ...env, ...more }, args);
+    const isOwners = OWNERS_COMMANDS.includes(args[0] ?? '');
+    const pod = await startPod(
+      { ...env, ...(isOwners && { RELAY_DATABASE_URL: databaseUrl }), ...more },
+      args,
+    );
     pods.push(pod);
     return pod;
   }
@@ -132,6 +145,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     async command(args, more) {
       const pod = await spawn(args, more);
       const { code } = await pod.exited;
+      if (args[0] === 'migrate' && options.databaseUrl !== undefined) await grantLeast(databaseUrl);
       return { code, lines: pod.lines };
     },
     async rested(timeoutMs = PATIENCE_MS) {
@@ -183,7 +197,7 @@ export async function recordHistory(pool: Pool): Promise<(eventId: string) => Pr
   await pool.query(`
     CREATE TABLE history AS SELECT now() AS at, o.* FROM identity.outbox o LIMIT 0;
     ALTER TABLE history ADD COLUMN place bigserial;
-    CREATE FUNCTION keep_history() RETURNS trigger LANGUAGE plpgsql AS $$
+    CREATE FUNCTION keep_history() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
     BEGIN
       INSERT INTO history SELECT clock_timestamp(), NEW.*;
       RETURN NULL;

@@ -12,6 +12,7 @@ import { cleanEnvironment } from '../../src/demo/pod.ts';
 import { startPrivatePostgres } from '../../src/demo/servers.ts';
 import { temporaryFolder } from '../../src/demo/watchdog.ts';
 import { databaseUrl, TEMPLATE } from './database-url.ts';
+import { grantLeast } from './least-privilege.ts';
 
 declare module 'vitest' {
   interface ProvidedContext {
@@ -66,6 +67,8 @@ async function makeTemplate(root: string, adminUrl: string): Promise<void> {
       cause: error,
     });
   }
+  // Copied with the database.
+  await grantLeast(databaseUrl(adminUrl, TEMPLATE));
 }
 
 async function buildWhenStale(root: string): Promise<void> {

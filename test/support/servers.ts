@@ -12,6 +12,7 @@ import {
 import { type TemporaryFolder, temporaryFolder } from '../../src/demo/watchdog.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { databaseUrl, TEMPLATE } from './database-url.ts';
+import { grantLeast, redisArgs } from './least-privilege.ts';
 import { startPod } from './pods.ts';
 
 /** Any number: PostgreSQL refuses to copy a template that another session copies or connects to. */
@@ -49,12 +50,15 @@ async function asAdmin(work: (admin: Client) => Promise<void>): Promise<void> {
   }
 }
 
-/** A Redis of this test file's own, stopped after it. */
+/** A Redis of this test file's own, stopped after it. It knows the relay's user. */
 export async function createRedis(
   options: Omit<PrivateRedisOptions, 'directory'> = {},
 ): Promise<PrivateRedis> {
   const directory = join(await folderOfFile(), `redis-${randomBytes(4).toString('hex')}`);
-  const redis = await startPrivateRedis({ directory, ...options });
+  const redis = await startPrivateRedis({
+    ...{ directory, ...options },
+    args: [...redisArgs(), ...(options.args ?? [])],
+  });
   // Nobody needs what it holds, so it need not write it down first.
   atEndOfFile(() => redis.kill('SIGKILL'));
   return redis;
@@ -79,5 +83,6 @@ export async function createPostgres(): Promise<PrivatePostgres> {
   const migration = await startPod({ RELAY_DATABASE_URL: postgres.url }, ['migrate']);
   const { code } = await migration.exited;
   if (code !== 0) throw new Error(`The migration failed:\n${migration.lines.join('\n')}`);
+  await grantLeast(postgres.url);
   return postgres;
 }

@@ -12,6 +12,7 @@ import { withDeadline } from '../../src/lifecycle.ts';
 import { publishQueueName } from '../../src/queue/queues.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
+import { asRelay } from '../support/least-privilege.ts';
 import { expectPromisesHeld } from '../support/ledger.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
 import {
@@ -183,8 +184,8 @@ describe.concurrent('a pod that lives, but', () => {
 async function setStage([head = anEvent(), ...others]: SampleEvent[], first: Partial<SampleEvent> = {}) {
   const [database, server] = await Promise.all([createDatabase(), createRedis()]);
   const config = loadConfig({
-    RELAY_DATABASE_URL: database.url,
-    RELAY_REDIS_URL: server.url,
+    RELAY_DATABASE_URL: asRelay(database.url),
+    RELAY_REDIS_URL: asRelay(server.url),
     RELAY_POLL_INTERVAL: '0.2',
     RELAY_CLAIM_LEASE: '2',
     RELAY_PUBLISH_TIMEOUT: '1.5',
@@ -266,8 +267,8 @@ async function setStage([head = anEvent(), ...others]: SampleEvent[], first: Par
         throw new Error('connection lost after COMMIT');
       };
       const pod = createRelay(config, {
-        pool: watchedPool(openPool(database.url), pool, { afterCommit }),
-        ...{ redis: openRedis(server.url), logger: silent, http: false },
+        pool: watchedPool(openPool(config.databaseUrl), pool, { afterCommit }),
+        ...{ redis: openRedis(config.redisUrl), logger: silent, http: false },
       });
       await pod.start();
       await this.comesToRest();

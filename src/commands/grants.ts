@@ -1,0 +1,33 @@
+import { type Command, Option } from 'commander';
+import { databaseGrants, type Grantees, redisAcl } from '../operate/grants.ts';
+import { EXIT, print, withConfig } from './command.ts';
+
+type GrantsOptions = Grantees & Readonly<{ only?: 'sql' | 'redis' }>;
+
+export function addGrants(program: Command): void {
+  program
+    .command('grants')
+    .description('print the rights that the relay needs with this configuration: SQL and a Redis ACL')
+    .option('--role <name>', 'role of the relay in PostgreSQL', 'relay')
+    .option('--producer <name>', 'role of those who write events', 'producer')
+    .option('--redis-user <name>', 'user of the relay in Redis', 'relay')
+    .addOption(new Option('--only <part>', 'print one of the two').choices(['sql', 'redis']))
+    .addHelpText(
+      'after',
+      '\nThe roles must exist. For example: relay grants --only sql | psql; relay grants --only redis | redis-cli',
+    )
+    .action((options: GrantsOptions) =>
+      withConfig(async (config) => {
+        if (options.only !== 'redis') print(databaseGrants(config, options));
+        if (options.only === undefined) print('\n-- In Redis:');
+        if (options.only !== 'sql') {
+          print(redisAcl(config, options));
+          if (config.allowedTopics === '*')
+            console.error(
+              'Every key, since RELAY_ALLOWED_TOPICS allows every topic: name those that you use.',
+            );
+        }
+        return EXIT.done;
+      }),
+    );
+}

@@ -1,0 +1,184 @@
+import type { Redis, Result } from 'ioredis';
+import type { Logger } from '../logger.ts';
+
+/**
+ * Trimming what every consumer group of a stream has acknowledged, and warning where the cap, which XADD keeps to
+ * (MAXLEN ~), drops what one has not.
+ *
+ * Needs no more than Redis 6.2: a group's place is its smallest pending id, or what it was delivered last. That last
+ * entry stays. So the stream's first entry is never above what every group has acknowledged, and a comparison after a
+ * loss does not take for trimmed what was lost; so a group's last entry is there unless somebody else has trimmed; and
+ * the stream never becomes empty. A stream without groups is not touched.
+ *
+ * Nothing is trimmed unless the epoch lasts: what a comparison has restored would be read and trimmed, and what it has
+ * yet to restore be taken for trimmed with it.
+ *
+ * KEYS: stream, list of streams, epoch. ARGV: epoch, cap (entries; 0 = none), entries to trim at most, time (ms), time
+ * between two warnings (ms). The list holds for each stream its first entry when we last looked, and when we last
+ * warned: of the cap ahead, of entries dropped.
+ * Answers nothing in another epoch, else: entries trimmed, length, the group that is near the cap or '', the group
+ * that entries were taken from or ''.
+ */
+const TRIM = `
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then return {} end
+local stream = KEYS[1]
+if redis.call('TYPE', stream).ok ~= 'stream' then
+  redis.call('HDEL', KEYS[2], stream)
+  return {0, 0, '', ''}
+end
+local function object(flat)
+  local made = {}
+  for i = 1, #flat, 2 do made[flat[i]] = flat[i + 1] end
+  return made
+end
+local function below(a, b)
+  local ams, aseq = string.match(a, '(%d+)-(%d+)')
+  local bms, bseq = string.match(b, '(%d+)-(%d+)')
+  if ams ~= bms then return tonumber(ams) < tonumber(bms) end
+  return tonumber(aseq) < tonumber(bseq)
+end
+local function first()
+  local entry = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
+  return entry and entry[1] or '0-0'
+end
+
+local cap, now, between = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local noted = redis.call('HGET', KEYS[2], stream) or ''
+local before, near_at, dropped_at = string.match(noted, '(%S+) (%S+) (%S+)')
+near_at, dropped_at = tonumber(near_at or 0), tonumber(dropped_at or 0)
+local info = object(redis.call('XINFO', 'STREAM', stream))
+local last, begins = info['last-generated-id'], first()
+-- Since we last looked somebody else has trimmed: the cap, most likely.
+local shortened = before and below(before, begins)
+local keep, slowest, waits, dropped
+for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+  local group = object(flat)
+  local delivered, place = group['last-delivered-id'], group['last-delivered-id']
+  local pending = group.pending > 0 and redis.call('XPENDING', stream, group.name)[2]
+  if pending and below(pending, place) then place = pending end
+  if not keep or below(place, keep) then
+    keep, slowest, waits = place, group.name, pending or below(delivered, last)
+  end
+  if shortened and ((below(delivered, begins) and below(delivered, last))
+      or (pending and below(pending, begins) and not below(pending, before))) then
+    dropped = group.name
+  end
+end
+
+local trimmed, length, near = 0, info.length, false
+if keep then
+  trimmed = redis.call('XTRIM', stream, 'MINID', '~', keep, 'LIMIT', ARGV[3])
+  length = length - trimmed
+  if trimmed == 0 and cap > 0 and length >= 0.9 * cap then
+    -- Whole nodes alone were trimmed so far, 100 entries each: now it counts.
+    length = length - redis.call('XTRIM', stream, 'MINID', keep)
+    near = waits and length >= 0.9 * cap and slowest
+  end
+end
+if near and now - near_at >= between then near_at = now else near = '' end
+if dropped and now - dropped_at >= between then dropped_at = now else dropped = '' end
+redis.call('HSET', KEYS[2], stream, first() .. ' ' .. string.format('%.0f %.0f', near_at, dropped_at))
+return {trimmed, length, near, dropped}`;
+
+declare module 'ioredis' {
+  interface RedisCommander<Context> {
+    trimAcknowledged(
+      stream: string,
+      list: string,
+      epochKey: string,
+      ...args: (string | number)[]
+    ): Result<[trimmed: number, length: number, near: string, dropped: string] | [], Context>;
+  }
+}
+
+/** Streams that are looked after, at most; and of these in one run. */
+const MOST_STREAMS = 10_000;
+const STREAMS_IN_RUN = 1_000;
+/** Entries trimmed in one call, which keeps Redis busy for about a millisecond; and calls for one stream in one run. */
+const ENTRIES_IN_CALL = 5_000;
+const CALLS_IN_RUN = 40;
+/** The same is said of a stream once in so long, by all pods together. */
+const REPEAT_AFTER_MS = 60_000;
+
+export type Trimmer = ReturnType<typeof createTrimmer>;
+
+/** @param redis the append connection */
+export function createTrimmer(
+  redis: Redis,
+  options: Readonly<{
+    /** Cap of each stream, in entries; 0 = none. */
+    streamMaxLen: number;
+    epochKey: string;
+    /** Redis key of the list of streams: those that the relay has published to, for all pods and across restarts. */
+    listKey: string;
+    /** The epoch that lasts, as far as is known. */
+    epoch: () => string | undefined;
+    logger: Logger;
+  }>,
+) {
+  const { streamMaxLen, epochKey, listKey, logger } = options;
+  redis.defineCommand('trimAcknowledged', { numberOfKeys: 3, lua: TRIM });
+  /** Streams that are not in the list yet. */
+  const unlisted = new Set<string>();
+  let cursor = '0';
+
+  async function list(): Promise<void> {
+    for (const stream of unlisted) {
+      if ((await redis.hlen(listKey)) < MOST_STREAMS) await redis.hsetnx(listKey, stream, '');
+      unlisted.delete(stream);
+    }
+  }
+
+  async function trim(stream: string, goesOn: () => boolean): Promise<number> {
+    let sum = 0;
+    for (let call = 0; call < CALLS_IN_RUN && goesOn(); call++) {
+      const epoch = options.epoch();
+      if (epoch === undefined) break;
+      const [trimmed = 0, entries, near, dropped] = await redis.trimAcknowledged(
+        ...[stream, listKey, epochKey, epoch],
+        ...[streamMaxLen, ENTRIES_IN_CALL, Date.now(), REPEAT_AFTER_MS],
+      );
+      sum += trimmed;
+      if (near) {
+        logger.warn(
+          { stream, group: near, entries, maxlen: streamMaxLen },
+          'a consumer group lags so far behind that entries are about to be dropped unread',
+        );
+      }
+      if (dropped) {
+        logger.warn(
+          { stream, group: dropped, maxlen: streamMaxLen },
+          'entries were dropped that a consumer group had not acknowledged',
+        );
+      }
+      if (trimmed === 0) break;
+    }
+    return sum;
+  }
+
+  return {
+    /** The relay has published to this stream. */
+    note(stream: string): void {
+      if (unlisted.size < MOST_STREAMS) unlisted.add(stream);
+    },
+
+    /**
+     * Trims the next streams of the list, as far as a run goes.
+     * @returns entries that were trimmed
+     * @throws when Redis does not answer; the next run does it
+     */
+    async run(goesOn: () => boolean): Promise<number> {
+      await list();
+      let trimmed = 0;
+      for (let seen = 0; seen < STREAMS_IN_RUN && goesOn(); ) {
+        const [next, pairs] = await redis.hscan(listKey, cursor, 'COUNT', 100);
+        cursor = next;
+        seen += pairs.length / 2;
+        for (let i = 0; i < pairs.length && goesOn(); i += 2)
+          trimmed += await trim(pairs[i] as string, goesOn);
+        if (cursor === '0') break;
+      }
+      return trimmed;
+    },
+  };
+}

@@ -1,0 +1,99 @@
+import { streamOptionsOf } from './comparison.ts';
+import type { RelayConfig } from './config.ts';
+import { type Chore, createChore } from './lifecycle.ts';
+import type { Logger } from './logger.ts';
+import { createRetention } from './operate/retention.ts';
+import type { Pool } from './outbox/database.ts';
+import { createPruner } from './outbox/prune.ts';
+import type { Schedule } from './queue/scheduler.ts';
+import type { Servers } from './servers.ts';
+import { isComparing } from './stream/epoch.ts';
+import { createTrimmer } from './stream/trim.ts';
+
+/**
+ * What no event waits for: old rows are deleted, streams trimmed. Each has a schedule of its own in the claim queue.
+ * Its job goes to one pod and only starts the work there, so that no claim waits for it; the next one finds another
+ * pod, should this one be gone.
+ */
+
+const PRUNE = 'prune';
+const TRIM = 'trim';
+const PRUNE_EVERY_MS = 60_000;
+const TRIM_EVERY_MS = 5_000;
+
+/** What the relay's key of the streams that it has published to is called. */
+export const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${config.queueName}:streams`;
+
+export const createRetentionOf = (
+  config: RelayConfig,
+  pool: Pool,
+  redis: Servers['queueRedis'],
+  statementTimeoutMs: number,
+) =>
+  createRetention({
+    ...createPruner(pool, { statementTimeoutMs }),
+    comparing: () => isComparing(redis, streamOptionsOf(config).epochKey),
+    resyncWindowMs: config.resyncWindowMs,
+  });
+
+export function createUpkeep(deps: {
+  config: RelayConfig;
+  servers: Servers;
+  statementTimeoutMs: number;
+  epoch: () => string | undefined;
+  logger: Logger;
+}) {
+  const { config, servers, logger } = deps;
+  const chores = new Map<string, Chore & { everyMs: number }>();
+
+  const trimmer = createTrimmer(servers.appendRedis, {
+    streamMaxLen: config.streamMaxLen,
+    epochKey: streamOptionsOf(config).epochKey,
+    listKey: streamListKey(config),
+    epoch: deps.epoch,
+    logger,
+  });
+  if (config.streamTrim === 'acknowledged') {
+    add(TRIM, Math.min(TRIM_EVERY_MS, config.pollIntervalMs), async (goesOn) => {
+      const trimmed = await trimmer.run(goesOn);
+      if (trimmed > 0)
+        logger.debug({ entries: trimmed }, 'trimmed what every consumer group has acknowledged');
+    });
+  }
+  if (config.publishedRetentionMs > 0) {
+    const retention = createRetentionOf(config, servers.pool, servers.queueRedis, deps.statementTimeoutMs);
+    add(PRUNE, PRUNE_EVERY_MS, async (goesOn) => {
+      const rows = await retention.run(config.publishedRetentionMs, goesOn);
+      if (rows > 0) logger.info({ rows }, 'deleted old published rows');
+    });
+  }
+
+  function add(name: string, everyMs: number, run: (goesOn: () => boolean) => Promise<void>): void {
+    const chore = createChore((goesOn) =>
+      run(goesOn).catch((error) =>
+        logger.warn({ err: error, duty: name }, 'a duty beside the claims failed; it is tried again'),
+      ),
+    );
+    chores.set(name, { ...chore, everyMs });
+  }
+
+  return {
+    schedules: [...chores].map(([name, { everyMs }]): Schedule => ({ name, everyMs })),
+    /** Schedules that this configuration does without. */
+    retired: [PRUNE, TRIM].filter((name) => !chores.has(name)),
+    /** Starts the work of that name; false when there is none. */
+    kick(name: string): boolean {
+      const chore = chores.get(name);
+      chore?.kick();
+      // A pod that is configured otherwise leaves it to the others.
+      return chore !== undefined || name === PRUNE || name === TRIM;
+    },
+    /** An event was published to this stream, for the first time as far as is known. */
+    met(stream: string): void {
+      if (chores.has(TRIM)) trimmer.note(stream);
+    },
+    async stop(): Promise<void> {
+      await Promise.all([...chores.values()].map((chore) => chore.stop()));
+    },
+  };
+}

@@ -1,0 +1,192 @@
+import { beforeEach, describe, expect, test } from 'vitest';
+import type { Logger } from '../../src/logger.ts';
+import { createRestorer } from '../../src/stream/restore.ts';
+import { createTrimmer } from '../../src/stream/trim.ts';
+import { createRedis } from '../support/servers.ts';
+import { aClaimedEvent, openRedis, silent } from '../support/stages.ts';
+
+const STREAM = 'identity.user.v1';
+const LIST = 'bull:relay:streams';
+const EPOCH_KEY = 'bull:relay:epoch';
+const EPOCH = 'server/history:1';
+/** Entries that Redis keeps in one node: it trims whole ones. */
+const NODE = 100;
+
+const server = await createRedis();
+const redis = openRedis(server.url);
+
+beforeEach(async () => {
+  await redis.flushall();
+  await redis.set(EPOCH_KEY, EPOCH);
+});
+
+const id = (n: number) => `1000-${n}`;
+async function add(count: number, from = 1, cap = 0): Promise<void> {
+  const pipeline = redis.pipeline();
+  for (let n = from; n < from + count; n++) {
+    if (cap > 0) pipeline.xadd(STREAM, 'MAXLEN', '~', cap, id(n), 'n', n);
+    else pipeline.xadd(STREAM, id(n), 'n', n);
+  }
+  await pipeline.exec();
+}
+const read = (group: string, count: number) =>
+  redis.xreadgroup('GROUP', group, 'me', 'COUNT', count, 'STREAMS', STREAM, '>');
+async function consume(group: string, count: number, from = 1): Promise<void> {
+  await read(group, count);
+  await redis.xack(STREAM, group, ...Array.from({ length: count }, (_, i) => id(from + i)));
+}
+const firstId = async () => (await redis.xrange(STREAM, '-', '+', 'COUNT', 1))[0]?.[0];
+
+function trimmerOf(streamMaxLen = 0, epoch: string | undefined = EPOCH) {
+  const warnings: { group: unknown; message: string }[] = [];
+  const logger: Logger = {
+    ...silent,
+    warn: (fields: Record<string, unknown>, message: string) =>
+      void warnings.push({ group: fields.group, message }),
+  };
+  const trimmer = createTrimmer(redis, {
+    ...{ streamMaxLen, epochKey: EPOCH_KEY, listKey: LIST, epoch: () => epoch, logger },
+  });
+  return { ...trimmer, trim: () => trimmer.run(() => true), warnings };
+}
+
+describe('a stream is trimmed', () => {
+  test('up to what the slowest group has acknowledged, never beyond', async () => {
+    await add(1_000);
+    for (const group of ['quick', 'slow']) await redis.xgroup('CREATE', STREAM, group, '0');
+    const { note, trim } = trimmerOf();
+    note(STREAM);
+    await consume('quick', 1_000);
+    await consume('slow', 450);
+    expect(await trim()).toBe(400);
+    expect(await firstId()).toBe(id(401));
+    await consume('slow', 550, 451);
+    await trim();
+    // The entry that was delivered last stays, and with it the node that it is in.
+    expect(await redis.xlen(STREAM)).toBe(NODE);
+  });
+
+  test('not where an entry is pending, though later ones are acknowledged', async () => {
+    await add(500);
+    await redis.xgroup('CREATE', STREAM, 'group', '0');
+    await read('group', 500);
+    await redis.xack(
+      STREAM,
+      'group',
+      ...Array.from({ length: 500 }, (_, i) => id(i + 1)).filter((it) => it !== id(301)),
+    );
+    const { note, trim } = trimmerOf();
+    note(STREAM);
+    expect(await trim()).toBe(300);
+    expect(await firstId()).toBe(id(301));
+    expect(await redis.xpending(STREAM, 'group')).toMatchObject([1, id(301), id(301), expect.anything()]);
+  });
+
+  test.each([
+    ['without a group', async () => {}],
+    [
+      'with a group that was made at 0 and has read nothing',
+      async () => void (await redis.xgroup('CREATE', STREAM, 'new', '0')),
+    ],
+    [
+      'with a group that was set back to 0',
+      async () => {
+        await redis.xgroup('CREATE', STREAM, 'again', '$');
+        await redis.xgroup('SETID', STREAM, 'again', '0');
+      },
+    ],
+  ])('not at all %s', async (_, prepare) => {
+    await add(500);
+    await prepare();
+    const { note, trim } = trimmerOf();
+    note(STREAM);
+    expect(await trim()).toBe(0);
+    expect(await redis.xlen(STREAM)).toBe(500);
+  });
+
+  test('by another pod too, and after a restart, once one has published to it', async () => {
+    await add(500);
+    await redis.xgroup('CREATE', STREAM, 'group', '$');
+    const one = trimmerOf();
+    one.note(STREAM);
+    one.note('no.such.stream');
+    await one.run(() => false);
+    expect(await trimmerOf().trim()).toBe(400);
+    // What is not there, or no stream, leaves the list.
+    expect(await redis.hkeys(LIST)).toEqual([STREAM]);
+  });
+
+  test('only while the epoch lasts: a comparison would take for trimmed what it has yet to restore', async () => {
+    const restorer = createRestorer(redis, {
+      ...{ dlqStreamName: 'dlq', streamMaxLen: 0, dlqMaxLen: 0 },
+      ...{ epochKey: EPOCH_KEY, jobKey: (eventId: string) => `bull:relay-publish:${eventId}` },
+    });
+    const absent = () => restorer.absent(STREAM, [id(500), id(501), id(502)], true);
+    await add(500);
+    await redis.xgroup('CREATE', STREAM, 'group', '$');
+    const { note, trim } = trimmerOf();
+    note(STREAM);
+    await trim();
+    // 501 and 502 were lost. One is restored, read and acknowledged, before the other is.
+    expect(await absent()).toMatchObject({ lost: [id(501), id(502)], trimmed: 0 });
+    await redis.set(EPOCH_KEY, 'checking:me');
+    for (let i = 0; i < 2 * NODE; i++) await restorer.entry(aClaimedEvent(), 'checking:me');
+    await redis.xgroup('SETID', STREAM, 'group', '$');
+    expect(await trim()).toBe(0);
+    expect(await absent()).toMatchObject({ lost: [id(501), id(502)], trimmed: 0 });
+  });
+});
+
+describe('somebody is warned', () => {
+  const NEAR = 'a consumer group lags so far behind that entries are about to be dropped unread';
+  const DROPPED = 'entries were dropped that a consumer group had not acknowledged';
+
+  test('before the cap drops what a group has not read, once, with its name', async () => {
+    const { note, trim, warnings } = trimmerOf(1_000);
+    await redis.xgroup('CREATE', STREAM, 'quick', '0', 'MKSTREAM');
+    await redis.xgroup('CREATE', STREAM, 'slow', '0');
+    note(STREAM);
+    await add(890);
+    await consume('quick', 890);
+    await trim();
+    expect(warnings).toEqual([]);
+    await add(20, 891);
+    await trim();
+    expect(warnings).toEqual([{ group: 'slow', message: NEAR }]);
+    await trim();
+    // Nor by another pod, so soon.
+    const other = trimmerOf(1_000);
+    await other.trim();
+    expect([...warnings.slice(1), ...other.warnings]).toEqual([]);
+  });
+
+  test('not of a stream that is full of what was acknowledged', async () => {
+    const { note, trim, warnings } = trimmerOf(110);
+    await redis.xgroup('CREATE', STREAM, 'group', '0', 'MKSTREAM');
+    note(STREAM);
+    await add(99);
+    await consume('group', 99);
+    await trim();
+    expect(warnings).toEqual([]);
+  });
+
+  test.each([
+    ['that reads, more slowly than the cap drops', async () => consume('group', 150), true],
+    ['that has stopped reading', async () => {}, true],
+    ['that has not acknowledged what it has read', async () => void (await read('group', 950)), true],
+    ['that has read everything in time', async () => consume('group', 950), false],
+  ])('when entries were dropped: of a group %s', async (_, act, expected) => {
+    const { note, trim, warnings } = trimmerOf(1_000);
+    await redis.xgroup('CREATE', STREAM, 'group', '0', 'MKSTREAM');
+    note(STREAM);
+    await add(950);
+    // So that only the cap trims from here on.
+    await redis.xgroup('CREATE', STREAM, 'never', '0');
+    await trim();
+    await redis.xgroup('DESTROY', STREAM, 'never');
+    await act();
+    await add(350, 951, 1_000);
+    await trim();
+    expect(warnings.some((it) => it.message === DROPPED && it.group === 'group')).toBe(expected);
+  });
+});
