@@ -4,7 +4,7 @@ import { ConfigError, describeVariables, openBoard, type RelayConfig } from '../
 import { dashboardOf } from '../dashboard.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { createLogger } from '../logger.ts';
-import { createOutbox } from '../outbox/outbox.ts';
+import { createBacklog } from '../outbox/backlog.ts';
 import { inspectRedis, waitForServers } from '../preflight.ts';
 import { createQueues } from '../queue/queues.ts';
 import { openServers } from '../servers.ts';
@@ -42,7 +42,7 @@ async function serve(config: RelayConfig): Promise<number> {
   const { pool, queueRedis } = servers;
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
   const queues = createQueues(queueRedis, config, logger);
-  const outbox = createOutbox(pool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
+  const backlog = createBacklog(pool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
   const web = createWebServer({
     host: config.httpHost,
     port: config.httpPort,
@@ -53,7 +53,7 @@ async function serve(config: RelayConfig): Promise<number> {
         return {};
       },
       redis: () => inspectRedis(queueRedis),
-      backlog: async () => ({ ...(await outbox.backlog()) }),
+      backlog: backlog.count,
     }),
     stuck: () => [],
     phase: () => phase,

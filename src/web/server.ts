@@ -24,7 +24,8 @@ export function createWebServer(deps: {
   port: number;
   version: string;
   health: ReturnType<typeof createHealth>;
-  metrics: Pick<Metrics, 'contentType' | 'render'>;
+  /** Left out where nothing is published: no `/metrics` then. */
+  metrics?: Pick<Metrics, 'contentType' | 'render'>;
   /** What keeps this process from making progress; empty when nothing does. */
   stuck: () => string[];
   phase: () => 'starting' | 'running' | 'stopping';
@@ -81,9 +82,12 @@ export function createWebServer(deps: {
       .send({ status, ...service, timestamp: new Date().toISOString(), checks });
   });
 
-  app.get('/metrics', async (_request, reply) =>
-    reply.type(deps.metrics.contentType).send(await deps.metrics.render()),
-  );
+  const { metrics } = deps;
+  if (metrics) {
+    app.get('/metrics', async (_request, reply) =>
+      reply.type(metrics.contentType).send(await metrics.render()),
+    );
+  }
 
   return {
     async start() {
