@@ -53,10 +53,7 @@ async function serve(config: RelayConfig): Promise<number> {
         return {};
       },
       redis: () => inspectRedis(queueRedis),
-      backlog: async () => {
-        const { oldestSeconds, ...counts } = await backlog.count();
-        return { oldestWaitingSeconds: oldestSeconds.waiting, ...counts };
-      },
+      backlog: backlog.count,
     }),
     stuck: () => [],
     phase: () => phase,

@@ -8,7 +8,7 @@ export type Check = Readonly<{ status: 'healthy' | 'degraded' | 'unhealthy'; [de
 export type Probes = Readonly<{
   database: () => Promise<Record<string, unknown>>;
   redis: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
-  backlog: () => Promise<Record<string, unknown> & { oldestWaitingSeconds: number | null }>;
+  backlog: () => Promise<Record<string, unknown> & { oldestSeconds: { waiting: number | null } }>;
 }>;
 
 const PROBE_TIMEOUT_MS = 3_000;
@@ -35,10 +35,10 @@ export function createHealth(probes: Probes) {
       ...(!aofEnabled && { warning: 'AOF is off: a restart of Redis loses the streams' }),
     }));
   const backlog = () =>
-    check(probes.backlog, ({ oldestWaitingSeconds, ...counts }) => ({
-      status: (oldestWaitingSeconds ?? 0) > WAITING_TOO_LONG_SECONDS ? 'degraded' : 'healthy',
+    check(probes.backlog, ({ oldestSeconds: { waiting }, ...counts }) => ({
+      status: (waiting ?? 0) > WAITING_TOO_LONG_SECONDS ? 'degraded' : 'healthy',
       ...counts,
-      oldest_waiting_seconds: oldestWaitingSeconds,
+      oldest_waiting_seconds: waiting,
     }));
 
   return {

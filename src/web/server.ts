@@ -24,7 +24,7 @@ export function createWebServer(deps: {
   port: number;
   version: string;
   health: ReturnType<typeof createHealth>;
-  /** None: no /metrics. */
+  /** Left out where nothing is published: no `/metrics` then. */
   metrics?: Pick<Metrics, 'contentType' | 'render'>;
   /** What keeps this process from making progress; empty when nothing does. */
   stuck: () => string[];
@@ -83,10 +83,11 @@ export function createWebServer(deps: {
   });
 
   const { metrics } = deps;
-  if (metrics)
+  if (metrics) {
     app.get('/metrics', async (_request, reply) =>
       reply.type(metrics.contentType).send(await metrics.render()),
     );
+  }
 
   return {
     async start() {
