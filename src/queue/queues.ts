@@ -163,9 +163,9 @@ const CLOSE_TIMEOUT_MS = 2_000;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
-/** Every run of the job is a span of its own below this one, not each below the one before. */
+/** What bullmq-otel puts the job's runs below. */
 const traced = (trace: TraceContext) => ({
-  telemetry: { metadata: JSON.stringify(trace), omitContext: true },
+  telemetry: { metadata: JSON.stringify(trace) },
 });
 
 /** Redis key of an event's publish job. */

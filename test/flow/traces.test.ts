@@ -2,6 +2,7 @@ import { context, propagation, trace } from '@opentelemetry/api';
 import { tracing } from '@opentelemetry/sdk-node';
 import { expect, onTestFinished, test } from 'vitest';
 import { createRelay } from '../../src/app.ts';
+import { freePort } from '../../src/demo/supervise.ts';
 import { type CollectedSpan, startCollector } from '../support/collector.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, type Entry, STREAM, setStage } from '../support/flow.ts';
@@ -27,7 +28,11 @@ test('an event is one trace: from its producer by way of claim, failed attempt a
   await stage.pool.query('ALTER TABLE identity.outbox ADD COLUMN headers jsonb');
   await stage.redis.mset(MENDED, 'a string', BROKEN, 'a string');
   // Spans are sent when the pod stops, at the earliest.
-  const pod = await stage.pod({ ...collector.env, OTEL_BSP_SCHEDULE_DELAY: '60000' });
+  const prometheusPort = String(await freePort());
+  const pod = await stage.pod({
+    ...{ ...collector.env, OTEL_BSP_SCHEDULE_DELAY: '60000' },
+    ...{ OTEL_METRICS_EXPORTER: 'prometheus', OTEL_EXPORTER_PROMETHEUS_PORT: prometheusPort },
+  });
   const retried = anEvent({ topic: MENDED });
   const dead = anEvent({ topic: BROKEN });
   const unsampled = anEvent({
@@ -50,6 +55,7 @@ test('an event is one trace: from its producer by way of claim, failed attempt a
   await stage.redis.del(MENDED);
   await stage.rested();
   await waitFor(async () => (await stage.entries(DLQ)).length === 1, { what: 'the dead letter' });
+  await expect(fetch(`http://127.0.0.1:${prometheusPort}`)).rejects.toThrow();
   expect(await pod.kill()).toMatchObject({ code: 0 });
 
   // Of claim and two attempts, each with its append, one span each, in the producer's trace.
@@ -153,7 +159,7 @@ test('a collector that refuses, then never answers, costs nothing but the spans:
       OTEL_BSP_EXPORT_TIMEOUT: '60000',
       OTEL_EXPORTER_OTLP_TIMEOUT: '60000',
     },
-    ...{ OTEL_BSP_MAX_QUEUE_SIZE: '512', OTEL_BSP_MAX_EXPORT_BATCH_SIZE: '8' },
+    ...{ OTEL_BSP_MAX_QUEUE_SIZE: '64', OTEL_BSP_MAX_EXPORT_BATCH_SIZE: '8' },
   });
   await insertEvents(stage.pool, someEvents(500));
   await stage.rested();
