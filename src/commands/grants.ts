@@ -9,6 +9,7 @@ export function addGrants(program: Command): void {
     .command('grants')
     .description('print the rights that the relay needs with this configuration: SQL and a Redis ACL')
     .option('--role <name>', 'role of the relay in PostgreSQL', 'relay')
+    .option('--operator <name>', 'role of operators', 'relay_operator')
     .option('--producer <name>', 'role of those who write events', 'producer')
     .option('--redis-user <name>', 'user of the relay in Redis', 'relay')
     .addOption(new Option('--only <part>', 'print one of the two').choices(['sql', 'redis']))

@@ -3,15 +3,24 @@ import { allowing, patternsOf } from '../topics.ts';
 
 /** The rights that the relay uses with this configuration, and no others. A change here is a change of what it may do. */
 
-/** Columns that the relay changes. It adds no rows. */
+/** Columns that the relay changes. It adds no rows, and deletes them only where it is told to. */
 const CHANGED = [
   ...['published', 'published_at', 'attempts', 'next_attempt_at', 'error_message'],
   ...['dead_lettered_at', 'stream_entry_id'],
 ] as const;
 
+/** What replaying and discarding takes beyond that; the row of an event that was deleted is written anew. */
+const CHANGED_BY_OPERATORS = ['replayed_at', 'discard_reason', 'discarded_by'] as const;
+const INSERTED_BY_OPERATORS = [
+  ...['event_id', 'event_type', 'aggregate_type', 'aggregate_id', 'topic', 'payload', 'created_at'],
+  'replayed_at',
+] as const;
+
 export type Grantees = Readonly<{
   /** Role of the relay in PostgreSQL. */
   role: string;
+  /** Role of whoever replays, discards and deletes: operators' commands, and what serves the dashboard. */
+  operator: string;
   /** Role of whoever writes events. */
   producer: string;
   /** User of the relay in Redis. */
@@ -24,20 +33,27 @@ export type Grantees = Readonly<{
  */
 export function databaseGrants(
   config: Pick<RelayConfig, 'publishedRetentionMs'>,
-  grantees: Pick<Grantees, 'role' | 'producer'>,
+  grantees: Pick<Grantees, 'role' | 'operator' | 'producer'>,
 ): string {
-  const [relay, producer] = [identifier(grantees.role), identifier(grantees.producer)];
+  const { role, operator, producer } = grantees;
+  const [relay, operators, producers] = [identifier(role), identifier(operator), identifier(producer)];
   const deletes = config.publishedRetentionMs > 0;
   return [
-    `REVOKE ALL ON identity.outbox FROM ${relay}, ${producer};`,
+    `REVOKE ALL ON identity.outbox FROM ${relay}, ${operators}, ${producers};`,
     `GRANT USAGE ON SCHEMA identity TO ${relay};`,
     `GRANT SELECT${deletes ? ', DELETE' : ''} ON identity.outbox TO ${relay};`,
     `GRANT UPDATE (${CHANGED.join(', ')})`,
     `  ON identity.outbox TO ${relay};`,
+    '-- Operators: relay dlq, republish, prune and board, and pods with RELAY_BOARD=true.',
+    `GRANT ${relay} TO ${operators};`,
+    `GRANT UPDATE (${CHANGED_BY_OPERATORS.join(', ')}), DELETE,`,
+    `  INSERT (${INSERTED_BY_OPERATORS.join(', ')})`,
+    `  ON identity.outbox TO ${operators};`,
+    `GRANT USAGE ON SEQUENCE identity.outbox_id_seq TO ${operators};`,
     '-- Producers; SELECT is for appendEvent, which returns both.',
-    `GRANT USAGE ON SCHEMA identity TO ${producer};`,
-    `GRANT INSERT, SELECT (id, event_id) ON identity.outbox TO ${producer};`,
-    `GRANT USAGE ON SEQUENCE identity.outbox_id_seq TO ${producer};`,
+    `GRANT USAGE ON SCHEMA identity TO ${producers};`,
+    `GRANT INSERT, SELECT (id, event_id) ON identity.outbox TO ${producers};`,
+    `GRANT USAGE ON SEQUENCE identity.outbox_id_seq TO ${producers};`,
   ].join('\n');
 }
 

@@ -70,6 +70,7 @@ test('Retry on a failed job publishes its event, closes its dead letter and lets
     ...{ published: true, dead_lettered_at: null, next_attempt_at: null, stream_entry_id: entry?.entryId },
   });
   expect(await eventIds(stage, topic)).toEqual([first.eventId, second.eventId]);
+  expect(await eventIds(stage, DLQ)).toEqual([]);
   await stage.expectPromisesHeld();
   // The receipt is that of the entry: nothing is taken for lost.
   expect((await stage.command(['verify', '--since', '1h'])).code).toBe(0);

@@ -31,9 +31,9 @@ const EVERYTHING = {
 };
 
 /** Names of two roles that end with the test: roles belong to the whole server. */
-function someRoles(stage: Stage): { role: string; producer: string } {
+function someRoles(stage: Stage): { role: string; operator: string; producer: string } {
   const suffix = randomBytes(6).toString('hex');
-  const roles = { role: `relay_${suffix}`, producer: `producer_${suffix}` };
+  const roles = { role: `relay_${suffix}`, operator: `operator_${suffix}`, producer: `producer_${suffix}` };
   onTestFinished(async () => {
     const admin = new pg.Client({ connectionString: stage.databaseUrl });
     await admin.connect();
@@ -52,9 +52,20 @@ const createRole = (stage: Stage, name: string) =>
 
 test('the relay, all its duties, and its producers work with the rights that relay grants gives them', async () => {
   const stage = await setStage();
-  const { role, producer } = someRoles(stage);
-  for (const name of [role, producer]) await createRole(stage, name);
-  const grants = ['grants', '--role', role, '--producer', producer, '--redis-user', 'other', '--only'];
+  const { role, operator, producer } = someRoles(stage);
+  for (const name of [role, operator, producer]) await createRole(stage, name);
+  const grants = [
+    'grants',
+    '--role',
+    role,
+    '--operator',
+    operator,
+    '--producer',
+    producer,
+    '--redis-user',
+    'other',
+    '--only',
+  ];
   const sql = await stage.command([...grants, 'sql'], EVERYTHING);
   // Twice, since it may be.
   for (let i = 0; i < 2; i++) await stage.pool.query(sql.lines.join('\n'));

@@ -234,6 +234,19 @@ describe('an event that Redis refuses', () => {
     expect(await admin.exists(TOPIC)).toBe(0);
   });
 
+  test('takes away the dead letter of a job that somebody has retried', async () => {
+    const event = await anEventWithJob();
+    await giveUp(event);
+    await stream.deadLetter(event, { reason: 'x', attempts: 6, failedAt: new Date() });
+    expect(await admin.xlen(DLQ)).toBe(1);
+    // Too early: it is dead still, with the same dead letter.
+    expect(await stream.publish(event)).toMatchObject({ status: 'job-gone' });
+    expect(await admin.xlen(DLQ)).toBe(1);
+    await admin.hdel(jobKey(event.eventId), 'finishedOn');
+    expect(await stream.publish(event)).toMatchObject({ status: 'appended' });
+    expect([await admin.xlen(TOPIC), await admin.xlen(DLQ)]).toEqual([1, 0]);
+  });
+
   test('with an answer that is no stream id never passes for published', async () => {
     const event = await anEventWithJob();
     for (const junk of ['OK', '1', '-1', '1700000000000', '1-2-3', ' ']) {

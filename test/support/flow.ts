@@ -7,7 +7,7 @@ import { loadConfig, type RelayConfig } from '../../src/config.ts';
 import type { LedgerGrade } from '../../src/demo/ledger.ts';
 import type { Pod } from '../../src/demo/pod.ts';
 import type { PrivateRedis } from '../../src/demo/servers.ts';
-import { asRelay, grantLeast } from './least-privilege.ts';
+import { asRelay, grantLeast, OPERATOR_ROLE } from './least-privilege.ts';
 import { expectPromisesHeld } from './ledger.ts';
 import { startPod } from './pods.ts';
 import { createDatabase, createRedis } from './servers.ts';
@@ -74,8 +74,7 @@ export type StageOptions = Readonly<{
   env?: Readonly<Record<string, string>>;
 }>;
 
-/** They are for the owner of the table. */
-const OWNERS_COMMANDS = ['migrate', 'prune'];
+const OPERATORS_COMMANDS = ['dlq', 'republish', 'prune', 'board'];
 
 /** For one test: a database, a Redis and whatever is needed to look at them. Its pods and its Redis end with the test. */
 export async function setStage(options: StageOptions = {}): Promise<Stage> {
@@ -120,11 +119,13 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
   };
 
   async function spawn(args: readonly string[], more?: Readonly<Record<string, string>>): Promise<Pod> {
-    const isOwners = OWNERS_COMMANDS.includes(args[0] ?? '');
-    const pod = await startPod(
-      { ...env, ...(isOwners && { RELAY_DATABASE_URL: databaseUrl }), ...more },
-      args,
-    );
+    const [command = ''] = args;
+    const isOperators = OPERATORS_COMMANDS.includes(command) || more?.RELAY_BOARD === 'true';
+    const as = {
+      ...(isOperators && { RELAY_DATABASE_URL: asRelay(databaseUrl, OPERATOR_ROLE) }),
+      ...(command === 'migrate' && { RELAY_DATABASE_URL: databaseUrl }),
+    };
+    const pod = await startPod({ ...env, ...as, ...more }, args);
     pods.push(pod);
     return pod;
   }

@@ -4,6 +4,7 @@ import { loadConfig } from '../../src/config.ts';
 import { databaseGrants, redisAcl } from '../../src/operate/grants.ts';
 
 export const RELAY_USER = 'relay_pod';
+export const OPERATOR_ROLE = 'relay_test_operator';
 export const PRODUCER_ROLE = 'relay_producer';
 /** Has the rights of both, as a program that writes events and embeds the relay. */
 export const EMBEDDER_ROLE = 'relay_embedder';
@@ -33,19 +34,24 @@ export const redisArgs = (env?: Readonly<Record<string, string>>, user = RELAY_U
 export async function grantLeast(
   adminUrl: string,
   env: Readonly<Record<string, string>> = {},
-  { role = RELAY_USER, producer = PRODUCER_ROLE } = {},
+  { role = RELAY_USER, operator = OPERATOR_ROLE, producer = PRODUCER_ROLE } = {},
 ): Promise<void> {
   const admin = new Client({ connectionString: adminUrl });
   await admin.connect();
   try {
-    for (const [name, member] of [[role], [producer], [EMBEDDER_ROLE, `IN ROLE ${role}, ${producer}`]]) {
+    for (const [name, member] of [
+      [role],
+      [operator],
+      [producer],
+      [EMBEDDER_ROLE, `IN ROLE ${role}, ${producer}`],
+    ]) {
       await admin.query(`DO $$ BEGIN
         CREATE ROLE ${name} LOGIN PASSWORD '${RELAY_PASSWORD}' ${member ?? ''};
       EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
       END $$`);
     }
     const { rows } = await admin.query(`SELECT to_regclass('identity.outbox') IS NOT NULL AS there`);
-    if (rows[0].there) await admin.query(databaseGrants(loadConfig(env), { role, producer }));
+    if (rows[0].there) await admin.query(databaseGrants(loadConfig(env), { role, operator, producer }));
   } finally {
     await admin.end();
   }
