@@ -62,9 +62,16 @@ function reportProblems(logger: Logger): (reason: string) => void {
   };
 }
 
-/** Texts alone: what else OpenTelemetry would log are spans, and requests with their headers. */
+/** The text alone, and who says it: what else OpenTelemetry would log are spans, and requests with their headers. */
 function toLogger(logger: Logger, report: (reason: string) => void): DiagLogger {
-  const problem = (message: string) => report(errorText(message));
-  const detail = (message: string) => logger.debug({ detail: errorText(message) }, 'OpenTelemetry');
+  const text = (said: unknown[]) =>
+    errorText(
+      said
+        .slice(0, 2)
+        .filter((it) => typeof it === 'string')
+        .join(': '),
+    );
+  const problem = (...said: unknown[]) => report(text(said));
+  const detail = (...said: unknown[]) => logger.debug({ detail: text(said) }, 'OpenTelemetry');
   return { error: problem, warn: problem, info: detail, debug: detail, verbose: detail };
 }
