@@ -1,8 +1,9 @@
-import { randomBytes } from 'node:crypto';
+import { randomBytes, randomUUID } from 'node:crypto';
 import pg from 'pg';
 import { expect, onTestFinished, test } from 'vitest';
 import { appendEvent, createRelay } from '../../src/app.ts';
 import { loadConfig } from '../../src/config.ts';
+import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE } from '../../src/outbox/prune.ts';
 import { createReceipts } from '../../src/outbox/receipts.ts';
@@ -11,6 +12,7 @@ import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
 import {
   asRelay,
   grantLeast,
+  OPERATOR_ROLE,
   PRODUCER_ROLE,
   RELAY_PASSWORD,
   RELAY_USER,
@@ -163,11 +165,14 @@ test('each right in PostgreSQL is needed', async () => {
   const grantAll = () => grantLeast(database.url, EVERYTHING);
   await grantAll();
   const relay = openPool(asRelay(database.url), { max: 2 });
+  const operators = openPool(asRelay(database.url, OPERATOR_ROLE), { max: 2 });
   const producer = await openPool(asRelay(database.url, PRODUCER_ROLE), { max: 1 }).connect();
   const options = { ...loadConfig(EVERYTHING), statementTimeoutMs: 5_000 };
   const outbox = createOutbox(relay, options);
   const receipts = createReceipts(relay, options);
   const pruner = createPruner(relay, options);
+  const deadRows = createDeadRows(operators, options);
+  const operatorsPruner = createPruner(operators, options);
 
   /** Does what the rights are for. Answers what was refused. */
   async function refused(): Promise<string[]> {
@@ -186,9 +191,20 @@ test('each right in PostgreSQL is needed', async () => {
     const dead = { id: three, attempts: 6, reason: 'x', entryId: '1-1' };
     await attempt(receipts.giving((tx) => outbox.markDead(tx, dead)));
     await attempt(pruner.step({ kind: 'receipted', after: FIRST_PLACE, before: 'now', limit: 10 }));
+    const lost = { eventId: randomUUID(), eventType: 'X', aggregateType: 'user', aggregateId: randomUUID() };
+    await attempt(
+      deadRows.insert({ ...lost, topic: STREAM, payload: '{}', occurredAt: new Date().toISOString() }),
+    );
+    await attempt(deadRows.transaction((tx) => deadRows.discard(tx, [three], 'x', 'x')));
+    await attempt(deadRows.transaction((tx) => deadRows.revive(tx, [three], [])));
+    await attempt(operatorsPruner.step({ kind: 'receipted', after: FIRST_PLACE, before: 'now', limit: 10 }));
     return reasons;
   }
   expect(await refused()).toEqual([]);
+  const INSERTED = [
+    ...['event_id', 'event_type', 'aggregate_type', 'aggregate_id', 'topic', 'payload', 'created_at'],
+    'replayed_at',
+  ];
   const changed = ['published', 'published_at', 'attempts', 'next_attempt_at', 'error_message'];
   const rights: [right: string, to: string][] = [
     ...[...changed, 'dead_lettered_at', 'stream_entry_id'].map((it): [string, string] => [
@@ -197,6 +213,11 @@ test('each right in PostgreSQL is needed', async () => {
     ]),
     ...['SELECT', 'DELETE'].map((it): [string, string] => [it, RELAY_USER]),
     ...['INSERT', 'SELECT (id)', 'SELECT (event_id)'].map((it): [string, string] => [it, PRODUCER_ROLE]),
+    ...['replayed_at', 'discard_reason', 'discarded_by'].map((it): [string, string] => [
+      `UPDATE (${it})`,
+      OPERATOR_ROLE,
+    ]),
+    ...INSERTED.map((it): [string, string] => [`INSERT (${it})`, OPERATOR_ROLE]),
   ];
   // All that there are: none is forgotten here.
   const { rows } = await admin.query<{ granted: string }>(
@@ -207,7 +228,7 @@ test('each right in PostgreSQL is needed', async () => {
         WHERE NOT EXISTS (SELECT FROM information_schema.role_table_grants t
                            WHERE t.grantee = c.grantee AND t.privilege_type = c.privilege_type)
      ) SELECT privilege_type || columns || ' to ' || grantee AS granted FROM granted WHERE grantee = ANY ($1)`,
-    [[RELAY_USER, PRODUCER_ROLE]],
+    [[RELAY_USER, OPERATOR_ROLE, PRODUCER_ROLE]],
   );
   expect(rows.map((row) => row.granted).toSorted()).toEqual(
     rights.map(([right, to]) => `${right} to ${to}`).toSorted(),
@@ -217,6 +238,7 @@ test('each right in PostgreSQL is needed', async () => {
     ['USAGE', 'SCHEMA identity', RELAY_USER],
     ['USAGE', 'SCHEMA identity', PRODUCER_ROLE],
     ['USAGE', 'SEQUENCE identity.outbox_id_seq', PRODUCER_ROLE],
+    ['USAGE', 'SEQUENCE identity.outbox_id_seq', OPERATOR_ROLE],
   ];
   for (const [right, on, to] of all) {
     await admin.query(`REVOKE ${right} ON ${on} FROM ${to}`);

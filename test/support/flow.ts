@@ -74,7 +74,7 @@ export type StageOptions = Readonly<{
   env?: Readonly<Record<string, string>>;
 }>;
 
-const OPERATORS_COMMANDS = ['dlq', 'republish', 'prune', 'board'];
+const OPERATORS_COMMANDS = ['dlq', 'prune', 'board'];
 
 /** For one test: a database, a Redis and whatever is needed to look at them. Its pods and its Redis end with the test. */
 export async function setStage(options: StageOptions = {}): Promise<Stage> {
