@@ -42,7 +42,7 @@ async function setOldStage(): Promise<Stage> {
 /** The published rows in full, with the transaction that wrote them last; only columns that the old table has. */
 async function publishedRows(pool: Pool): Promise<unknown[]> {
   const { rows } = await pool.query(
-    `SELECT xmin::text, to_jsonb(o) - 'dead_lettered_at' - 'stream_entry_id' AS row
+    `SELECT xmin::text, to_jsonb(o) - '{dead_lettered_at,stream_entry_id,replayed_at,discard_reason,discarded_by}'::text[] AS row
        FROM identity.outbox o WHERE published AND id % 5 = 0 ORDER BY id`,
   );
   return rows;
