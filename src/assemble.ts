@@ -31,8 +31,9 @@ import type { Tracing } from './tracing/tracing.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
+import { createLostJobs } from './triage/lost-jobs.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
-import { createReconcile, type Found } from './triage/reconcile.ts';
+import { createReconcile } from './triage/reconcile.ts';
 import { createUpkeep } from './upkeep.ts';
 import { createHealth } from './web/health.ts';
 import { createMetrics } from './web/metrics.ts';
@@ -209,8 +210,14 @@ export function assemble(
     logger,
   });
 
-  /** Epoch in which entries without a job were found; should it be over, they are looked for again. */
-  let foundIn: string | undefined;
+  const lostJobs = createLostJobs({
+    find: restorer.find,
+    findDeadLetters: restorer.findDeadLetters,
+    epoch: epoch.current,
+    markPublished: (found, of) =>
+      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, found, promoting)),
+    markDead: (dead, of) => giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting)),
+  });
   const reconcile = createReconcile({
     transaction: (work) => outbox.transaction('repeatable', work),
     lockDue: outbox.lockDue,
@@ -218,28 +225,7 @@ export function assemble(
     extendLease: outbox.extendLease,
     jobFate: queues.jobFate,
     failedJob: queues.failedJob,
-    appended: async (rows) => {
-      foundIn = epoch.current();
-      const receipts = new Map(rows.map((row) => [row.eventId, row.entryId]));
-      const found = new Map<string, Found>(await restorer.findDeadLetters([...receipts.keys()], receipts));
-      for (const topic of new Set(rows.map((row) => row.topic))) {
-        const eventIds = rows.filter((row) => row.topic === topic).map((row) => row.eventId);
-        for (const [eventId, entryId] of await restorer.find(topic, eventIds))
-          found.set(eventId, { entryId });
-      }
-      return found;
-    },
-    settle: async (found) => {
-      if (foundIn === undefined) return;
-      const published = found.filter((it) => it.deadLetter === undefined);
-      if (published.length > 0)
-        await giveReceipts(foundIn, (tx, promoting) => outbox.markPublished(tx, published, promoting));
-      for (const { id, entryId, deadLetter } of found) {
-        if (deadLetter === undefined) continue;
-        const dead = { id, entryId, ...deadLetter };
-        await giveReceipts(foundIn, (tx, promoting) => outbox.markDead(tx, dead, promoting));
-      }
-    },
+    ...lostJobs,
     deadLetter,
     onExpired: (seen) => metrics.leasesEnded(seen),
     logger,

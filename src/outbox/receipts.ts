@@ -66,6 +66,22 @@ export function createReceipts(
       return rows.toSorted((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
     });
 
+  /**
+   * The events of these rows, in order of id; rows that have no receipt any more are left out. Of a row that cannot
+   * be printed (it is dead for that) the payload is withheld, as it was the first time.
+   */
+  async function events(ids: readonly string[]): Promise<SettledEvent[]> {
+    try {
+      return await select(ids, true);
+    } catch (error) {
+      if (!payloadMayBeAtFault(error)) throw error;
+      if (ids.length === 1) return select(ids, false);
+      const found: SettledEvent[] = [];
+      for (const id of ids) found.push(...(await events([id])));
+      return found;
+    }
+  }
+
   return {
     /** A transaction that gives receipts: until it ends, `given` waits for it. */
     giving: <T>(work: (tx: Queryable) => Promise<T>) =>
@@ -135,21 +151,7 @@ export function createReceipts(
         return rows;
       }),
 
-    /**
-     * The events of these rows, in order of id; rows that have no receipt any more are left out. Of a row that cannot
-     * be printed (it is dead for that) the payload is withheld, as it was the first time.
-     */
-    async events(ids: readonly string[]): Promise<SettledEvent[]> {
-      try {
-        return await select(ids, true);
-      } catch (error) {
-        if (!payloadMayBeAtFault(error)) throw error;
-        if (ids.length === 1) return select(ids, false);
-        const events: SettledEvent[] = [];
-        for (const id of ids) events.push(...(await this.events([id])));
-        return events;
-      }
-    },
+    events,
 
     /** The entries were appended again. A receipt that somebody else has renewed meanwhile stays as it is. */
     async renew(receipts: readonly (Receipt & Readonly<{ lostId: string }>)[]): Promise<void> {

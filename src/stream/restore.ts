@@ -181,7 +181,24 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
     }
   }
 
+  /**
+   * Looks for the entries of these events among the stream's latest.
+   * @returns the id of each one's last entry, of those that are there
+   * @throws when Redis does not answer
+   */
+  async function find(stream: string, eventIds: readonly string[]): Promise<Map<string, string>> {
+    const found = new Map<string, string>();
+    const take = (eventId: string, entryId: string) => {
+      if (!found.has(eventId)) found.set(eventId, entryId);
+      return found.size < eventIds.length;
+    };
+    if (eventIds.length > 0) await search(stream, eventIds, take);
+    return found;
+  }
+
   return {
+    find,
+
     /**
      * @param restoring entries of this stream will be restored, so what there was before has to be noted down
      * @throws when Redis does not answer
@@ -194,21 +211,6 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
       const ids = places.map((place) => entryIds[Number(place) - 1] as string);
       const lost = ids.filter((id) => !isTrimmed(id, before));
       return { lost, trimmed: ids.length - lost.length, unreadable: false };
-    },
-
-    /**
-     * Looks for the entries of these events among the stream's latest.
-     * @returns the id of each one's last entry, of those that are there
-     * @throws when Redis does not answer
-     */
-    async find(stream: string, eventIds: readonly string[]): Promise<Map<string, string>> {
-      const found = new Map<string, string>();
-      const take = (eventId: string, entryId: string) => {
-        if (!found.has(eventId)) found.set(eventId, entryId);
-        return found.size < eventIds.length;
-      };
-      if (eventIds.length > 0) await search(stream, eventIds, take);
-      return found;
     },
 
     /** The same for all entries of each event, the last one first. */
@@ -229,7 +231,7 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
      */
     async findDeadLetters(eventIds: readonly string[], known: ReadonlyMap<string, string | null>) {
       const found = new Map<string, { entryId: string; deadLetter: { attempts: number; reason: string } }>();
-      for (const [eventId, entryId] of await this.find(options.dlqStreamName, eventIds)) {
+      for (const [eventId, entryId] of await find(options.dlqStreamName, eventIds)) {
         if (entryId === known.get(eventId)) continue;
         const [entry] = await redis.xrange(options.dlqStreamName, entryId, entryId);
         const field = (name: string) => entry?.[1][entry[1].indexOf(name) + 1] ?? '';

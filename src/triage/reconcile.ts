@@ -1,17 +1,10 @@
 import type { Logger } from '../logger.ts';
 import type { Failure } from './dead-letter.ts';
+import type { Found, JoblessRow } from './lost-jobs.ts';
 
 const BATCH = 100;
 /** Batches of one round; the next tick goes on. */
 const MAX_BATCHES = 50;
-
-type Row = Readonly<{ id: string; eventId: string; topic: string; entryId: string | null }>;
-
-/** What was appended for an event whose job is gone: its entry, or its dead letter. */
-export type Found = Readonly<{
-  entryId: string;
-  deadLetter?: Readonly<{ attempts: number; reason: string }>;
-}>;
 
 /**
  * Looks after rows whose lease has ended: what became of their jobs? Alive: another lease. Gone: the row is
@@ -21,13 +14,13 @@ export type Found = Readonly<{
  */
 export function createReconcile<Tx>(deps: {
   transaction: <T>(work: (tx: Tx) => Promise<T>) => Promise<T>;
-  lockDue: (tx: Tx, limit: number) => Promise<Row[]>;
+  lockDue: (tx: Tx, limit: number) => Promise<JoblessRow[]>;
   returnToFresh: (tx: Tx, ids: string[]) => Promise<void>;
   extendLease: (tx: Tx, ids: string[]) => Promise<void>;
   jobFate: (eventId: string) => Promise<'alive' | 'failed' | 'missing'>;
   failedJob: (eventId: string) => Promise<Failure | null>;
   /** Of these events, by event id, what is in the streams and no row knows of yet. */
-  appended: (rows: readonly Row[]) => Promise<ReadonlyMap<string, Found>>;
+  appended: (rows: readonly JoblessRow[]) => Promise<ReadonlyMap<string, Found>>;
   /** Gives the rows their receipts: they are published, or dead. */
   settle: (found: readonly (Found & Readonly<{ id: string }>)[]) => Promise<void>;
   deadLetter: (failure: Failure) => Promise<void>;
