@@ -6,6 +6,7 @@ import { succeedsWithin } from './lifecycle.ts';
 import { createLogger, type Logger } from './logger.ts';
 import type { Pool } from './outbox/database.ts';
 import { waitForServers } from './preflight.ts';
+import { openQueues } from './queue/queues.ts';
 import { openServers, type Servers } from './servers.ts';
 import { type Tracing, untraced } from './tracing/tracing.ts';
 
@@ -66,7 +67,8 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
     await waitForServers({ pool, redis, timeoutMs: config.startupTimeoutMs, logger });
     if (stopping !== undefined) return;
     const tracing = deps.tracing === false ? untraced : await tracingOf(config);
-    running = assemble(config, servers, logger, deps.http !== false, tracing);
+    const queues = await openQueues(queueRedis, config, logger, config.startupTimeoutMs);
+    running = assemble(config, servers, queues, logger, deps.http !== false, tracing);
     await running.lifecycle.start();
   }
 

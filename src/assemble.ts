@@ -16,7 +16,7 @@ import { createWriteProbe, inspectRedis } from './preflight.ts';
 import { createClaimWorker } from './queue/claim.ts';
 import { createProgressWatch } from './queue/progress.ts';
 import { createPublishWorker } from './queue/publish.ts';
-import { createQueues } from './queue/queues.ts';
+import type { Queues } from './queue/queues.ts';
 import { createClaimRounds } from './queue/rounds.ts';
 import { createScheduler } from './queue/scheduler.ts';
 import { createSuspects } from './queue/suspects.ts';
@@ -51,6 +51,7 @@ const STATEMENT_TIMEOUT_MS = 4_000;
 export function assemble(
   config: RelayConfig,
   servers: Servers,
+  queues: Queues,
   logger: Logger,
   http: boolean,
   tracing: Tracing,
@@ -62,7 +63,6 @@ export function assemble(
   const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
-  const queues = createQueues(queueRedis, config, logger);
   const addPublishJobs = (events: readonly OutboxEvent[]) => tracing.claim(events, queues.addPublishJobs);
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
   const streamOptions = streamOptionsOf(config);

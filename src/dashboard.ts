@@ -9,7 +9,7 @@ import type { DashboardOptions } from './web/dashboard.ts';
 export function dashboardOf(
   config: RelayConfig,
   servers: Pick<Servers, 'pool' | 'queueRedis'>,
-  queues: Pick<Queues, 'claim' | 'publish'>,
+  queues: Queues,
   version: string,
   logger: Logger,
 ): DashboardOptions {
@@ -20,8 +20,7 @@ export function dashboardOf(
     async api(scope, requires) {
       const { registerApi } = await import('./web/api.ts');
       const { pool, queueRedis: redis } = servers;
-      const operations = openOperations(config, { pool, redis, logger });
-      scope.addHook('onClose', operations.close);
+      const operations = openOperations(config, { pool, redis, queues, logger });
       registerApi(scope, { ...operations, requires, version, logger });
     },
     logger,

@@ -6,10 +6,10 @@ import { succeedsWithin } from '../lifecycle.ts';
 import { createLogger } from '../logger.ts';
 import { createBacklog } from '../outbox/backlog.ts';
 import { inspectRedis, waitForServers } from '../preflight.ts';
-import { createQueues } from '../queue/queues.ts';
+import { openQueues, type Queues } from '../queue/queues.ts';
 import { openServers } from '../servers.ts';
 import { createHealth } from '../web/health.ts';
-import { createWebServer } from '../web/server.ts';
+import { createWebServer, type WebServer } from '../web/server.ts';
 import { EXIT, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
 
 export function addBoard(program: Command): void {
@@ -40,41 +40,47 @@ async function serve(config: RelayConfig): Promise<number> {
   const signal = signalled();
   const servers = openServers(config, {}, logger);
   const { pool, queueRedis } = servers;
+  const { startupTimeoutMs } = config;
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
-  const queues = createQueues(queueRedis, config, logger);
-  const backlog = createBacklog(pool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
-  const web = createWebServer({
-    host: config.httpHost,
-    port: config.httpPort,
-    version: VERSION,
-    health: createHealth({
-      database: async () => {
-        await pool.query('SELECT 1');
-        return {};
-      },
-      redis: () => inspectRedis(queueRedis),
-      backlog: backlog.count,
-    }),
-    stuck: () => [],
-    phase: () => phase,
-    dashboard: dashboardOf(config, servers, queues, VERSION, logger),
-    basePath: config.boardBasePath,
-    trustedProxies: config.trustedProxies,
-  });
+  let queues: Queues | undefined;
+  let web: WebServer | undefined;
+  async function start(): Promise<'started'> {
+    await waitForServers({ pool, redis: [queueRedis], timeoutMs: startupTimeoutMs, logger });
+    queues = await openQueues(queueRedis, config, logger, startupTimeoutMs);
+    const backlog = createBacklog(pool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
+    web = createWebServer({
+      host: config.httpHost,
+      port: config.httpPort,
+      version: VERSION,
+      health: createHealth({
+        database: async () => {
+          await pool.query('SELECT 1');
+          return {};
+        },
+        redis: () => inspectRedis(queueRedis),
+        backlog: backlog.count,
+      }),
+      stuck: () => [],
+      phase: () => phase,
+      dashboard: dashboardOf(config, servers, queues, VERSION, logger),
+      basePath: config.boardBasePath,
+      trustedProxies: config.trustedProxies,
+    });
+    await web.start();
+    return 'started';
+  }
   try {
-    const started = waitForServers({ pool, redis: [queueRedis], timeoutMs: config.startupTimeoutMs, logger })
-      .then(() => web.start())
-      .then(() => 'started' as const);
+    const started = start();
     if ((await Promise.race([started, signal])) === 'started') {
       phase = 'running';
-      logger.info({ port: web.port() }, 'dashboard started');
+      logger.info({ port: web?.port() }, 'dashboard started');
     }
     logger.info({ signal: await signal }, 'stopping');
     started.catch(() => {});
     return EXIT.done;
   } finally {
     phase = 'stopping';
-    await succeedsWithin(STOP_TIMEOUT_MS, Promise.all([web.stop(), queues.close()]));
+    await succeedsWithin(STOP_TIMEOUT_MS, Promise.all([web?.stop(), queues?.close()]));
     await succeedsWithin(STOP_TIMEOUT_MS, servers.close());
   }
 }

@@ -6,7 +6,7 @@ import type { Pool } from '../outbox/database.ts';
 import { createDeadRows } from '../outbox/dead-rows.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import { createReceipts } from '../outbox/receipts.ts';
-import { createQueues } from '../queue/queues.ts';
+import { createQueues, type Queues } from '../queue/queues.ts';
 import { createScheduler } from '../queue/scheduler.ts';
 import { ENTRY } from '../stream/append.ts';
 import { createDeadEntries } from '../stream/dead-entries.ts';
@@ -28,13 +28,13 @@ export type Operations = Readonly<{
  */
 export function openOperations(
   config: RelayConfig,
-  servers: Readonly<{ pool: Pool; redis: Redis; logger: Logger }>,
+  servers: Readonly<{ pool: Pool; redis: Redis; queues?: Queues; logger: Logger }>,
 ): Operations {
   const { pool, redis, logger } = servers;
   const options = { ...config, statementTimeoutMs: config.publishTimeoutMs };
   const streamOptions = streamOptionsOf(config);
   const restorer = createRestorer(redis, streamOptions);
-  const queues = createQueues(redis, config, logger);
+  const queues = servers.queues ?? createQueues(redis, config, logger);
   const { pollIntervalMs } = config;
   return {
     deadLetters: createDeadLetters({
@@ -52,6 +52,8 @@ export function openOperations(
       republisher: createRepublisher(redis, streamOptions),
       logger,
     }),
-    close: queues.close,
+    close: async () => {
+      if (servers.queues === undefined) await queues.close();
+    },
   };
 }

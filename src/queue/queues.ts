@@ -1,7 +1,7 @@
 import { type Job, Queue, QueueKeys, Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
 import { brief, type OutboxEvent, type TraceContext } from '../event.ts';
-import { succeedsWithin } from '../lifecycle.ts';
+import { NotReadyError, succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 
 export type QueueOptions = Readonly<{
@@ -316,8 +316,42 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       };
     },
 
+    /** @throws what BullMQ met at its first look at Redis; then they are of no use any more, see openQueues */
+    async ready(): Promise<void> {
+      await Promise.all([claim.waitUntilReady(), publish.waitUntilReady()]);
+    },
+
     async close(): Promise<void> {
       await Promise.allSettled([claim.close(), publish.close()]);
     },
   };
+}
+
+const OPEN_RETRY_MS = 200;
+
+/**
+ * Queues that work. BullMQ asks Redis for its version when a queue is made; should the connection break at that very
+ * moment, each call of that queue fails with the same error ever after, though the connection is long back.
+ *
+ * @throws {NotReadyError} when Redis does not answer within `timeoutMs`
+ */
+export async function openQueues(
+  redis: Redis,
+  options: QueueOptions,
+  logger: Pick<Logger, 'debug'>,
+  timeoutMs: number,
+): Promise<Queues> {
+  const endsAt = Date.now() + timeoutMs;
+  for (;;) {
+    const queues = createQueues(redis, options, logger);
+    try {
+      await withDeadline(Math.max(endsAt - Date.now(), OPEN_RETRY_MS), queues.ready());
+      return queues;
+    } catch (error) {
+      await succeedsWithin(CLOSE_TIMEOUT_MS, queues.close());
+      if (Date.now() >= endsAt)
+        throw new NotReadyError(`Redis cannot be reached (see RELAY_REDIS_URL): ${(error as Error).message}`);
+      await new Promise((resolve) => setTimeout(resolve, OPEN_RETRY_MS));
+    }
+  }
 }

@@ -1,17 +1,19 @@
 import { type Job, Worker } from 'bullmq';
 import type { Redis } from 'ioredis';
-import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import { beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import type { PrivateRedis } from '../../src/demo/servers.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import {
   createQueues,
+  openQueues,
   publishJobKey,
   publishQueueName,
   QUEUE_CONNECTION,
   type Queues,
   WORKER_CONNECTION,
 } from '../../src/queue/queues.ts';
+import { startProxy, through } from '../support/proxy.ts';
 import { createRedis } from '../support/servers.ts';
 import { aClaimedEvent, deferred, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
@@ -65,6 +67,21 @@ async function failed(event: OutboxEvent, reason = 'refused'): Promise<OutboxEve
   );
   return event;
 }
+
+test('queues work although the connection breaks at the moment when they are made', async () => {
+  const proxy = await startProxy(server.port);
+  onTestFinished(proxy.close);
+  const redis = openRedis(through(proxy, server.url), QUEUE_CONNECTION);
+  await waitFor(() => redis.status === 'ready', { what: 'the connection' });
+  // Nothing is answered any more: BullMQ's first question is on its way when the connection breaks.
+  proxy.loseTrack();
+  const opening = openQueues(redis, OPTIONS, silent, 10_000);
+  proxy.cut();
+  const { addPublishJobs, publish } = await opening;
+  const event = aClaimedEvent();
+  await addPublishJobs([event]);
+  expect(await publish.getJobState(event.eventId)).toBe('waiting');
+});
 
 describe('publish jobs', () => {
   test('are added once each, with the event as their data', async () => {
