@@ -92,6 +92,7 @@ const UNIT_MS = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
 
 /** Option parser: a time, or so many ms ago. */
 export function when(text: string): Date | number {
+  if (text === 'now') return 0;
   const [, count, unit] = /^(\d{1,9})([smhd]?)$/.exec(text) ?? [];
   if (unit === undefined) return time(text);
   return Number(count) * UNIT_MS[(unit || 's') as keyof typeof UNIT_MS];
