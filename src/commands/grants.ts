@@ -19,15 +19,10 @@ export function addGrants(program: Command): void {
     )
     .action((options: GrantsOptions) =>
       withConfig(async (config) => {
-        if (options.only !== 'redis') print(databaseGrants(config, options));
-        if (options.only === undefined) print('\n-- In Redis:');
-        if (options.only !== 'sql') {
-          print(redisAcl(config, options));
-          if (config.allowedTopics === '*')
-            console.error(
-              'Every key, since RELAY_ALLOWED_TOPICS allows every topic: name those that you use.',
-            );
-        }
+        const [sql, redis] = [databaseGrants(config, options), redisAcl(config, options)];
+        print({ sql, redis, both: `${sql}\n\n-- In Redis:\n${redis}` }[options.only ?? 'both']);
+        if (options.only !== 'sql' && config.allowedTopics === '*')
+          console.error('Every key, since RELAY_ALLOWED_TOPICS allows every topic: name those that you use.');
         return EXIT.done;
       }),
     );

@@ -59,7 +59,7 @@ for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
   if not keep or below(place, keep) then
     keep, slowest, waits = place, group.name, pending or below(delivered, last)
   end
-  if shortened and ((below(delivered, begins) and below(delivered, last))
+  if shortened and (below(delivered, begins)
       or (pending and below(pending, begins) and not below(pending, before))) then
     dropped = group.name
   end

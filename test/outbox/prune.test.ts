@@ -46,6 +46,8 @@ describe('of the rows of the table', () => {
     const dead = { created_at: ago(40), dead_lettered_at: ago(30), stream_entry_id: `'1-1'` };
     await add('old and dead', { ...dead, next_attempt_at: `'infinity'` });
     await add('dead and skipped', { ...dead, ...published(29) });
+    await add('discarded', { ...dead, published: 'true', published_at: ago(29), stream_entry_id: 'NULL' });
+    await add('old and taken back', { ...published(30), published: 'false' });
   });
 
   test('those are deleted that were published long enough ago, and are not dead', async () => {
@@ -58,6 +60,8 @@ describe('of the rows of the table', () => {
         'old and parked',
         'old and dead',
         'dead and skipped',
+        'discarded',
+        'old and taken back',
       ].toSorted(),
     );
   });
@@ -66,7 +70,7 @@ describe('of the rows of the table', () => {
     let sum = 0;
     for await (const rows of retention.byHand(24 * HOUR_MS, true)) sum += rows;
     expect(sum).toBe(3);
-    expect(await count()).toBe(9);
+    expect(await count()).toBe(11);
   });
 });
 

@@ -160,12 +160,15 @@ describe('somebody is warned', () => {
     expect([...warnings.slice(1), ...other.warnings]).toEqual([]);
   });
 
-  test('not of a stream that is full of what was acknowledged', async () => {
-    const { note, trim, warnings } = trimmerOf(110);
+  test.each([
+    ['but for one entry', 110, 99, 98],
+    ['to its only entry', 1, 1, 1],
+  ])('not of a stream that is full of what was acknowledged, %s', async (_, cap, entries, acknowledged) => {
+    const { note, trim, warnings } = trimmerOf(cap);
     await redis.xgroup('CREATE', STREAM, 'group', '0', 'MKSTREAM');
     note(STREAM);
-    await add(99);
-    await consume('group', 99);
+    await add(entries);
+    await consume('group', acknowledged);
     await trim();
     expect(warnings).toEqual([]);
   });
