@@ -108,3 +108,32 @@ export const succeedsWithin = (ms: number, work: Promise<unknown>): Promise<bool
     () => true,
     () => false,
   );
+
+/**
+ * Does `work`, which must not throw, at once and again and again, `intervalMs` after it has ended.
+ * `stop` resolves when it is not being done any more.
+ */
+export function repeating(work: () => Promise<unknown>, intervalMs: number) {
+  let stopped = true;
+  let timer: NodeJS.Timeout | undefined;
+  let running: Promise<void> = Promise.resolve();
+
+  function again(): void {
+    running = work().then(() => {
+      if (!stopped) timer = setTimeout(again, intervalMs);
+    });
+  }
+
+  return {
+    start(): void {
+      if (!stopped) return;
+      stopped = false;
+      again();
+    },
+    async stop(): Promise<void> {
+      stopped = true;
+      clearTimeout(timer);
+      await running;
+    },
+  };
+}

@@ -1,10 +1,11 @@
-import { Presets, SingleBar } from 'cli-progress';
+import { SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
 import { createComparison, streamOptionsOf } from '../comparison.ts';
 import type { RelayConfig } from '../config.ts';
 import { createReceipts } from '../outbox/receipts.ts';
 import { createRestorer, notesOf } from '../stream/restore.ts';
 import { type Found, totals } from '../triage/resync.ts';
+import { barOptions } from './act.ts';
 import { EXIT, print, time, when, withConfig, withServers } from './command.ts';
 
 type VerifyOptions = Readonly<{
@@ -80,20 +81,13 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
     return all.lost === all.restored && all.refused === 0;
   });
 
-/** On stderr: in place in a terminal, otherwise a line now and then. It advances by the time of the rows. */
+/** Advances by the time of the rows. */
 function progressBar(since: string, until: string) {
   const [from, to] = [Date.parse(since), Date.parse(until)];
   const bar = new SingleBar(
-    {
-      stream: process.stderr,
-      format:
-        ' {percentage}% | {bar} | {rows} rows, {lost} missing, {restored} restored | {eta_formatted} left',
-      noTTYOutput: true,
-      notTTYSchedule: 5_000,
-      hideCursor: true,
-      clearOnComplete: true,
-    },
-    Presets.shades_classic,
+    ...barOptions(
+      ' {percentage}% | {bar} | {rows} rows, {lost} missing, {restored} restored | {eta_formatted} left',
+    ),
   );
   bar.start(Math.max(1, to - from), 0, { rows: 0, lost: 0, restored: 0 });
   return {

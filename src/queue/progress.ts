@@ -1,5 +1,6 @@
 import type { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
+import { repeating } from '../lifecycle.ts';
 import type { PatientWorker } from './queues.ts';
 
 /** Between two looks. */
@@ -41,9 +42,6 @@ export function createProgressWatch(deps: {
   lookIntervalMs?: number;
 }): ProgressWatch {
   const { redis, assertWritable, stuckAfterMs = STUCK_AFTER_MS, lookIntervalMs = LOOK_INTERVAL_MS } = deps;
-  let stopped = true;
-  let timer: NodeJS.Timeout | undefined;
-  let looking: Promise<void> = Promise.resolve();
   const watches = deps.workplaces.map(watch);
 
   function watch({ worker, queue, deadlineMs, oneByOne }: Workplace) {
@@ -100,23 +98,8 @@ export function createProgressWatch(deps: {
     return { look, reasons };
   }
 
-  function lookAgain(): void {
-    looking = Promise.all(watches.map((it) => it.look())).then(() => {
-      if (!stopped) timer = setTimeout(lookAgain, lookIntervalMs);
-    });
-  }
-
   return {
-    start() {
-      if (!stopped) return;
-      stopped = false;
-      lookAgain();
-    },
-    async stop() {
-      stopped = true;
-      clearTimeout(timer);
-      await looking;
-    },
+    ...repeating(() => Promise.all(watches.map((it) => it.look())), lookIntervalMs),
     reasons: () => watches.flatMap((it) => it.reasons()),
   };
 }

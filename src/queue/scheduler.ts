@@ -1,5 +1,6 @@
 import type { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
+import { repeating } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 
 /** Names of the claim queue's jobs. */
@@ -37,9 +38,6 @@ export function createScheduler(deps: {
   const { queue, redis, others = [], logger } = deps;
   const schedules: readonly Schedule[] = [{ name: TICK, everyMs: deps.pollIntervalMs }, ...others];
   let retired = deps.retired ?? [];
-  let timer: NodeJS.Timeout | undefined;
-  let running: Promise<void> = Promise.resolve();
-  let stopped = true;
   let lookedAt = Date.now();
 
   async function redisTime(): Promise<number> {
@@ -78,23 +76,10 @@ export function createScheduler(deps: {
       logger.warn({ err: error }, 'cannot uphold the claim schedule; trying again');
     }
     lookedAt = Date.now();
-    if (!stopped) timer = setTimeout(lookAgain, HEAL_INTERVAL_MS);
-  }
-  function lookAgain(): void {
-    running = look();
   }
 
   return {
-    start() {
-      if (!stopped) return;
-      stopped = false;
-      lookAgain();
-    },
-    async stop() {
-      stopped = true;
-      clearTimeout(timer);
-      await running;
-    },
+    ...repeating(look, HEAL_INTERVAL_MS),
     async wake() {
       try {
         await queue.add(
