@@ -3,6 +3,7 @@
  * steady load before, during and after it.
  */
 import { randomUUID } from 'node:crypto';
+import { loadavg } from 'node:os';
 import { Queue } from 'bullmq';
 import { type BenchStage, STREAM } from './stage.ts';
 
@@ -34,6 +35,8 @@ export async function benchRetention(
     [options.rows],
   );
   await pool.query('VACUUM ANALYZE identity.outbox');
+  // What the million rows have left to be written must not be in what is measured.
+  await pool.query('CHECKPOINT');
   await load(async () => pause(5_000)); // warm
   const before = await load(() => pause(QUIET_SECONDS * 1_000));
   const startedAt = Date.now();
@@ -57,7 +60,8 @@ export async function benchRetention(
   await stage.audit();
   for (const [when, it] of Object.entries({ before, during, after })) {
     console.log(
-      `  ${when.padEnd(6)} p50 ${it.p50} ms, p99 ${it.p99} ms, at most ${it.max} ms (${it.events} events)`,
+      `  ${when.padEnd(6)} p50 ${it.p50} ms, p99 ${it.p99} ms, at most ${it.max} ms (${it.events} events; ` +
+        `${it.checkpoints} checkpoints, ${Math.round(it.wal / 2 ** 20)} MiB of WAL, load ${it.machine.toFixed(1)})`,
     );
   }
   const ratio = during.p99 / ((before.p99 + after.p99) / 2);
@@ -70,6 +74,7 @@ export async function benchRetention(
 
   /** Writes at a steady rate until `work` is done; latencies from the start of each transaction to its entries. */
   async function load(work: () => Promise<void>) {
+    const written = await costs();
     const sentAt = new Map<string, number>();
     const begins = Date.now();
     const from = `${begins}-0`;
@@ -103,7 +108,25 @@ export async function benchRetention(
     if (latencies.length !== sentAt.size) throw new Error('an event has no entry');
     latencies.sort((a, b) => a - b);
     const at = (share: number) => latencies[Math.floor(share * (latencies.length - 1))] as number;
-    return { p50: at(0.5), p99: at(0.99), max: at(1), events: latencies.length };
+    const now = await costs();
+    return {
+      ...{
+        p50: at(0.5),
+        p99: at(0.99),
+        max: at(1),
+        events: latencies.length,
+        machine: loadavg()[0] as number,
+      },
+      ...{ checkpoints: now.checkpoints - written.checkpoints, wal: now.wal - written.wal },
+    };
+  }
+
+  async function costs(): Promise<{ checkpoints: number; wal: number }> {
+    const { rows } = await pool.query(
+      `SELECT (SELECT num_done FROM pg_stat_checkpointer)::int AS checkpoints,
+              pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::float8 AS wal`,
+    );
+    return rows[0];
   }
 }
 
