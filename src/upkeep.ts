@@ -21,8 +21,8 @@ const TRIM = 'trim';
 const PRUNE_EVERY_MS = 60_000;
 const TRIM_EVERY_MS = 5_000;
 
-/** What the relay's key of the streams that it has published to is called. */
-export const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${config.queueName}:streams`;
+/** What the relay's key of the streams that are trimmed is called; `…:streams` is the heartbeat's. */
+export const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${config.queueName}:trimmed`;
 
 export const createRetentionOf = (
   config: RelayConfig,

@@ -15,7 +15,8 @@ export function addGrants(program: Command): void {
     .addOption(new Option('--only <part>', 'print one of the two').choices(['sql', 'redis']))
     .addHelpText(
       'after',
-      '\nThe roles must exist. For example: relay grants --only sql | psql; relay grants --only redis | redis-cli',
+      '\nThe roles must exist. For example: relay grants --only sql | psql\n' +
+        'In the line for Redis put a password in place of the word "password" before you use it.',
     )
     .action((options: GrantsOptions) =>
       withConfig(async (config) => {

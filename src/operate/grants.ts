@@ -29,7 +29,7 @@ export type Grantees = Readonly<{
 
 /**
  * Statements for the owner of the table, in terms of roles that exist. They may be run again: what an earlier
- * configuration needed is taken back.
+ * configuration needed is taken back, in one transaction, so that a relay at work is never without its rights.
  */
 export function databaseGrants(
   config: Pick<RelayConfig, 'publishedRetentionMs'>,
@@ -39,6 +39,7 @@ export function databaseGrants(
   const [relay, operators, producers] = [identifier(role), identifier(operator), identifier(producer)];
   const deletes = config.publishedRetentionMs > 0;
   return [
+    'BEGIN;',
     `REVOKE ALL ON identity.outbox FROM ${relay}, ${operators}, ${producers};`,
     `GRANT USAGE ON SCHEMA identity TO ${relay};`,
     `GRANT SELECT${deletes ? ', DELETE' : ''} ON identity.outbox TO ${relay};`,
@@ -54,6 +55,7 @@ export function databaseGrants(
     `GRANT USAGE ON SCHEMA identity TO ${producers};`,
     `GRANT INSERT, SELECT (id, event_id) ON identity.outbox TO ${producers};`,
     `GRANT USAGE ON SEQUENCE identity.outbox_id_seq TO ${producers};`,
+    'COMMIT;',
   ].join('\n');
 }
 
@@ -77,8 +79,8 @@ export function redisAcl(
   return `ACL SETUSER ${redisUser} on resetpass >password resetkeys resetchannels ${patterns} ${commands}`;
 }
 
-const identifier = (name: string) =>
-  /^[a-z_][a-z0-9_]*$/.test(name) ? name : `"${name.replaceAll('"', '""')}"`;
+/** Always in quotes: `user` and other words of SQL are names, too. */
+const identifier = (name: string) => `"${name.replaceAll('"', '""')}"`;
 
 /** Our patterns know `*` and `?`; those of Redis have brackets, and a backslash takes its meaning from any. */
 const inGlob = (pattern: string) => pattern.replace(/[[\]\\]/g, '\\$&');

@@ -48,8 +48,10 @@ local before, near_at, dropped_at = string.match(noted, '(%S+) (%S+) (%S+)')
 near_at, dropped_at = tonumber(near_at or 0), tonumber(dropped_at or 0)
 local info = object(redis.call('XINFO', 'STREAM', stream))
 local last, begins = info['last-generated-id'], first()
--- Since we last looked somebody else has trimmed: the cap, most likely.
-local shortened = before and below(before, begins)
+-- Since we last looked somebody else has taken entries away: the cap, if the stream is that long. If not, maybe a group
+-- that deletes what it has read, so that the first entry is always one it was not delivered; but the one we saw is gone.
+local shortened = before and before ~= '0-0' and below(before, begins)
+local lost = cap > 0 and info.length >= cap and begins or before
 local keep, slowest, waits, dropped
 for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
   local group = object(flat)
@@ -59,12 +61,14 @@ for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
   if not keep or below(place, keep) then
     keep, slowest, waits = place, group.name, pending or below(delivered, last)
   end
-  if shortened and (below(delivered, begins)
+  if shortened and (below(delivered, lost)
       or (pending and below(pending, begins) and not below(pending, before))) then
     dropped = group.name
   end
 end
 
+-- Nothing to do, and nothing to write where Redis has no memory for it.
+if not keep and noted == '' then return {0, info.length, '', ''} end
 local trimmed, length, near = 0, info.length, false
 if keep then
   trimmed = redis.call('XTRIM', stream, 'MINID', '~', keep, 'LIMIT', ARGV[3])
@@ -99,6 +103,9 @@ const ENTRIES_IN_CALL = 5_000;
 const CALLS_IN_RUN = 40;
 /** The same is said of a stream once in so long, by all pods together. */
 const REPEAT_AFTER_MS = 60_000;
+
+/** Redis refuses what it was asked, maybe for this one stream only; anything else is trouble with all of them. */
+const isRefusal = (error: unknown): error is Error => error instanceof Error && error.name === 'ReplyError';
 
 export type Trimmer = ReturnType<typeof createTrimmer>;
 
@@ -165,19 +172,28 @@ export function createTrimmer(
     /**
      * Trims the next streams of the list, as far as a run goes.
      * @returns entries that were trimmed
-     * @throws when Redis does not answer; the next run does it
+     * @throws when Redis does not answer, or after all others when it has refused one; the next run does it
      */
     async run(goesOn: () => boolean): Promise<number> {
-      await list();
+      let refusal: Error | undefined;
+      const refused = (what: string) => (error: unknown) => {
+        if (!isRefusal(error)) throw error;
+        refusal ??= new Error(`${what}: ${error.message}`, { cause: error });
+        return 0;
+      };
+      await list().catch(refused('cannot list streams'));
       let trimmed = 0;
       for (let seen = 0; seen < STREAMS_IN_RUN && goesOn(); ) {
         const [next, pairs] = await redis.hscan(listKey, cursor, 'COUNT', 100);
         cursor = next;
         seen += pairs.length / 2;
-        for (let i = 0; i < pairs.length && goesOn(); i += 2)
-          trimmed += await trim(pairs[i] as string, goesOn);
+        for (let i = 0; i < pairs.length && goesOn(); i += 2) {
+          const stream = pairs[i] as string;
+          trimmed += await trim(stream, goesOn).catch(refused(`cannot trim ${stream}`));
+        }
         if (cursor === '0') break;
       }
+      if (refusal !== undefined) throw refusal;
       return trimmed;
     },
   };

@@ -9,6 +9,9 @@ import { adaptersOf, createGuard, type RelayQueues } from './board-queues.ts';
 
 const PREFIX = '/board';
 
+/** Jobs of one page: Bull Board itself reads as many at once as it is asked for. */
+const MAX_JOBS_PER_PAGE = 100;
+
 /** Whatever would be fetched from another host: Bull Board's page asks for its fonts there. */
 const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
 
@@ -69,6 +72,10 @@ export function createBoard(deps: {
     board.addHook('onRequest', (request, reply) =>
       requires(isRead(request) ? 'viewer' : 'operator')(request, reply),
     );
+    board.addHook('preHandler', async (request) => {
+      const query = request.query as { jobsPerPage?: string };
+      if (Number(query.jobsPerPage) > MAX_JOBS_PER_PAGE) query.jobsPerPage = String(MAX_JOBS_PER_PAGE);
+    });
     board.addHook('preHandler', (request, _reply, done) => asking.run(request.operator, done));
     board.addHook('onSend', async (_request, reply, payload) =>
       typeof payload === 'string' && String(reply.getHeader('content-type')).startsWith('text/html')

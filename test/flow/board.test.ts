@@ -282,6 +282,15 @@ test('the board alone asks nothing of another host, under a path of a proxy as w
     expect(page.headers.get('content-security-policy')).toContain("default-src 'none';script-src 'self'");
     expect(page.headers.get('content-security-policy')).toContain("frame-ancestors 'none'");
   }
+  // Nobody makes it read more jobs at once than its pages have.
+  const jobs = Array.from({ length: 101 }, () => ({ name: 'job', data: aClaimedEvent() }));
+  await stage.queue('publish').addBulk(jobs);
+  const all = '?activeQueue=relay-publish&status=waiting&jobsPerPage=1e6';
+  const { queues } = (await boardApi(alone.url, 'vera')('GET', all)).body as {
+    queues: { jobs: unknown[]; pagination: { pageCount: number } }[];
+  };
+  expect(queues[0]?.jobs).toHaveLength(100);
+  expect(queues[0]?.pagination.pageCount).toBe(2);
   await insertEvents(stage.pool, [anEvent()]);
   expect(await boardApi(alone.url, 'vera')('GET', '')).toMatchObject({
     ...{ status: 200, body: { queues: [{ name: 'relay-publish' }, { name: 'relay-claim' }] } },

@@ -3,6 +3,7 @@ import pg from 'pg';
 import { expect, onTestFinished, test } from 'vitest';
 import { appendEvent, createRelay } from '../../src/app.ts';
 import { loadConfig } from '../../src/config.ts';
+import { databaseGrants } from '../../src/operate/grants.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE } from '../../src/outbox/prune.ts';
@@ -155,6 +156,30 @@ test('the README shows what relay grants prints', async () => {
   const env = { RELAY_ALLOWED_TOPICS: `${STREAM},${WORDS}` };
   const { lines } = await stage.command(['grants'], env);
   expect(lines.join('\n')).toBe(`${sql?.trim()}\n\n-- In Redis:\n${acl?.trim()}`);
+  // Its password is a placeholder, which nobody should hand to Redis.
+  const help = await stage.command(['grants', '--help']);
+  expect(help.lines.join('\n')).not.toMatch(/\| redis-cli/);
+});
+
+test('a relay is never without its rights while they are given anew, whatever its role is called', async () => {
+  const { url } = await createDatabase();
+  const admin = await openPool(url, { max: 1 }).connect();
+  const roles = { role: 'user', operator: 'order', producer: 'Select "' };
+  const names = Object.values(roles).map((name) => pg.escapeIdentifier(name));
+  onTestFinished(async () => {
+    await admin.query(`ROLLBACK; DROP OWNED BY ${names} CASCADE; DROP ROLE ${names}`);
+    admin.release();
+  });
+  for (const name of names) await admin.query(`CREATE ROLE ${name} LOGIN PASSWORD '${RELAY_PASSWORD}'`);
+  const statements = databaseGrants(loadConfig(EVERYTHING), roles).split(/;$/m);
+  expect(statements.length).toBeGreaterThan(10);
+  // One after the other, as psql sends them.
+  for (const statement of statements) await admin.query(statement);
+  const relay = openPool(asRelay(url, roles.role), { max: 1 });
+  for (const statement of statements) {
+    await admin.query(statement);
+    await relay.query('SELECT event_id FROM identity.outbox LIMIT 1');
+  }
 });
 
 test('each right in PostgreSQL is needed', async () => {

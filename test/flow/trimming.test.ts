@@ -1,6 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { Redis } from 'ioredis';
 import { expect, onTestFinished, test } from 'vitest';
+import type { Status } from '../../src/operate/status.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
@@ -67,6 +68,21 @@ test('a consumer that lags misses nothing of a stream that is trimmed as soon as
   await waitFor(() => slow.seen.size === events.length, { what: 'the slow one to have read everything' });
   for (const { seen } of [slow, quick]) expect(seen).toEqual(new Set(events.map((it) => it.eventId)));
   await waitFor(async () => (await stage.redis.xlen(STREAM)) <= 100, { what: 'the rest to be trimmed' });
+
+  // The pods tell of the same streams, for whoever asks for the status.
+  const told = await waitFor(
+    async () => {
+      const { code, lines } = await stage.command(['status', '--json']);
+      expect(code, lines.join('\n')).toBe(0);
+      const { figures } = JSON.parse(lines.join('\n')) as Status;
+      return figures.streams?.some(({ stream }) => stream === STREAM) ? figures.streams : null;
+    },
+    { what: 'the stream to be told of' },
+  );
+  expect(told[0]?.groups.map(({ group, pending }) => [group, pending]).toSorted()).toEqual([
+    ['quick', 0],
+    ['slow', 0],
+  ]);
 }, 60_000);
 
 test('a loss of Redis’ data is mended as ever: what was trimmed stays away, what was lost comes back', async () => {

@@ -6,7 +6,7 @@ import { createRedis } from '../support/servers.ts';
 import { aClaimedEvent, openRedis, silent } from '../support/stages.ts';
 
 const STREAM = 'identity.user.v1';
-const LIST = 'bull:relay:streams';
+const LIST = 'bull:relay:trimmed';
 const EPOCH_KEY = 'bull:relay:epoch';
 const EPOCH = 'server/history:1';
 /** Entries that Redis keeps in one node: it trims whole ones. */
@@ -37,14 +37,14 @@ async function consume(group: string, count: number, from = 1): Promise<void> {
 }
 const firstId = async () => (await redis.xrange(STREAM, '-', '+', 'COUNT', 1))[0]?.[0];
 
-function trimmerOf(streamMaxLen = 0, epoch: string | undefined = EPOCH) {
+function trimmerOf(streamMaxLen = 0, epoch: string | undefined = EPOCH, client = redis) {
   const warnings: { group: unknown; message: string }[] = [];
   const logger: Logger = {
     ...silent,
     warn: (fields: Record<string, unknown>, message: string) =>
       void warnings.push({ group: fields.group, message }),
   };
-  const trimmer = createTrimmer(redis, {
+  const trimmer = createTrimmer(client, {
     ...{ streamMaxLen, epochKey: EPOCH_KEY, listKey: LIST, epoch: () => epoch, logger },
   });
   return { ...trimmer, trim: () => trimmer.run(() => true), warnings };
@@ -114,6 +114,40 @@ describe('a stream is trimmed', () => {
     expect(await trimmerOf().trim()).toBe(400);
     // What is not there, or no stream, leaves the list.
     expect(await redis.hkeys(LIST)).toEqual([STREAM]);
+  });
+
+  test('though Redis refuses another stream, which is named', async () => {
+    await add(500);
+    await redis.xgroup('CREATE', STREAM, 'group', '$');
+    await redis.call('ACL', 'SETUSER', 'limited', 'on', 'nopass', '~bull:*', `~${STREAM}`, '+@all');
+    const limited = trimmerOf(0, EPOCH, openRedis(server.url, { username: 'limited', password: 'any' }));
+    for (const stream of ['forbidden', STREAM]) limited.note(stream);
+    await expect(limited.trim()).rejects.toThrow('forbidden');
+    expect(await redis.hkeys(LIST)).toEqual(['forbidden', STREAM]);
+    expect(await redis.xlen(STREAM)).toBe(NODE);
+  });
+
+  test('though Redis is full: beside streams without groups, and before it takes new ones', async () => {
+    await add(500);
+    await redis.xgroup('CREATE', STREAM, 'group', '0');
+    await redis.xadd('unread', '*', 'n', 1);
+    const { note, trim } = trimmerOf();
+    for (const stream of ['unread', STREAM]) note(stream);
+    await trim();
+    await consume('group', 250);
+    await redis.config('SET', 'maxmemory', '1');
+    try {
+      expect(await trim()).toBe(200);
+      await redis.xgroup('SETID', STREAM, 'group', id(500));
+      note('new');
+      await expect(trim()).rejects.toThrow('OOM');
+      expect(await redis.xlen(STREAM)).toBe(NODE);
+    } finally {
+      await redis.config('SET', 'maxmemory', '0');
+    }
+    await redis.xadd('new', '*', 'n', 1);
+    await trim();
+    expect(await redis.hkeys(LIST)).toContain('new');
   });
 
   test('only while the epoch lasts: a comparison would take for trimmed what it has yet to restore', async () => {
@@ -191,5 +225,37 @@ describe('somebody is warned', () => {
     await add(350, 951, 1_000);
     await trim();
     expect(warnings.some((it) => it.message === DROPPED && it.group === 'group')).toBe(expected);
+  });
+
+  test.each([
+    [
+      'that deletes what it has acknowledged',
+      1_000,
+      async () => {
+        await add(299, 2);
+        await consume('group', 149, 2);
+        await redis.xdel(STREAM, ...Array.from({ length: 150 }, (_, i) => id(i + 1)));
+      },
+    ],
+    [
+      'whose stream was empty, and is full',
+      10,
+      async () => {
+        await add(100);
+        await redis.xtrim(STREAM, 'MAXLEN', 0);
+      },
+    ],
+  ])('not of a group %s', async (_, cap, act) => {
+    const { note, trim, warnings } = trimmerOf(cap);
+    await redis.xgroup('CREATE', STREAM, 'group', '0', 'MKSTREAM');
+    await add(1);
+    await consume('group', 1);
+    note(STREAM);
+    await trim();
+    await act();
+    await trim();
+    await add(10, 301);
+    await trim();
+    expect(warnings.filter((it) => it.message === DROPPED)).toEqual([]);
   });
 });
