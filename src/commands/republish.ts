@@ -59,7 +59,7 @@ async function run(
     until: instant(options.until),
     filter: { ...(topic !== undefined && { topic }), ...(eventType !== undefined && { eventType }), ...of },
   };
-  const counts = await count(range);
+  const { streams: counts } = await count(range);
   const total = [...counts.values()].reduce((sum, n) => sum + n, 0);
   print(`Published from ${range.since} to ${range.until}:`);
   for (const [stream, n] of counts) {
@@ -104,7 +104,8 @@ async function run(
     ).finally(() => bar.stop());
     print(`${by} had ${counted(result.appended, 'event')} appended again.`);
     if (result.refused > 0) print(`${counted(result.refused, 'event')} refused: ${result.reason}`);
-    if (interrupted && result.next !== null) goOn();
+    if (result.error !== null) console.error(`relay: ${result.error}`);
+    if (interrupted || result.error !== null) goOn();
     return result.refused === 0 && result.next === null ? EXIT.done : EXIT.failed;
   } catch (error) {
     goOn();

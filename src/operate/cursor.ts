@@ -10,6 +10,30 @@ export class CursorError extends Error {
 export const toCursor = (place: Readonly<Record<string, string>>): string =>
   Buffer.from(JSON.stringify(place)).toString('base64url');
 
+/** What servers could not read is no answer of ours: members by name, all others are text. */
+const NUMBER = /^-?\d{1,18}$/;
+const ENTRY_ID = /^\d{1,18}-\d{1,18}$/;
+const TIME = /^\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d){0,2})$/i;
+const FORMATS: Readonly<Record<string, RegExp>> = {
+  ...{ id: NUMBER, readUs: NUMBER, readId: NUMBER, entryId: ENTRY_ID, entryRow: NUMBER },
+  ...{ lateUs: NUMBER, lateId: NUMBER, lateEntryId: ENTRY_ID, lateEntryRow: NUMBER },
+  ...{ at: TIME, settledAt: TIME },
+  aggregateId: /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i,
+};
+
+function isReadable(member: string, value: unknown): boolean {
+  if (typeof value !== 'string' || value.includes('\u0000')) return false;
+  const format = FORMATS[member];
+  if (format === undefined) return true;
+  return format.test(value) && (format !== TIME || isOnCalendar(value));
+}
+
+/** No 30th of February, no 25 o'clock. */
+function isOnCalendar(time: string): boolean {
+  const utc = new Date(`${time.slice(0, 10)}T${time.slice(11, 19)}Z`);
+  return !Number.isNaN(utc.getTime()) && utc.toISOString().slice(0, 10) === time.slice(0, 10);
+}
+
 /** @throws {CursorError} when `cursor` is not a place with these members */
 export function fromCursor<T>(cursor: string, members: readonly (keyof T & string)[]): T {
   let place: unknown;
@@ -20,6 +44,6 @@ export function fromCursor<T>(cursor: string, members: readonly (keyof T & strin
   }
   if (typeof place !== 'object' || place === null) throw new CursorError();
   const found = place as Record<string, unknown>;
-  if (!members.every((member) => typeof found[member] === 'string')) throw new CursorError();
+  if (!members.every((member) => isReadable(member, found[member]))) throw new CursorError();
   return found as T;
 }

@@ -5,6 +5,7 @@ import type {
   DeadLetterGroup,
   DeadRow,
   DeadRows,
+  LockedRow,
 } from '../outbox/dead-rows.ts';
 import type { Queues } from '../queue/queues.ts';
 import type { DeadEntries, DeadEntry } from '../stream/dead-entries.ts';
@@ -27,7 +28,7 @@ export type ActionOptions = Readonly<{
   by: string;
   /** Only counts. */
   dryRun?: boolean;
-  /** Dead letters looked at, at most; `next` goes on from there. Default: all. */
+  /** Dead letters looked at, at most, of pruned ones entries; `next` goes on from there. Default: all. */
   limit?: number;
   /** `next` of an earlier call with the same selection. */
   after?: string;
@@ -53,6 +54,8 @@ export type DeadLetters = ReturnType<typeof createDeadLetters>;
 
 /** Rows in one transaction; also what an interruption leaves unfinished at most. */
 const BATCH = 200;
+/** Entries of the dead-letter stream that are held at once, where events without rows are named. */
+const ENTRY_BATCH = 50;
 /** Events that may be named one by one. */
 export const MOST_EVENT_IDS = 10_000;
 const MOST_REFUSALS = 100;
@@ -70,11 +73,11 @@ const UNCLEAR = 'its job is being worked on, or has appended it: try again, or r
 export function createDeadLetters(deps: {
   rows: DeadRows;
   entries: DeadEntries;
-  jobs: Pick<Queues, 'takeAway' | 'view'>;
+  jobs: Pick<Queues, 'takeAway' | 'remove' | 'view'>;
   /** Field of a job's hash in which its append is remembered. */
   memory: string;
-  /** Whether the event is among the latest entries of that stream. */
-  isInStream: (stream: string, eventId: string) => Promise<boolean>;
+  /** Those of the events that are among the latest entries of that stream. */
+  inStream: (stream: string, eventIds: readonly string[]) => Promise<ReadonlyMap<string, unknown>>;
   /** Lets the aggregates go on, where nothing holds them any more. */
   release: (
     aggregates: readonly Readonly<{ aggregateType: string; aggregateId: string }>[],
@@ -86,50 +89,82 @@ export function createDeadLetters(deps: {
   const { rows, entries, jobs, memory, logger } = deps;
   const inspection = createInspection(deps);
 
+  /** What comes after a commit: it is done, whatever becomes of this. */
+  async function afterwards(work: () => Promise<unknown>): Promise<void> {
+    try {
+      await work();
+    } catch (error) {
+      logger.warn(
+        { err: error },
+        'dead letters were replayed or discarded, but tidying up after that failed; the next tick frees what waits',
+      );
+    }
+  }
+
+  /**
+   * The entries of these events, the last ones from their rows. Looked up before the rows are locked, since it takes
+   * long; an event may have got a newer one since, which its row has, but none once it is replayed.
+   */
+  const closedBy = (held: readonly LockedRow[], entryIds: ReadonlyMap<string, string[]>): string[] => [
+    ...new Set(
+      held.flatMap(({ eventId, entryId }) => [...(entryIds.get(eventId) ?? []), entryId ?? []].flat()),
+    ),
+  ];
+
   /** One transaction: dead rows become fresh, in the order of their aggregates. Answers how many did. */
-  async function replayRows(ids: readonly string[]): Promise<number> {
-    const { locked, closed } = await rows.transaction(async (tx) => {
-      const held = await rows.lock(tx, ids);
-      if (held.length === 0) return { locked: held, closed: [] };
+  async function replayRows(batch: readonly DeadRow[]): Promise<number> {
+    const entryIds = await entries.idsOf(eventIdsOf(batch));
+    const { locked, closed, appended } = await rows.transaction(async (tx) => {
+      const held = await rows.lock(tx, idsOf(batch));
+      if (held.length === 0) return { locked: held, closed: [], appended: [] };
       const unclear = await jobs.takeAway(eventIdsOf(held), memory);
       const clear = held.filter((row) => !unclear.has(row.eventId));
-      // Looked up before the commit: from then on the event may get a new one.
-      const entryIds = await entries.idsOf(eventIdsOf(clear));
       const asked = held.filter((row) => unclear.has(row.eventId));
       await rows.revive(tx, idsOf(held), idsOf(asked));
-      return { locked: held, closed: entryIds };
+      return {
+        locked: held,
+        closed: closedBy(clear, entryIds),
+        appended: eventIdsOf(asked.filter((row) => unclear.get(row.eventId) === 'appended')),
+      };
     });
-    await entries.remove(closed);
+    // Its failed job would have it dead again. Without one, it is looked for in its stream.
+    for (const eventId of appended) await afterwards(() => jobs.remove(eventId));
+    await afterwards(() => entries.remove(closed));
     if (locked.length > 0) await deps.wake();
     return locked.length;
   }
 
   /** One transaction: dead rows are given up for good, and nobody waits for them any more. */
   async function discardRows(
-    ids: readonly string[],
+    batch: readonly DeadRow[],
     reason: string,
     by: string,
     refuse: Refuse,
   ): Promise<number> {
+    const entryIds = await entries.idsOf(eventIdsOf(batch));
     const { gone, closed } = await rows.transaction(async (tx) => {
-      const held = await rows.lock(tx, ids);
+      const held = await rows.lock(tx, idsOf(batch));
       const unclear = await jobs.takeAway(eventIdsOf(held), memory);
       const clear = held.filter((row) => !unclear.has(row.eventId));
-      for (const eventId of unclear) refuse(eventId, UNCLEAR);
-      const entryIds = await entries.idsOf(eventIdsOf(clear));
+      for (const eventId of unclear.keys()) refuse(eventId, UNCLEAR);
       await rows.discard(tx, idsOf(clear), reason, by);
-      return { gone: clear, closed: entryIds };
+      return { gone: clear, closed: closedBy(clear, entryIds) };
     });
-    await entries.remove(closed);
+    await afterwards(() => entries.remove(closed));
     if (gone.length > 0) {
-      await deps.release(gone);
+      await afterwards(() => deps.release(gone));
       await deps.wake();
     }
     return gone.length;
   }
 
   /** The row of a pruned event is written anew; its aggregate's order and all that is promised of rows come with it. */
-  async function replayEntry(entry: DeadEntry, refuse: Refuse): Promise<number> {
+  async function replayEntry(
+    entry: DeadEntry,
+    entryIds: readonly string[],
+    isInStream: boolean,
+    refuse: Refuse,
+  ): Promise<number> {
     const { eventId } = entry;
     const no = (reason: string) => {
       refuse(eventId, reason);
@@ -139,7 +174,7 @@ export function createDeadLetters(deps: {
     if (!isUuid(eventId) || !isUuid(entry.aggregateId))
       return no('its dead letter names no event, or no aggregate');
     // Somebody may have replayed it by other roads, and its row was pruned after that.
-    if (await deps.isInStream(entry.topic, eventId)) return no('it is in its stream already');
+    if (isInStream) return no('it is in its stream already');
     // Its failed job, which the row did not take along, would swallow the new one.
     if ((await jobs.takeAway([eventId], memory)).size > 0) return no(UNCLEAR);
     try {
@@ -147,8 +182,29 @@ export function createDeadLetters(deps: {
     } catch (error) {
       return no(`its row cannot be written: ${errorText(error)}`);
     }
-    await entries.remove(await entries.idsOf([eventId]));
+    await afterwards(() => entries.remove(entryIds));
     return 1;
+  }
+
+  async function replayEntries(batch: readonly DeadEntry[], refuse: Refuse): Promise<number> {
+    // Each of these goes through a stream: once for all.
+    const entryIds = await entries.idsOf(eventIdsOf(batch));
+    const there = new Set<string>();
+    for (const topic of new Set(batch.map((entry) => entry.topic))) {
+      const ofTopic = batch.filter((entry) => entry.topic === topic);
+      for (const eventId of (await deps.inStream(topic, eventIdsOf(ofTopic))).keys()) there.add(eventId);
+    }
+    let done = 0;
+    for (const entry of batch) {
+      const { eventId } = entry;
+      done += await replayEntry(entry, entryIds.get(eventId) ?? [], there.has(eventId), refuse);
+    }
+    return done;
+  }
+
+  async function discardEntries(batch: readonly DeadEntry[]): Promise<number> {
+    await entries.remove([...(await entries.idsOf(eventIdsOf(batch))).values()].flat());
+    return batch.length;
   }
 
   type Refuse = (eventId: string, reason: string) => void;
@@ -158,8 +214,8 @@ export function createDeadLetters(deps: {
     selection: Selection,
     options: ActionOptions,
     act: Readonly<{
-      rows: (ids: readonly string[], refuse: Refuse) => Promise<number>;
-      entry: (entry: DeadEntry, refuse: Refuse) => Promise<number>;
+      rows: (batch: readonly DeadRow[], refuse: Refuse) => Promise<number>;
+      entries: (batch: readonly DeadEntry[], refuse: Refuse) => Promise<number>;
     }>,
   ): Promise<ActionResult> {
     const { dryRun = false, limit = Number.POSITIVE_INFINITY, after } = options;
@@ -188,28 +244,39 @@ export function createDeadLetters(deps: {
       for (let i = 0; i < dead.length; i += BATCH) {
         if (options.stopped?.()) return result(null);
         const batch = dead.slice(i, i + BATCH);
-        done += dryRun ? batch.length : await act.rows(idsOf(batch), refuse);
+        done += dryRun ? batch.length : await act.rows(batch, refuse);
         progress(batch.length);
         if (!dryRun) await room();
       }
       const known = new Set(eventIdsOf(found));
-      for (const eventId of wanted) {
-        if (known.has(eventId)) continue;
-        const entry = await entries.read(eventId);
-        if (entry === null) refuse(eventId, 'neither the table nor the dead-letter stream knows it');
-        else done += dryRun ? 1 : await act.entry(entry, refuse);
-        progress(1);
+      const unknown = wanted.filter((eventId) => !known.has(eventId));
+      for (let i = 0; i < unknown.length; i += ENTRY_BATCH) {
+        if (options.stopped?.()) return result(null);
+        const batch = unknown.slice(i, i + ENTRY_BATCH);
+        const entryIds = await entries.idsOf(batch);
+        const letters: DeadEntry[] = [];
+        for (const eventId of batch) {
+          const entryId = entryIds.get(eventId)?.[0];
+          const entry = entryId === undefined ? null : await entries.get(entryId);
+          if (entry === null) refuse(eventId, 'neither the table nor the dead-letter stream knows it');
+          else letters.push(entry);
+        }
+        done += dryRun ? letters.length : await act.entries(letters, refuse);
+        progress(batch.length);
       }
       return result(null);
     }
 
     if (selection.pruned) {
-      for await (const entry of inspection.prunedEntries(selection.filter, after)) {
-        done += dryRun ? 1 : await act.entry(entry, refuse);
-        progress(1);
-        if (seen >= limit || options.stopped?.()) return result(toCursor({ entryId: entry.entryId }));
+      let next: string | null = null;
+      for await (const page of inspection.prunedPages(selection.filter, after, limit)) {
+        const { entries: batch } = page;
+        done += dryRun ? batch.length : await act.entries(batch, refuse);
+        progress(batch.length);
+        next = page.next;
+        if (options.stopped?.()) break;
       }
-      return result(null);
+      return result(next);
     }
 
     if (dryRun) {
@@ -222,7 +289,7 @@ export function createDeadLetters(deps: {
       const size = Math.min(BATCH, limit - seen);
       if (size <= 0 || options.stopped?.()) return result(place === null ? null : toCursor(place));
       const batch = await rows.inOrder(selection.filter, place, size);
-      if (batch.length > 0) done += await act.rows(idsOf(batch), refuse);
+      if (batch.length > 0) done += await act.rows(batch, refuse);
       progress(batch.length);
       const last = batch.at(-1);
       if (last === undefined || batch.length < size) return result(null);
@@ -261,7 +328,7 @@ export function createDeadLetters(deps: {
      * @throws {CursorError} when `after` is not what an earlier call answered
      */
     async replay(selection: Selection, options: ActionOptions): Promise<ActionResult> {
-      const result = await through(selection, options, { rows: replayRows, entry: replayEntry });
+      const result = await through(selection, options, { rows: replayRows, entries: replayEntries });
       const { done, refused, next } = result;
       if (!options.dryRun) {
         if (done > 0) await deps.wake();
@@ -280,11 +347,8 @@ export function createDeadLetters(deps: {
      */
     async discard(selection: Selection, reason: string, options: ActionOptions): Promise<ActionResult> {
       const result = await through(selection, options, {
-        rows: (ids, refuse) => discardRows(ids, reason, options.by, refuse),
-        entry: async ({ eventId }) => {
-          await entries.remove(await entries.idsOf([eventId]));
-          return 1;
-        },
+        rows: (batch, refuse) => discardRows(batch, reason, options.by, refuse),
+        entries: discardEntries,
       });
       const { done, refused, next } = result;
       if (!options.dryRun)
@@ -298,4 +362,4 @@ export function createDeadLetters(deps: {
 }
 
 const idsOf = (rows: readonly DeadRow[]) => rows.map((row) => row.id);
-const eventIdsOf = (rows: readonly DeadRow[]) => rows.map((row) => row.eventId);
+const eventIdsOf = (those: readonly Readonly<{ eventId: string }>[]) => those.map((it) => it.eventId);

@@ -14,6 +14,15 @@ import { fromCursor, toCursor } from './cursor.ts';
 
 export type ListedDeadLetter = DeadLetter & Readonly<{ pruned: boolean }>;
 
+export type ListOptions = Readonly<{
+  limit?: number;
+  /** `next` of an earlier call with the same filter. */
+  after?: string;
+  pruned?: boolean;
+  /** Entries of the dead-letter stream looked at, at most: where few match, there may be a `next` all the same. */
+  look?: number;
+}>;
+
 /** Everything that is known of an event. Times are ISO 8601. */
 export type DeadLetterDetails = Readonly<{
   event: OutboxEvent;
@@ -34,13 +43,9 @@ export function createInspection(deps: { rows: DeadRows; entries: DeadEntries; j
 
   async function list(
     filter: DeadLetterFilter,
-    {
-      limit = 50,
-      after,
-      pruned = false,
-    }: Readonly<{ limit?: number; after?: string; pruned?: boolean }> = {},
+    { limit = 50, after, pruned = false, look }: ListOptions = {},
   ): Promise<{ letters: ListedDeadLetter[]; next: string | null }> {
-    if (pruned) return listPruned(filter, limit, after);
+    if (pruned) return listPruned(filter, limit, after, look);
     const place = after === undefined ? null : fromCursor<DeadLetterPlace>(after, ['at', 'id']);
     const found = await rows.page(filter, place, limit);
     const last = found.length < limit ? undefined : found.at(-1);
@@ -50,30 +55,47 @@ export function createInspection(deps: { rows: DeadRows; entries: DeadEntries; j
     };
   }
 
-  async function listPruned(filter: DeadLetterFilter, limit: number, after?: string) {
+  async function listPruned(filter: DeadLetterFilter, limit: number, after?: string, look?: number) {
     const letters: ListedDeadLetter[] = [];
-    for await (const entry of prunedEntries(filter, after)) {
-      letters.push(letterOf(entry));
-      if (letters.length === limit) return { letters, next: toCursor({ entryId: entry.entryId }) };
+    let next: string | null = null;
+    for await (const page of prunedPages(filter, after, look)) {
+      for (const entry of page.entries) {
+        letters.push(letterOf(entry));
+        if (letters.length === limit) return { letters, next: toCursor({ entryId: entry.entryId }) };
+      }
+      next = page.next;
     }
-    return { letters, next: null };
+    return { letters, next };
   }
 
-  /** Entries whose row is gone, the oldest first. */
-  async function* prunedEntries(filter: DeadLetterFilter, after?: string): AsyncGenerator<DeadEntry> {
+  /**
+   * Entries whose row is gone, the oldest first, in bounded pages; `next`: where to go on after that one, or null.
+   * @param look entries looked at, at most
+   */
+  async function* prunedPages(
+    filter: DeadLetterFilter,
+    after?: string,
+    look = Number.POSITIVE_INFINITY,
+  ): AsyncGenerator<Readonly<{ entries: DeadEntry[]; next: string | null }>> {
     let last: string | null =
       after === undefined ? null : fromCursor<{ entryId: string }>(after, ['entryId']).entryId;
+    let left = look;
     do {
-      const page = await entries.page(last);
+      const page = await entries.page(last, left);
       const known = await rows.existing(page.entries.map((entry) => entry.eventId).filter(isUuid));
       const seen = new Set<string>();
-      for (const entry of page.entries) {
-        if (known.has(entry.eventId) || seen.has(entry.eventId) || !matches(filter, entry)) continue;
-        seen.add(entry.eventId);
-        yield entry;
-      }
+      const found = page.entries.filter(({ eventId }) => {
+        if (known.has(eventId) || seen.has(eventId)) return false;
+        seen.add(eventId);
+        return true;
+      });
       last = page.last;
-    } while (last !== null);
+      left -= page.looked;
+      yield {
+        entries: found.filter((entry) => matches(filter, entry)),
+        next: last === null ? null : toCursor({ entryId: last }),
+      };
+    } while (last !== null && left > 0);
   }
 
   async function show(eventId: string): Promise<DeadLetterDetails | null> {
@@ -105,7 +127,7 @@ export function createInspection(deps: { rows: DeadRows; entries: DeadEntries; j
     return { event: eventOf(entry), state: 'pruned', attempts, error, timeline, dlqEntryId, job };
   }
 
-  return { list, show, prunedEntries };
+  return { list, show, prunedPages };
 }
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;

@@ -42,7 +42,7 @@ export function openOperations(
       entries: createDeadEntries(redis, config.dlqStreamName, restorer.findAll),
       jobs: queues,
       memory: ENTRY,
-      isInStream: async (stream, eventId) => (await restorer.find(stream, [eventId])).has(eventId),
+      inStream: restorer.find,
       release: createOutbox(pool, options).releaseOrphans,
       wake: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }).wake,
       logger,

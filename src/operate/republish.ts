@@ -1,6 +1,6 @@
 import type { OutboxEvent } from '../event.ts';
-import type { Logger } from '../logger.ts';
-import type { PublishedFilter, Receipts, SettledRow } from '../outbox/receipts.ts';
+import { errorText, type Logger } from '../logger.ts';
+import type { PublishedFilter, PublishedRow, Receipts, SettledPlace } from '../outbox/receipts.ts';
 import type { Republisher } from '../stream/republish.ts';
 import { NotOurEpochError } from '../stream/restore.ts';
 import { fromCursor, toCursor } from './cursor.ts';
@@ -36,14 +36,33 @@ export type RepublishResult = Readonly<{
   refused: number;
   /** Why the first of them was. */
   reason: string | null;
+  /** What ended it early, after something was done; null when nothing did. */
+  error: string | null;
   /** Where to go on, if it was not all; give it as `after`. */
   next: string | null;
 }>;
 
-/** Place in the order of publishing from which rows are read, and the entry after which they are appended. */
-type Place = Readonly<{ settledAt: string; id: string; entryId: string; entryRow: string }>;
+/** How many there are, by stream. */
+export type RepublishCount = Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>;
+
+/**
+ * Where to go on. Rows are read from `settledAt`, `id` on. Appended are, of those up to `readUs`, `readId`, all whose
+ * entry is not after `entryId`, `entryRow`; of those between that and `lateUs`, `lateId`, all whose entry is not after
+ * `lateEntryId`, `lateEntryRow`. Beyond that, none, however old their entries: where a stream was restored, or an
+ * acknowledgement was very late, these go back.
+ */
+type Place = Readonly<Record<(typeof PLACE)[number], string>>;
+const PLACE = [
+  ...(['settledAt', 'id', 'readUs', 'readId', 'entryId', 'entryRow'] as const),
+  ...(['lateUs', 'lateId', 'lateEntryId', 'lateEntryRow'] as const),
+] as const;
+const START = {
+  ...{ readUs: '0', readId: '-1', entryId: '0-0', entryRow: '-1' },
+  ...{ lateUs: '0', lateId: '-1', lateEntryId: '0-0', lateEntryRow: '-1' },
+};
+type Mark = Pick<PublishedRow, 'settledUs' | 'id'>;
 /** `turn`: counts the rows as they are read. */
-type Row = SettledRow & Readonly<{ topic: string; turn: number }>;
+type Row = PublishedRow & Readonly<{ turn: number }>;
 
 const PAGE_ROWS = 1_000;
 /**
@@ -82,16 +101,29 @@ export function createRepublish(deps: {
   }
 
   return {
-    /** How many entries that would be, by stream. */
-    async count({ since, until, filter }: RepublishRange): Promise<Map<string, number>> {
-      const counts = new Map<string, number>();
-      let after = { settledAt: since, id: '-1' };
-      for (;;) {
-        const page = await receipts.published(filter, after, until, PAGE_ROWS);
-        for (const { topic } of page) counts.set(topic, (counts.get(topic) ?? 0) + 1);
+    /**
+     * How many entries that would be, at most `limit` of them.
+     * @throws {CursorError} when `after` is not what an earlier call answered
+     */
+    async count(
+      { since, until, filter }: RepublishRange,
+      options: Pick<RepublishOptions, 'limit' | 'after'> = {},
+    ): Promise<RepublishCount> {
+      const { limit = Number.POSITIVE_INFINITY } = options;
+      const streams = new Map<string, number>();
+      let after =
+        options.after === undefined
+          ? { settledAt: since, id: '-1' }
+          : fromCursor<SettledPlace>(options.after, ['settledAt', 'id']);
+      for (let left = limit; ; ) {
+        const size = Math.min(PAGE_ROWS, left);
+        const page = await receipts.published(filter, after, until, size);
+        for (const { topic } of page) streams.set(topic, (streams.get(topic) ?? 0) + 1);
         const last = page.at(-1);
-        if (last === undefined || page.length < PAGE_ROWS) return counts;
-        after = last;
+        if (last === undefined || page.length < size) return { streams, next: null };
+        after = { settledAt: last.settledAt, id: last.id };
+        left -= page.length;
+        if (left <= 0) return { streams, next: toCursor(after) };
       }
     },
 
@@ -100,7 +132,7 @@ export function createRepublish(deps: {
      * answer was lost may then come twice.
      * @throws {CursorError} when `after` is not what an earlier call answered
      * @throws {NotReadyError} when it is not known whether Redis lost entries, and nobody finds out
-     * @throws when a server does not answer
+     * @throws when a server does not answer; each of these before anything was appended: after that, see `error`
      */
     async run(range: RepublishRange, options: RepublishOptions): Promise<RepublishResult> {
       const { since, until, filter } = range;
@@ -108,65 +140,119 @@ export function createRepublish(deps: {
       const append = createAppend(new Date());
       const began =
         options.after === undefined
-          ? { settledAt: since, id: '-1', entryId: '0-0', entryRow: '-1' }
-          : fromCursor<Place>(options.after, ['settledAt', 'id', 'entryId', 'entryRow']);
+          ? { ...START, settledAt: since, id: '-1' }
+          : fromCursor<Place>(options.after, PLACE);
       let place = began;
       let [appended, refused, seen] = [0, 0, 0];
       let reason: string | null = null;
-      const end = (next: string | null): RepublishResult => {
+      const end = (next: string | null, error: string | null = null): RepublishResult => {
         logger.info(
           { by: options.by, ...range, appended, refused, more: next !== null },
           'events were republished',
         );
-        return { appended, refused, reason, next };
+        return { appended, refused, reason, error, next };
       };
 
-      let turn = 0;
-      let held: Row[] = [];
-      let read = { settledAt: began.settledAt, id: began.id };
-      for (;;) {
-        const page = await receipts.published(filter, read, until, PAGE_ROWS);
-        const rows = page.map((row) => ({ ...row, turn: turn++ }));
-        held.push(...rows.filter((row) => isAfter(row, began)));
-        const isLast = page.length < PAGE_ROWS;
-        if (isLast || held.length > HELD_ROWS) {
-          held.sort((a, b) => (isAfter(a, { entryId: b.entryId, entryRow: b.id }) ? 1 : -1));
-          const due = held.slice(0, isLast ? held.length : HELD_ROWS / 2);
-          held = held.slice(due.length);
-          // From a place before every row that is not appended yet.
-          const from = earliest([...due, ...held], page.at(-1) ?? read);
-          for (const step of steps(due)) {
-            const events = new Map(
-              (await receipts.events(step.map((row) => row.id))).map((it) => [it.id, it]),
-            );
-            for (const row of step) {
-              if (seen >= limit || stopped()) return end(toCursor(place));
-              const event = events.get(row.id);
-              const refusal = event === undefined ? null : (event.withheld ?? (await append(event)));
-              if (refusal === null && event !== undefined) appended++;
-              if (refusal !== null) refused++;
-              reason ??= refusal;
-              place = { ...from, entryId: row.entryId, entryRow: row.id };
-              seen++;
-              options.onProgress?.(seen, toCursor(place));
-            }
+      const work = async (): Promise<RepublishResult> => {
+        let turn = 0;
+        let held: Row[] = [];
+        let read: SettledPlace = { settledAt: began.settledAt, id: began.id };
+        let mark: Mark = { settledUs: began.lateUs, id: began.lateId };
+        for (;;) {
+          const page = await receipts.published(filter, read, until, PAGE_ROWS);
+          const isLast = page.length < PAGE_ROWS;
+          const last = page.at(-1);
+          if (last !== undefined) read = { settledAt: last.settledAt, id: last.id };
+          const isOld = last !== undefined && !isBeyond(last, began.lateUs, began.lateId);
+          if (last !== undefined && isBeyond(last, mark.settledUs, mark.id)) mark = last;
+          for (const row of page) if (!isAppended(row, began)) held.push({ ...row, turn: turn++ });
+          if (isLast || (held.length > HELD_ROWS && !isOld)) {
+            held.sort((a, b) => (isAfter(a, b.entryId, b.id) ? 1 : -1));
+            const first = place;
+            const late = held.filter((row) => !isAfter(row, first.entryId, first.entryRow));
+            const due = held.slice(late.length, isLast ? held.length : late.length + HELD_ROWS / 2);
+            // From a place before every row that is not appended yet.
+            const from = earliest(held, read);
+            held = held.slice(late.length + due.length);
+            const [readUs, readId, lateUs, lateId] = [first.lateUs, first.lateId, mark.settledUs, mark.id];
+            const parts: [Row[], (row: Row) => Place][] = [
+              [
+                late.filter((row) => !isBeyond(row, first.lateUs, first.lateId)),
+                (row) => ({ ...first, ...from, lateEntryId: row.entryId, lateEntryRow: row.id }),
+              ],
+              [
+                late.filter((row) => isBeyond(row, first.lateUs, first.lateId)),
+                (row) => ({
+                  ...{ ...first, ...from, readUs, readId, lateUs, lateId },
+                  ...{ lateEntryId: row.entryId, lateEntryRow: row.id },
+                }),
+              ],
+              [
+                due,
+                ({ entryId, id: entryRow }) => ({
+                  ...{ ...from, readUs: lateUs, readId: lateId, entryId, entryRow },
+                  ...{ lateUs, lateId, lateEntryId: entryId, lateEntryRow: entryRow },
+                }),
+              ],
+            ];
+            for (const [rows, placeOf] of parts)
+              if (!(await appendAll(rows, placeOf))) return end(toCursor(place));
+          }
+          if (isLast) return end(null);
+        }
+      };
+
+      /** Answers whether it came to their end. */
+      async function appendAll(rows: readonly Row[], placeOf: (row: Row) => Place): Promise<boolean> {
+        for (const step of steps(rows)) {
+          const found = await receipts.events(step.map((row) => row.id));
+          const events = new Map(found.map((it) => [it.id, it]));
+          for (const row of step) {
+            if (seen >= limit || stopped()) return false;
+            const event = events.get(row.id);
+            const refusal = event === undefined ? null : (event.withheld ?? (await append(event)));
+            if (refusal === null && event !== undefined) appended++;
+            if (refusal !== null) refused++;
+            reason ??= refusal;
+            place = placeOf(row);
+            seen++;
+            options.onProgress?.(seen, toCursor(place));
           }
         }
-        const last = page.at(-1);
-        if (isLast || last === undefined) return end(null);
-        read = { settledAt: last.settledAt, id: last.id };
+        return true;
+      }
+
+      try {
+        return await work();
+      } catch (error) {
+        // What was appended is there: an answer without `next` would have it appended again.
+        if (seen === 0) throw error;
+        logger.error({ err: error }, 'republishing ended early; it can go on');
+        return end(toCursor(place), errorText(error as Error));
       }
     },
   };
 }
 
 /** By the ids of the entries, `<ms>-<sequence>`; those of two streams may be the same. */
-function isAfter(row: Row, other: Readonly<{ entryId: string; entryRow: string }>): boolean {
+function isAfter(row: Row | PublishedRow, entryId: string, entryRow: string): boolean {
   const [ms = 0n, sequence = 0n] = row.entryId.split('-').map(BigInt);
-  const [otherMs = 0n, otherSequence = 0n] = other.entryId.split('-').map(BigInt);
+  const [otherMs = 0n, otherSequence = 0n] = entryId.split('-').map(BigInt);
   if (ms !== otherMs) return ms > otherMs;
   if (sequence !== otherSequence) return sequence > otherSequence;
-  return BigInt(row.id) > BigInt(other.entryRow);
+  return BigInt(row.id) > BigInt(entryRow);
+}
+
+/** In the order in which rows are read. */
+function isBeyond(row: Mark, settledUs: string, id: string): boolean {
+  if (row.settledUs !== settledUs) return BigInt(row.settledUs) > BigInt(settledUs);
+  return BigInt(row.id) > BigInt(id);
+}
+
+function isAppended(row: PublishedRow, place: Place): boolean {
+  if (!isBeyond(row, place.readUs, place.readId)) return !isAfter(row, place.entryId, place.entryRow);
+  if (isBeyond(row, place.lateUs, place.lateId)) return false;
+  return !isAfter(row, place.lateEntryId, place.lateEntryRow);
 }
 
 /** Right before the first of these rows in the order in which they are read. */

@@ -54,6 +54,9 @@ export type DeadLetterGroup = Readonly<{
 /** A dead row on its way back, or out. */
 export type DeadRow = Readonly<{ id: string; eventId: string; aggregateType: string; aggregateId: string }>;
 
+/** The same with the id of its last dead letter. */
+export type LockedRow = DeadRow & Readonly<{ entryId: string | null }>;
+
 /** Place of a row in the order of aggregates: within each, that of its rows. */
 export type AggregatePlace = Readonly<{ aggregateType: string; aggregateId: string; id: string }>;
 
@@ -254,9 +257,9 @@ export function createDeadRows(
      * Locks those of the rows that are dead, in the order of their aggregates. Waits for whoever has them: if rows
      * were skipped, the later ones of their aggregate would get ahead of them.
      */
-    async lock(tx: Queryable, ids: readonly string[]): Promise<DeadRow[]> {
-      const { rows } = await tx.query<DeadRow>(
-        `SELECT ${DEAD_ROW} FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_DEAD('o')}
+    async lock(tx: Queryable, ids: readonly string[]): Promise<LockedRow[]> {
+      const { rows } = await tx.query<LockedRow>(
+        `SELECT ${DEAD_ROW}, o.stream_entry_id AS "entryId" FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_DEAD('o')}
          ORDER BY o.aggregate_type, o.aggregate_id, o.id FOR UPDATE`,
         [ids],
       );

@@ -19,9 +19,12 @@ export type SettledRow = Readonly<{
   bytes: number;
 }>;
 
+/** A row whose entry is in the stream of its topic; with the time of `settledAt` in microseconds, to compare. */
+export type PublishedRow = SettledRow & Readonly<{ topic: string; settledUs: string }>;
+
 /** An event to be appended again; of a dead row with what its dead letter says. */
 export type SettledEvent = OutboxEvent &
-  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null }>;
+  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null; entryId: string }>;
 
 /** Which published events are meant; what is left out does not matter. */
 export type PublishedFilter = Readonly<{
@@ -56,9 +59,11 @@ export function createReceipts(
     read(async (tx) => {
       const { rows } = await tx.query<SettledEvent>(
         `WITH settled AS (
-           SELECT * FROM identity.outbox WHERE id = ANY ($2::bigint[]) AND stream_entry_id IS NOT NULL
+           SELECT * FROM identity.outbox
+           WHERE id = ANY ($2::bigint[]) AND stream_entry_id IS NOT NULL AND (published OR dead_lettered_at IS NOT NULL)
          ) ${eventsOf('settled', maxEventBytes, {
-           columns: 'o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",',
+           columns: `o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",
+                     o.stream_entry_id AS "entryId",`,
            ...(!printing && { printed: 'false', otherwise: 'o.error_message' }),
          })}`,
         [streamName, ids],
@@ -67,8 +72,9 @@ export function createReceipts(
     });
 
   /**
-   * The events of these rows, in order of id; rows that have no receipt any more are left out. Of a row that cannot
-   * be printed (it is dead for that) the payload is withheld, as it was the first time.
+   * The events of these rows, in order of id; rows that have no receipt any more are left out, and those that are
+   * neither published nor dead: a replayed one keeps the receipt of its dead letter. Of a row that cannot be printed (it
+   * is dead for that) the payload is withheld, as it was the first time.
    */
   async function events(ids: readonly string[]): Promise<SettledEvent[]> {
     try {
@@ -132,11 +138,12 @@ export function createReceipts(
       after: SettledPlace,
       until: string,
       limit: number,
-    ): Promise<(SettledRow & Readonly<{ topic: string }>)[]> =>
+    ): Promise<PublishedRow[]> =>
       read(async (tx) => {
-        const { rows } = await tx.query<SettledRow & { topic: string }>(
+        const { rows } = await tx.query<PublishedRow>(
           `SELECT o.id::text AS "id", coalesce(o.topic, $1) AS "topic", o.stream_entry_id AS "entryId",
-                  ${SETTLED_AT}::text AS "settledAt", pg_column_size(o.payload) AS "bytes"
+                  ${SETTLED_AT}::text AS "settledAt", pg_column_size(o.payload) AS "bytes",
+                  round(extract(epoch FROM ${SETTLED_AT}) * 1000000)::bigint::text AS "settledUs"
            FROM identity.outbox o
            WHERE o.stream_entry_id IS NOT NULL AND (${SETTLED_AT}, o.id) > ($2::timestamptz, $3::bigint)
              AND ${SETTLED_AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL

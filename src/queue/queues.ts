@@ -284,22 +284,25 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     },
 
     /**
-     * Takes away the failed jobs of events that get new ones: their ids would shadow these.
+     * Takes away the failed jobs of events that get new ones: their ids would shadow these. One that remembers an
+     * append stays: whoever asks again has to get the same answer.
      * @param memory field of the job's hash in which an append is remembered
      * @returns the events whose job is worked on, or remembers an append: somebody has to look what became of them
      * @throws when Redis does not answer
      */
-    async takeAway(eventIds: readonly string[], memory: string): Promise<Set<string>> {
+    async takeAway(
+      eventIds: readonly string[],
+      memory: string,
+    ): Promise<ReadonlyMap<string, 'busy' | 'appended'>> {
       const unclear = await Promise.all(
-        eventIds.map(async (eventId) => {
-          const [appended, removed] = await Promise.all([
-            redis.hexists(publish.toKey(eventId), memory),
-            publish.remove(eventId),
-          ]);
-          return appended === 1 || removed !== 1 ? [eventId] : [];
+        eventIds.map(async (eventId): Promise<['busy' | 'appended'] | []> => {
+          if ((await redis.hexists(publish.toKey(eventId), memory)) === 1) return ['appended'];
+          return (await publish.remove(eventId)) === 1 ? [] : ['busy'];
         }),
       );
-      return new Set(unclear.flat());
+      return new Map(
+        eventIds.flatMap((eventId, i) => (unclear[i] ?? []).map((why) => [eventId, why] as const)),
+      );
     },
 
     /** The event's job, or null. */

@@ -22,8 +22,11 @@ export type DeadEntry = Readonly<{
 
 export type DeadEntries = ReturnType<typeof createDeadEntries>;
 
-/** A page is read at once; an entry may have RELAY_MAX_EVENT_BYTES. */
-const PAGE_ENTRIES = 50;
+/** Read at once; an entry may have RELAY_MAX_EVENT_BYTES. */
+const STEP_ENTRIES = 20;
+/** A page has no more entries, and ends with the step in which its payloads come to so many characters. */
+export const PAGE_ENTRIES = 200;
+const PAGE_LENGTH = 4 << 20;
 
 /** @param findAll ids of the entries of these events in the stream, the last one first */
 export function createDeadEntries(
@@ -31,32 +34,51 @@ export function createDeadEntries(
   dlqStreamName: string,
   findAll: (stream: string, eventIds: readonly string[]) => Promise<Map<string, string[]>>,
 ) {
+  /** The entry of that id, or null. */
+  async function get(entryId: string): Promise<DeadEntry | null> {
+    const [entry] = await redis.xrange(dlqStreamName, entryId, entryId);
+    return entry === undefined ? null : parsed(...entry);
+  }
+
   return {
     /**
-     * Entries after that one, the oldest first.
-     * @returns with the last entry looked at, or null at the end of the stream
+     * At most `limit` entries after that one, the oldest first.
+     * @returns with how many were looked at, and the last of them, or null at the end of the stream
      */
-    async page(after: string | null): Promise<{ entries: DeadEntry[]; last: string | null }> {
-      const from = after === null ? '-' : `(${after}`;
-      const found = await redis.xrange(dlqStreamName, from, '+', 'COUNT', PAGE_ENTRIES);
-      return {
-        entries: found.flatMap(([entryId, fields]) => parsed(entryId, fields) ?? []),
-        last: found.length < PAGE_ENTRIES ? null : (found.at(-1)?.[0] ?? null),
-      };
+    async page(
+      after: string | null,
+      limit = PAGE_ENTRIES,
+    ): Promise<{ entries: DeadEntry[]; looked: number; last: string | null }> {
+      const entries: DeadEntry[] = [];
+      const most = Math.min(limit, PAGE_ENTRIES);
+      let [looked, length, last] = [0, 0, after];
+      while (looked < most && length < PAGE_LENGTH) {
+        const size = Math.min(STEP_ENTRIES, most - looked);
+        const from = last === null ? '-' : `(${last}`;
+        const found = await redis.xrange(dlqStreamName, from, '+', 'COUNT', size);
+        for (const [entryId, fields] of found) {
+          const entry = parsed(entryId, fields);
+          if (entry === null) continue;
+          entries.push(entry);
+          length += entry.payload.length;
+        }
+        looked += found.length;
+        last = found.at(-1)?.[0] ?? null;
+        if (found.length < size) return { entries, looked, last: null };
+      }
+      return { entries, looked, last };
     },
 
     /** The event's last entry, or null. */
     async read(eventId: string): Promise<DeadEntry | null> {
       const entryId = (await findAll(dlqStreamName, [eventId])).get(eventId)?.[0];
-      if (entryId === undefined) return null;
-      const [entry] = await redis.xrange(dlqStreamName, entryId, entryId);
-      return entry === undefined ? null : parsed(...entry);
+      return entryId === undefined ? null : get(entryId);
     },
 
-    /** Ids of all entries that these events have. */
-    async idsOf(eventIds: readonly string[]): Promise<string[]> {
-      return [...(await findAll(dlqStreamName, eventIds)).values()].flat();
-    },
+    get,
+
+    /** Ids of all entries that these events have, by event id, the last one first. Goes through the stream. */
+    idsOf: (eventIds: readonly string[]): Promise<Map<string, string[]>> => findAll(dlqStreamName, eventIds),
 
     async has(entryId: string): Promise<boolean> {
       return (await redis.xrange(dlqStreamName, entryId, entryId)).length > 0;

@@ -7,10 +7,13 @@ import { NotOurEpochError } from './restore.ts';
 
 /** Appending what was published before once more, on demand. No receipt and no job knows of it. */
 
-/** KEYS: stream, epoch. ARGV: what the epoch's key must hold, then what XADD takes after the key. */
+/**
+ * KEYS: stream, epoch. ARGV: what the epoch's key must hold, then what XADD takes after the key. Answers the id, `!` in
+ * another epoch, `?` when the stream is not there: made anew, it would look as if all that it had was trimmed.
+ */
 const REPUBLISH = `
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return '!' end
-return redis.call('XADD', KEYS[1], unpack(ARGV, 2))`;
+return redis.call('XADD', KEYS[1], 'NOMKSTREAM', unpack(ARGV, 2)) or '?'`;
 
 /** KEYS: epoch. Answers its name if it was begun on this very server; else nothing. See epoch.ts. */
 const CURRENT_EPOCH = `
@@ -67,6 +70,7 @@ export function createRepublisher(redis: Redis, options: StreamOptions) {
           ...[epoch, ...trimmedTo(options.streamMaxLen), '*', ...replayedFields(event, replayedAt)],
         );
         if (reply === '!') throw new NotOurEpochError();
+        if (reply === '?') return 'the stream is not there: relay verify --repair first';
         if (!/^\d+-\d+$/.test(reply)) throw new Error('Redis gave no stream id in answer to an append');
         return null;
       } catch (error) {

@@ -76,8 +76,11 @@ for _, entry in ipairs(redis.call('XREVRANGE', KEYS[1], ARGV[1], '-', 'COUNT', A
 end
 return answer`;
 
-/** Entries in one step, which keeps Redis busy for 1 or 2 ms; and how far back a search goes. */
-const FIND_STEP = 1_000;
+/**
+ * Entries in one step, which Redis copies whole: 0.2 ms for small ones, 10 MB of 100 kB each. And how far back a search
+ * goes.
+ */
+const FIND_STEP = 100;
 const FIND_LIMIT = 50_000;
 
 /** Of markers and notes: longer than any comparison takes that was begun anew since its pod died. */

@@ -15,7 +15,8 @@ const STEP_BYTES = 4 << 20;
 type Place = Readonly<{ settledAt: string; id: string }>;
 type Row = Place & Readonly<{ topic: string | null; entryId: string; bytes: number }>;
 type Outcome = { status: 'restored'; entryId: string } | { status: 'refused'; reason: string };
-type Event = OutboxEvent & Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null }>;
+type Event = OutboxEvent &
+  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null; entryId: string }>;
 
 /** Rows with a receipt, by what was found in their stream. */
 export type Found = {
@@ -145,7 +146,15 @@ export function createResync(deps: {
 
   async function restore(rows: readonly Row[], guard: string, found: Map<string, Found>): Promise<void> {
     const lostIds = new Map(rows.map((row) => [row.id, row.entryId]));
-    const events = await deps.events([...lostIds.keys()]);
+    // What an operator replays meanwhile is not missing: it is published by its job, or was just now.
+    const events = (await deps.events([...lostIds.keys()])).filter(
+      (event) => event.entryId === lostIds.get(event.id),
+    );
+    const missing = new Set(events.map((event) => event.id));
+    for (const row of rows) {
+      const sum = found.get(streamOf(row));
+      if (sum && !missing.has(row.id)) sum.lost--;
+    }
     const renewed: (Receipt & { lostId: string })[] = [];
     // One after the other within an aggregate, so that none overtakes one that is refused.
     const aggregates = groupedBy(events, (event) => `${event.aggregateId} ${event.aggregateType}`);

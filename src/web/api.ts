@@ -17,7 +17,7 @@ export type ApiDeps = Readonly<{
   deadLetters: Readonly<{
     list(
       filter: Filter,
-      options: Readonly<{ limit: number; after?: string; pruned: boolean }>,
+      options: Readonly<{ limit: number; after?: string; pruned: boolean; look: number }>,
     ): Promise<object>;
     groups(filter: Filter, limit: number): Promise<object>;
     show(eventId: string): Promise<Readonly<{ event: object }> | null>;
@@ -25,7 +25,10 @@ export type ApiDeps = Readonly<{
     discard(selection: Selection, reason: string, options: Options): Promise<object>;
   }>;
   republish: Readonly<{
-    count(range: Range): Promise<ReadonlyMap<string, number>>;
+    count(
+      range: Range,
+      options: Readonly<{ limit: number; after?: string }>,
+    ): Promise<Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>>;
     run(range: Range, options: Omit<Options, 'dryRun'>): Promise<object>;
   }>;
   /** Lets through whoever has the role; sets `request.operator`. */
@@ -36,11 +39,12 @@ export type ApiDeps = Readonly<{
 
 type Range = Readonly<{ since: string; until: string; filter: Filter }>;
 
-/** Dead letters, or entries, that one request may deal with. */
+/** Dead letters, or entries, that one request may deal with, or look at. */
 const MOST_PER_REQUEST = 1_000;
 
 const text = { type: 'string', minLength: 1, maxLength: 1_000, pattern: '^[^\\u0000]*$' };
-const uuid = { type: 'string', format: 'uuid' };
+/** Nothing longer: `urn:uuid:…` is of this format too, and PostgreSQL does not read it. */
+const uuid = { type: 'string', format: 'uuid', maxLength: 36 };
 const time = { type: 'string', format: 'date-time' };
 const cursor = { type: 'string', minLength: 1, maxLength: 8_000, description: '`next` of an earlier answer' };
 const limit = (standard: number) => ({
@@ -126,7 +130,10 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
         response: answer('a page', { letters: list, next }),
       },
       handle: async ({ query }) =>
-        deadLetters.list(filterOf(query), { ...page(query), pruned: query.pruned === true }),
+        deadLetters.list(filterOf(query), {
+          ...page(query),
+          ...{ pruned: query.pruned === true, look: MOST_PER_REQUEST },
+        }),
     },
     {
       ...{ method: 'GET', url: '/dlq/groups', role: 'viewer' },
@@ -139,16 +146,16 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
     },
     {
       ...{ method: 'GET', url: '/dlq/:eventId', role: 'viewer' },
-      summary: 'Everything that is known of one event; its payload is for operators alone',
+      summary: 'Everything that is known of one event; its payload, tenant and trace are for operators alone',
       schema: {
         params: object({ eventId: uuid }, ['eventId']),
         response: answer('the event', {}),
       },
       handle: async ({ params, role }) => {
-        const details = await deadLetters.show(params.eventId ?? '');
+        const details = await deadLetters.show((params.eventId ?? '').toLowerCase());
         if (details === null)
           throw new ApiError(404, 'neither the table nor the dead-letter stream knows this event');
-        return role === 'operator' ? details : { ...details, event: { ...details.event, payload: null } };
+        return role === 'operator' ? details : { ...details, event: forViewers(details.event) };
       },
     },
     {
@@ -181,7 +188,8 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
         response: answer('what was done; of a dry run the counts by stream', {
           appended: { type: 'integer' },
           refused: { type: 'integer' },
-          reason: { type: ['string', 'null'] },
+          reason: { type: ['string', 'null'], description: 'why the first one was refused' },
+          error: { type: ['string', 'null'], description: 'what ended it early; `next` goes on' },
           next,
           streams: { type: 'object', additionalProperties: { type: 'integer' } },
         }),
@@ -191,12 +199,8 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
         const range = { since, until, filter: (body.filter ?? {}) as Filter };
         const { dryRun, ...options } = actionOf(body, by);
         if (!dryRun) return republish.run(range, options);
-        return {
-          appended: 0,
-          refused: 0,
-          next: null,
-          streams: Object.fromEntries(await republish.count(range)),
-        };
+        const { streams, next: rest } = await republish.count(range, page(body));
+        return { appended: 0, refused: 0, next: rest, streams: Object.fromEntries(streams) };
       },
     },
   ];
@@ -207,6 +211,12 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
     handle: async () => describeApi('/api', version, [...routes, description]),
   };
   return [...routes, description];
+}
+
+/** Whatever comes of a payload, or tells whose it is, is left out. */
+function forViewers(event: object): object {
+  const { tenantId: _, correlationId: __, trace: ___, ...rest } = event as Record<string, unknown>;
+  return { ...rest, payload: null };
 }
 
 const FILTERS = Object.keys(filter);
@@ -235,7 +245,8 @@ function selectionOf(body: Record<string, unknown>): Selection {
   const filtered = Object.keys(wanted).length > 0 || body.pruned === true;
   if (eventIds !== undefined) {
     if (filtered || all) throw new ApiError(400, 'body has both eventIds and a filter: one of them');
-    return { eventIds };
+    // As the table and the jobs have them.
+    return { eventIds: [...new Set(eventIds.map((eventId) => eventId.toLowerCase()))] };
   }
   if (!filtered && !all)
     throw new ApiError(400, 'body has neither eventIds nor a filter: say all for every dead letter');
@@ -270,6 +281,7 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
             async (request) => {
               refuseUnknown(route.schema.querystring, request.query, 'query');
               refuseUnknown(route.schema.body, request.body, 'body');
+              refuseMistyped(route.schema.body, request.body, 'body');
             },
           ],
           handler: async (request) => {
@@ -292,8 +304,29 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
 function statusOf(error: Error & { statusCode?: number; validation?: unknown }): number {
   if (error.validation !== undefined || error.name === 'CursorError') return 400;
   if (error instanceof NotReadyError) return 503;
+  // What only looks like a time or a number, such as a year that PostgreSQL does not have.
+  if (UNREADABLE.has((error as { code?: string }).code ?? '')) return 400;
   return error.statusCode !== undefined && error.statusCode < 500 ? error.statusCode : 500;
 }
+
+/** SQLSTATE: out of range, no such time, no such character, not of that type. */
+const UNREADABLE = new Set(['22003', '22007', '22008', '22021', '22P02']);
+
+/** A body is taken at its word: Fastify would make false of `{"dryRun": null}`, and act. */
+function refuseMistyped(schema: unknown, value: unknown, where: string): void {
+  const { type, properties = {}, items } = (schema ?? {}) as Schema;
+  if (type === undefined) return;
+  const found = Array.isArray(value) ? 'array' : value === null ? 'null' : typeof value;
+  if (found !== (type === 'integer' ? 'number' : type))
+    throw new ApiError(400, `${where} must be ${type}, is ${found}`);
+  if (Array.isArray(value))
+    for (const [i, item] of value.entries()) refuseMistyped(items, item, `${where}/${i}`);
+  else if (found === 'object')
+    for (const [name, member] of Object.entries(value as object))
+      refuseMistyped(properties[name], member, `${where}/${name}`);
+}
+
+type Schema = Readonly<{ type?: string; properties?: Readonly<Record<string, unknown>>; items?: unknown }>;
 
 function refuseUnknown(schema: unknown, value: unknown, where: string): void {
   const { properties } = (schema ?? {}) as { properties?: Record<string, unknown> };

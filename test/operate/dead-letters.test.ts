@@ -4,7 +4,7 @@ import type pg from 'pg';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { loadConfig } from '../../src/config.ts';
 import type { SampleEvent } from '../../src/demo/sample.ts';
-import { CursorError } from '../../src/operate/cursor.ts';
+import { CursorError, toCursor } from '../../src/operate/cursor.ts';
 import type { DeadLetters } from '../../src/operate/dead-letters.ts';
 import { openOperations } from '../../src/operate/open.ts';
 import { createBacklog } from '../../src/outbox/backlog.ts';
@@ -84,6 +84,12 @@ async function failedJob(eventId: string, fields: Record<string, string> = {}): 
   await redis.hset(key, { finishedOn: '1', failedReason: 'no', ...fields });
 }
 
+/** Somebody waits for a row that another has. */
+const WAITING = `SELECT FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'`;
+/** Steps back through streams since the statistics were reset. */
+const lookUps = async () =>
+  Number(/cmdstat_xrevrange:calls=(\d+)/.exec(await redis.info('commandstats'))?.[1] ?? 0);
+
 const idsOf = (events: readonly { eventId: string }[]) => events.map((event) => event.eventId);
 const columns = async (eventId: string) =>
   (await pool.query('SELECT * FROM identity.outbox WHERE event_id = $1', [eventId])).rows[0];
@@ -111,6 +117,18 @@ describe('the list', () => {
     expect(found).toEqual([2, 4, 1, 3, 0].map((i) => events[i]?.eventId));
     await expect(deadLetters.list({}, { after: 'x' })).rejects.toThrow(CursorError);
     await expect(deadLetters.replay({ filter: {} }, { ...BY, after: next as string })).rejects.toThrow(
+      CursorError,
+    );
+    const forged = [
+      { at: 'x', id: '1' },
+      { at: '2026-01-31T12:00:00Z', id: 'x' },
+    ];
+    for (const place of forged)
+      await expect(deadLetters.list({}, { after: toCursor(place) })).rejects.toThrow(CursorError);
+    const pruned = { pruned: true, after: toCursor({ entryId: 'x' }) };
+    await expect(deadLetters.list({}, pruned)).rejects.toThrow(CursorError);
+    const aggregate = { aggregateType: 'user', aggregateId: 'x', id: '1' };
+    await expect(deadLetters.replay({ filter: {} }, { ...BY, after: toCursor(aggregate) })).rejects.toThrow(
       CursorError,
     );
   });
@@ -227,6 +245,50 @@ describe('a replay', () => {
     expect(await publish.getJobState(busy.eventId)).toBe('failed');
     // The dead letter of a job that may fail again is still the row's.
     expect(await redis.xlen(DLQ)).toBe(2);
+    // A failed job would have its row dead again; without one the stream is asked.
+    expect(await publish.getJob(appended.eventId)).toBeUndefined();
+  });
+
+  test('looks dead letters up before it holds rows, and takes one away that is written meanwhile', async () => {
+    const event = anEvent();
+    await dead([event]);
+    const somebody = await pool.connect();
+    await somebody.query('BEGIN; SELECT FROM identity.outbox FOR UPDATE');
+    await redis.config('RESETSTAT');
+    const replay = deadLetters.replay({ filter: {} }, BY);
+    try {
+      await waitFor(async () => (await pool.query(WAITING)).rowCount, { what: 'the replay to wait' });
+      expect(await lookUps()).toBeGreaterThan(0);
+      const entryId = await writeDeadLetter(event, {});
+      await somebody.query('UPDATE identity.outbox SET stream_entry_id = $1', [entryId]);
+    } finally {
+      await somebody.query('COMMIT');
+      somebody.release();
+    }
+    expect(await replay).toMatchObject({ done: 1 });
+    expect(await redis.xlen(DLQ)).toBe(0);
+  });
+
+  test('and a discard are done once they are committed, whatever becomes of what comes after', async () => {
+    const [replayed, discarded, pruned] = someEvents(3) as [SampleEvent, SampleEvent, SampleEvent];
+    await dead([replayed, discarded]);
+    await writeDeadLetter(pruned, {});
+    await insertEvents(pool, [anEvent({ aggregateId: discarded.aggregateId })]);
+    await pool.query(`UPDATE identity.outbox SET next_attempt_at = 'infinity'`);
+    await pool.query(`
+      CREATE FUNCTION no_release() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not now'; END $$;
+      CREATE TRIGGER no_release BEFORE UPDATE ON identity.outbox FOR EACH ROW
+      WHEN (OLD.dead_lettered_at IS NULL) EXECUTE FUNCTION no_release()`);
+    await redis.acl('SETUSER', 'default', '-xdel');
+    try {
+      for (const { eventId } of [replayed, pruned])
+        expect(await deadLetters.replay({ eventIds: [eventId] }, BY)).toMatchObject({ done: 1, refused: 0 });
+      expect(await deadLetters.discard({ filter: {} }, 'x', BY)).toMatchObject({ done: 1, refused: 0 });
+    } finally {
+      await redis.acl('SETUSER', 'default', '+@all');
+      await pool.query('DROP FUNCTION no_release CASCADE');
+    }
+    expect(await readStates(pool)).toEqual(['fresh', 'contradictory', 'parked', 'fresh']);
   });
 
   test('works where the dead letter was trimmed', async () => {
@@ -254,8 +316,7 @@ describe('a replay', () => {
     await somebody.query('BEGIN; SELECT FROM identity.outbox WHERE id = 211 FOR UPDATE');
     const rest = deadLetters.replay({ filter: {} }, { ...BY, after: first.next as string });
     try {
-      const waiting = `SELECT FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'`;
-      await waitFor(async () => (await pool.query(waiting)).rowCount, {
+      await waitFor(async () => (await pool.query(WAITING)).rowCount, {
         what: 'the replay to wait for the row',
         timeoutMs: 5_000,
       });
@@ -353,6 +414,37 @@ describe('an event whose row is gone', () => {
     expect(await readStates(pool)).toEqual(['fresh']);
   });
 
+  test('is looked for among so many entries only; the answer says where to go on', async () => {
+    for (let i = 0; i < 45; i++) await writeDeadLetter(anEvent(), {});
+    const last = anEvent({ topic: 'a.b' });
+    await writeDeadLetter(last, {});
+    const filter = { topic: 'a.b' };
+    const page = await deadLetters.list(filter, { pruned: true, look: 40 });
+    expect(page).toEqual({ letters: [], next: expect.any(String) });
+    const rest = await deadLetters.list(filter, { pruned: true, look: 40, after: page.next as string });
+    expect(rest).toMatchObject({ letters: [{ eventId: last.eventId }], next: null });
+    const selection = { filter, pruned: true };
+    const first = await deadLetters.replay(selection, { ...BY, limit: 40 });
+    expect(first).toMatchObject({ done: 0, next: expect.any(String) });
+    expect(
+      await deadLetters.replay(selection, { ...BY, limit: 40, after: first.next as string }),
+    ).toMatchObject({ done: 1, next: null });
+  });
+
+  test('is not looked for one by one', async () => {
+    const events = someEvents(30);
+    for (const event of events) await writeDeadLetter(event, {});
+    for (const [act, selection] of [
+      ['replay', { eventIds: idsOf(events.slice(0, 10)) }],
+      ['replay', { filter: { eventType: 'UserCreated' }, pruned: true }],
+    ] as const) {
+      await redis.config('RESETSTAT');
+      expect((await deadLetters[act](selection, BY)).done).toBeGreaterThanOrEqual(10);
+      expect(await lookUps()).toBeLessThan(10);
+    }
+    expect(await redis.xlen(DLQ)).toBe(0);
+  });
+
   test('is left alone when it is in its stream, or its payload is nowhere', async () => {
     const [there, withheld] = [anEvent(), anEvent()];
     await writeDeadLetter(there, {});
@@ -414,6 +506,17 @@ describe('a discard', () => {
     await redis.set(`${publish.toKey(event.eventId)}:lock`, 'token');
     expect(await deadLetters.discard({ filter: {} }, 'x', BY)).toMatchObject({ done: 0, refused: 1 });
     expect(await readStates(pool)).toEqual(['dead']);
+  });
+
+  test('refuses an event whose job remembers an append, however often; a replay has its stream asked', async () => {
+    const event = anEvent();
+    await dead([event]);
+    await failedJob(event.eventId, { 'relay:entry': '1-1' });
+    for (let i = 0; i < 2; i++)
+      expect(await deadLetters.discard({ filter: {} }, 'x', BY)).toMatchObject({ done: 0, refused: 1 });
+    expect(await readStates(pool)).toEqual(['dead']);
+    await deadLetters.replay({ filter: {} }, BY);
+    expect(await readStates(pool)).toEqual(['due']);
   });
 
   test('of an event whose row is gone takes its entries away', async () => {

@@ -3,8 +3,11 @@ import type pg from 'pg';
 import { beforeAll, beforeEach, expect, test } from 'vitest';
 import { loadConfig } from '../../src/config.ts';
 import type { SampleEvent } from '../../src/demo/sample.ts';
+import type { OutboxEvent } from '../../src/event.ts';
+import { CursorError, toCursor } from '../../src/operate/cursor.ts';
 import { openOperations } from '../../src/operate/open.ts';
-import type { Republish } from '../../src/operate/republish.ts';
+import { createRepublish, type Republish } from '../../src/operate/republish.ts';
+import { createReceipts } from '../../src/outbox/receipts.ts';
 import { APPEND_CONNECTION } from '../../src/stream/append.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
@@ -73,8 +76,10 @@ test('entries come again in the order of their stream, whole and marked; rows st
   const events = someEvents(6, 2);
   await published(events, '2026-01-31T12:00:00Z', [0, 1, 3, 2, 5, 4]);
   const before = await receipts();
-  expect(await republish.count(ALL)).toEqual(new Map([[STREAM, 6]]));
-  expect(await republish.run(ALL, BY)).toEqual({ appended: 6, refused: 0, reason: null, next: null });
+  expect(await republish.count(ALL)).toEqual({ streams: new Map([[STREAM, 6]]), next: null });
+  expect(await republish.run(ALL, BY)).toEqual({
+    ...{ appended: 6, refused: 0, reason: null, error: null, next: null },
+  });
   const entries = await again();
   expect(entries.map((it) => it.event_id)).toEqual([0, 1, 3, 2, 5, 4].map((i) => events[i]?.eventId));
   expect(entries[0]).toMatchObject({ event_type: 'UserCreated', topic: STREAM, schema_version: '1' });
@@ -101,11 +106,11 @@ test('only what was published in that time and matches: neither dead, nor discar
   );
   const of = async (range: Partial<typeof ALL>) => {
     const all = { ...ALL, ...range };
-    const counts = await republish.count(all);
+    const { streams: counts } = await republish.count(all);
     const { appended } = await republish.run(all, BY);
     expect([...counts.values()].reduce((sum, n) => sum + n, 0)).toBe(appended);
     const found = [...(await again()), ...(await again('words'))].map((it) => it.event_id);
-    await redis.del(STREAM, 'words');
+    for (const stream of [STREAM, 'words']) await redis.xtrim(stream, 'MAXLEN', 0);
     return found;
   };
   expect((await of({})).toSorted()).toEqual(idsOf([word, early, late]).toSorted());
@@ -133,6 +138,85 @@ test('cut off, it goes on where it was: each entry once, in order', async () => 
   expect((await again()).map((it) => it.event_id)).toEqual(idsOf(events));
 });
 
+test('a count goes on where it ended, too', async () => {
+  await published(someEvents(5));
+  const first = await republish.count(ALL, { limit: 3 });
+  expect(first).toEqual({ streams: new Map([[STREAM, 3]]), next: expect.any(String) });
+  expect(await republish.count(ALL, { limit: 3, after: first.next as string })).toEqual({
+    ...{ streams: new Map([[STREAM, 2]]), next: null },
+  });
+});
+
+/** Beside the table, with a stream that takes everything, or fails. */
+const besideTable = (append: (event: OutboxEvent) => Promise<null>) =>
+  createRepublish({
+    receipts: createReceipts(pool, { streamName: STREAM, maxEventBytes: 1e6, statementTimeoutMs: 15_000 }),
+    republisher: { epoch: async () => epoch, append },
+    logger: silent,
+  });
+
+test('in pages, every entry comes once and in order, even where one of two streams was restored', async () => {
+  // Both by turns, b's later; a was lost and restored after that. Neighbours were acknowledged the wrong way round.
+  await pool.query(
+    `INSERT INTO identity.outbox (event_type, aggregate_id, payload, topic, published, published_at, stream_entry_id)
+     SELECT 'X', gen_random_uuid(), '{}', CASE n % 2 WHEN 0 THEN 'a' ELSE 'b' END, true,
+            '2026-01-31T12:00:00Z'::timestamptz + (n # 2) * interval '1 ms', (2000 - n % 2 * 1000) || '-' || n
+     FROM generate_series(4, 12003) n`,
+  );
+  const found: Record<string, number[]> = { a: [], b: [] };
+  const paged = besideTable(async ({ topic, id }) => {
+    found[topic]?.push(Number(id));
+    return null;
+  });
+  let next: string | null = null;
+  do {
+    const after: { after?: string } = next === null ? {} : { after: next };
+    next = (await paged.run(ALL, { ...BY, limit: 1_000, ...after })).next;
+  } while (next !== null);
+  const ofAll = (first: number) => Array.from({ length: 6_000 }, (_, i) => first + 2 * i);
+  expect(found).toEqual({ a: ofAll(1), b: ofAll(2) });
+}, 60_000);
+
+test('ended early by an error, it says what was appended and where to go on', async () => {
+  const events = someEvents(4);
+  await published(events);
+  const appended: string[] = [];
+  let room = 2;
+  const full = besideTable(async ({ eventId }) => {
+    if (room-- <= 0) throw new Error('OOM');
+    appended.push(eventId);
+    return null;
+  });
+  const first = await full.run(ALL, BY);
+  expect(first).toMatchObject({ appended: 2, error: 'OOM', next: expect.any(String) });
+  // Nothing was done: it failed.
+  await expect(full.run(ALL, { ...BY, after: first.next as string })).rejects.toThrow('OOM');
+  room = 2;
+  expect(await full.run(ALL, { ...BY, after: first.next as string })).toMatchObject({
+    ...{ appended: 2, error: null, next: null },
+  });
+  expect(appended).toEqual(idsOf(events));
+});
+
+test('a cursor of somebody’s own making is refused', async () => {
+  await published(someEvents(2));
+  const { next } = await republish.run(ALL, { ...BY, limit: 1 });
+  const place = JSON.parse(Buffer.from(next as string, 'base64url').toString());
+  for (const forged of [
+    { settledAt: 'x' },
+    { settledAt: '2026-02-30 12:00:00+00' },
+    { id: 'x' },
+    { entryId: '1' },
+  ])
+    await expect(
+      republish.run(ALL, { ...BY, after: toCursor({ ...place, ...forged }) }),
+      JSON.stringify(forged),
+    ).rejects.toThrow(CursorError);
+  await expect(republish.count(ALL, { after: toCursor({ ...place, settledAt: 'x' }) })).rejects.toThrow(
+    CursorError,
+  );
+});
+
 test('nothing is appended while it is not known whether Redis lost entries; a comparison is waited for', async () => {
   await published(someEvents(3));
   await redis.set(EPOCH, 'checking:somebody');
@@ -144,7 +228,7 @@ test('nothing is appended while it is not known whether Redis lost entries; a co
   expect(await running).toMatchObject({ appended: 3 });
 
   // Lost in the middle, restarted on the way: what has another name gets nothing.
-  await redis.del(STREAM);
+  await redis.xtrim(STREAM, 'MAXLEN', 0);
   await redis.set(EPOCH, epoch);
   const onProgress = (seen: number) => {
     if (seen === 1) void redis.set(EPOCH, 'a/b:x');
@@ -164,4 +248,14 @@ test('a stream that takes nothing is left out, and said', async () => {
     ...{ appended: 1, refused: 1, next: null },
     reason: expect.stringContaining('WRONGTYPE'),
   });
+});
+
+test('a stream that was lost is not made anew: then what it lost would look like trimmed', async () => {
+  await published(someEvents(3));
+  await redis.del(STREAM);
+  expect(await republish.run(ALL, BY)).toMatchObject({
+    ...{ appended: 0, refused: 3, next: null },
+    reason: expect.stringContaining('verify --repair'),
+  });
+  expect(await redis.exists(STREAM)).toBe(0);
 });

@@ -8,6 +8,8 @@ import { silent } from '../support/stages.ts';
 
 const { eventId } = anEvent();
 const SINCE = '2026-01-31T12:00:00Z';
+const TRACE = { traceparent: '00-1-2-01' };
+const PRIVATE = { payload: '{"email":"a@b.c"}', tenantId: 'a@b.c', correlationId: 'a@b.c', trace: TRACE };
 
 let app: FastifyInstance;
 /** What was asked of the operations, in words. */
@@ -30,7 +32,7 @@ beforeEach(() => {
       groups: async (...it) => [await answer('groups', ...it)],
       show: async (...it) =>
         it[0] === eventId
-          ? { ...(await answer('show', ...it)), event: { payload: '{"email":"a@b.c"}' } }
+          ? { ...(await answer('show', ...it)), event: { ...PRIVATE, eventType: 'A' } }
           : null,
       replay: (...it) => answer('replay', ...it),
       discard: (...it) => answer('discard', ...it),
@@ -38,7 +40,7 @@ beforeEach(() => {
     republish: {
       count: async (...it) => {
         await answer('count', ...it);
-        return new Map([['a.b', 3]]);
+        return { streams: new Map([['a.b', 3]]), next: 'abc' };
       },
       run: (...it) => answer('run', ...it),
     },
@@ -81,9 +83,9 @@ test('the list takes filters, a limit and a cursor', async () => {
     [
       'list',
       { eventType: 'A', topic: 'b', aggregateType: 'user', aggregateId: eventId, error: 'no', ...times },
-      { limit: 7, after: 'abc', pruned: true },
+      { limit: 7, after: 'abc', pruned: true, look: 1_000 },
     ],
-    ['list', {}, { limit: 50, pruned: false }],
+    ['list', {}, { limit: 50, pruned: false, look: 1_000 }],
     ['groups', { error: 'no' }, 100],
   ]);
 });
@@ -100,7 +102,7 @@ test('who acts is passed on, with what and how much', async () => {
   await call('POST', '/dlq/discard', { filter: { topic: 'x' }, pruned: true, reason: 'obsolete' });
   await call('POST', '/republish', { since: SINCE, until: SINCE, filter: { topic: 'x' } });
   const dry = await call('POST', '/republish', { since: SINCE, until: SINCE, dryRun: true });
-  expect(dry.body).toMatchObject({ appended: 0, streams: { 'a.b': 3 } });
+  expect(dry.body).toMatchObject({ appended: 0, streams: { 'a.b': 3 }, next: 'abc' });
   const options = { by: 'alice', dryRun: false, limit: 1_000 };
   const range = { since: SINCE, until: SINCE };
   expect(asked).toEqual([
@@ -109,7 +111,17 @@ test('who acts is passed on, with what and how much', async () => {
     ['replay', { filter: {}, pruned: false }, options],
     ['discard', { filter: { topic: 'x' }, pruned: true }, 'obsolete', options],
     ['run', { ...range, filter: { topic: 'x' } }, { by: 'alice', limit: 1_000 }],
-    ['count', { ...range, filter: {} }],
+    ['count', { ...range, filter: {} }, { limit: 1_000 }],
+  ]);
+});
+
+test('event ids are taken as the table has them', async () => {
+  const upper = eventId.toUpperCase();
+  expect((await call('GET', `/dlq/${upper}`)).status).toBe(200);
+  await call('POST', '/dlq/replay', { eventIds: [upper, eventId] });
+  expect(asked).toMatchObject([
+    ['show', eventId],
+    ['replay', { eventIds: [eventId] }, {}],
   ]);
 });
 
@@ -126,6 +138,10 @@ describe('refused with what is wrong, and nothing is done:', () => {
     ['no reason', '/dlq/discard', { all: true }, 'reason'],
     ['too many', '/dlq/replay', { all: true, limit: 1_001 }, 'limit'],
     ['no time', '/republish', { since: 'yesterday', until: SINCE }, 'since'],
+    ['a flag that is none', '/dlq/replay', { all: true, dryRun: null }, 'body/dryRun must be boolean'],
+    ['words for flags', '/dlq/discard', { all: 'true', reason: 'x' }, 'body/all must be boolean'],
+    ['one id for many', '/dlq/replay', { eventIds: eventId }, 'body/eventIds must be array'],
+    ['an id as a URN', '/dlq/replay', { eventIds: [`urn:uuid:${eventId}`] }, 'eventIds/0'],
     ['no end', '/republish', { since: SINCE }, 'until'],
   ])('%s', async (_, url, body, reason) => {
     expect(await call('POST', url, body)).toEqual({
@@ -156,17 +172,17 @@ test('viewers see and cannot act; nobody else sees anything, not even what is wr
   expect(asked).toEqual([]);
 });
 
-test('a payload, which may hold personal data, is for operators alone', async () => {
-  const payload = async (role: string) =>
-    ((await call('GET', `/dlq/${eventId}`, undefined, role)).body as { event: { payload: unknown } }).event
-      .payload;
-  expect(await payload('operator')).toBe('{"email":"a@b.c"}');
-  expect(await payload('viewer')).toBeNull();
+test('a payload, which may hold personal data, and what tells whose it is, are for operators alone', async () => {
+  const event = async (role: string) => (await call('GET', `/dlq/${eventId}`, undefined, role)).body.event;
+  expect(await event('operator')).toEqual({ ...PRIVATE, eventType: 'A' });
+  expect(await event('viewer')).toEqual({ payload: null, eventType: 'A' });
 });
 
 test('a bad cursor is the asker’s fault, a server that is away is not', async () => {
   fail = new CursorError();
   expect((await call('GET', '/dlq?after=x')).status).toBe(400);
+  fail = Object.assign(new Error('date/time field value out of range'), { code: '22008' });
+  expect((await call('GET', '/dlq?since=0000-01-01T00:00:00Z')).status).toBe(400);
   fail = new NotReadyError('Redis is away');
   expect(await call('POST', '/dlq/replay', { all: true })).toEqual({
     status: 503,
@@ -191,7 +207,12 @@ test('the description has every route, with what it takes and who may', async ()
     post: body.paths['/api/dlq/discard'].post,
   };
   expect(get.parameters).toEqual([
-    { name: 'eventId', in: 'path', required: true, schema: { type: 'string', format: 'uuid' } },
+    {
+      name: 'eventId',
+      in: 'path',
+      required: true,
+      schema: { type: 'string', format: 'uuid', maxLength: 36 },
+    },
   ]);
   expect(post.description).toContain('operator');
   expect(post.requestBody.content['application/json'].schema.required).toEqual(['reason']);
