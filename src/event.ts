@@ -80,3 +80,22 @@ export type InTurn = <T>(work: () => Promise<T>) => Promise<T>;
 
 /** A text of the row, which may be of any length, as it may stand in a log line, a reason or the name of a job. */
 export const brief = (text: string): string => (text.length > 200 ? `${text.slice(0, 200)}...` : text);
+
+/** The items in their order, in steps of not too many of them, nor of too many bytes; a large one is a step by itself. */
+export function inSteps<T extends Readonly<{ bytes: number }>>(
+  items: readonly T[],
+  maxItems: number,
+  maxBytes: number,
+): T[][] {
+  const steps: T[][] = [];
+  let bytes = Number.POSITIVE_INFINITY;
+  for (const item of items) {
+    bytes += item.bytes;
+    if (bytes > maxBytes || steps.at(-1)?.length === maxItems) {
+      steps.push([]);
+      bytes = item.bytes;
+    }
+    steps.at(-1)?.push(item);
+  }
+  return steps;
+}

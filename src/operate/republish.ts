@@ -1,4 +1,4 @@
-import type { OutboxEvent } from '../event.ts';
+import { inSteps, type OutboxEvent } from '../event.ts';
 import { errorText, type Logger } from '../logger.ts';
 import type { PublishedFilter, PublishedRow, Receipts, SettledPlace } from '../outbox/receipts.ts';
 import type { Republisher } from '../stream/republish.ts';
@@ -204,7 +204,7 @@ export function createRepublish(deps: {
 
       /** Answers whether it came to their end. */
       async function appendAll(rows: readonly Row[], placeOf: (row: Row) => Place): Promise<boolean> {
-        for (const step of steps(rows)) {
+        for (const step of inSteps(rows, STEP_ROWS, STEP_BYTES)) {
           const found = await receipts.events(step.map((row) => row.id));
           const events = new Map(found.map((it) => [it.id, it]));
           for (const row of step) {
@@ -264,18 +264,4 @@ function earliest(rows: readonly Row[], otherwise: Readonly<{ settledAt: string;
   return first === undefined
     ? { settledAt: otherwise.settledAt, id: otherwise.id }
     : { settledAt: first.settledAt, id: String(BigInt(first.id) - 1n) };
-}
-
-function steps(rows: readonly Row[]): Row[][] {
-  const result: Row[][] = [];
-  let bytes = Number.POSITIVE_INFINITY;
-  for (const row of rows) {
-    bytes += row.bytes;
-    if (bytes > STEP_BYTES || result.at(-1)?.length === STEP_ROWS) {
-      result.push([]);
-      bytes = row.bytes;
-    }
-    result.at(-1)?.push(row);
-  }
-  return result;
 }

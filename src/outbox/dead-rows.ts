@@ -78,15 +78,10 @@ export type RowDetails = Readonly<{
 }>;
 
 /** An event whose row is gone, as its entry in the dead-letter stream tells it. */
-export type LostRow = Readonly<{
-  eventId: string;
-  eventType: string;
-  aggregateType: string;
-  aggregateId: string;
-  topic: string;
-  payload: string;
-  occurredAt: string;
-}>;
+export type LostRow = Pick<
+  OutboxEvent,
+  'eventId' | 'eventType' | 'aggregateType' | 'aggregateId' | 'topic' | 'payload' | 'occurredAt'
+>;
 
 export type DeadRows = ReturnType<typeof createDeadRows>;
 

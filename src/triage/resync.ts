@@ -1,4 +1,4 @@
-import type { OutboxEvent, Receipt } from '../event.ts';
+import { inSteps, type OutboxEvent, type Receipt } from '../event.ts';
 import type { Logger } from '../logger.ts';
 
 /** Rows compared in one step. */
@@ -94,7 +94,7 @@ export function createResync(deps: {
       else if (last === undefined || held.length > HELD_ROWS) {
         held.sort(byEntry);
         const due = held.splice(0, last === undefined ? held.length : HELD_ROWS / 2);
-        for (const step of steps(due)) await restore(step, range.guard, found);
+        for (const step of inSteps(due, PAGE_ROWS, STEP_BYTES)) await restore(step, range.guard, found);
       }
       range.onProgress?.(page.at(-1)?.settledAt ?? after.settledAt, found);
       if (last === undefined) return found;
@@ -127,21 +127,6 @@ export function createResync(deps: {
       }),
     );
     return lost.flat();
-  }
-
-  /** Not too many rows, nor too many bytes, at once. */
-  function steps(rows: readonly Row[]): Row[][] {
-    const result: Row[][] = [];
-    let bytes = Number.POSITIVE_INFINITY;
-    for (const row of rows) {
-      bytes += row.bytes;
-      if (bytes > STEP_BYTES || result.at(-1)?.length === PAGE_ROWS) {
-        result.push([]);
-        bytes = row.bytes;
-      }
-      result.at(-1)?.push(row);
-    }
-    return result;
   }
 
   async function restore(rows: readonly Row[], guard: string, found: Map<string, Found>): Promise<void> {
