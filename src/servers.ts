@@ -60,6 +60,7 @@ export function openServers(
       retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
     };
     const redis = deps.redis ? deps.redis.duplicate(all) : openRedis(config.redisUrl, all);
+    gatherWrites(redis);
     let lost = false;
     redis.on('error', (error) => {
       if (!lost)
@@ -86,4 +87,28 @@ export function openServers(
       await ownPool?.end();
     },
   };
+}
+
+/**
+ * What is written in one turn of the loop leaves in one system call. The workers finish jobs by the dozen at once, and
+ * each call costs this process more than all the rest of its command (50 of 190 µs per event, measured). ioredis' own
+ * pipelining costs more than it spares there.
+ */
+function gatherWrites(redis: Redis): void {
+  redis.on('connect', () => {
+    const socket = redis.stream;
+    const write = socket.write.bind(socket) as (...args: unknown[]) => boolean;
+    let isGathering = false;
+    socket.write = (...args: unknown[]) => {
+      if (!isGathering) {
+        isGathering = true;
+        socket.cork();
+        process.nextTick(() => {
+          isGathering = false;
+          socket.uncork();
+        });
+      }
+      return write(...args);
+    };
+  });
 }

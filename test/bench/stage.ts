@@ -63,7 +63,7 @@ export async function openBenchStage(
   const pool = new pg.Pool({ connectionString: postgres.url, max: 2 });
   undo.push(() => pool.end());
   const pod = await startPod({
-    cli: fileURLToPath(new URL('../../dist/cli.js', import.meta.url)),
+    cli: (options as { cli?: string }).cli ?? fileURLToPath(new URL('../../dist/cli.js', import.meta.url)),
     env: {
       RELAY_DATABASE_URL: postgres.url,
       RELAY_REDIS_URL: redisServer.url,
