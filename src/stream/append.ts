@@ -1,31 +1,54 @@
 import type { Redis, RedisOptions, Result } from 'ioredis';
-import type { AppendOutcome, OutboxEvent } from '../event.ts';
+import { type AppendOutcome, inSteps, type OutboxEvent } from '../event.ts';
 import { deadLetterFields, envelopeFields } from './envelope.ts';
 
 /**
- * Appends an entry and remembers its id in the publish job's own hash, atomically; run again, it answers
+ * Appends entries and remembers the id of each in its publish job's own hash, atomically; run again, it answers
  * what it remembers. The memory needs no time window: it lives and dies with the job. Hash gone: the job was
  * finished elsewhere or Redis lost it, so nothing is appended and the row decides. So it does when the job is not as
  * it should be: a dead letter is that of a job that has failed for good, not of one that was made again meanwhile; an
  * entry is that of one that has not. Another epoch: Redis may have lost
  * what was appended before, so nothing is appended now.
  *
- * KEYS: stream, job hash, epoch. ARGV: epoch, field of the hash, 1 if the job must have ended, else 0, then what XADD takes after the key.
- * Answers the id, `=id` when it was remembered, nothing when the job is gone, `!` in another epoch, `?` when the
- * stream was to be there and is not; after the id `|` and that of the dead letter that the job had before somebody
- * retried it. One flat string and two reads in one command: 14 µs of Redis instead of 19 with
- * an array, HGET and EXISTS (a bare XADD takes 6).
+ * KEYS: epoch, then of each entry its stream and job hash. ARGV: epoch, then of each entry the field of the hash, 1 if
+ * the job must have ended, else 0, how many arguments XADD takes after the key, and these.
+ * Answers for each entry the id, `=id` when it was remembered, nothing when the job is gone, `!` in another epoch, `?`
+ * when the stream was to be there and is not, or `-` and the reason why Redis refused it; after the id `|` and that of
+ * the dead letter that the job had before somebody retried it.
+ *
+ * One call for many entries: a call for each costs this process 25 µs and Redis 8 µs more per entry.
  */
 const APPEND_ONCE = `
-if redis.call('GET', KEYS[3]) ~= ARGV[1] then return '!' end
-local job = redis.call('HMGET', KEYS[2], ARGV[2], 'timestamp', 'finishedOn', 'relay:dlq')
-local letter = ARGV[3] == '0' and not job[3] and job[4] and '|' .. job[4] or ''
-if job[1] then return '=' .. job[1] .. letter end
-if not job[2] or (job[3] and '1' or '0') ~= ARGV[3] then return '' end
-local id = redis.call('XADD', KEYS[1], unpack(ARGV, 4))
-if not id then return '?' end
-redis.call('HSET', KEYS[2], ARGV[2], id)
-return id .. letter`;
+local answers = {}
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  for i = 2, #KEYS, 2 do answers[i / 2] = '!' end
+  return answers
+end
+local at = 2
+for i = 2, #KEYS, 2 do
+  local field, ended, last = ARGV[at], ARGV[at + 1], at + 2 + tonumber(ARGV[at + 2])
+  local job = redis.call('HMGET', KEYS[i + 1], field, 'timestamp', 'finishedOn', 'relay:dlq')
+  local letter = ended == '0' and not job[3] and job[4] and '|' .. job[4] or ''
+  local answer
+  if job[1] then answer = '=' .. job[1] .. letter
+  elseif not job[2] or (job[3] and '1' or '0') ~= ended then answer = ''
+  else
+    local id = redis.pcall('XADD', KEYS[i], unpack(ARGV, at + 3, last))
+    if not id then answer = '?'
+    elseif type(id) == 'table' then answer = '-' .. id.err
+    else
+      redis.call('HSET', KEYS[i + 1], field, id)
+      answer = id .. letter
+    end
+  end
+  answers[i / 2] = answer
+  at = last + 1
+end
+return answers`;
+
+/** What one call takes at most: Redis does nothing else meanwhile. */
+const CALL_LIMIT = 64;
+const CALL_BYTES = 256 * 1024;
 
 /** Fields of the job's hash that are ours. BullMQ keeps and ignores them. */
 export const ENTRY = 'relay:entry';
@@ -36,7 +59,7 @@ const KNOWN_STREAMS = 10_000;
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    appendOnce(stream: string, jobHash: string, epochKey: string, ...args: string[]): Result<string, Context>;
+    appendOnce(numberOfKeys: number, ...keysAndArgs: (string | number)[]): Result<string[], Context>;
   }
 }
 
@@ -70,14 +93,68 @@ export const APPEND_CONNECTION: RedisOptions = {
   enableOfflineQueue: false,
   autoResendUnfulfilledCommands: false,
   maxRetriesPerRequest: 0,
-  enableAutoPipelining: true,
 };
 
+/** An entry on its way to Redis. */
+type Appending = Readonly<{
+  keys: readonly [stream: string, jobHash: string];
+  /** What the script takes for it. */
+  args: string[];
+  bytes: number;
+  resolve: (answer: string) => void;
+  reject: (error: Error) => void;
+}>;
+
 export function createStream(redis: Redis, epochs: Epochs, options: StreamOptions) {
-  redis.defineCommand('appendOnce', { numberOfKeys: 3, lua: APPEND_ONCE });
+  redis.defineCommand('appendOnce', { lua: APPEND_ONCE });
 
   /** Streams that had an entry in this epoch: one of them that is not there any more was lost. */
   let known = { epoch: '', streams: new Set<string>() };
+  /** By the epoch that they belong to. */
+  let appending = new Map<string, Appending[]>();
+
+  /** What is asked for in one turn of the loop goes to Redis together. */
+  function ask(
+    epoch: string,
+    keys: Appending['keys'],
+    field: string,
+    hasEnded: string,
+    xadd: string[],
+  ): Promise<string> {
+    return new Promise((resolve, reject) => {
+      if (appending.size === 0) setImmediate(callAll);
+      const bytes = xadd.reduce((sum, it) => sum + it.length, 0);
+      const args = [field, hasEnded, String(xadd.length), ...xadd];
+      const one = { keys, args, bytes, resolve, reject };
+      const others = appending.get(epoch);
+      if (others) others.push(one);
+      else appending.set(epoch, [one]);
+    });
+  }
+
+  function callAll(): void {
+    const all = appending;
+    appending = new Map();
+    for (const [epoch, ofEpoch] of all) {
+      for (const some of inSteps(ofEpoch, CALL_LIMIT, CALL_BYTES)) void call(epoch, some);
+    }
+  }
+
+  async function call(epoch: string, some: readonly Appending[]): Promise<void> {
+    const keys = [options.epochKey, ...some.flatMap((it) => it.keys)];
+    const args = some.flatMap((it) => it.args);
+    try {
+      const answers = await redis.appendOnce(keys.length, ...keys, epoch, ...args);
+      some.forEach((it, i) => {
+        it.resolve(String(answers[i]));
+      });
+    } catch (error) {
+      // One that may not be appended can stop the whole call. Who was appended all the same is remembered.
+      if (some.length > 1 && outcomeOfError(error as Error).status === 'refused') {
+        for (const one of some) void call(epoch, [one]);
+      } else for (const it of some) it.reject(error as Error);
+    }
+  }
 
   async function appendOnce(
     stream: string,
@@ -93,9 +170,9 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
     const hasEnded = field === DEAD_LETTER_ENTRY ? '1' : '0';
     const xadd = [...(streams.has(stream) ? ['NOMKSTREAM'] : []), ...trimmedTo(maxLen), '*', ...fields];
     try {
-      const job = options.jobKey(event.eventId);
-      const reply = await redis.appendOnce(stream, job, options.epochKey, epoch, field, hasEnded, ...xadd);
-      const [answer = '', letter] = String(reply).split('|');
+      const reply = await ask(epoch, [stream, options.jobKey(event.eventId)], field, hasEnded, xadd);
+      if (reply.startsWith('-')) throw refusal(reply.slice(1));
+      const [answer = '', letter] = reply.split('|');
       const outcome = outcomeOf(answer, epoch);
       // The event is dead no more. If this fails, its row says so all the same.
       if (letter !== undefined) await redis.xdel(options.dlqStreamName, letter).catch(() => {});
@@ -138,6 +215,9 @@ const NOT_KNOWN: AppendOutcome = {
   status: 'unavailable',
   reason: 'Redis may have lost entries; nothing is appended before they are restored',
 };
+
+/** As ioredis has what Redis answers instead of a reply. */
+const refusal = (message: string) => Object.assign(new Error(message), { name: 'ReplyError' });
 
 /** A reply that is not a stream id must never pass for success. */
 function outcomeOf(reply: string, epoch: string): AppendOutcome | { status: 'lost'; isStream: boolean } {

@@ -46,7 +46,7 @@ function watched(pool: pg.Pool): pg.Pool {
   return pool;
 }
 
-type Append = (this: unknown, stream: string, ...args: string[]) => Promise<unknown>;
+type Append = (this: unknown, keys: number, ...keysAndArgs: (string | number)[]) => Promise<unknown>;
 
 /** Tells the appends of the connection that makes them; the relay makes its own connections from this one. */
 function watchedRedis(redis: Redis): Redis {
@@ -58,12 +58,12 @@ function watchedRedis(redis: Redis): Redis {
     if (name !== 'appendOnce') return;
     const commands = redis as unknown as { appendOnce: Append };
     const append = commands.appendOnce;
-    commands.appendOnce = async function (stream, ...args) {
+    commands.appendOnce = async function (keys, ...args) {
       // ioredis puts the command into its pipelines as well.
-      if (this !== redis) return append.call(this, stream, ...args);
-      const isDeadLetter = stream === config.dlqStreamName;
+      if (this !== redis) return append.call(this, keys, ...args);
+      const isDeadLetter = args.slice(0, keys).includes(config.dlqStreamName);
       if (isDeadLetter) at('failure-before-dead-letter');
-      const reply = await append.call(this, stream, ...args);
+      const reply = await append.call(this, keys, ...args);
       at(isDeadLetter ? 'dead-letter-before-row' : 'append-before-acknowledge');
       return reply;
     };
