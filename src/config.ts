@@ -71,6 +71,12 @@ const table = {
     '100',
     'Events claimed in one transaction; at most RELAY_MAX_IN_FLIGHT',
   ),
+  maxBatchSize: variable(
+    'RELAY_MAX_BATCH_SIZE',
+    wholeNumber(1, 10_000, 'events'),
+    '400',
+    'As far as claims grow while there is a backlog; as RELAY_BATCH_SIZE where only that is set',
+  ),
   pollIntervalMs: variable(
     'RELAY_POLL_INTERVAL',
     seconds(0.05, HOUR),
@@ -340,7 +346,7 @@ function kubernetesHint(value: string): string {
 }
 
 /**
- * Makes the defaults of the two variables that are bounded by another one fit a value that was given for that one:
+ * Makes the defaults of the variables that are bounded by another one fit a value that was given for that one:
  * RELAY_MAX_IN_FLIGHT=10 alone is a good configuration.
  */
 function fitDefaults(
@@ -350,6 +356,10 @@ function fitDefaults(
   const { batchSize, maxInFlight, publishTimeoutMs, claimLeaseMs } = values as Partial<RelayConfig>;
   if (!isGiven('batchSize') && batchSize !== undefined && maxInFlight !== undefined) {
     values.batchSize = Math.min(batchSize, maxInFlight);
+  }
+  if (!isGiven('maxBatchSize')) {
+    if (isGiven('batchSize')) values.maxBatchSize = batchSize;
+    else if (maxInFlight !== undefined) values.maxBatchSize = Math.min(Number(values.maxBatchSize), maxInFlight);
   }
   const isTooLong =
     publishTimeoutMs !== undefined && claimLeaseMs !== undefined && publishTimeoutMs >= claimLeaseMs;
@@ -372,6 +382,11 @@ function conflicts(config: Partial<RelayConfig>): ConfigProblem[] {
   if (batchSize !== undefined && maxInFlight !== undefined && batchSize > maxInFlight) {
     const problem = `must be at most RELAY_MAX_IN_FLIGHT (${maxInFlight}), is ${batchSize}`;
     problems.push({ variable: 'RELAY_BATCH_SIZE', problem });
+  }
+  const { maxBatchSize } = config;
+  if (batchSize !== undefined && maxBatchSize !== undefined && maxBatchSize < batchSize) {
+    const problem = `must be at least RELAY_BATCH_SIZE (${batchSize}), is ${maxBatchSize}`;
+    problems.push({ variable: 'RELAY_MAX_BATCH_SIZE', problem });
   }
   const keepsTooLittle =
     publishedRetentionMs !== undefined &&

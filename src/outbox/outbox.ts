@@ -366,20 +366,22 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      */
     async releaseOrphans(aggregates: readonly Aggregate[]): Promise<number> {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rowCount } = await tx.query(
-          `UPDATE identity.outbox o SET next_attempt_at = NULL
+        const { rowCount } = await tx.query({
+          name: `relay-release-${options.ordering}-${options.deadLetterPolicy}`,
+          // Most aggregates have no parked row, which their own index says at once.
+          text: `UPDATE identity.outbox o SET next_attempt_at = NULL
            FROM (
-             SELECT head.id
+             SELECT parked.id
              FROM unnest($1::text[], $2::uuid[]) AS a (aggregate_type, aggregate_id)
              CROSS JOIN LATERAL (
-               SELECT n.id, n.aggregate_type, n.aggregate_id, n.next_attempt_at FROM identity.outbox n
-               WHERE ${LIVE('n')} AND ${OF_AGGREGATE('n', 'a')} ${FIRST('n')}
-             ) head
-             WHERE head.next_attempt_at = 'infinity' AND NOT (${behind('head')})
+               SELECT n.id, n.aggregate_type, n.aggregate_id FROM identity.outbox n
+               WHERE ${LIVE('n')} AND n.next_attempt_at = 'infinity' AND ${OF_AGGREGATE('n', 'a')} ${FIRST('n')}
+             ) parked
+             WHERE NOT (${behind('parked')})
            ) orphan
            WHERE o.id = orphan.id AND ${STILL_LIVE('o')} AND o.next_attempt_at = 'infinity'`,
-          [aggregates.map((it) => it.aggregateType), aggregates.map((it) => it.aggregateId)],
-        );
+          values: [aggregates.map((it) => it.aggregateType), aggregates.map((it) => it.aggregateId)],
+        });
         return rowCount ?? 0;
       });
     },

@@ -92,7 +92,7 @@ export function createReceipts(
     /** A transaction that gives receipts: until it ends, `given` waits for it. */
     giving: <T>(work: (tx: Queryable) => Promise<T>) =>
       transaction(pool, statementTimeoutMs, 'durable', work, {
-        first: `SELECT pg_advisory_xact_lock_shared(${SETTLING})`,
+        lock: `pg_advisory_xact_lock_shared(${SETTLING})`,
       }),
 
     /** Resolves when every such transaction that has begun is committed, and can be seen, or undone. */

@@ -12,7 +12,8 @@ type Claim = Readonly<{ leased: OutboxEvent[]; parked: Aggregate[]; more: boolea
  */
 export function createClaimRounds(deps: {
   inFlight: () => Promise<InFlight>;
-  options: Parameters<typeof claimable>[2];
+  /** `batchSize` rows to begin with; while there are more, twice as many each time, up to `maxBatchSize`. */
+  options: Parameters<typeof claimable>[2] & Readonly<{ maxBatchSize: number }>;
   /** Takes up to `limit` fresh rows; their jobs are there when it resolves. */
   claimBatch: (limit: number) => Promise<Claim>;
   /** Takes the first fresh row, even if its payload cannot be printed. */
@@ -28,13 +29,16 @@ export function createClaimRounds(deps: {
   let reserved = 0;
   let added = 0;
   let counting: Promise<unknown> = Promise.resolve();
+  // No more than there is soon room for: a large batch that waits for room leaves the workers without jobs.
+  const largest = Math.max(options.batchSize, Math.min(options.maxBatchSize, Math.floor(options.maxInFlight / 4)));
+  let batchSize = options.batchSize;
 
   /** How many jobs a round may add; 0 when too few to be worth it. One count at a time, so that none is missed. */
   function reserve(): Promise<number> {
     const counted = counting.then(async () => {
       reserved -= added;
       added = 0;
-      const limit = claimable(await inFlight(), reserved, options);
+      const limit = claimable(await inFlight(), reserved, { ...options, batchSize });
       reserved += limit;
       return limit;
     });
@@ -67,6 +71,7 @@ export function createClaimRounds(deps: {
       onParked(parked);
       const events = leased.length + parked.length;
       if (events > 0) deps.onClaimed?.(events);
+      batchSize = more ? Math.min(2 * batchSize, largest) : options.batchSize;
       return { kind: more ? 'more' : 'all', events: leased.length };
     } finally {
       added += limit;

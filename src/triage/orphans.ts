@@ -4,6 +4,8 @@ type Aggregate = Readonly<{ aggregateType: string; aggregateId: string }>;
 
 /** Long enough to look at many aggregates in one statement, short enough to be no pause. */
 const GATHER_MS = 20;
+/** The same under load, where each statement counts: when more than one aggregate a millisecond has been left. */
+const GATHER_UNDER_LOAD_MS = 200;
 const BATCH_LIMIT = 1_000;
 
 export type OrphanWatch = Readonly<{
@@ -29,6 +31,7 @@ export function createOrphanWatch(deps: {
   const watched = new Map<string, Aggregate>();
   let timer: NodeJS.Timeout | undefined;
   let running: Promise<void> | undefined;
+  let gatherMs = GATHER_MS;
   let sweptTo: Aggregate | null = null;
 
   async function look(): Promise<void> {
@@ -54,10 +57,11 @@ export function createOrphanWatch(deps: {
       if (timer || running || watched.size === 0) return;
       timer = setTimeout(() => {
         timer = undefined;
+        gatherMs = watched.size > gatherMs ? GATHER_UNDER_LOAD_MS : GATHER_MS;
         running = look().finally(() => {
           running = undefined;
         });
-      }, GATHER_MS);
+      }, gatherMs);
     },
 
     async sweep() {
