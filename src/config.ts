@@ -182,7 +182,7 @@ const table = {
   maxInFlight: variable(
     'RELAY_MAX_IN_FLIGHT',
     wholeNumber(1, 1_000_000, 'jobs'),
-    '1000',
+    '2000',
     'Publish jobs that may be in Redis at once, for all pods together',
   ),
   ordering: variable(

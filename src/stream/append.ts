@@ -1,4 +1,5 @@
 import type { Redis, RedisOptions, Result } from 'ioredis';
+import { Packr } from 'msgpackr';
 import { type AppendOutcome, inSteps, type OutboxEvent } from '../event.ts';
 import { deadLetterFields, envelopeFields } from './envelope.ts';
 
@@ -10,13 +11,14 @@ import { deadLetterFields, envelopeFields } from './envelope.ts';
  * entry is that of one that has not. Another epoch: Redis may have lost
  * what was appended before, so nothing is appended now.
  *
- * KEYS: epoch, then of each entry its stream and job hash. ARGV: epoch, then of each entry the field of the hash, 1 if
- * the job must have ended, else 0, how many arguments XADD takes after the key, and these.
+ * KEYS: epoch, then of each entry its stream and job hash. ARGV: epoch, then the entries as MessagePack, of each the
+ * field of the hash, 1 if the job must have ended, else 0, and what XADD takes after the key.
  * Answers for each entry the id, `=id` when it was remembered, nothing when the job is gone, `!` in another epoch, `?`
  * when the stream was to be there and is not, or `-` and the reason why Redis refused it; after the id `|` and that of
  * the dead letter that the job had before somebody retried it.
  *
- * One call for many entries: a call for each costs this process 25 µs and Redis 8 µs more per entry.
+ * One call for many entries, with one argument: a call for each costs this process 25 µs and Redis 8 µs more per
+ * entry, and an argument for each field 3 µs and 5 kB of garbage more.
  */
 const APPEND_ONCE = `
 local answers = {}
@@ -24,27 +26,25 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   for i = 2, #KEYS, 2 do answers[i / 2] = '!' end
   return answers
 end
-local at = 2
-for i = 2, #KEYS, 2 do
-  local field, ended, last = ARGV[at], ARGV[at + 1], at + 2 + tonumber(ARGV[at + 2])
-  local job = redis.call('HMGET', KEYS[i + 1], field, 'timestamp', 'finishedOn', 'relay:dlq')
-  local letter = ended == '0' and not job[3] and job[4] and '|' .. job[4] or ''
-  local answer
-  if job[1] then answer = '=' .. job[1] .. letter
-  elseif not job[2] or (job[3] and '1' or '0') ~= ended then answer = ''
+for n, entry in ipairs(cmsgpack.unpack(ARGV[2])) do
+  local stream, hash, field, ended = KEYS[2 * n], KEYS[2 * n + 1], entry[1], entry[2]
+  local job = redis.call('HMGET', hash, field, 'timestamp', 'finishedOn', 'relay:dlq')
+  local letter = ended == 0 and not job[3] and job[4] and '|' .. job[4] or ''
+  if job[1] then answers[n] = '=' .. job[1] .. letter
+  elseif not job[2] or (job[3] and 1 or 0) ~= ended then answers[n] = ''
   else
-    local id = redis.pcall('XADD', KEYS[i], unpack(ARGV, at + 3, last))
-    if not id then answer = '?'
-    elseif type(id) == 'table' then answer = '-' .. id.err
+    local id = redis.pcall('XADD', stream, unpack(entry, 3))
+    if not id then answers[n] = '?'
+    elseif type(id) == 'table' then answers[n] = '-' .. id.err
     else
-      redis.call('HSET', KEYS[i + 1], field, id)
-      answer = id .. letter
+      redis.call('HSET', hash, field, id)
+      answers[n] = id .. letter
     end
   end
-  answers[i / 2] = answer
-  at = last + 1
 end
 return answers`;
+
+const packr = new Packr({ useRecords: false });
 
 /** What one call takes at most: Redis does nothing else meanwhile. */
 const CALL_LIMIT = 64;
@@ -59,7 +59,7 @@ const KNOWN_STREAMS = 10_000;
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    appendOnce(numberOfKeys: number, ...keysAndArgs: (string | number)[]): Result<string[], Context>;
+    appendOnce(numberOfKeys: number, ...keysAndArgs: (string | Buffer)[]): Result<string[], Context>;
   }
 }
 
@@ -99,7 +99,7 @@ export const APPEND_CONNECTION: RedisOptions = {
 type Appending = Readonly<{
   keys: readonly [stream: string, jobHash: string];
   /** What the script takes for it. */
-  args: string[];
+  entry: readonly (string | number)[];
   bytes: number;
   resolve: (answer: string) => void;
   reject: (error: Error) => void;
@@ -118,14 +118,13 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
     epoch: string,
     keys: Appending['keys'],
     field: string,
-    hasEnded: string,
+    hasEnded: boolean,
     xadd: string[],
   ): Promise<string> {
     return new Promise((resolve, reject) => {
       if (appending.size === 0) setImmediate(callAll);
       const bytes = xadd.reduce((sum, it) => sum + it.length, 0);
-      const args = [field, hasEnded, String(xadd.length), ...xadd];
-      const one = { keys, args, bytes, resolve, reject };
+      const one = { keys, entry: [field, hasEnded ? 1 : 0, ...xadd], bytes, resolve, reject };
       const others = appending.get(epoch);
       if (others) others.push(one);
       else appending.set(epoch, [one]);
@@ -142,9 +141,9 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
 
   async function call(epoch: string, some: readonly Appending[]): Promise<void> {
     const keys = [options.epochKey, ...some.flatMap((it) => it.keys)];
-    const args = some.flatMap((it) => it.args);
     try {
-      const answers = await redis.appendOnce(keys.length, ...keys, epoch, ...args);
+      const entries = packr.pack(some.map((it) => it.entry));
+      const answers = await redis.appendOnce(keys.length, ...keys, epoch, entries);
       some.forEach((it, i) => {
         it.resolve(String(answers[i]));
       });
@@ -167,7 +166,7 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
     if (epoch === undefined) return NOT_KNOWN;
     if (known.epoch !== epoch || known.streams.size >= KNOWN_STREAMS) known = { epoch, streams: new Set() };
     const { streams } = known;
-    const hasEnded = field === DEAD_LETTER_ENTRY ? '1' : '0';
+    const hasEnded = field === DEAD_LETTER_ENTRY;
     const xadd = [...(streams.has(stream) ? ['NOMKSTREAM'] : []), ...trimmedTo(maxLen), '*', ...fields];
     try {
       const reply = await ask(epoch, [stream, options.jobKey(event.eventId)], field, hasEnded, xadd);

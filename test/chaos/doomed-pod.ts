@@ -46,7 +46,7 @@ function watched(pool: pg.Pool): pg.Pool {
   return pool;
 }
 
-type Append = (this: unknown, keys: number, ...keysAndArgs: (string | number)[]) => Promise<unknown>;
+type Append = (this: unknown, keys: number, ...keysAndArgs: (string | Buffer)[]) => Promise<unknown>;
 
 /** Tells the appends of the connection that makes them; the relay makes its own connections from this one. */
 function watchedRedis(redis: Redis): Redis {
