@@ -1,9 +1,10 @@
 import { hostname } from 'node:os';
-import { Redis } from 'ioredis';
 import { describe, expect, inject, test } from 'vitest';
 import { createLogger, errorText, type Logger, type LogLevel, serializeError } from '../src/logger.ts';
 import { createPool } from '../src/outbox/pool.ts';
+import { asRelay } from './support/least-privilege.ts';
 import { createRedis } from './support/servers.ts';
+import { openRedis } from './support/stages.ts';
 
 /** What a reader of the logs sees. */
 function logged(
@@ -131,7 +132,7 @@ describe('errors of the libraries hold no data of events', () => {
   const PERSONAL = 'ada@example.com';
 
   test('PostgreSQL: the row in a violated constraint, the parameters, the password', async () => {
-    const pool = createPool(inject('adminUrl'), { max: 1 });
+    const pool = createPool(asRelay(inject('adminUrl')), { max: 1 });
     const client = await pool.connect();
     await client.query('CREATE TEMP TABLE person (email text CHECK (email IS NULL))');
     const error = await failureOf(() => client.query('INSERT INTO person VALUES ($1)', [PERSONAL]));
@@ -147,9 +148,7 @@ describe('errors of the libraries hold no data of events', () => {
   });
 
   test('Redis: the arguments of the refused command, of all commands of its transaction', async () => {
-    const { port } = await createRedis();
-    const redis = new Redis({ port, lazyConnect: true });
-    await redis.connect();
+    const redis = openRedis((await createRedis()).url);
     await redis.set('text', 'x');
     const errors = [
       await failureOf(() => redis.xadd('text', '*', 'payload', PERSONAL)),
@@ -158,7 +157,6 @@ describe('errors of the libraries hold no data of events', () => {
         redis.multi().call('NOSUCHCOMMAND', PERSONAL).xadd('text', '*', 'p', PERSONAL).exec(),
       ),
     ];
-    redis.disconnect();
     for (const err of errors) {
       const { text } = logged((logger) => logger.error({ err }, 'failed'));
       expect(text).not.toContain(PERSONAL);

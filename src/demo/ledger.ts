@@ -7,9 +7,12 @@ import type { Pool } from 'pg';
 const PAGE_ROWS = 5_000;
 const SAMPLES = 5;
 
+type Table = Pick<Pool, 'query'>;
+type Streams = Pick<Redis, 'type' | 'xrange'>;
+
 export type LedgerOptions = {
-  pool: Pool;
-  redis: Redis;
+  pool: Table;
+  redis: Streams;
   /** RELAY_STREAM_NAME: the stream of rows without a topic. */
   defaultStream: string;
   dlqStream: string;
@@ -120,7 +123,7 @@ export function violationsOf(grade: LedgerGrade): string[] {
     });
 }
 
-async function streamNames(pool: Pool, defaultStream: string): Promise<string[]> {
+async function streamNames(pool: Table, defaultStream: string): Promise<string[]> {
   const { rows } = await pool.query<{ stream: string }>(
     'SELECT DISTINCT coalesce(topic, $1) AS stream FROM identity.outbox',
     [defaultStream],
@@ -128,7 +131,7 @@ async function streamNames(pool: Pool, defaultStream: string): Promise<string[]>
   return [...new Set([defaultStream, ...rows.map((row) => row.stream)])];
 }
 
-async function readRows(pool: Pool, defaultStream: string): Promise<Map<string, Row>> {
+async function readRows(pool: Table, defaultStream: string): Promise<Map<string, Row>> {
   const all = new Map<string, Row>();
   for (let after = '-9223372036854775808'; ; ) {
     const { rows } = await pool.query<Row>(
@@ -146,7 +149,7 @@ async function readRows(pool: Pool, defaultStream: string): Promise<Map<string, 
 }
 
 /** The event ids of a stream's entries, in its order. A key that is missing or no stream has none. */
-async function eventIds(redis: Redis, stream: string, field: string): Promise<string[]> {
+async function eventIds(redis: Streams, stream: string, field: string): Promise<string[]> {
   if ((await redis.type(stream)) !== 'stream') return [];
   const ids: string[] = [];
   for (let start = '-'; ; ) {

@@ -20,8 +20,8 @@ let options: LedgerOptions;
 
 beforeAll(async () => {
   const [database, server] = await Promise.all([createDatabase(), createRedis()]);
-  pool = new pg.Pool({ connectionString: database.url, max: 2 });
-  redis = new Redis(server.url);
+  pool = new pg.Pool({ connectionString: database.adminUrl, max: 2 });
+  redis = new Redis(server.adminUrl);
   atEndOfFile(async () => {
     redis.disconnect();
     await pool.end();

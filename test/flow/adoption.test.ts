@@ -11,8 +11,8 @@ const NO_TENANT = '00000000-0000-0000-0000-000000000000';
 
 /** A database as the old system left it: 500 rows, of which every fifth is published. */
 async function setOldStage(): Promise<Stage> {
-  const { url } = await createDatabase({ template: false });
-  const stage = await setStage({ databaseUrl: url });
+  const { adminUrl } = await createDatabase({ template: false });
+  const stage = await setStage({ databaseUrl: adminUrl });
   await createOldTable(stage.pool);
   const users = Array.from({ length: 40 }, () => randomUUID());
   const correlationId = randomUUID();
@@ -110,8 +110,8 @@ test('three pods that migrate an old table at once all succeed, and the relay ca
 }, 90_000);
 
 test('three pods that migrate an empty database at once all succeed', async () => {
-  const { url } = await createDatabase({ template: false });
-  const stage = await setStage({ databaseUrl: url });
+  const { adminUrl } = await createDatabase({ template: false });
+  const stage = await setStage({ databaseUrl: adminUrl });
   // Nobody can make a schema until all three are here.
   const client = await stage.pool.connect();
   await client.query('BEGIN');

@@ -17,7 +17,7 @@ import { isPassword } from '../../src/web/passwords.ts';
 import { basicOf, boardApi, boardUsers, PASSWORD } from '../support/board.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
-import { aClaimedEvent } from '../support/stages.ts';
+import { aClaimedEvent, openRedis } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 type Board = Readonly<{ stage: Stage; pod: Pod; api: ReturnType<typeof boardApi> }>;
@@ -331,7 +331,7 @@ test('a Bull Board of one’s own shows the relay’s queues readably, refuses w
   const data = aClaimedEvent();
   await stage.queue('publish').add(data.eventType, data, { jobId: data.eventId });
   const own = new Queue('own', { connection: stage.redis });
-  for (const from of [{ redis: stage.redis }, stage.config()]) {
+  for (const from of [{ redis: openRedis(stage.server.url) }, stage.config()]) {
     const relay = await createBoardQueues(from);
     const app = fastify();
     const server = new FastifyAdapter();

@@ -21,7 +21,7 @@ import {
 } from '../support/least-privilege.ts';
 import { blocksUnder } from '../support/readme.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
-import { openPool, openRedis, silent } from '../support/stages.ts';
+import { openAdminPool, openAdminRedis, openPool, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const FORBIDDEN_TOPIC = 'payments.v1';
@@ -134,8 +134,8 @@ test('the relay, all its duties, and its producers work with the rights that rel
 
 test('a role that owns the table and may create in database and schema can migrate', async () => {
   for (const isOld of [true, false]) {
-    const { url, name } = await createDatabase({ template: false });
-    const stage = await setStage({ databaseUrl: url });
+    const { url, adminUrl, name } = await createDatabase({ template: false });
+    const stage = await setStage({ databaseUrl: adminUrl });
     const { role } = someRoles(stage);
     await createRole(stage, role);
     await stage.pool.query(`GRANT CREATE ON DATABASE ${name} TO ${role}`);
@@ -162,8 +162,8 @@ test('the README shows what relay grants prints', async () => {
 });
 
 test('a relay is never without its rights while they are given anew, whatever its role is called', async () => {
-  const { url } = await createDatabase();
-  const admin = await openPool(url, { max: 1 }).connect();
+  const { url, adminUrl } = await createDatabase();
+  const admin = await openAdminPool(adminUrl).connect();
   const roles = { role: 'user', operator: 'order', producer: 'Select "' };
   const names = Object.values(roles).map((name) => pg.escapeIdentifier(name));
   onTestFinished(async () => {
@@ -184,10 +184,10 @@ test('a relay is never without its rights while they are given anew, whatever it
 
 test('each right in PostgreSQL is needed', async () => {
   const database = await createDatabase();
-  const admin = openPool(database.url);
-  const grantAll = () => grantLeast(database.url, EVERYTHING);
+  const admin = openAdminPool(database.adminUrl);
+  const grantAll = () => grantLeast(database.adminUrl, EVERYTHING);
   await grantAll();
-  const relay = openPool(asRelay(database.url), { max: 2 });
+  const relay = openPool(database.url, { max: 2 });
   const operators = openPool(asRelay(database.url, OPERATOR_ROLE), { max: 2 });
   const producer = await openPool(asRelay(database.url, PRODUCER_ROLE), { max: 1 }).connect();
   const options = { ...loadConfig(EVERYTHING), statementTimeoutMs: 5_000 };
@@ -274,13 +274,13 @@ test('each right in PostgreSQL is needed', async () => {
 
 test('each right in Redis is needed', async () => {
   const [database, server] = await Promise.all([createDatabase(), createRedis()]);
-  const [pool, redis] = [openPool(database.url), openRedis(server.url)];
-  await grantLeast(database.url, EVERYTHING);
+  const [pool, redis] = [openAdminPool(database.adminUrl), openAdminRedis(server.adminUrl)];
+  await grantLeast(database.adminUrl, EVERYTHING);
   const all = redisRules(EVERYTHING);
   const config = loadConfig({
     ...EVERYTHING,
-    RELAY_DATABASE_URL: asRelay(database.url),
-    RELAY_REDIS_URL: asRelay(server.url),
+    RELAY_DATABASE_URL: database.url,
+    RELAY_REDIS_URL: server.url,
     ...{ RELAY_STARTUP_TIMEOUT: '0.5', RELAY_SHUTDOWN_TIMEOUT: '0.5', RELAY_MAX_RETRY_ATTEMPTS: '0' },
   });
 

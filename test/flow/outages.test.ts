@@ -75,7 +75,7 @@ test('a full Redis costs no event and no attempt, and the flow resumes when it h
 
 test('a PostgreSQL that crashes and recovers costs no event and no attempt', async () => {
   const postgres = await createPostgres();
-  const stage = await setStage({ databaseUrl: postgres.url, env: SHORT_TIMEOUTS });
+  const stage = await setStage({ databaseUrl: postgres.adminUrl, env: SHORT_TIMEOUTS });
   await suffer(stage, async () => {
     await postgres.kill('SIGQUIT');
     await hold(OUTAGE_MS);
@@ -85,7 +85,7 @@ test('a PostgreSQL that crashes and recovers costs no event and no attempt', asy
 
 test('a pod that starts while its servers are away waits for them, says so, and then works', async () => {
   const postgres = await createPostgres();
-  const stage = await setStage({ databaseUrl: postgres.url, env: { RELAY_STARTUP_TIMEOUT: '60' } });
+  const stage = await setStage({ databaseUrl: postgres.adminUrl, env: { RELAY_STARTUP_TIMEOUT: '60' } });
   const event = anEvent();
   await insertEvents(stage.pool, [event]);
   await Promise.all([stage.server.stop(), postgres.stop()]);

@@ -1,6 +1,4 @@
 import { Queue } from 'bullmq';
-import type { Redis } from 'ioredis';
-import type pg from 'pg';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { loadConfig } from '../../src/config.ts';
 import type { SampleEvent } from '../../src/demo/sample.ts';
@@ -8,33 +6,49 @@ import { CursorError, toCursor } from '../../src/operate/cursor.ts';
 import type { DeadLetters } from '../../src/operate/dead-letters.ts';
 import { openOperations } from '../../src/operate/open.ts';
 import { createBacklog } from '../../src/outbox/backlog.ts';
+import type { Pool } from '../../src/outbox/database.ts';
 import { QUEUE_CONNECTION } from '../../src/queue/queues.ts';
 import { deadLetterFields } from '../../src/stream/envelope.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
+import { asRelay, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
-import { aClaimedEvent, openPool, openRedis, readRows, readStates, silent } from '../support/stages.ts';
+import {
+  type AdminPool,
+  type AdminRedis,
+  aClaimedEvent,
+  openAdminPool,
+  openAdminRedis,
+  openPool,
+  openRedis,
+  readRows,
+  readStates,
+  silent,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const DLQ = 'identity.user.v1.dlq';
 const BY = { by: 'alice' };
 
-let pool: pg.Pool;
-let redis: Redis;
+let pool: AdminPool;
+let redis: AdminRedis;
+let operators: Pool;
 let publish: Queue;
 let deadLetters: DeadLetters;
 
 beforeAll(async () => {
-  const [{ url }, server] = await Promise.all([createDatabase(), createRedis()]);
-  pool = openPool(url, { max: 4 });
-  redis = openRedis(server.url, QUEUE_CONNECTION);
-  await waitFor(() => redis.status === 'ready', { what: 'the connection' });
+  const [database, server] = await Promise.all([createDatabase(), createRedis()]);
+  pool = openAdminPool(database.adminUrl);
+  redis = openAdminRedis(server.adminUrl);
+  operators = openPool(asRelay(database.url, OPERATOR_ROLE), { max: 4 });
+  const relayRedis = openRedis(server.url, QUEUE_CONNECTION);
+  await waitFor(() => relayRedis.status === 'ready', { what: 'the connection' });
   const config = loadConfig({
-    ...{ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: server.url, RELAY_DEAD_LETTER_POLICY: 'hold' },
+    ...{ RELAY_DATABASE_URL: database.url, RELAY_REDIS_URL: server.url, RELAY_DEAD_LETTER_POLICY: 'hold' },
   });
-  const operations = openOperations(config, { pool, redis, logger: silent });
+  const operations = openOperations(config, { pool: operators, redis: relayRedis, logger: silent });
   deadLetters = operations.deadLetters;
-  publish = new Queue('relay-publish', { connection: redis, prefix: 'bull' });
+  publish = new Queue('relay-publish', { connection: relayRedis, prefix: 'bull' });
   atEndOfFile(async () => {
     await Promise.all([operations.close(), publish.close()]);
   });
@@ -279,13 +293,13 @@ describe('a replay', () => {
       CREATE FUNCTION no_release() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not now'; END $$;
       CREATE TRIGGER no_release BEFORE UPDATE ON identity.outbox FOR EACH ROW
       WHEN (OLD.dead_lettered_at IS NULL) EXECUTE FUNCTION no_release()`);
-    await redis.acl('SETUSER', 'default', '-xdel');
+    await redis.acl('SETUSER', RELAY_USER, '-xdel');
     try {
       for (const { eventId } of [replayed, pruned])
         expect(await deadLetters.replay({ eventIds: [eventId] }, BY)).toMatchObject({ done: 1, refused: 0 });
       expect(await deadLetters.discard({ filter: {} }, 'x', BY)).toMatchObject({ done: 1, refused: 0 });
     } finally {
-      await redis.acl('SETUSER', 'default', '+@all');
+      await redis.acl('SETUSER', RELAY_USER, '+xdel');
       await pool.query('DROP FUNCTION no_release CASCADE');
     }
     expect(await readStates(pool)).toEqual(['fresh', 'contradictory', 'parked', 'fresh']);
@@ -381,11 +395,11 @@ describe('a replay', () => {
 
   test('does nothing when Redis cannot be asked: the failed job would swallow the new one', async () => {
     await dead([anEvent()]);
-    await redis.acl('SETUSER', 'default', '-hexists');
+    await redis.acl('SETUSER', RELAY_USER, '-hexists');
     try {
       await expect(deadLetters.replay({ filter: {} }, BY)).rejects.toThrow('NOPERM');
     } finally {
-      await redis.acl('SETUSER', 'default', '+@all');
+      await redis.acl('SETUSER', RELAY_USER, '+hexists');
     }
     expect(await readStates(pool)).toEqual(['dead']);
     expect(await redis.xlen(DLQ)).toBe(1);
@@ -495,7 +509,7 @@ describe('a discard', () => {
     expect(await deadLetters.replay(selection, BY)).toMatchObject({ done: 0, refused: 1 });
     expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 0 });
     expect((await deadLetters.list({})).letters).toEqual([]);
-    const backlog = createBacklog(pool, { ...loadConfig({}), statementTimeoutMs: 5_000 });
+    const backlog = createBacklog(operators, { ...loadConfig({}), statementTimeoutMs: 5_000 });
     expect((await backlog.count()).dead).toBe(0);
   });
 

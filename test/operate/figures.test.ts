@@ -1,6 +1,6 @@
 import type { Redis } from 'ioredis';
 import pg from 'pg';
-import { expect, onTestFinished, test } from 'vitest';
+import { expect, test } from 'vitest';
 import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { createFigures, entriesAtRisk, type Figures, shareFigures } from '../../src/operate/figures.ts';
 import { createFleetReader } from '../../src/operate/heartbeat.ts';
@@ -97,8 +97,7 @@ test('without Redis there are no shared figures, and nobody asks the database in
 
 test('without database there is what Redis tells, and why the rest is missing', async () => {
   const server = await createRedis();
-  const pool = new pg.Pool({ connectionString: 'postgres://127.0.0.1:9/none' });
-  onTestFinished(() => pool.end());
+  const pool = openPool('postgres://relay@127.0.0.1:9/none');
   const figures = await readerOn(pool, await connection(server)).read();
   expect(figures).toMatchObject({ queues: { claim: { waiting: 0 } }, streams: [], fleet: { pods: [] } });
   expect(figures.backlog).toBeUndefined();

@@ -1,5 +1,3 @@
-import type { Redis } from 'ioredis';
-import type pg from 'pg';
 import { beforeAll, beforeEach, expect, test } from 'vitest';
 import { loadConfig } from '../../src/config.ts';
 import type { SampleEvent } from '../../src/demo/sample.ts';
@@ -7,12 +5,22 @@ import type { OutboxEvent } from '../../src/event.ts';
 import { CursorError, toCursor } from '../../src/operate/cursor.ts';
 import { openOperations } from '../../src/operate/open.ts';
 import { createRepublish, type Republish } from '../../src/operate/republish.ts';
+import type { Pool } from '../../src/outbox/database.ts';
 import { createReceipts } from '../../src/outbox/receipts.ts';
 import { APPEND_CONNECTION } from '../../src/stream/append.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
-import { openPool, openRedis, readStream, silent } from '../support/stages.ts';
+import {
+  type AdminPool,
+  type AdminRedis,
+  openAdminPool,
+  openAdminRedis,
+  openPool,
+  openRedis,
+  readStream,
+  silent,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const STREAM = 'identity.user.v1';
@@ -20,21 +28,21 @@ const EPOCH = 'bull:relay:epoch';
 const BY = { by: 'alice' };
 const ALL = { since: '2020-01-01T00:00:00Z', until: '2100-01-01T00:00:00Z', filter: {} };
 
-let pool: pg.Pool;
-let redis: Redis;
+let pool: AdminPool;
+let redis: AdminRedis;
+let relayPool: Pool;
 let republish: Republish;
 let epoch: string;
 
 beforeAll(async () => {
-  const [{ url }, server] = await Promise.all([createDatabase(), createRedis()]);
-  pool = openPool(url, { max: 4 });
-  redis = openRedis(server.url, APPEND_CONNECTION);
-  await waitFor(() => redis.status === 'ready', { what: 'the connection' });
-  const operations = openOperations(loadConfig({ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: server.url }), {
-    pool,
-    redis,
-    logger: silent,
-  });
+  const [database, server] = await Promise.all([createDatabase(), createRedis()]);
+  pool = openAdminPool(database.adminUrl);
+  redis = openAdminRedis(server.adminUrl);
+  relayPool = openPool(database.url, { max: 4 });
+  const relayRedis = openRedis(server.url, APPEND_CONNECTION);
+  await waitFor(() => relayRedis.status === 'ready', { what: 'the connection' });
+  const config = loadConfig({ RELAY_DATABASE_URL: database.url, RELAY_REDIS_URL: server.url });
+  const operations = openOperations(config, { pool: relayPool, redis: relayRedis, logger: silent });
   republish = operations.republish;
   atEndOfFile(operations.close);
   const info = `${await redis.info('server')}${await redis.info('replication')}`;
@@ -150,7 +158,11 @@ test('a count goes on where it ended, too', async () => {
 /** Beside the table, with a stream that takes everything, or fails. */
 const besideTable = (append: (event: OutboxEvent) => Promise<null>) =>
   createRepublish({
-    receipts: createReceipts(pool, { streamName: STREAM, maxEventBytes: 1e6, statementTimeoutMs: 15_000 }),
+    receipts: createReceipts(relayPool, {
+      streamName: STREAM,
+      maxEventBytes: 1e6,
+      statementTimeoutMs: 15_000,
+    }),
     republisher: { epoch: async () => epoch, append },
     logger: silent,
   });

@@ -1,9 +1,9 @@
-import type pg from 'pg';
 import { beforeAll, beforeEach, expect, test } from 'vitest';
 import { type BacklogReader, createBacklog } from '../../src/outbox/backlog.ts';
+import type { Pool } from '../../src/outbox/database.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool } from '../support/stages.ts';
+import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
 
 const OPTIONS = {
   streamName: 'default.stream',
@@ -11,12 +11,15 @@ const OPTIONS = {
   statementTimeoutMs: 10_000,
 } as const;
 
-let pool: pg.Pool;
+let pool: AdminPool;
+let relay: Pool;
 let backlog: BacklogReader;
 
 beforeAll(async () => {
-  pool = openPool((await createDatabase()).url);
-  backlog = createBacklog(pool, OPTIONS);
+  const { url, adminUrl } = await createDatabase();
+  pool = openAdminPool(adminUrl);
+  relay = openPool(url);
+  backlog = createBacklog(relay, OPTIONS);
 });
 
 beforeEach(async () => {
@@ -120,7 +123,7 @@ test('the oldest row of each state tells what it waits for', async () => {
   const parked = async (by: BacklogReader) =>
     (await by.oldest()).find((row) => row.state === 'parked')?.behind;
   expect(await parked(backlog)).toBeNull();
-  const holding = createBacklog(pool, { ...OPTIONS, deadLetterPolicy: 'hold' });
+  const holding = createBacklog(relay, { ...OPTIONS, deadLetterPolicy: 'hold' });
   expect(await parked(holding)).toEqual({ eventId: first.eventId, isDead: true });
 });
 

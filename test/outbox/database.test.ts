@@ -2,14 +2,15 @@ import { expect, test } from 'vitest';
 import { transaction } from '../../src/outbox/database.ts';
 import { createPool } from '../../src/outbox/pool.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
+import { anEvent, insertEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool } from '../support/stages.ts';
+import { openAdminPool, openPool } from '../support/stages.ts';
 
-const { url } = await createDatabase();
+const { url, adminUrl } = await createDatabase();
 const pipelined = createPool(url, { pipeline: true });
 atEndOfFile(() => pipelined.end());
 
-const admin = openPool(url);
+const admin = openAdminPool(adminUrl);
 
 const settings = `SELECT current_setting('statement_timeout') AS deadline, current_setting('jit') AS jit, pg_current_xact_id() IS NOT NULL AS started`;
 
@@ -23,13 +24,14 @@ for (const [kind, pool] of [
   });
 
   test(`nothing remains of a transaction whose work fails (${kind})`, async () => {
-    await pool.query('CREATE TABLE IF NOT EXISTS kept (n int)');
+    const [id] = await insertEvents(admin, [anEvent()]);
     const failing = transaction(pool, 4_000, 'durable', async (tx) => {
-      await tx.query('INSERT INTO kept VALUES (1)');
+      const { rowCount } = await tx.query('UPDATE identity.outbox SET attempts = 7 WHERE id = $1', [id]);
+      expect(rowCount).toBe(1);
       throw new Error('the caller gave up');
     });
     await expect(failing).rejects.toThrow('the caller gave up');
-    expect((await pool.query('SELECT FROM kept')).rowCount).toBe(0);
+    expect((await admin.query('SELECT FROM identity.outbox WHERE attempts > 0')).rowCount).toBe(0);
   });
 
   test(`a connection that breaks between two statements fails the transaction, not the process (${kind})`, async () => {

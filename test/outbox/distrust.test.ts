@@ -1,10 +1,9 @@
-import pg from 'pg';
 import { expect, onTestFinished, test } from 'vitest';
 import { transaction } from '../../src/outbox/database.ts';
 import { distrustful } from '../../src/outbox/distrust.ts';
-import { atEndOfFile } from '../support/cleanup.ts';
 import { startProxy, through } from '../support/proxy.ts';
 import { createDatabase } from '../support/servers.ts';
+import { openPool } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const { url } = await createDatabase();
@@ -13,9 +12,7 @@ const { url } = await createDatabase();
 async function aDeadPool(size: number, { usedByUs }: { usedByUs: boolean }) {
   const proxy = await startProxy(Number(new URL(url).port));
   onTestFinished(proxy.close);
-  const pool = new pg.Pool({ connectionString: through(proxy, url), max: size });
-  pool.on('error', () => {});
-  atEndOfFile(() => pool.end());
+  const pool = openPool(through(proxy, url), { max: size });
   const trusted = distrustful(pool, 400);
   const by = usedByUs ? trusted : pool;
   const clients = await Promise.all(Array.from({ length: size }, () => by.connect()));
@@ -63,8 +60,7 @@ test('a transaction that gets no answer ends after one timeout, and the next one
 }, 30_000);
 
 test('a statement that fails says nothing about other connections', async () => {
-  const pool = new pg.Pool({ connectionString: url, max: 2 });
-  atEndOfFile(() => pool.end());
+  const pool = openPool(url, { max: 2 });
   const trusted = distrustful(pool, 5_000);
   const pid = async () => (await trusted.query('SELECT pg_backend_pid() AS pid')).rows[0].pid as number;
   const [first, second] = await Promise.all([trusted.connect(), trusted.connect()]);

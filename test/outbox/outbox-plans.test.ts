@@ -10,8 +10,9 @@ import type { Pool } from '../../src/outbox/database.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/prune.ts';
+import { asRelay, OPERATOR_ROLE } from '../support/least-privilege.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool } from '../support/stages.ts';
+import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
 
 const PUBLISHED_ROWS = 1_000_000;
 const PARKED_ROWS = 100_000;
@@ -49,10 +50,15 @@ type Cost = {
   mostRowsSorted: number;
 };
 
-let pool: pg.Pool;
+let pool: AdminPool;
+let relay: pg.Pool;
+let operators: pg.Pool;
 
 beforeAll(async () => {
-  pool = openPool((await createDatabase()).url);
+  const { url, adminUrl } = await createDatabase();
+  pool = openAdminPool(adminUrl);
+  relay = openPool(url);
+  operators = openPool(asRelay(url, OPERATOR_ROLE));
   await pool.query(`
     ALTER TABLE identity.outbox SET (autovacuum_enabled = off);
     -- Ids that ascend: their index is filled in a third of the time.
@@ -70,8 +76,8 @@ beforeAll(async () => {
   `);
 }, SETUP_LIMIT_MS);
 
-/** With the pool, for statements that are not the outbox's own. */
-type Run = (outbox: Outbox, pool: Pool) => Promise<unknown>;
+/** With the operators' pool, for statements of theirs. */
+type Run = (outbox: Outbox, operators: Pool) => Promise<unknown>;
 
 const deadRows = (pool: Pool) =>
   createDeadRows(pool, {
@@ -172,12 +178,11 @@ describe.each([
     '%s touches few rows, by index (%s, %s plan)',
     async (_name, deadLetterPolicy, plan, run, limit) => {
       const costs: Cost[] = [];
-      const explained = explaining(pool, plan, costs);
-      const outbox = createOutbox(explained, {
+      const outbox = createOutbox(explaining(relay, plan, costs), {
         ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000, maxEventBytes: 1_048_576 },
         ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
       });
-      await run(outbox, explained);
+      await run(outbox, explaining(operators, plan, costs));
       expect(costs).toHaveLength(1);
       const [{ rowsTouched, buffers, indexes, scans, mostRowsSorted }] = costs as [Cost];
       expect(rowsTouched).toBeLessThanOrEqual(limit);
@@ -194,7 +199,7 @@ describe.each([
     ['rates are taken', (it) => it.rates()],
   ])('%s without a look at published rows', async (_name, run) => {
     const costs: Cost[] = [];
-    const backlog = createBacklog(explaining(pool, 'custom', costs), {
+    const backlog = createBacklog(explaining(relay, 'custom', costs), {
       deadLetterPolicy: 'hold',
       streamName: 'identity.user.v1',
       statementTimeoutMs: 20_000,

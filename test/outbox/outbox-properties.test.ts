@@ -5,12 +5,12 @@
  * `PROPERTY_SEED` (a number, or `random`) and `PROPERTY_RUNS` search elsewhere, and longer.
  */
 import fc from 'fast-check';
-import type pg from 'pg';
 import { beforeAll, expect, test } from 'vitest';
+import { asRelay, PRODUCER_ROLE } from '../support/least-privilege.ts';
 import type { Policy } from '../support/outbox-adapter.ts';
-import { AGGREGATES, createWorld, type Road, type World } from '../support/outbox-world.ts';
+import { AGGREGATES, createWorld, type Pools, type Road, type World } from '../support/outbox-world.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool } from '../support/stages.ts';
+import { openAdminPool, openPool } from '../support/stages.ts';
 
 const { PROPERTY_SEED = '1', PROPERTY_RUNS = '60' } = process.env;
 const RUNS = Number(PROPERTY_RUNS);
@@ -19,13 +19,14 @@ const STEPS = 120;
 const LIMIT_MS = 60_000 + RUNS * 500;
 const GRACE_MS = 60_000;
 
-let pool: pg.Pool;
+let pools: Pools;
 
 beforeAll(async () => {
-  const { url, name } = await createDatabase();
-  pool = openPool(url, { max: 12 });
-  await pool.query(`ALTER DATABASE ${name} SET deadlock_timeout = '20ms'`);
-  await pool.query(`ALTER DATABASE ${name} SET synchronous_commit = off`);
+  const { url, adminUrl, name } = await createDatabase();
+  const admin = openAdminPool(adminUrl);
+  await admin.query(`ALTER DATABASE ${name} SET deadlock_timeout = '20ms'`);
+  await admin.query(`ALTER DATABASE ${name} SET synchronous_commit = off`);
+  pools = { admin, relay: openPool(url, { max: 12 }), producers: openPool(asRelay(url, PRODUCER_ROLE)) };
 });
 
 /**
@@ -113,7 +114,7 @@ test.each<Policy>(['continue', 'hold'])(
       fc.asyncProperty(
         fc.noBias(fc.array(aStep, { minLength: 1, maxLength: STEPS, size: 'max' })),
         async (steps) => {
-          const world = await createWorld(pool, policy);
+          const world = await createWorld(pools, policy);
           try {
             for (const step of steps) await take(world, step);
             await comeToRest(world);

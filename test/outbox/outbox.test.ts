@@ -6,7 +6,14 @@ import type { Pool } from '../../src/outbox/database.ts';
 import { createOutbox, type Outbox, type OutboxOptions } from '../../src/outbox/outbox.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool, type Row, readRows, readStates } from '../support/stages.ts';
+import {
+  type AdminPool,
+  openAdminPool,
+  openPool,
+  type Row,
+  readRows,
+  readStates,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const OPTIONS: OutboxOptions = {
@@ -21,17 +28,20 @@ const USER = randomUUID();
 const ANYBODY = { aggregateType: 'user', aggregateId: USER };
 
 let databaseUrl: string;
-let pool: pg.Pool;
+let pool: AdminPool;
+let relay: pg.Pool;
 let outbox: Outbox;
 let holding: Outbox;
 let unordered: Outbox;
 
 beforeAll(async () => {
-  databaseUrl = (await createDatabase()).url;
-  pool = openPool(databaseUrl);
-  outbox = createOutbox(pool, OPTIONS);
-  holding = createOutbox(pool, { ...OPTIONS, deadLetterPolicy: 'hold' });
-  unordered = createOutbox(pool, { ...OPTIONS, ordering: 'none' });
+  const { url, adminUrl } = await createDatabase();
+  databaseUrl = url;
+  pool = openAdminPool(adminUrl);
+  relay = openPool(url);
+  outbox = createOutbox(relay, OPTIONS);
+  holding = createOutbox(relay, { ...OPTIONS, deadLetterPolicy: 'hold' });
+  unordered = createOutbox(relay, { ...OPTIONS, ordering: 'none' });
 });
 
 beforeEach(async () => {
@@ -168,9 +178,9 @@ describe('a claim', () => {
     const failures = ['54000', '53200'];
     const failing = createOutbox(
       {
-        ...{ query: pool.query.bind(pool) },
+        ...{ query: relay.query.bind(relay) },
         connect: async () => {
-          const client = await pool.connect();
+          const client = await relay.connect();
           const query = (config: pg.QueryConfig) => {
             const code = config.text.includes('RETURNING') ? failures.shift() : undefined;
             if (code !== undefined) throw Object.assign(new Error('out of memory'), { code });

@@ -5,8 +5,11 @@ import { startPrivatePostgres } from '../../src/demo/servers.ts';
 import { createClient, createPool } from '../../src/outbox/pool.ts';
 import { CERTIFICATE, PRIVATE_KEY } from '../support/certificate.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
+import { asRelay, grantLeast } from '../support/least-privilege.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
+
+const URL_WITHOUT_TLS = asRelay(inject('adminUrl'));
 
 /** Connects, and answers whether the connection is encrypted. */
 async function isEncrypted(url: string): Promise<boolean> {
@@ -23,19 +26,19 @@ describe('a server without TLS', () => {
   test.each(['', '?sslmode=prefer', '?sslmode=allow', '?sslmode=disable', '?ssl=prefer'])(
     'is reached in plain text with %j',
     async (query) => {
-      expect(await isEncrypted(inject('adminUrl') + query)).toBe(false);
+      expect(await isEncrypted(URL_WITHOUT_TLS + query)).toBe(false);
     },
   );
 
   test.each(['?sslmode=require', '?ssl=require', '?sslmode=verify-full', '?ssl=true'])(
     'is refused with %j',
     async (query) => {
-      await expect(isEncrypted(inject('adminUrl') + query)).rejects.toThrow('does not support SSL');
+      await expect(isEncrypted(URL_WITHOUT_TLS + query)).rejects.toThrow('does not support SSL');
     },
   );
 
   test('is reached by a single client as well', async () => {
-    const client = createClient(inject('adminUrl'), { application_name: 'pool test' });
+    const client = createClient(URL_WITHOUT_TLS, { application_name: 'pool test' });
     await client.connect();
     const { rows } = await client.query('SHOW application_name');
     await client.end();
@@ -43,7 +46,7 @@ describe('a server without TLS', () => {
   });
 
   test('is used in full: parameters, several statements, notifications', async () => {
-    const pool = createPool(inject('adminUrl'), { max: 1 });
+    const pool = createPool(URL_WITHOUT_TLS, { max: 1 });
     const client = await pool.connect();
     const heard = new Promise((resolve) => client.once('notification', ({ payload }) => resolve(payload)));
     await client.query('LISTEN pool_test');
@@ -57,7 +60,7 @@ describe('a server without TLS', () => {
 });
 
 test('the end of a connection that nobody listens to does not end the process', async () => {
-  const pool = createPool(inject('adminUrl'), { max: 1 });
+  const pool = createPool(URL_WITHOUT_TLS, { max: 1 });
   const client = await pool.connect();
   // What a server that goes away makes it say; thrown at us if nobody hears it.
   expect(() => client.emit('error', new Error('terminating connection'))).not.toThrow();
@@ -74,8 +77,9 @@ describe('a server with TLS', () => {
     await writeFile(certificateFile, CERTIFICATE);
     const postgres = await startPrivatePostgres({ directory: join(folder, 'postgres') });
     atEndOfFile(() => postgres.stop());
-    url = postgres.url;
-    await turnOnTls(url);
+    await grantLeast(postgres.url);
+    await turnOnTls(postgres.url);
+    url = asRelay(postgres.url);
   });
 
   test.each(['', '?sslmode=prefer', '?sslmode=allow', '?sslmode=require', '?ssl=require', '?ssl=no-verify'])(

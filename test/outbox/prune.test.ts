@@ -1,15 +1,21 @@
 import { beforeEach, describe, expect, test } from 'vitest';
 import { ComparingError, createRetention } from '../../src/operate/retention.ts';
 import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/prune.ts';
+import { asRelay, grantLeast, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool } from '../support/stages.ts';
+import { openAdminPool, openPool } from '../support/stages.ts';
 
 const HOUR_MS = 3_600_000;
-const pool = openPool((await createDatabase()).url);
-const pruner = createPruner(pool, { statementTimeoutMs: 10_000 });
-const retentionWith = (comparing: () => Promise<boolean>, resyncWindowMs = HOUR_MS) =>
-  createRetention({ ...pruner, comparing, resyncWindowMs });
+const { url, adminUrl } = await createDatabase();
+// The relay itself deletes rows where it is told to, and has the right to only then.
+await grantLeast(adminUrl, { RELAY_PUBLISHED_RETENTION: '86400' });
+const pool = openAdminPool(adminUrl);
+const prunerAs = (user: string) => createPruner(openPool(asRelay(url, user)), { statementTimeoutMs: 10_000 });
+const pruner = prunerAs(RELAY_USER);
+const retentionWith = (comparing: () => Promise<boolean>, by = pruner) =>
+  createRetention({ ...by, comparing, resyncWindowMs: HOUR_MS });
 const retention = retentionWith(async () => false);
+const operators = retentionWith(async () => false, prunerAs(OPERATOR_ROLE));
 
 beforeEach(async () => {
   await pool.query('TRUNCATE identity.outbox');
@@ -68,7 +74,7 @@ describe('of the rows of the table', () => {
 
   test('none is, by a dry run, which counts the same', async () => {
     let sum = 0;
-    for await (const rows of retention.byHand(24 * HOUR_MS, true)) sum += rows;
+    for await (const rows of operators.byHand(24 * HOUR_MS, true)) sum += rows;
     expect(sum).toBe(3);
     expect(await count()).toBe(11);
   });
@@ -100,7 +106,7 @@ test('a thousand rows go at a time, past dead ones that are in between, until so
   }
   await add('of another system', { published: 'true', published_at: ago(30) }, 1_100);
   const steps: number[] = [];
-  for await (const rows of retention.byHand(24 * HOUR_MS, false)) steps.push(rows);
+  for await (const rows of operators.byHand(24 * HOUR_MS, false)) steps.push(rows);
   expect(steps.reduce((sum, it) => sum + it)).toBe(2_300);
   expect(Math.max(...steps)).toBe(1_000);
   expect(await names()).toEqual(['dead']);
@@ -117,7 +123,7 @@ test('one process deletes at a time: another gives way, a command waits for its 
     await holder.query('BEGIN');
     await holder.query('SELECT pg_advisory_xact_lock(1919705465, 1886549358)');
     expect(await retention.run(24 * HOUR_MS, () => true)).toBe(0);
-    const byHand = retention.byHand(24 * HOUR_MS, false);
+    const byHand = operators.byHand(24 * HOUR_MS, false);
     const first = byHand.next();
     await holder.query('ROLLBACK');
     expect(await first).toMatchObject({ value: 10 });

@@ -1,21 +1,24 @@
-import type pg from 'pg';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { appendEvent } from '../../src/outbox/producer.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
+import { asRelay, PRODUCER_ROLE } from '../support/least-privilege.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool } from '../support/stages.ts';
+import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
 
 const PARENT = '00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01';
 const OTHER = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00';
 const MAX_EVENT_BYTES = 100_000;
 
-let pool: pg.Pool;
+let pool: AdminPool;
+let producers: ReturnType<typeof openPool>;
 let outbox: Outbox;
 
 beforeAll(async () => {
-  pool = openPool((await createDatabase()).url);
-  outbox = createOutbox(pool, {
+  const { url, adminUrl } = await createDatabase();
+  pool = openAdminPool(adminUrl);
+  producers = openPool(asRelay(url, PRODUCER_ROLE));
+  outbox = createOutbox(openPool(url), {
     ...{ ordering: 'aggregate', deadLetterPolicy: 'continue', claimLeaseMs: 60_000 },
     ...{ maxEventBytes: MAX_EVENT_BYTES, streamName: 'default.stream', statementTimeoutMs: 10_000 },
   });
@@ -171,14 +174,14 @@ describe('of its headers an event has', () => {
 });
 
 test('a producer writes headers where the table has the column, and none otherwise', async () => {
-  const client = await pool.connect();
+  const client = await producers.connect();
   try {
     const event = { eventType: 'UserCreated', aggregateId: anEvent().aggregateId, payload: {} };
     await appendEvent(client, event);
     await expect(appendEvent(client, { ...event, headers: { traceparent: PARENT } })).rejects.toThrow();
     await addHeaders();
     await appendEvent(client, { ...event, headers: { traceparent: PARENT, source: 'ünï' } });
-    const { rows } = await client.query(
+    const { rows } = await pool.query(
       'SELECT headers, topic, aggregate_type FROM identity.outbox ORDER BY id',
     );
     expect(rows.at(-1)).toEqual({

@@ -9,20 +9,25 @@ import {
   type Wakeup,
 } from '../../src/outbox/wakeup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
+import { asRelay, PRODUCER_ROLE } from '../support/least-privilege.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool, silent } from '../support/stages.ts';
+import { type AdminPool, openAdminPool, openPool, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const CHANNEL = 'relay_outbox';
 const LISTENER = 'the listening relay';
 
-let pool: pg.Pool;
+let pool: AdminPool;
+/** The trigger runs with the rights of whoever writes. */
+let producers: pg.Pool;
 let databaseUrl: string;
 const wakeups: Wakeup[] = [];
 
 beforeAll(async () => {
-  databaseUrl = (await createDatabase()).url;
-  pool = openPool(databaseUrl);
+  const { url, adminUrl } = await createDatabase();
+  databaseUrl = url;
+  pool = openAdminPool(adminUrl);
+  producers = openPool(asRelay(url, PRODUCER_ROLE));
 });
 
 beforeEach(async () => {
@@ -61,7 +66,7 @@ async function startEar() {
   };
 }
 
-const insert = (db: pg.Pool | pg.ClientBase = pool) => insertEvents(db, [anEvent()]);
+const insert = (db: pg.Pool | pg.ClientBase = producers) => insertEvents(db, [anEvent()]);
 const terminateListener = () =>
   pool.query('SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1', [
     LISTENER,
@@ -105,7 +110,7 @@ describe('writers', () => {
     const relay = await startWakeup();
     const ear = await startEar();
     await relay.arm();
-    const writer = await pool.connect();
+    const writer = await producers.connect();
     await writer.query('BEGIN');
     await insert(writer);
     await writer.query('ROLLBACK');
@@ -123,7 +128,7 @@ describe('writers', () => {
     const relay = await startWakeup();
     const ear = await startEar();
     await relay.arm();
-    const writer = await pool.connect();
+    const writer = await producers.connect();
     await writer.query('BEGIN');
     for (let i = 0; i < 5; i++) await insertEvents(writer, [anEvent(), anEvent()]);
     await writer.query('COMMIT');
@@ -165,7 +170,7 @@ describe('writers', () => {
 describe('arming', () => {
   test('has to wait for a writer that said nothing and has yet to commit', async () => {
     const relay = await startWakeup();
-    const writer = await pool.connect();
+    const writer = await producers.connect();
     await writer.query('BEGIN');
     await insert(writer);
     expect(await relay.arm()).toBe('writers');
@@ -212,7 +217,7 @@ describe('arming', () => {
     const elsewhere = await startWakeup(openPool((await createDatabase()).url));
     expect(await elsewhere.arm()).toBe('armed');
     const relay = await startWakeup();
-    const writer = await pool.connect();
+    const writer = await producers.connect();
     await writer.query('BEGIN');
     await insert(writer);
     expect(await relay.arm()).toBe('writers');

@@ -1,13 +1,11 @@
 import { Queue } from 'bullmq';
-import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { type ClaimRound, type ClaimWorker, claimable, createClaimWorker } from '../../src/queue/claim.ts';
 import { claimQueueName, WORKER_CONNECTION } from '../../src/queue/queues.ts';
 import { createScheduler } from '../../src/queue/scheduler.ts';
-import { createRedis } from '../support/servers.ts';
-import { deferred, openRedis, silent } from '../support/stages.ts';
+import { createRedis, type TestRedis } from '../support/servers.ts';
+import { type AdminRedis, deferred, openAdminRedis, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 type Arming = 'armed' | 'already-armed' | 'writers' | 'deaf';
@@ -16,15 +14,19 @@ const MORE: ClaimRound = { kind: 'more', events: 10 };
 const ALL: ClaimRound = { kind: 'all', events: 3 };
 const NOTHING: ClaimRound = { kind: 'all', events: 0 };
 
-let server: PrivateRedis;
-let admin: Redis;
+let server: TestRedis;
+let admin: AdminRedis;
 let queue: Queue;
+/** The real wish for a claim. */
+let wake: () => Promise<void>;
 const running: ClaimWorker[] = [];
 
 beforeAll(async () => {
   server = await createRedis();
-  admin = openRedis(server.url);
-  queue = new Queue(claimQueueName('relay'), { connection: admin });
+  admin = openAdminRedis(server.adminUrl);
+  const redis = openRedis(server.url);
+  queue = new Queue(claimQueueName('relay'), { connection: redis });
+  wake = createScheduler({ queue, redis, pollIntervalMs: 60_000, logger: silent }).wake;
 });
 
 beforeEach(async () => {
@@ -34,12 +36,6 @@ beforeEach(async () => {
 afterEach(async () => {
   await Promise.all(running.splice(0).map((it) => it.stop(3_000)));
 });
-
-/** The real wish for a claim. */
-const wake = () =>
-  createScheduler({
-    ...{ queue, redis: admin, pollIntervalMs: 60_000, logger: silent },
-  }).wake();
 
 /**
  * A claim worker whose rounds come out as told, one after the other; afterwards everything is claimed. What it asked

@@ -1,27 +1,27 @@
 import { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { createProgressWatch, type ProgressWatch, type Workplace } from '../../src/queue/progress.ts';
 import { createRedis } from '../support/servers.ts';
-import { openRedis } from '../support/stages.ts';
+import { type AdminRedis, openAdminRedis, openRedis } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const LOOK_MS = 20;
 const STUCK_MS = 300;
 
-let server: PrivateRedis;
 let redis: Redis;
+let admin: AdminRedis;
 let queue: Queue;
 const open: ProgressWatch[] = [];
 
 beforeAll(async () => {
-  server = await createRedis();
-  redis = openRedis(server.url);
+  const { url, adminUrl } = await createRedis();
+  redis = openRedis(url);
+  admin = openAdminRedis(adminUrl);
 });
 
 beforeEach(async () => {
-  await redis.flushall();
+  await admin.flushall();
   queue = new Queue('work', { connection: redis });
 });
 
@@ -102,7 +102,7 @@ const healthy: Record<string, () => Promise<Parameters<typeof watch>>> = {
   'whose queue an operator has bounded': async () => {
     await queue.add('job', {});
     await queue.setGlobalConcurrency(1);
-    await redis.lpush(queue.toKey('active'), 'a job of another pod');
+    await admin.lpush(queue.toKey('active'), 'a job of another pod');
     return [];
   },
   'while Redis takes no writes': async () => {
@@ -138,7 +138,7 @@ test('a pod is not stuck while others take one job after the other that is taken
   await aWhile(() => {
     turn = turn.then(async () => {
       await queue.add('job', {});
-      await redis.rpop(queue.toKey('wait'));
+      await admin.rpop(queue.toKey('wait'));
     });
   });
   expect(progress.reasons()).toEqual([]);

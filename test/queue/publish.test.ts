@@ -1,14 +1,20 @@
 import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import type { Attempt, OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createPublishWorker, type PublishOptions, type PublishWorker } from '../../src/queue/publish.ts';
 import { createQueues, type FailedJob, type Queues, WORKER_CONNECTION } from '../../src/queue/queues.ts';
 import { createSuspects } from '../../src/queue/suspects.ts';
 import { untraced } from '../../src/tracing/tracing.ts';
-import { createRedis } from '../support/servers.ts';
-import { aClaimedEvent, deferred, openRedis, silent } from '../support/stages.ts';
+import { createRedis, type TestRedis } from '../support/servers.ts';
+import {
+  type AdminRedis,
+  aClaimedEvent,
+  deferred,
+  openAdminRedis,
+  openRedis,
+  silent,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const BASE_MS = 20;
@@ -16,15 +22,17 @@ const QUEUE = { queuePrefix: 'bull', queueName: 'relay', retryBaseDelayMs: BASE_
 
 type Failure = { id: string; attempts: number; reason: string; retryInMs: number };
 
-let server: PrivateRedis;
-let admin: Redis;
+let server: TestRedis;
+let admin: AdminRedis;
+let redis: Redis;
 let queues: Queues;
 const running: PublishWorker[] = [];
 
 beforeAll(async () => {
   server = await createRedis();
-  admin = openRedis(server.url);
-  queues = createQueues(admin, { ...QUEUE, maxRetryAttempts: 3 }, silent);
+  admin = openAdminRedis(server.adminUrl);
+  redis = openRedis(server.url);
+  queues = createQueues(redis, { ...QUEUE, maxRetryAttempts: 3 }, silent);
 });
 
 beforeEach(async () => {
@@ -50,7 +58,7 @@ function startWorker(
     attempt,
     recordFailure: async (failure) => void notes.push(failure),
     deadLetter: async (failure) => void dead.push(failure),
-    suspects: createSuspects({ redis: admin, jobKey: queues.jobKey, maxCrashes: 3 }),
+    suspects: createSuspects({ redis, jobKey: queues.jobKey, maxCrashes: 3 }),
     delayedCount: async () => (await queues.inFlight()).delayed,
     forget: queues.remove,
     logger: silent,
@@ -243,7 +251,7 @@ describe('when too many retries wait in Redis', () => {
   });
 
   test('no more of them than allowed stay in Redis', async () => {
-    const long = createQueues(admin, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
+    const long = createQueues(redis, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
     const { notes } = startWorker(async () => ({ kind: 'retry', reason: 'x' }), {
       ...{ maxDelayed: 5, concurrency: 10 },
     });
@@ -260,7 +268,7 @@ describe('when too many retries wait in Redis', () => {
       { maxDelayed: 0 },
       { recordFailure: () => Promise.reject(new Error('no database')) },
     );
-    const long = createQueues(admin, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
+    const long = createQueues(redis, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
     const event = aClaimedEvent();
     await long.addPublishJobs([event]);
     await waitFor(async () => (await stateOf(event)) === 'delayed', { what: 'the job to wait' });

@@ -1,7 +1,5 @@
 import { type Job, Worker } from 'bullmq';
-import type { Redis } from 'ioredis';
 import { beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import {
@@ -14,19 +12,26 @@ import {
   WORKER_CONNECTION,
 } from '../../src/queue/queues.ts';
 import { startProxy, through } from '../support/proxy.ts';
-import { createRedis } from '../support/servers.ts';
-import { aClaimedEvent, deferred, openRedis, silent } from '../support/stages.ts';
+import { createRedis, type TestRedis } from '../support/servers.ts';
+import {
+  type AdminRedis,
+  aClaimedEvent,
+  deferred,
+  openAdminRedis,
+  openRedis,
+  silent,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const OPTIONS = { queuePrefix: 'bull', queueName: 'relay', maxRetryAttempts: 5, retryBaseDelayMs: 60_000 };
 
-let server: PrivateRedis;
-let admin: Redis;
+let server: TestRedis;
+let admin: AdminRedis;
 let queues: Queues;
 
 beforeAll(async () => {
   server = await createRedis();
-  admin = openRedis(server.url);
+  admin = openAdminRedis(server.adminUrl);
   const redis = openRedis(server.url, QUEUE_CONNECTION);
   await waitFor(() => redis.status === 'ready', { what: 'the connection' });
   queues = createQueues(redis, OPTIONS, silent);

@@ -1,26 +1,24 @@
 import { Queue, Worker } from 'bullmq';
-import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { claimQueueName, QUEUE_CONNECTION, WORKER_CONNECTION } from '../../src/queue/queues.ts';
 import { createScheduler, type Scheduler, TICK } from '../../src/queue/scheduler.ts';
-import { createRedis } from '../support/servers.ts';
-import { deferred, openRedis, silent } from '../support/stages.ts';
+import { createRedis, type TestRedis } from '../support/servers.ts';
+import { type AdminRedis, deferred, openAdminRedis, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const QUEUE = claimQueueName('relay');
 const POLL_MS = 100;
 
-let server: PrivateRedis;
-let admin: Redis;
+let server: TestRedis;
+let admin: AdminRedis;
 let queue: Queue;
 const running: (Scheduler | Worker)[] = [];
 
 beforeAll(async () => {
   server = await createRedis();
-  admin = openRedis(server.url);
-  queue = new Queue(QUEUE, { connection: admin });
+  admin = openAdminRedis(server.adminUrl);
+  queue = new Queue(QUEUE, { connection: openRedis(server.url) });
 });
 
 beforeEach(async () => {

@@ -1,26 +1,27 @@
 import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { createSuspects, type Suspects } from '../../src/queue/suspects.ts';
+import { asRelay } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';
-import { deferred, openRedis } from '../support/stages.ts';
+import { type AdminRedis, deferred, openAdminRedis, openRedis } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const EVENT = 'an-event';
 const JOB = `job:${EVENT}`;
 
-let server: PrivateRedis;
 let redis: Redis;
+let admin: AdminRedis;
 const open: Suspects[] = [];
 
 beforeAll(async () => {
-  server = await createRedis();
-  redis = openRedis(server.url);
+  const { url, adminUrl } = await createRedis();
+  redis = openRedis(url);
+  admin = openAdminRedis(adminUrl);
 });
 
 beforeEach(async () => {
-  await redis.flushall();
-  await redis.hset(JOB, { timestamp: 1, stc: 1 });
+  await admin.flushall();
+  await admin.hset(JOB, { timestamp: 1, stc: 1 });
 });
 
 afterEach(() => {
@@ -43,7 +44,7 @@ async function dies(maxCrashes?: number): Promise<void> {
   });
   await begun.promise;
 }
-const starts = () => redis.hget(JOB, 'relay:starts');
+const starts = () => admin.hget(JOB, 'relay:starts');
 
 test('an event that ends its pod is condemned by its second start alone, the third crash in all', async () => {
   await dies();
@@ -55,31 +56,34 @@ test('an event that ends its pod is condemned by its second start alone, the thi
 
 test('a limit of 1 condemns nobody by the first crash, which had several events in hand', async () => {
   expect(await aPod(1).alone(EVENT, inTime(), async () => 'appended')).toBe('appended');
-  await redis.hset(JOB, 'stc', 1);
+  await admin.hset(JOB, 'stc', 1);
   await dies(1);
   await expect(aPod(1).alone(EVENT, inTime(), async () => 'appended')).rejects.toThrow('ended 2 times');
 });
 
 test('whatever the answer was, an event that was answered is no suspect any more', async () => {
   for (const answer of [async () => 'refused', () => Promise.reject(new Error('unavailable'))]) {
-    await redis.hset(JOB, 'stc', 1);
+    await admin.hset(JOB, 'stc', 1);
     await dies();
     await aPod()
       .alone(EVENT, inTime(), answer)
       .catch(() => {});
-    expect(await redis.hkeys(JOB)).toEqual(['timestamp']);
+    expect(await admin.hkeys(JOB)).toEqual(['timestamp']);
   }
 });
 
 test('a job that is gone is not brought back by its count', async () => {
-  await redis.del(JOB);
-  const thereMeanwhile = await aPod().alone(EVENT, inTime(), () => redis.exists(JOB));
+  await admin.del(JOB);
+  const thereMeanwhile = await aPod().alone(EVENT, inTime(), () => admin.exists(JOB));
   expect(thereMeanwhile).toBe(0);
-  expect(await redis.exists(JOB)).toBe(0);
+  expect(await admin.exists(JOB)).toBe(0);
 });
 
 test('without a count nothing is started', async () => {
-  const away = openRedis('redis://127.0.0.1:9', { enableOfflineQueue: false, maxRetriesPerRequest: 0 });
+  const away = openRedis(asRelay('redis://127.0.0.1:9'), {
+    enableOfflineQueue: false,
+    maxRetriesPerRequest: 0,
+  });
   let ran = false;
   const attempt = aPod(3, away).alone(EVENT, Date.now() + 300, async () => {
     ran = true;

@@ -1,12 +1,11 @@
 import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { APPEND_CONNECTION, createStream, type Stream } from '../../src/stream/append.ts';
-import { createRedis } from '../support/servers.ts';
-import { aClaimedEvent, openRedis, readStream } from '../support/stages.ts';
+import { createRedis, type TestRedis } from '../support/servers.ts';
+import { type AdminRedis, aClaimedEvent, openAdminRedis, openRedis, readStream } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const TOPIC = 'identity.user.v1';
@@ -35,7 +34,7 @@ const epochs = {
 };
 
 /** The publish job's hash, as far as the stream knows it. */
-async function jobOf(redis: Redis, event: OutboxEvent): Promise<OutboxEvent> {
+async function jobOf(redis: AdminRedis, event: OutboxEvent): Promise<OutboxEvent> {
   if (epoch !== undefined) await redis.set(EPOCH_KEY, epoch);
   await redis.hset(jobKey(event.eventId), { name: event.eventType, data: '{}', timestamp: '1700000000000' });
   return event;
@@ -47,13 +46,13 @@ async function connected(url: string): Promise<Redis> {
   return redis;
 }
 
-let server: PrivateRedis;
-let admin: Redis;
+let server: TestRedis;
+let admin: AdminRedis;
 let stream: Stream;
 
 beforeAll(async () => {
   server = await createRedis();
-  admin = openRedis(server.url);
+  admin = openAdminRedis(server.adminUrl);
   stream = streamOn(await connected(server.url));
 });
 
@@ -227,7 +226,7 @@ describe('an event that Redis refuses', () => {
     ['the key', '~bull:* +@all', /key/],
   ])('because it may not use %s', async (_, rules, named) => {
     await admin.call('ACL', 'SETUSER', 'weak', 'reset', 'on', '>secret', ...rules.split(' '));
-    const weak = streamOn(await connected(server.url.replace('//', '//weak:secret@')));
+    const weak = streamOn(await connected(server.adminUrl.replace('//', '//weak:secret@')));
     const outcome = await weak.publish(await anEventWithJob());
     expect(outcome).toMatchObject({ status: 'refused', reason: expect.stringMatching(named) });
     expect(JSON.stringify(outcome)).not.toMatch(/user_script|[0-9a-f]{40}|@/);
@@ -273,7 +272,7 @@ describe('while Redis can take nothing', () => {
 
   test('because it is a replica', async () => {
     const replica = await createRedis({ args: ['--replicaof', '127.0.0.1', String(server.port)] });
-    const reader = openRedis(replica.url);
+    const reader = openAdminRedis(replica.adminUrl);
     const event = await anEventWithJob();
     await waitFor(() => reader.exists(jobKey(event.eventId)), { what: 'the replica to be in step' });
     const outcome = await streamOn(await connected(replica.url)).publish(event);
@@ -286,7 +285,7 @@ describe('while Redis can take nothing', () => {
     const fragile = await createRedis();
     const redis = await connected(fragile.url);
     const through = streamOn(redis);
-    const before = openRedis(fragile.url);
+    const before = openAdminRedis(fragile.adminUrl);
     const event = await jobOf(before, aClaimedEvent());
     await fragile.kill();
     await waitFor(() => redis.status !== 'ready', { what: 'the connection to be lost' });
@@ -307,7 +306,7 @@ describe('while Redis can take nothing', () => {
     const slow = await createRedis();
     const redis = await connected(slow.url);
     const through = streamOn(redis);
-    const event = await jobOf(openRedis(slow.url), aClaimedEvent());
+    const event = await jobOf(openAdminRedis(slow.adminUrl), aClaimedEvent());
     slow.pause();
     try {
       expect(await withDeadline(3_000, through.publish(event))).toMatchObject({ status: 'unavailable' });
@@ -316,7 +315,7 @@ describe('while Redis can take nothing', () => {
     }
     await waitFor(() => redis.ping().catch(() => false), { what: 'Redis to answer again' });
     expect(await through.publish(event)).toMatchObject({ status: 'already-appended' });
-    expect(await readStream(openRedis(slow.url), TOPIC)).toHaveLength(1);
+    expect(await readStream(openAdminRedis(slow.adminUrl), TOPIC)).toHaveLength(1);
   });
 });
 
@@ -377,7 +376,7 @@ describe('the script', () => {
     const fragile = await createRedis();
     const redis = await connected(fragile.url);
     const through = streamOn(redis);
-    const other = openRedis(fragile.url);
+    const other = openAdminRedis(fragile.adminUrl);
     expect(await through.publish(await jobOf(other, aClaimedEvent()))).toMatchObject({ status: 'appended' });
     await fragile.restart();
     await waitFor(() => redis.status === 'ready', { what: 'the connection to be back' });

@@ -1,9 +1,8 @@
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { APPEND_CONNECTION } from '../../src/stream/append.ts';
 import { createEpoch, type Epoch, EpochOverError, type Loss } from '../../src/stream/epoch.ts';
-import { createRedis } from '../support/servers.ts';
-import { deferred, openRedis, silent } from '../support/stages.ts';
+import { createRedis, type TestRedis } from '../support/servers.ts';
+import { deferred, openAdminRedis, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const KEY = 'bull:relay:epoch';
@@ -11,7 +10,7 @@ const KEY = 'bull:relay:epoch';
 const NOTICED = { timeoutMs: 15_000 };
 
 const server = await createRedis();
-const admin = openRedis(server.url);
+const admin = openAdminRedis(server.adminUrl);
 const running: Epoch[] = [];
 let clock = 0;
 
@@ -27,7 +26,7 @@ afterEach(async () => {
 /** A pod's epoch; `losses` are the comparisons that it was asked for. */
 function startPod(
   options: {
-    on?: PrivateRedis;
+    on?: TestRedis;
     restore?: (loss: Loss) => Promise<void>;
     databaseTime?: () => Promise<string>;
   } = {},
@@ -217,7 +216,7 @@ describe('after a restart', () => {
   test('a replica takes no epoch; promoted, it begins one of its own', async () => {
     await startPod().found();
     const replica = await createRedis({ args: ['--replicaof', '127.0.0.1', String(server.port)] });
-    const reader = openRedis(replica.url);
+    const reader = openAdminRedis(replica.adminUrl);
     const known = async () => {
       const [there, here] = await Promise.all([reader.get(KEY), admin.get(KEY)]);
       return there !== null && there === here && there;

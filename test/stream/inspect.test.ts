@@ -1,13 +1,16 @@
-import type { Redis } from 'ioredis';
 import { beforeAll, beforeEach, expect, test } from 'vitest';
 import { createStreamInspector, entriesAfter } from '../../src/stream/inspect.ts';
+import { asRelay } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';
-import { openRedis } from '../support/stages.ts';
+import { type AdminRedis, openAdminRedis, openRedis } from '../support/stages.ts';
 
-let redis: Redis;
+let redis: AdminRedis;
+let inspectStreams: ReturnType<typeof createStreamInspector>;
 
 beforeAll(async () => {
-  redis = openRedis((await createRedis()).url);
+  const { url, adminUrl } = await createRedis();
+  redis = openAdminRedis(adminUrl);
+  inspectStreams = createStreamInspector(openRedis(url));
 });
 
 beforeEach(async () => {
@@ -20,7 +23,7 @@ async function fill(stream: string, count: number): Promise<void> {
 }
 
 async function inspect(...streams: string[]) {
-  const found = await createStreamInspector(redis)(streams);
+  const found = await inspectStreams(streams);
   return found.map(({ groups, ...rest }) => ({
     ...rest,
     groups: Object.fromEntries(groups.map(({ group, ...figures }) => [group, figures])),
@@ -86,13 +89,16 @@ test('keys that are no streams are left out, and groups beyond the tenth', async
   await redis.set('text', 'no stream');
   await fill('a', 1);
   for (let i = 0; i < 12; i++) await redis.xgroup('CREATE', 'a', `group-${i}`, '0');
-  const found = await createStreamInspector(redis)(['text', 'absent', 'a']);
+  const found = await inspectStreams(['text', 'absent', 'a']);
   expect(found.map(({ stream, groups, moreGroups }) => [stream, groups.length, moreGroups])).toEqual([
     ['a', 10, 2],
   ]);
 });
 
 test('a Redis that is away is an error, not an empty answer', async () => {
-  const gone = openRedis('redis://127.0.0.1:9', { enableOfflineQueue: false, retryStrategy: () => null });
+  const gone = openRedis(asRelay('redis://127.0.0.1:9'), {
+    enableOfflineQueue: false,
+    retryStrategy: () => null,
+  });
   await expect(createStreamInspector(gone)(['a'])).rejects.toThrow();
 });

@@ -1,7 +1,7 @@
 import { beforeEach, describe, expect, test } from 'vitest';
 import { createRestorer, NotOurEpochError } from '../../src/stream/restore.ts';
 import { createRedis } from '../support/servers.ts';
-import { aClaimedEvent, openRedis, readStream } from '../support/stages.ts';
+import { aClaimedEvent, openAdminRedis, openRedis, readStream } from '../support/stages.ts';
 
 const TOPIC = 'identity.user.v1';
 const DLQ = 'identity.user.v1.dlq';
@@ -10,8 +10,8 @@ const GUARD = 'checking:me';
 const jobKey = (eventId: string) => `bull:relay-publish:${eventId}`;
 
 const server = await createRedis();
-const redis = openRedis(server.url);
-const restorer = createRestorer(redis, {
+const redis = openAdminRedis(server.adminUrl);
+const restorer = createRestorer(openRedis(server.url), {
   ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, queueKeyPrefix: 'bull:' },
   ...{ jobKey, epochKey: EPOCH_KEY },
 });

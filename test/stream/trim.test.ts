@@ -2,8 +2,9 @@ import { beforeEach, describe, expect, test } from 'vitest';
 import type { Logger } from '../../src/logger.ts';
 import { createRestorer } from '../../src/stream/restore.ts';
 import { createTrimmer } from '../../src/stream/trim.ts';
+import { asRelay, redisRules } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';
-import { aClaimedEvent, openRedis, silent } from '../support/stages.ts';
+import { aClaimedEvent, openAdminRedis, openRedis, silent } from '../support/stages.ts';
 
 const STREAM = 'identity.user.v1';
 const LIST = 'bull:relay:trimmed';
@@ -13,7 +14,8 @@ const EPOCH = 'server/history:1';
 const NODE = 100;
 
 const server = await createRedis();
-const redis = openRedis(server.url);
+const redis = openAdminRedis(server.adminUrl);
+const relay = openRedis(server.url);
 
 beforeEach(async () => {
   await redis.flushall();
@@ -37,7 +39,7 @@ async function consume(group: string, count: number, from = 1): Promise<void> {
 }
 const firstId = async () => (await redis.xrange(STREAM, '-', '+', 'COUNT', 1))[0]?.[0];
 
-function trimmerOf(streamMaxLen = 0, epoch: string | undefined = EPOCH, client = redis) {
+function trimmerOf(streamMaxLen = 0, epoch: string | undefined = EPOCH, client = relay) {
   const warnings: { group: unknown; message: string }[] = [];
   const logger: Logger = {
     ...silent,
@@ -119,8 +121,8 @@ describe('a stream is trimmed', () => {
   test('though Redis refuses another stream, which is named', async () => {
     await add(500);
     await redis.xgroup('CREATE', STREAM, 'group', '$');
-    await redis.call('ACL', 'SETUSER', 'limited', 'on', 'nopass', '~bull:*', `~${STREAM}`, '+@all');
-    const limited = trimmerOf(0, EPOCH, openRedis(server.url, { username: 'limited', password: 'any' }));
+    await redis.call('ACL', 'SETUSER', 'limited', ...redisRules({ RELAY_ALLOWED_TOPICS: STREAM }));
+    const limited = trimmerOf(0, EPOCH, openRedis(asRelay(server.url, 'limited')));
     for (const stream of ['forbidden', STREAM]) limited.note(stream);
     await expect(limited.trim()).rejects.toThrow('forbidden');
     expect(await redis.hkeys(LIST)).toEqual(['forbidden', STREAM]);
@@ -151,7 +153,7 @@ describe('a stream is trimmed', () => {
   });
 
   test('only while the epoch lasts: a comparison would take for trimmed what it has yet to restore', async () => {
-    const restorer = createRestorer(redis, {
+    const restorer = createRestorer(relay, {
       ...{ dlqStreamName: 'dlq', streamMaxLen: 0, dlqMaxLen: 0 },
       ...{ epochKey: EPOCH_KEY, jobKey: (eventId: string) => `bull:relay-publish:${eventId}` },
     });

@@ -1,7 +1,7 @@
 import { dirname } from 'node:path';
 import { expect, test } from 'vitest';
 import { createRedis } from '../support/servers.ts';
-import { openRedis } from '../support/stages.ts';
+import { openAdminRedis } from '../support/stages.ts';
 import { cutAof, endOfAof, lastBoundary } from './aof.ts';
 
 /** Commands as an append-only file has them. */
@@ -17,7 +17,7 @@ const aof = (...commands: string[][]): Buffer =>
 
 test('a power cut takes what was written after a moment, and nothing that was written before', async () => {
   const server = await createRedis();
-  const redis = openRedis(server.url);
+  const redis = openAdminRedis(server.adminUrl);
   const both = `redis.call('XADD', KEYS[1], '*', 'at', ARGV[1]) return redis.call('INCR', KEYS[2])`;
   const write = async (name: string, count: number) => {
     for (let i = 0; i < count; i++)
@@ -36,7 +36,7 @@ test('a power cut takes what was written after a moment, and nothing that was wr
 
 test('nothing that was written is lost by kill -9 alone', async () => {
   const server = await createRedis();
-  const redis = openRedis(server.url);
+  const redis = openAdminRedis(server.adminUrl);
   for (let i = 0; i < 50; i++) await redis.incr('counter');
   await server.kill('SIGKILL');
   await server.restart();
@@ -45,7 +45,7 @@ test('nothing that was written is lost by kill -9 alone', async () => {
 
 test('an increment that began after the moment is cut to nothing', async () => {
   const server = await createRedis();
-  const redis = openRedis(server.url);
+  const redis = openAdminRedis(server.adminUrl);
   await redis.set('before', '1');
   const directory = dirname(server.logFile);
   const position = { ...(await endOfAof(directory)), file: 'an older increment' };

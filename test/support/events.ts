@@ -1,5 +1,5 @@
-import type { ClientBase, Pool } from 'pg';
 import { type SampleEvent, sampleEvent, type UserEventType } from '../../src/demo/sample.ts';
+import type { Queryable } from '../../src/outbox/database.ts';
 
 const USER_EVENT_TYPES: readonly string[] = [
   'UserCreated',
@@ -30,7 +30,7 @@ export function someEvents(
 }
 
 /** Writes rows as a producer does, in one statement and in the given order; gives their ids back in that order. */
-export async function insertEvents(db: Pool | ClientBase, events: readonly SampleEvent[]): Promise<string[]> {
+export async function insertEvents(db: Queryable, events: readonly SampleEvent[]): Promise<string[]> {
   const { rows } = await db.query<{ id: string }>(
     `INSERT INTO identity.outbox
             (event_id, event_type, aggregate_type, aggregate_id, payload, topic, created_at)
@@ -53,7 +53,7 @@ export async function insertEvents(db: Pool | ClientBase, events: readonly Sampl
 }
 
 /** The table as the existing platform's own migrations make it, before the relay adds to it. */
-export async function createOldTable(db: Pool | ClientBase): Promise<void> {
+export async function createOldTable(db: Queryable): Promise<void> {
   await db.query(`
     CREATE SCHEMA IF NOT EXISTS identity;
     CREATE TABLE identity.outbox (

@@ -6,11 +6,10 @@ import { onTestFinished } from 'vitest';
 import { loadConfig, type RelayConfig } from '../../src/config.ts';
 import type { LedgerGrade } from '../../src/demo/ledger.ts';
 import type { Pod } from '../../src/demo/pod.ts';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import { asRelay, grantLeast, OPERATOR_ROLE } from './least-privilege.ts';
 import { expectPromisesHeld } from './ledger.ts';
 import { startPod } from './pods.ts';
-import { createDatabase, createRedis } from './servers.ts';
+import { createDatabase, createRedis, type TestRedis } from './servers.ts';
 import { waitFor } from './wait.ts';
 
 export const STREAM = 'identity.user.v1';
@@ -39,7 +38,7 @@ export type Stage = Readonly<{
   /** The superuser's. */
   databaseUrl: string;
   pool: Pool;
-  server: PrivateRedis;
+  server: TestRedis;
   redis: Redis;
   /** What every pod of this stage is started with: as a role and a user that have the least rights. */
   env: Readonly<Record<string, string> & { RELAY_DATABASE_URL: string; RELAY_REDIS_URL: string }>;
@@ -67,7 +66,7 @@ export type Stage = Readonly<{
 }>;
 
 export type StageOptions = Readonly<{
-  /** Default: a migrated database of the run's PostgreSQL. */
+  /** The superuser's. Default: a migrated database of the run's PostgreSQL. */
   databaseUrl?: string;
   /** Arguments of redis-server. */
   redisArgs?: readonly string[];
@@ -79,11 +78,11 @@ const OPERATORS_COMMANDS = ['dlq', 'prune', 'board'];
 /** For one test: a database, a Redis and whatever is needed to look at them. Its pods and its Redis end with the test. */
 export async function setStage(options: StageOptions = {}): Promise<Stage> {
   const [databaseUrl, server] = await Promise.all([
-    options.databaseUrl ?? createDatabase().then(({ url }) => url),
+    options.databaseUrl ?? createDatabase().then(({ adminUrl }) => adminUrl),
     createRedis({ args: options.redisArgs ?? [] }),
   ]);
   const pool = new Pool({ connectionString: databaseUrl, max: 8, application_name: 'test' });
-  const redis = new Redis(server.url, { maxRetriesPerRequest: null });
+  const redis = new Redis(server.adminUrl, { maxRetriesPerRequest: null });
   // Servers go away in these tests on purpose; a query or command that suffers from it fails by itself.
   pool.on('error', () => {});
   redis.on('error', () => {});
@@ -98,7 +97,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
   });
   if (options.databaseUrl !== undefined) await grantLeast(databaseUrl);
   const env = {
-    ...{ RELAY_DATABASE_URL: asRelay(databaseUrl), RELAY_REDIS_URL: asRelay(server.url) },
+    ...{ RELAY_DATABASE_URL: asRelay(databaseUrl), RELAY_REDIS_URL: server.url },
     ...options.env,
   };
 
@@ -171,7 +170,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     count,
     queue(kind) {
       const queue = new Queue(`relay-${kind}`, {
-        connection: { url: server.url, maxRetriesPerRequest: null },
+        connection: { url: server.adminUrl, maxRetriesPerRequest: null },
       });
       queue.on('error', () => {});
       queues.push(queue);

@@ -1,6 +1,7 @@
 /** Transactions that overlap in a chosen order: each is taken as far as it gets, and ends when the script says so. */
 import type pg from 'pg';
 import type { Pool } from '../../src/outbox/database.ts';
+import type { AdminPool } from './stages.ts';
 
 /** The process died, or its connection did: what the transaction did is undone. */
 class Crash extends Error {
@@ -25,12 +26,17 @@ const PATIENCE_MS = 4;
 /** 12 s and more: what is left then never ends. */
 const LOOKS_LIMIT = 3_000;
 
-export function createInterleaving(pool: pg.Pool) {
+/** @param admin is asked who waits for whom */
+export function createInterleaving(admin: AdminPool) {
   let operations: Operation[] = [];
   let somethingChanged = (): void => {};
 
   /** Starts `work` and returns when it has ended, waits to be committed, or waits for a lock that another holds. */
-  async function start(name: string, work: (hands: Hands) => Promise<void>): Promise<Operation> {
+  async function start(
+    name: string,
+    pool: pg.Pool,
+    work: (hands: Hands) => Promise<void>,
+  ): Promise<Operation> {
     const client = await pool.connect();
     const operation: Operation = {
       name,
@@ -74,7 +80,7 @@ export function createInterleaving(pool: pg.Pool) {
         };
       });
       if (inTime) continue;
-      const { rows } = await pool.query<{ pid: number; blockers: number[] }>(
+      const { rows } = await admin.query<{ pid: number; blockers: number[] }>(
         'SELECT pid, pg_blocking_pids(pid) AS blockers FROM unnest($1::int[]) AS pid',
         [running.map((it) => it.pid)],
       );

@@ -1,14 +1,13 @@
 /** What has to be true of the table, the jobs and the stream at any time, and at each append. */
-import type pg from 'pg';
 import { expect } from 'vitest';
 import type { Job, Known } from './jobs-model.ts';
-import { type Row, readRows } from './stages.ts';
+import { type AdminPool, type Row, readRows } from './stages.ts';
 
 export const name = (event: { id: string }) => `e${event.id}`;
 export const names = (events: readonly { id: string }[]) => events.map(name).join(' ') || 'nothing';
 
 export function createInvariants(
-  pool: pg.Pool,
+  admin: AdminPool,
   policy: 'continue' | 'hold',
   known: ReadonlyMap<string, Known>,
   jobs: () => readonly Job[],
@@ -25,7 +24,7 @@ export function createInvariants(
     );
     expect(names(overtaken), `appended before ${name(event)}, of the same aggregate`).toBe('nothing');
     if (policy === 'continue') return;
-    const dead = (await readRows(pool)).filter(
+    const dead = (await readRows(admin)).filter(
       (row) => row.state === 'dead' && before(known.get(row.eventId) as Known),
     );
     expect(names(dead), `dead, and holding ${name(event)}, which is appended`).toBe('nothing');
@@ -33,7 +32,7 @@ export function createInvariants(
 
   /** To be called after each step. */
   async function assertInvariants(): Promise<void> {
-    const now = await readRows(pool);
+    const now = await readRows(admin);
     const seen = new Map(now.map((row) => [row.eventId, row]));
     for (const row of now) {
       const event = known.get(row.eventId);

@@ -15,7 +15,7 @@ import { createInterleaving, type Hands, type Operation } from './interleaved.ts
 import { createJobs, type Known } from './jobs-model.ts';
 import { outboxOf, type Policy, STATEMENT_TIMEOUT_MS } from './outbox-adapter.ts';
 import { createInvariants, name, names } from './outbox-invariants.ts';
-import { readRows, silent } from './stages.ts';
+import { type AdminPool, readRows, silent } from './stages.ts';
 
 export const AGGREGATES = 3;
 /** Failed attempts after which a job has failed. */
@@ -34,14 +34,17 @@ export type Road = (n: number) => Promise<string>;
 
 export type World = Awaited<ReturnType<typeof createWorld>>;
 
-export async function createWorld(pool: pg.Pool, policy: Policy) {
-  await pool.query('TRUNCATE identity.outbox RESTART IDENTITY');
-  const interleaving = createInterleaving(pool);
+/** Everything but inserts is the relay's. */
+export type Pools = Readonly<{ admin: AdminPool; relay: pg.Pool; producers: pg.Pool }>;
+
+export async function createWorld({ admin, relay, producers }: Pools, policy: Policy) {
+  await admin.query('TRUNCATE identity.outbox RESTART IDENTITY');
+  const interleaving = createInterleaving(admin);
   const users: string[] = Array.from({ length: AGGREGATES }, () => randomUUID());
   const known = new Map<string, Known>();
   const of = (eventId: string) => known.get(eventId) as Known;
   const jobs = createJobs(of, (event) => invariants.assertInOrder(event));
-  const invariants = createInvariants(pool, policy, known, jobs.all);
+  const invariants = createInvariants(admin, policy, known, jobs.all);
   let workers: Worker[] = [];
   let handlers: { name: string; run: Handler }[] = [];
   const watched = new Map<string, Aggregate>();
@@ -73,9 +76,10 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
     title: string,
     open: boolean,
     work: (hands: Hands) => Promise<void>,
+    by = relay,
   ): Promise<string> {
     const label = String.fromCharCode('A'.charCodeAt(0) + (counter++ % 26));
-    const operation = await interleaving.start(label, (hands) =>
+    const operation = await interleaving.start(label, by, (hands) =>
       work(open ? hands : { ...hands, commitWhenTold: async () => {} }),
     );
     return `${title}${open ? ` as ${label}` : ''}${fateOf(operation)}`;
@@ -117,24 +121,27 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
       };
       let id = '?';
       writing.add(aggregate);
-      const done = await perform(`insert`, open, async ({ pool: hands, commitWhenTold }) => {
-        try {
-          await transaction(hands, STATEMENT_TIMEOUT_MS, 'durable', async (tx) => {
-            [id = '?'] = await insertEvents(tx as pg.PoolClient, [
-              anEvent({ eventId, aggregateId, eventType: 'Happened' }),
-            ]);
-            // Known before its commit: it may be seen as soon as that is through.
-            known.set(eventId, { ...event, id });
-            await commitWhenTold();
-            of(eventId).committed = true;
-          });
-        } catch (error) {
-          known.delete(eventId);
-          throw error;
-        } finally {
-          writing.delete(aggregate);
-        }
-      });
+      const done = await perform(
+        `insert`,
+        open,
+        async ({ pool: hands, commitWhenTold }) => {
+          try {
+            await transaction(hands, STATEMENT_TIMEOUT_MS, 'durable', async (tx) => {
+              [id = '?'] = await insertEvents(tx, [anEvent({ eventId, aggregateId, eventType: 'Happened' })]);
+              // Known before its commit: it may be seen as soon as that is through.
+              known.set(eventId, { ...event, id });
+              await commitWhenTold();
+              of(eventId).committed = true;
+            });
+          } catch (error) {
+            known.delete(eventId);
+            throw error;
+          } finally {
+            writing.delete(aggregate);
+          }
+        },
+        producers,
+      );
       return `${done}: e${id} of aggregate ${aggregate}${poisonous ? ', poisonous' : ''}`;
     },
 
@@ -289,7 +296,7 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
 
     /** The row's time is up; of one row, or of all. A row that a transaction has in hand is passed over. */
     async time(n: number | 'all'): Promise<string> {
-      const { rows: ended } = await pool.query<{ id: string }>(
+      const { rows: ended } = await admin.query<{ id: string }>(
         `UPDATE identity.outbox o SET next_attempt_at = now() - interval '1 second'
          FROM (SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at > now() AND next_attempt_at < 'infinity'
                ORDER BY id OFFSET $1 LIMIT $2 FOR UPDATE SKIP LOCKED) leased
@@ -388,7 +395,7 @@ export async function createWorld(pool: pg.Pool, policy: Policy) {
   return {
     ...{ policy, road, can, steps, script, known },
     assertInvariants: invariants.assertInvariants,
-    rows: () => readRows(pool),
+    rows: () => readRows(admin),
     commitAll: async () => {
       while (interleaving.open().length > 0) await steps.end(0, 'commit');
       expect(interleaving.unfinished(), 'transactions that wait for nobody').toBe(0);

@@ -12,13 +12,17 @@ import {
 import { type TemporaryFolder, temporaryFolder } from '../../src/demo/watchdog.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { databaseUrl, TEMPLATE } from './database-url.ts';
-import { grantLeast, redisArgs } from './least-privilege.ts';
+import { asRelay, grantLeast, redisArgs } from './least-privilege.ts';
 import { startPod } from './pods.ts';
 
 /** Any number: PostgreSQL refuses to copy a template that another session copies or connects to. */
 const COPY_LOCK = 20_771_001;
 
-export type TestDatabase = { url: string; name: string; drop(): Promise<void> };
+/** Code under test is given `url`, which has the relay's rights; what only prepares, breaks or looks takes the other. */
+export type TwoUrls = { url: string; adminUrl: string };
+
+export type TestDatabase = TwoUrls & { name: string; drop(): Promise<void> };
+export type TestRedis = PrivateRedis & TwoUrls;
 
 /** A database of the run's server: a copy of the migrated template, or an empty one. Dropped after the test file. */
 export async function createDatabase({
@@ -36,8 +40,10 @@ export async function createDatabase({
       await admin.query(`DROP DATABASE IF EXISTS ${name} WITH (FORCE)`);
     });
   atEndOfFile(drop);
-  return { url: databaseUrl(inject('adminUrl'), name), name, drop };
+  return { ...asBoth(databaseUrl(inject('adminUrl'), name)), name, drop };
 }
+
+const asBoth = (adminUrl: string): TwoUrls => ({ url: asRelay(adminUrl), adminUrl });
 
 async function asAdmin(work: (admin: Client) => Promise<void>): Promise<void> {
   const admin = new Client({ connectionString: inject('adminUrl') });
@@ -51,9 +57,7 @@ async function asAdmin(work: (admin: Client) => Promise<void>): Promise<void> {
 }
 
 /** A Redis of this test file's own, stopped after it. It knows the relay's user. */
-export async function createRedis(
-  options: Omit<PrivateRedisOptions, 'directory'> = {},
-): Promise<PrivateRedis> {
+export async function createRedis(options: Omit<PrivateRedisOptions, 'directory'> = {}): Promise<TestRedis> {
   const directory = join(await folderOfFile(), `redis-${randomBytes(4).toString('hex')}`);
   const redis = await startPrivateRedis({
     ...{ directory, ...options },
@@ -61,7 +65,7 @@ export async function createRedis(
   });
   // Nobody needs what it holds, so it need not write it down first.
   atEndOfFile(() => redis.kill('SIGKILL'));
-  return redis;
+  return Object.assign(redis, asBoth(redis.url));
 }
 
 let folder: Promise<TemporaryFolder> | undefined;
@@ -76,7 +80,7 @@ export async function folderOfFile(): Promise<string> {
 }
 
 /** A PostgreSQL of this test file's own, to be killed or stopped, with a migrated database. */
-export async function createPostgres(): Promise<PrivatePostgres> {
+export async function createPostgres(): Promise<PrivatePostgres & TwoUrls> {
   const directory = join(await folderOfFile(), `postgres-${randomBytes(4).toString('hex')}`);
   const postgres = await startPrivatePostgres({ directory });
   atEndOfFile(() => postgres.kill('SIGQUIT'));
@@ -84,5 +88,5 @@ export async function createPostgres(): Promise<PrivatePostgres> {
   const { code } = await migration.exited;
   if (code !== 0) throw new Error(`The migration failed:\n${migration.lines.join('\n')}`);
   await grantLeast(postgres.url);
-  return postgres;
+  return Object.assign(postgres, asBoth(postgres.url));
 }

@@ -5,11 +5,22 @@ import { redisOptions } from '../../src/connection-urls.ts';
 import type { SampleEvent } from '../../src/demo/sample.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import type { Logger } from '../../src/logger.ts';
+import type { Queryable } from '../../src/outbox/database.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { anEvent } from './events.ts';
 
-/** A pool that is closed after the test file. */
+/** A pool for code under test, closed after the test file. */
 export function openPool(url: string, options: pg.PoolConfig = {}): pg.Pool {
+  refuseAdmin(url);
+  return poolOf(url, options);
+}
+
+/** A superuser's, to prepare, to break and to look. Its type is such that no code of the relay takes it. */
+export type AdminPool = Omit<pg.Pool, 'connect'> & Readonly<{ connect(): Promise<AdminClient> }>;
+export type AdminClient = Omit<pg.PoolClient, 'escapeLiteral'>;
+export const openAdminPool = (adminUrl: string): AdminPool => poolOf(adminUrl, {});
+
+function poolOf(url: string, options: pg.PoolConfig): pg.Pool {
   const pool = new pg.Pool({ connectionString: url, ...options });
   // Some tests kill its connections.
   pool.on('error', () => {});
@@ -24,8 +35,25 @@ export function openPool(url: string, options: pg.PoolConfig = {}): pg.Pool {
   return pool;
 }
 
-/** A client that is disconnected after the test file. */
+/** A client for code under test, disconnected after the test file. */
 export function openRedis(url: string, options: RedisOptions = {}): Redis {
+  refuseAdmin(url);
+  return clientOf(url, options);
+}
+
+/** Of the user that may do everything, as `AdminPool` is. */
+export type AdminRedis = Omit<Redis, 'duplicate'>;
+export const openAdminRedis = (adminUrl: string): AdminRedis => clientOf(adminUrl, {});
+
+/** So that tests of one module run it with the rights that `relay grants` gives, as pods have them. */
+function refuseAdmin(url: string): void {
+  if (['', 'default', 'postgres'].includes(new URL(url).username))
+    throw new Error(
+      'An admin is nobody to run code under test as: take `url`, or openAdminPool or openAdminRedis',
+    );
+}
+
+function clientOf(url: string, options: RedisOptions): Redis {
   const redis = new Redis({ ...redisOptions(url), ...options } as RedisOptions & { replyMapping?: 'legacy' });
   redis.on('error', () => {});
   atEndOfFile(async () => redis.disconnect());
@@ -72,7 +100,7 @@ export type Row = Readonly<{
 }>;
 
 /** Every row, in order of id. */
-export async function readRows(db: pg.Pool | pg.ClientBase): Promise<Row[]> {
+export async function readRows(db: Queryable): Promise<Row[]> {
   const { rows } = await db.query<Row>(`
     SELECT id::text AS "id", event_id AS "eventId", attempts AS "attempts", error_message AS "errorMessage",
            stream_entry_id AS "streamEntryId", published_at AS "publishedAt", dead_lettered_at AS "deadLetteredAt",
@@ -94,7 +122,7 @@ export async function readRows(db: pg.Pool | pg.ClientBase): Promise<Row[]> {
 }
 
 /** The states of all rows, in order of id. */
-export async function readStates(db: pg.Pool | pg.ClientBase): Promise<Row['state'][]> {
+export async function readStates(db: Queryable): Promise<Row['state'][]> {
   return (await readRows(db)).map((row) => row.state);
 }
 
@@ -110,7 +138,10 @@ export function deferred<T = void>() {
 }
 
 /** The entries of a stream, each as an object of its fields, in the order of the stream. */
-export async function readStream(redis: Redis, stream: string): Promise<Record<string, string>[]> {
+export async function readStream(
+  redis: Pick<Redis, 'xrange'>,
+  stream: string,
+): Promise<Record<string, string>[]> {
   const entries = await redis.xrange(stream, '-', '+');
   return entries.map(([, fields]) =>
     Object.fromEntries(

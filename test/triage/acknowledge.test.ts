@@ -1,4 +1,3 @@
-import type pg from 'pg';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { OutboxEvent, Receipt } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
@@ -6,17 +5,18 @@ import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createAcknowledger } from '../../src/triage/acknowledge.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool, readRows, readStates, silent } from '../support/stages.ts';
+import { type AdminPool, openAdminPool, openPool, readRows, readStates, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const EPOCH = 'epoch';
 
-let pool: pg.Pool;
+let pool: AdminPool;
 let outbox: Outbox;
 
 beforeAll(async () => {
-  pool = openPool((await createDatabase()).url);
-  outbox = createOutbox(pool, {
+  const { url, adminUrl } = await createDatabase();
+  pool = openAdminPool(adminUrl);
+  outbox = createOutbox(openPool(url), {
     ...{
       ordering: 'aggregate',
       deadLetterPolicy: 'continue',

@@ -12,11 +12,13 @@ import { withDeadline } from '../../src/lifecycle.ts';
 import { publishQueueName } from '../../src/queue/queues.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
-import { asRelay } from '../support/least-privilege.ts';
 import { expectPromisesHeld } from '../support/ledger.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
 import {
+  type AdminPool,
   deferred,
+  openAdminPool,
+  openAdminRedis,
   openPool,
   openRedis,
   readRows,
@@ -184,8 +186,8 @@ describe.concurrent('a pod that lives, but', () => {
 async function setStage([head = anEvent(), ...others]: SampleEvent[], first: Partial<SampleEvent> = {}) {
   const [database, server] = await Promise.all([createDatabase(), createRedis()]);
   const config = loadConfig({
-    RELAY_DATABASE_URL: asRelay(database.url),
-    RELAY_REDIS_URL: asRelay(server.url),
+    RELAY_DATABASE_URL: database.url,
+    RELAY_REDIS_URL: server.url,
     RELAY_POLL_INTERVAL: '0.2',
     RELAY_CLAIM_LEASE: '2',
     RELAY_PUBLISH_TIMEOUT: '1.5',
@@ -193,10 +195,10 @@ async function setStage([head = anEvent(), ...others]: SampleEvent[], first: Par
     RELAY_SHUTDOWN_TIMEOUT: '2',
     RELAY_LOG_LEVEL: 'fatal',
   });
-  const pool = openPool(database.url);
-  const redis = openRedis(server.url);
+  const pool = openAdminPool(database.adminUrl);
+  const redis = openAdminRedis(server.adminUrl);
   const publishQueue = new Queue(publishQueueName(config.queueName), {
-    connection: redis,
+    connection: openRedis(server.url),
     prefix: config.queuePrefix,
   });
   await redis.set(BROKEN_TOPIC, 'a string');
@@ -307,7 +309,7 @@ async function setStage([head = anEvent(), ...others]: SampleEvent[], first: Par
 
 const DOOMED = 'doomed pod';
 
-async function sessionsOf(pool: pg.Pool, name: string): Promise<number> {
+async function sessionsOf(pool: AdminPool, name: string): Promise<number> {
   const { rows } = await pool.query(
     'SELECT count(*)::int AS n FROM pg_stat_activity WHERE application_name = $1 AND datname = current_database()',
     [name],
@@ -316,7 +318,7 @@ async function sessionsOf(pool: pg.Pool, name: string): Promise<number> {
 }
 
 /** A relay whose every connection ends for good when one of its steps is in the window. */
-async function startDoomedPod(config: RelayConfig, admin: pg.Pool, window: Window, onDeath: () => void) {
+async function startDoomedPod(config: RelayConfig, admin: AdminPool, window: Window, onDeath: () => void) {
   const { beforeCommit = never, afterCommit = never, beforeAppend = never, afterAppend = never } = window;
   let dead = false;
   let death: Promise<void> | undefined;
@@ -397,7 +399,7 @@ type Watch = Partial<{
 }>;
 
 /** The pool, with somebody looking on; who throws there makes the statement fail. */
-function watchedPool(pool: pg.Pool, admin: pg.Pool, watch: Watch): Pick<pg.Pool, 'connect' | 'query'> {
+function watchedPool(pool: pg.Pool, admin: AdminPool, watch: Watch): Pick<pg.Pool, 'connect' | 'query'> {
   const { before = async () => {}, beforeCommit = async () => {}, afterCommit = async () => {} } = watch;
   type Ask = (...args: unknown[]) => Promise<pg.QueryResult>;
 

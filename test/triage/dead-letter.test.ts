@@ -1,5 +1,4 @@
 import type { Redis } from 'ioredis';
-import type pg from 'pg';
 import { beforeAll, beforeEach, expect, test } from 'vitest';
 import type { OutboxEvent } from '../../src/event.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
@@ -7,21 +6,34 @@ import { createStream } from '../../src/stream/append.ts';
 import { createDeadLetter } from '../../src/triage/dead-letter.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
-import { openPool, openRedis, readRows, readStates, readStream, silent } from '../support/stages.ts';
+import {
+  type AdminPool,
+  type AdminRedis,
+  openAdminPool,
+  openAdminRedis,
+  openPool,
+  openRedis,
+  readRows,
+  readStates,
+  readStream,
+  silent,
+} from '../support/stages.ts';
 
 const DLQ = 'identity.user.v1.dlq';
 const jobKey = (eventId: string) => `bull:relay-publish:${eventId}`;
 
-let pool: pg.Pool;
-let redis: Redis;
+let pool: AdminPool;
+let redis: AdminRedis;
+let relay: Redis;
 let outbox: Outbox;
 let event: OutboxEvent;
 
 beforeAll(async () => {
   const [database, server] = await Promise.all([createDatabase(), createRedis()]);
-  pool = openPool(database.url);
-  redis = openRedis(server.url);
-  outbox = createOutbox(pool, {
+  pool = openAdminPool(database.adminUrl);
+  redis = openAdminRedis(server.adminUrl);
+  relay = openRedis(server.url);
+  outbox = createOutbox(openPool(database.url), {
     ...{
       ordering: 'aggregate',
       deadLetterPolicy: 'continue',
@@ -59,7 +71,7 @@ const written: string[] = [];
 
 function bury(mark: MarkDead = markDead): Promise<void> {
   const epochs = { known: async () => EPOCH, doubt: () => {}, doubtAll: () => {} };
-  const stream = createStream(redis, epochs, {
+  const stream = createStream(relay, epochs, {
     ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey },
     epochKey: EPOCH_KEY,
   });

@@ -1,19 +1,19 @@
 import { randomUUID } from 'node:crypto';
-import type pg from 'pg';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createOrphanWatch, type OrphanWatch } from '../../src/triage/orphans.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool, silent } from '../support/stages.ts';
+import { type AdminPool, openAdminPool, openPool, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
-let pool: pg.Pool;
+let pool: AdminPool;
 let outbox: Outbox;
 const watches: OrphanWatch[] = [];
 
 beforeAll(async () => {
-  pool = openPool((await createDatabase()).url);
-  outbox = createOutbox(pool, {
+  const { url, adminUrl } = await createDatabase();
+  pool = openAdminPool(adminUrl);
+  outbox = createOutbox(openPool(url), {
     ...{
       ordering: 'aggregate',
       deadLetterPolicy: 'continue',

@@ -1,8 +1,5 @@
 import { Worker } from 'bullmq';
-import type { Redis } from 'ioredis';
-import type pg from 'pg';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createQueues, publishQueueName, type Queues, WORKER_CONNECTION } from '../../src/queue/queues.ts';
@@ -10,22 +7,32 @@ import type { Failure } from '../../src/triage/dead-letter.ts';
 import type { Found } from '../../src/triage/lost-jobs.ts';
 import { createReconcile } from '../../src/triage/reconcile.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
-import { createDatabase, createRedis } from '../support/servers.ts';
-import { openPool, openRedis, readRows, readStates, silent } from '../support/stages.ts';
+import { createDatabase, createRedis, type TestRedis } from '../support/servers.ts';
+import {
+  type AdminPool,
+  type AdminRedis,
+  openAdminPool,
+  openAdminRedis,
+  openPool,
+  openRedis,
+  readRows,
+  readStates,
+  silent,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
-let pool: pg.Pool;
-let server: PrivateRedis;
-let redis: Redis;
+let pool: AdminPool;
+let server: TestRedis;
+let redis: AdminRedis;
 let outbox: Outbox;
 let queues: Queues;
 
 beforeAll(async () => {
   const database = await createDatabase();
   server = await createRedis();
-  pool = openPool(database.url);
-  redis = openRedis(server.url);
-  outbox = createOutbox(pool, {
+  pool = openAdminPool(database.adminUrl);
+  redis = openAdminRedis(server.adminUrl);
+  outbox = createOutbox(openPool(database.url), {
     ...{
       ordering: 'aggregate',
       deadLetterPolicy: 'continue',
@@ -35,7 +42,7 @@ beforeAll(async () => {
     ...{ streamName: 'identity.user.v1', statementTimeoutMs: 10_000 },
   });
   const options = { queuePrefix: 'bull', queueName: 'relay', maxRetryAttempts: 0, retryBaseDelayMs: 10 };
-  queues = createQueues(redis, options, silent);
+  queues = createQueues(openRedis(server.url), options, silent);
 });
 
 beforeEach(async () => {

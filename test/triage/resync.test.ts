@@ -6,20 +6,20 @@ import { createRestorer } from '../../src/stream/restore.ts';
 import { totals } from '../../src/triage/resync.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
-import { openPool, openRedis, readStream, silent } from '../support/stages.ts';
+import { openAdminPool, openAdminRedis, openPool, openRedis, readStream, silent } from '../support/stages.ts';
 
 const STREAM = 'identity.user.v1';
 const DLQ = 'identity.user.v1.dlq';
 const GUARD = 'checking:me';
 
-const [{ url }, server] = await Promise.all([createDatabase(), createRedis()]);
-const pool = openPool(url);
-const redis = openRedis(server.url);
-const restorer = createRestorer(redis, {
+const [database, server] = await Promise.all([createDatabase(), createRedis()]);
+const pool = openAdminPool(database.adminUrl);
+const redis = openAdminRedis(server.adminUrl);
+const restorer = createRestorer(openRedis(server.url), {
   ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0 },
   ...{ jobKey: (eventId) => `bull:relay-publish:${eventId}`, epochKey: 'bull:relay:epoch' },
 });
-const receipts = createReceipts(pool, {
+const receipts = createReceipts(openPool(database.url), {
   ...{ streamName: STREAM, maxEventBytes: 1 << 20, statementTimeoutMs: 5_000 },
 });
 
