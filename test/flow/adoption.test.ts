@@ -1,9 +1,9 @@
 import { randomUUID } from 'node:crypto';
-import type { Pool } from 'pg';
 import { expect, test } from 'vitest';
 import { anEvent, createOldTable, insertEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { createDatabase } from '../support/servers.ts';
+import type { AdminPool } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const DICTIONARY = 'dictionary.word.v1';
@@ -40,7 +40,7 @@ async function setOldStage(): Promise<Stage> {
 }
 
 /** The published rows in full, with the transaction that wrote them last; only columns that the old table has. */
-async function publishedRows(pool: Pool): Promise<unknown[]> {
+async function publishedRows(pool: AdminPool): Promise<unknown[]> {
   const { rows } = await pool.query(
     `SELECT xmin::text, to_jsonb(o) - '{dead_lettered_at,stream_entry_id,replayed_at,discard_reason,discarded_by}'::text[] AS row
        FROM identity.outbox o WHERE published AND id % 5 = 0 ORDER BY id`,
@@ -49,7 +49,7 @@ async function publishedRows(pool: Pool): Promise<unknown[]> {
 }
 
 /** The row as the stream's consumers must get it. */
-async function expectedFields(pool: Pool): Promise<Map<string, Record<string, string>>> {
+async function expectedFields(pool: AdminPool): Promise<Map<string, Record<string, string>>> {
   const { rows } = await pool.query(
     `SELECT event_id::text, event_type, coalesce(topic, '${STREAM}') AS topic, '1' AS schema_version,
             to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS occurred_at,

@@ -330,8 +330,9 @@ test('a Bull Board of one’s own shows the relay’s queues readably, refuses w
   const stage = await setStage();
   const data = aClaimedEvent();
   await stage.queue('publish').add(data.eventType, data, { jobId: data.eventId });
-  const own = new Queue('own', { connection: stage.redis });
-  for (const from of [{ redis: openRedis(stage.server.url) }, stage.config()]) {
+  const redis = openRedis(stage.server.url);
+  const own = new Queue('own', { connection: redis });
+  for (const from of [{ redis }, stage.config()]) {
     const relay = await createBoardQueues(from);
     const app = fastify();
     const server = new FastifyAdapter();

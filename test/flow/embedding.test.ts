@@ -11,8 +11,9 @@ import { expect, inject, onTestFinished, test } from 'vitest';
 import { appendEvent, createRelay, type Logger } from '../../src/app.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { type Stage, setStage } from '../support/flow.ts';
-import { asRelay, EMBEDDER_ROLE } from '../support/least-privilege.ts';
+import { asRelay, EMBEDDER_ROLE, PRODUCER_ROLE } from '../support/least-privilege.ts';
 import { folderOfFile } from '../support/servers.ts';
+import { openPool } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 type Line = { level: string; fields: Record<string, unknown>; message: string };
@@ -169,7 +170,7 @@ test('a process that embeds the relay ends by itself when everything is stopped'
 test('an event that is appended in a pg transaction exists if and only if that commits', async () => {
   const stage = await setStage();
   await stage.pod();
-  const client = await stage.pool.connect();
+  const client = await openPool(asRelay(stage.databaseUrl, PRODUCER_ROLE)).connect();
   const aggregateId = randomUUID();
   const event = { eventType: 'SomethingElse', aggregateId, payload: { tenant_id: randomUUID() } };
   try {
@@ -206,7 +207,7 @@ test('an event that is appended in a pg transaction exists if and only if that c
 test('an event that is appended in a drizzle transaction exists if and only if that commits', async () => {
   const stage = await setStage();
   await stage.pod();
-  const db = drizzle(stage.pool);
+  const db = drizzle(openPool(asRelay(stage.databaseUrl, PRODUCER_ROLE)));
   const event = {
     eventType: 'SomethingElse',
     aggregateId: randomUUID(),

@@ -6,6 +6,7 @@ import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
 import { createRedis } from '../support/servers.ts';
+import { openAdminRedis } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const QUICK_DEATH = { RELAY_RETRY_BASE_DELAY: '0.1', RELAY_MAX_RETRY_ATTEMPTS: '1' };
@@ -106,7 +107,7 @@ test('a replica that takes over without the last entries gets them, though no co
   await stage.pod();
   await insertEvents(stage.pool, someEvents(100, 10));
   await stage.rested();
-  const other = stage.redis.duplicate({ host: '127.0.0.1', port: replica.port });
+  const other = openAdminRedis(replica.adminUrl);
   try {
     // What comes now does not reach the replica.
     await other.call('REPLICAOF', 'NO', 'ONE');

@@ -8,8 +8,9 @@ import { withDeadline } from '../../src/lifecycle.ts';
 import { migrate, missingFromTable } from '../../src/outbox/migrate.ts';
 import { hasWakeup } from '../../src/outbox/wakeup.ts';
 import { anEvent, createOldTable, insertEvents, someEvents } from '../support/events.ts';
+import { asRelay, MIGRATOR_ROLE } from '../support/least-privilege.ts';
 import { createDatabase, folderOfFile } from '../support/servers.ts';
-import { type AdminPool, openAdminPool, readStates, silent } from '../support/stages.ts';
+import { openAdminPool, openPool, readStates, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const ADDED = [
@@ -28,10 +29,12 @@ const ADDED = [
   'index relay_outbox_unreceipted',
 ];
 
-/** Of an admin: it is the owner of the table that migrates. */
-async function emptyDatabase(): Promise<{ url: string; pool: AdminPool }> {
-  const { adminUrl } = await createDatabase({ template: false });
-  return { url: adminUrl, pool: openAdminPool(adminUrl) };
+/** Everything in it is done by the role that migrates, and so owns what is there. */
+async function emptyDatabase(): Promise<{ url: string; pool: pg.Pool }> {
+  const { adminUrl, name } = await createDatabase({ template: false });
+  await openAdminPool(adminUrl).query(`GRANT CREATE ON DATABASE ${name} TO ${MIGRATOR_ROLE}`);
+  const url = asRelay(adminUrl, MIGRATOR_ROLE);
+  return { url, pool: openPool(url) };
 }
 
 async function runMigration(url: string, notify = true): Promise<void> {
@@ -45,7 +48,7 @@ async function runMigration(url: string, notify = true): Promise<void> {
 }
 
 /** Everything in the schema by its definition and identity: what is made anew has another identity. */
-async function readSchema(pool: AdminPool): Promise<unknown> {
+async function readSchema(pool: pg.Pool): Promise<unknown> {
   const { rows } = await pool.query(`
     SELECT c.oid, c.relname, c.relkind, c.relfilenode, i.indisvalid AS valid,
            CASE WHEN i.indexrelid IS NOT NULL THEN pg_get_indexdef(c.oid) END AS definition
@@ -79,7 +82,7 @@ describe('an empty database', () => {
     const [made, adopted] = [await emptyDatabase(), await emptyDatabase()];
     await createOldTable(adopted.pool);
     await Promise.all([runMigration(made.url), runMigration(adopted.url)]);
-    const columns = async (pool: AdminPool) => ((await readSchema(pool)) as { columns: unknown }).columns;
+    const columns = async (pool: pg.Pool) => ((await readSchema(pool)) as { columns: unknown }).columns;
     expect(await columns(made.pool)).toEqual(await columns(adopted.pool));
   });
 });

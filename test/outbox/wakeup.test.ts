@@ -286,6 +286,7 @@ describe('the listening connection', () => {
 });
 
 test('the trigger is installed and removed any number of times', async () => {
+  // By an admin: it is the owner's, who migrates.
   expect(await removeWakeup(pool)).toBe('removed');
   expect(await hasWakeup(pool)).toBe(false);
   expect(await removeWakeup(pool)).toBe('absent');

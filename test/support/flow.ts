@@ -10,6 +10,7 @@ import { asRelay, grantLeast, OPERATOR_ROLE } from './least-privilege.ts';
 import { expectPromisesHeld } from './ledger.ts';
 import { startPod } from './pods.ts';
 import { createDatabase, createRedis, type TestRedis } from './servers.ts';
+import type { AdminPool, AdminRedis } from './stages.ts';
 import { waitFor } from './wait.ts';
 
 export const STREAM = 'identity.user.v1';
@@ -37,9 +38,9 @@ export type Row = Readonly<{
 export type Stage = Readonly<{
   /** The superuser's. */
   databaseUrl: string;
-  pool: Pool;
+  pool: AdminPool;
   server: TestRedis;
-  redis: Redis;
+  redis: AdminRedis;
   /** What every pod of this stage is started with: as a role and a user that have the least rights. */
   env: Readonly<Record<string, string> & { RELAY_DATABASE_URL: string; RELAY_REDIS_URL: string }>;
   /** The same as a library user would hold it. */
@@ -193,7 +194,7 @@ export type RowChange = Row & Readonly<{ at: Date }>;
  * Keeps every state that a row goes through, with the database's time of the change: whoever polls would miss some.
  * Answers how to read the states of one row.
  */
-export async function recordHistory(pool: Pool): Promise<(eventId: string) => Promise<RowChange[]>> {
+export async function recordHistory(pool: AdminPool): Promise<(eventId: string) => Promise<RowChange[]>> {
   await pool.query(`
     CREATE TABLE history AS SELECT now() AS at, o.* FROM identity.outbox o LIMIT 0;
     ALTER TABLE history ADD COLUMN place bigserial;

@@ -6,9 +6,11 @@ import { databaseGrants, redisAcl } from '../../src/operate/grants.ts';
 export const RELAY_USER = 'relay_pod';
 export const OPERATOR_ROLE = 'relay_test_operator';
 export const PRODUCER_ROLE = 'relay_producer';
+/** Makes the table, or owns the one that is there. Each of its databases gives it CREATE. */
+export const MIGRATOR_ROLE = 'relay_migrator';
 /** Has the rights of both, as a program that writes events and embeds the relay. */
 export const EMBEDDER_ROLE = 'relay_embedder';
-export const RELAY_PASSWORD = 'least';
+export const RELAY_PASSWORD = 'open-sesame';
 
 /** The same server, as the relay. */
 export function asRelay(url: string, user = RELAY_USER): string {
@@ -43,6 +45,7 @@ export async function grantLeast(
       [role],
       [operator],
       [producer],
+      [MIGRATOR_ROLE],
       [EMBEDDER_ROLE, `IN ROLE ${role}, ${producer}`],
     ]) {
       await admin.query(`DO $$ BEGIN

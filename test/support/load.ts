@@ -1,6 +1,6 @@
 import { setTimeout as delay } from 'node:timers/promises';
-import type { Pool } from 'pg';
 import type { SampleEvent } from '../../src/demo/sample.ts';
+import type { Queryable } from '../../src/outbox/database.ts';
 import { insertEvents, someEvents } from './events.ts';
 
 const WRITERS = 4;
@@ -13,7 +13,7 @@ const PAUSE_MS = 50;
  * sizes. Each aggregate has one writer: transactions on one aggregate do not overlap.
  */
 export async function writeEvents(
-  pool: Pool,
+  pool: Queryable,
   { count, aggregates = count }: { count: number; aggregates?: number },
 ): Promise<void> {
   const shares: SampleEvent[][] = Array.from({ length: WRITERS }, () => []);
@@ -40,7 +40,7 @@ export type Load = Readonly<{
 }>;
 
 /** Writes without end, at some hundred events a second, through outages of the database too. */
-export function startLoad(pool: Pool, { aggregates = 40 }: { aggregates?: number } = {}): Load {
+export function startLoad(pool: Queryable, { aggregates = 40 }: { aggregates?: number } = {}): Load {
   let stopped = false;
   let written = 0;
   const running = Promise.all(

@@ -41,15 +41,15 @@ export function openRedis(url: string, options: RedisOptions = {}): Redis {
   return clientOf(url, options);
 }
 
-/** Of the user that may do everything, as `AdminPool` is. */
-export type AdminRedis = Omit<Redis, 'duplicate'>;
+/** Of the user that may do everything, as `AdminPool` is. BullMQ would take it for options, were it not for the `url`. */
+export type AdminRedis = Omit<Redis, 'duplicate'> & Readonly<{ url?: 0 }>;
 export const openAdminRedis = (adminUrl: string): AdminRedis => clientOf(adminUrl, {});
 
 /** So that tests of one module run it with the rights that `relay grants` gives, as pods have them. */
 function refuseAdmin(url: string): void {
   if (['', 'default', 'postgres'].includes(new URL(url).username))
     throw new Error(
-      'An admin is nobody to run code under test as: take `url`, or openAdminPool or openAdminRedis',
+      'Code under test is no admin. To prepare and to look there are openAdminPool and openAdminRedis',
     );
 }
 
