@@ -205,7 +205,7 @@ test('servers that start at the same moment do not get in the way of each other'
 
 test('a Redis keeps its data through kill -9 and a restart, under the policies the relay needs', async () => {
   const server = await createRedis();
-  await redisDo(server.url, async (redis) => {
+  await redisDo(server.adminUrl, async (redis) => {
     await redis.set('kept', 'yes');
     expect(await redis.config('GET', 'maxmemory-policy')).toEqual(['maxmemory-policy', 'noeviction']);
     expect(await redis.config('GET', 'appendfsync')).toEqual(['appendfsync', 'everysec']);
@@ -220,13 +220,13 @@ test('a Redis keeps its data through kill -9 and a restart, under the policies t
   await server.restart();
 
   expect(server.pid).not.toBe(before);
-  expect(await redisDo(server.url, (redis) => redis.get('kept'))).toBe('yes');
+  expect(await redisDo(server.adminUrl, (redis) => redis.get('kept'))).toBe('yes');
 });
 
 test('a Redis can be started without AOF and with further arguments', async () => {
   const server = await createRedis({ appendOnly: false, args: ['--maxmemory', '50mb'] });
 
-  await redisDo(server.url, async (redis) => {
+  await redisDo(server.adminUrl, async (redis) => {
     expect(await redis.config('GET', 'appendonly')).toEqual(['appendonly', 'no']);
     expect(await redis.config('GET', 'maxmemory')).toEqual(['maxmemory', String(50 * 1024 * 1024)]);
   });
@@ -234,7 +234,7 @@ test('a Redis can be started without AOF and with further arguments', async () =
 
 test('a paused Redis answers nothing until it is resumed, and can be stopped while paused', async () => {
   const server = await createRedis();
-  const redis = new Redis(server.url);
+  const redis = new Redis(server.adminUrl);
   await redis.ping();
 
   server.pause();
