@@ -72,6 +72,8 @@ export async function openServers(
       theirs.password = password;
       await inDatabase(ours.href, (admin) => admin.query('CREATE EXTENSION pg_stat_statements'));
       const pool = new pg.Pool({ connectionString: ours.href, max: 4 });
+      // A session that is still closing when its server stops has a last word, which nobody needs.
+      pool.on('error', () => {});
       undo.push(() => pool.end());
       return { name, url: theirs.href, pool };
     },
