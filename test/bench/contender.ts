@@ -18,6 +18,8 @@ export type Contender = Readonly<{
   name: string;
   /** What it is, in a few words. */
   describe: string;
+  /** So slow that a round to warm it up would only take time. */
+  isSlow?: true;
   /**
    * Puts the work in place, waits until it is done, and checks what came of it.
    * @throws unless every event that counts as done is in its stream once, in the order that the contender promises

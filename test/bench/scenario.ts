@@ -61,6 +61,7 @@ export async function inTurns(
   for (let round = 0; round <= options.runs; round++) {
     const warm = round === 0;
     for (const { contender, workload } of round % 2 === 0 ? entries : entries.toReversed()) {
+      if (warm && contender.isSlow) continue;
       progress.now(`${warm ? 'warming up' : `round ${round} of ${options.runs}`}: ${contender.name}`);
       const work = warm ? { ...workload, events: Math.max(500, Math.ceil(workload.events / 4)) } : workload;
       const result = await contender.drain(work);

@@ -76,7 +76,10 @@ test('an event takes three calls to Redis: its job is added, it is appended, its
   expect(evalsha).toBeLessThanOrEqual(3 * EVENTS + 400 + asked);
   // The epoch's name, before each commit of an acknowledgement.
   expect(get).toBeLessThanOrEqual(counts.statements.acknowledge + 5);
-  expect(Object.values(rest).reduce((sum, n) => sum + n, 0), JSON.stringify(rest)).toBeLessThanOrEqual(40);
+  expect(
+    Object.values(rest).reduce((sum, n) => sum + n, 0),
+    JSON.stringify(rest),
+  ).toBeLessThanOrEqual(40);
   // Pipelined: fewer round trips than events.
   expect(counts.redis.reads).toBeLessThanOrEqual(EVENTS);
 });

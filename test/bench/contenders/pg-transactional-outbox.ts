@@ -18,7 +18,7 @@ export type PgTransactionalOutboxConfig = Readonly<{
   connections: number;
 }>;
 
-const MOST_SECONDS = 8;
+const MOST_SECONDS = 6;
 
 /** As its documentation sets it up, and with what makes it fastest. */
 const VARIANTS = {
@@ -50,6 +50,7 @@ export async function openPgTransactionalOutbox(
   const child = await startChild('pg-transactional-outbox-child.ts', config, undo);
   return {
     name: `pg-transactional-outbox, ${variant}`,
+    isSlow: true,
     describe: `polling listener, batches of ${config.batch}, one XADD and one transaction for each message`,
     async drain(workload) {
       await pool.query('TRUNCATE outbox');

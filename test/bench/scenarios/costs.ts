@@ -75,6 +75,7 @@ export const COSTS: Scenario = {
           .map(([command, n]) => `${command} ${(n / events).toFixed(3)}`)
           .join(', ')}`,
         `statements: ${statements.claim} claims, ${statements.acknowledge} acknowledgements, ${statements.other} others`,
+        ...counts.others.slice(0, 3).map((it) => `others: ${it.calls} x ${it.query.slice(0, 90)}`),
       ],
     };
 
