@@ -107,6 +107,7 @@ export async function startCounting(
 function kindOf(query: string): 'claim' | 'acknowledge' | 'other' | 'control' | 'commits' {
   if (/^\s*(COMMIT|END)\b/i.test(query)) return 'commits';
   if (/^\s*(BEGIN|START|SET|RESET|ROLLBACK|SAVEPOINT|RELEASE)\b/i.test(query)) return 'control';
+  if (/^\s*SELECT set_config\(/i.test(query)) return 'control';
   if (/\bpublished = (true|\$\d+), published_at\b/i.test(query)) return 'acknowledge';
   if (/\bUPDATE\b/i.test(query) && /\bSKIP LOCKED\b/i.test(query)) return 'claim';
   return 'other';

@@ -64,7 +64,9 @@ const options = new Command('npm run bench --')
     'after',
     `\nScenarios, and how many minutes they take:\n${SCENARIOS.map(
       ({ name, describe, minutes }) => `  ${name.padEnd(12)} ${String(minutes).padStart(3)}  ${describe}`,
-    ).join('\n')}\n\nWithout --scenario: ${USUAL.map((it) => it.name).join(', ')}.`,
+    ).join(
+      '\n',
+    )}\n\nWithout --scenario: ${USUAL.map((it) => it.name).join(', ')}. BENCH_CLI is the path of another build's cli.js.`,
   )
   .parse()
   .opts<ScenarioOptions & { scenario?: readonly Scenario[]; out: string; fail: boolean }>();

@@ -59,21 +59,22 @@ test('claims are as few as their batches allow, and acknowledgements are gathere
   expect(acknowledge).toBeLessThanOrEqual(EVENTS / 10);
 });
 
-test('a transaction is one statement, one that acknowledges is two, and each has its settings once', () => {
+test('a transaction is one statement, one BEGIN and one for its settings', () => {
   const { statements, control, commits } = counts;
   const all = statements.claim + statements.acknowledge + statements.other;
-  expect(all - commits - statements.acknowledge, JSON.stringify(counts.others)).toBeLessThanOrEqual(15);
-  // For each acknowledgement a look at what may have been parked behind it.
-  expect(commits).toBeLessThanOrEqual(statements.claim + 2 * statements.acknowledge + 10);
-  expect(control).toBeLessThanOrEqual(9 * commits);
+  expect(all - commits, JSON.stringify(counts.others)).toBeLessThanOrEqual(12);
+  // Now and then a look at what may have been parked behind what was acknowledged.
+  expect(commits).toBeLessThanOrEqual(statements.claim + 1.5 * statements.acknowledge + 10);
+  expect(control).toBeLessThanOrEqual(2 * commits + 2);
 });
 
-test('an event takes three calls to Redis: its job is added, it is appended, its job is finished', () => {
+test('an event takes two calls to Redis, for its job to be added and finished, and is appended with others', () => {
   const { evalsha = 0, get = 0, bzpopmin = 0, ...rest } = counts.redis.calls;
   // A worker that finds no job waits, and asks again when there is one.
   const asked = 2 * bzpopmin;
-  expect(evalsha).toBeGreaterThanOrEqual(3 * EVENTS);
-  expect(evalsha).toBeLessThanOrEqual(3 * EVENTS + 400 + asked);
+  expect(evalsha).toBeGreaterThanOrEqual(2 * EVENTS);
+  // How many are appended together depends on the load: twenty, where this was written.
+  expect(evalsha).toBeLessThanOrEqual(2.5 * EVENTS + asked);
   // The epoch's name, before each commit of an acknowledgement.
   expect(get).toBeLessThanOrEqual(counts.statements.acknowledge + 5);
   expect(
@@ -84,11 +85,11 @@ test('an event takes three calls to Redis: its job is added, it is appended, its
   expect(counts.redis.reads).toBeLessThanOrEqual(EVENTS);
 });
 
-test('scripts run 36 commands for each event', () => {
+test('scripts run 35 commands for each event', () => {
   const asked = 30 * (counts.redis.calls.bzpopmin ?? 0);
-  expect(counts.redis.withinScripts).toBeLessThanOrEqual(36.2 * EVENTS + asked);
+  expect(counts.redis.withinScripts).toBeLessThanOrEqual(35.3 * EVENTS + asked);
 });
 
-test('an event is 1,700 bytes of WAL at most', () => {
-  expect(counts.walBytes / EVENTS).toBeLessThanOrEqual(1_700);
+test('an event is 1,650 bytes of WAL at most', () => {
+  expect(counts.walBytes / EVENTS).toBeLessThanOrEqual(1_650);
 });

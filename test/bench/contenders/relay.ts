@@ -78,7 +78,8 @@ export async function openRelay(
   undo.push(() => Promise.all(pods.map((pod) => pod.kill('SIGKILL'))));
   for (let i = 0; i < podCount; i++) {
     const pod = await startPod({
-      cli: fileURLToPath(new URL('../../../dist/cli.js', import.meta.url)),
+      // Another build than this one, to compare the two.
+      cli: process.env.BENCH_CLI ?? fileURLToPath(new URL('../../../dist/cli.js', import.meta.url)),
       env: {
         ...{ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: redisServer.url, RELAY_LOG_LEVEL: 'warn' },
         ...{ RELAY_STREAM_NAME: stream, RELAY_DLQ_STREAM_NAME: dlqStream, RELAY_QUEUE_NAME: queueName },
