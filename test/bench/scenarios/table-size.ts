@@ -4,13 +4,14 @@
  */
 import { join } from 'node:path';
 import pg from 'pg';
-import { loadConfig } from '../../src/config.ts';
-import { startPrivatePostgres } from '../../src/demo/servers.ts';
-import { temporaryFolder } from '../../src/demo/watchdog.ts';
-import { migrate } from '../../src/outbox/migrate.ts';
-import { createOutbox } from '../../src/outbox/outbox.ts';
-import { createPruner, FIRST_PLACE } from '../../src/outbox/prune.ts';
-import { silent } from './stage.ts';
+import { loadConfig } from '../../../src/config.ts';
+import { startPrivatePostgres } from '../../../src/demo/servers.ts';
+import { temporaryFolder } from '../../../src/demo/watchdog.ts';
+import { migrate } from '../../../src/outbox/migrate.ts';
+import { createOutbox } from '../../../src/outbox/outbox.ts';
+import { createPruner, FIRST_PLACE } from '../../../src/outbox/prune.ts';
+import type { Figure, Scenario } from '../scenario.ts';
+import { silent } from '../servers.ts';
 
 const BATCH = 1_000;
 /** With retention: rows that are kept, and how often the older ones go. */
@@ -30,26 +31,45 @@ export const VARIANTS: readonly Variant[] = [
   { name: 'partitions by time, dropped', partitioned: true },
 ];
 
-export async function benchTableSize(
-  events: number,
-  only: number | undefined,
-  undo: (() => Promise<unknown>)[],
-): Promise<void> {
-  const folder = await temporaryFolder('relay-bench-');
-  undo.push(folder.remove);
-  const postgres = await startPrivatePostgres({
-    directory: join(folder.path, 'postgres'),
-    // A million events pass in about a minute, not in a day: autovacuum looks as often in proportion.
-    settings: { autovacuum_naptime: 1 },
-  });
-  undo.push(postgres.stop);
-  for (const [index, variant] of VARIANTS.entries()) {
-    if (only !== undefined && only !== index + 1) continue;
-    await measure(postgres.url, variant, events);
-  }
-}
+export const TABLE_SIZE: Scenario = {
+  name: 'table-size',
+  describe: 'size of the table after a million events, with other settings of the table',
+  minutes: 20,
+  async run({ options, undo, progress }) {
+    const { events = options.quick ? 20_000 : 1_000_000, variant: only } = options;
+    const folder = await temporaryFolder('relay-bench-');
+    undo.push(folder.remove);
+    const postgres = await startPrivatePostgres({
+      directory: join(folder.path, 'postgres'),
+      // A million events pass in about a minute, not in a day: autovacuum looks as often in proportion.
+      settings: { autovacuum_naptime: 1 },
+    });
+    undo.push(postgres.stop);
+    const figures: Figure[] = [];
+    const notes: string[] = [];
+    for (const [index, variant] of VARIANTS.entries()) {
+      if (only !== undefined && only !== index + 1) continue;
+      progress.now(`${index + 1} of ${VARIANTS.length}: ${variant.name}`);
+      const { table, indexes, note } = await measure(postgres.url, variant, events);
+      figures.push(
+        { name: `${variant.name}, table`, unit: 'MiB', values: [table] },
+        { name: `${variant.name}, indexes`, unit: 'MiB', values: [indexes] },
+      );
+      notes.push(note);
+      progress.note(note);
+    }
+    return {
+      about: `${events} events through the statements of the relay, without Redis`,
+      ...{ figures, notes, verified: 'every row published' },
+    };
+  },
+};
 
-async function measure(adminUrl: string, variant: Variant, events: number): Promise<void> {
+async function measure(
+  adminUrl: string,
+  variant: Variant,
+  events: number,
+): Promise<{ table: number; indexes: number; note: string }> {
   const admin = new pg.Client(adminUrl);
   await admin.connect();
   await admin.query('DROP DATABASE IF EXISTS bench WITH (FORCE)');
@@ -102,8 +122,11 @@ async function measure(adminUrl: string, variant: Variant, events: number): Prom
     await client.query('REINDEX TABLE identity.outbox');
     more += `; ${(await size()).text} after VACUUM and REINDEX`;
   }
-  console.log(`  ${variant.name.padEnd(28)} ${full.text}, ${Math.round(events / seconds)} events/s${more}`);
   await client.end();
+  return {
+    ...{ table: full.table, indexes: full.indexes },
+    note: `${variant.name}: ${full.text}, ${Math.round(events / seconds)} events/s${more}`,
+  };
 
   async function pruneBut(kept: number): Promise<void> {
     const { rows } = await client.query(
@@ -118,7 +141,7 @@ async function measure(adminUrl: string, variant: Variant, events: number): Prom
     }
   }
 
-  async function size(): Promise<{ text: string }> {
+  async function size(): Promise<{ text: string; table: number; indexes: number }> {
     const { rows } = await client.query<{ heap: string; indexes: string }>(
       `SELECT sum(pg_table_size(c.oid)) AS heap, sum(pg_indexes_size(c.oid)) AS indexes
          FROM pg_class c WHERE c.relnamespace = 'identity'::regnamespace AND c.relname ~ '^outbox(_\\d+)?$'
@@ -126,7 +149,10 @@ async function measure(adminUrl: string, variant: Variant, events: number): Prom
     );
     const mib = (bytes: unknown) => Math.round(Number(bytes) / 2 ** 20);
     const { heap, indexes } = rows[0] as { heap: string; indexes: string };
-    return { text: `table ${mib(heap)} MiB, indexes ${mib(indexes)} MiB` };
+    return {
+      text: `table ${mib(heap)} MiB, indexes ${mib(indexes)} MiB`,
+      ...{ table: mib(heap), indexes: mib(indexes) },
+    };
   }
 }
 

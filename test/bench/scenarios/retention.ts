@@ -5,7 +5,9 @@
 import { randomUUID } from 'node:crypto';
 import { loadavg } from 'node:os';
 import { Queue } from 'bullmq';
-import { type BenchStage, STREAM } from './stage.ts';
+import { openRelay } from '../contenders/relay.ts';
+import { ONCE_IN_ORDER, type Scenario, type ScenarioContext } from '../scenario.ts';
+import { pause } from '../servers.ts';
 
 const EVENTS_PER_SECOND = 300;
 /** Events in one transaction. */
@@ -14,17 +16,24 @@ const QUIET_SECONDS = 20;
 const MOST_RATIO = 2;
 const DEADLINE_SECONDS = 200;
 
-export const RETENTION_ENV = { RELAY_PUBLISHED_RETENTION: '3600', RELAY_STREAM_MAXLEN: '0' };
-
 const OLD = `published_at < now() - interval '90 minutes'`;
 
-/** @returns whether the 99th percentile stayed below twice what it was */
-export async function benchRetention(
-  stage: BenchStage,
-  options: Readonly<{ rows: number }>,
-): Promise<boolean> {
-  const { pool, redis } = stage;
-  const queue = new Queue('relay-claim', { connection: { url: stage.redisServer.url } });
+export const RETENTION: Scenario = {
+  name: 'retention',
+  describe: 'latency while a million old rows are deleted',
+  minutes: 3,
+  run: benchRetention,
+};
+
+async function benchRetention({ options, open, undo, progress }: ScenarioContext) {
+  const { events: count = options.quick ? 50_000 : 1_000_000 } = options;
+  progress.now('starting servers and a pod');
+  const servers = await open();
+  const env = { RELAY_PUBLISHED_RETENTION: '3600' };
+  const stage = await openRelay(servers, { name: 'relay', env }, undo);
+  const { pool, redis, stream } = stage;
+  const queue = new Queue(`${stage.queueName}-claim`, { connection: { url: servers.redisServer.url } });
+  progress.now(`filling in ${count} old rows`);
   await pool.query(
     `INSERT INTO identity.outbox (event_type, aggregate_id, payload, created_at, published, published_at, stream_entry_id)
      SELECT 'UserCreated', gen_random_uuid(), jsonb_build_object(
@@ -32,13 +41,16 @@ export async function benchRetention(
        'display_name', 'User ' || i, 'status', 'active', 'created_at', '2026-01-01T00:00:00Z'),
        now() - interval '2 hours', true, now() - interval '2 hours', i || '-0'
      FROM generate_series(1, $1::int) i`,
-    [options.rows],
+    [count],
   );
   await pool.query('VACUUM ANALYZE identity.outbox');
   // What the million rows have left to be written must not be in what is measured.
   await pool.query('CHECKPOINT');
-  await load(async () => pause(5_000)); // warm
+  progress.now('warming up');
+  await load(() => pause(5_000));
+  progress.now('before');
   const before = await load(() => pause(QUIET_SECONDS * 1_000));
+  progress.now('during');
   const startedAt = Date.now();
   let seconds = 0;
   const during = await load(async () => {
@@ -55,22 +67,33 @@ export async function benchRetention(
     }
     seconds = (Date.now() - startedAt) / 1_000;
   });
+  progress.now('after');
   const after = await load(() => pause(QUIET_SECONDS * 1_000));
   await queue.close();
   await stage.audit();
-  for (const [when, it] of Object.entries({ before, during, after })) {
-    console.log(
-      `  ${when.padEnd(6)} p50 ${it.p50} ms, p99 ${it.p99} ms, at most ${it.max} ms (${it.events} events; ` +
-        `${it.checkpoints} checkpoints, ${Math.round(it.wal / 2 ** 20)} MiB of WAL, load ${it.machine.toFixed(1)})`,
-    );
-  }
   const ratio = during.p99 / ((before.p99 + after.p99) / 2);
-  const kept = ratio <= MOST_RATIO;
-  console.log(
-    `${options.rows} rows deleted in ${seconds.toFixed(0)} s, beside ${EVENTS_PER_SECOND} events/s: p99 ${during.p99} ms, ` +
-      `${before.p99} and ${after.p99} ms without, ratio ${ratio.toFixed(2)}: ${kept ? 'kept' : `NOT kept: above ${MOST_RATIO}`}`,
-  );
-  return kept;
+  const loads = Object.entries({ before, during, after });
+  return {
+    about: `${count} rows deleted beside ${EVENTS_PER_SECOND} events/s; from the start of a transaction to its entries`,
+    figures: [
+      ...loads.flatMap(([when, it]) =>
+        (['p50', 'p99', 'max'] as const).map((name) => ({
+          ...{ name: `${when}, ${name}`, unit: 'ms', values: [it[name]] },
+        })),
+      ),
+      { name: 'deleting took', unit: 's', values: [seconds] },
+      { name: 'p99, during / before and after', unit: 'ratio', values: [ratio] },
+    ],
+    verified: ONCE_IN_ORDER,
+    notes: [
+      `to be kept: a ratio of ${MOST_RATIO} or less`,
+      ...loads.map(
+        ([when, it]) =>
+          `${when}: ${it.events} events, ${it.checkpoints} checkpoints, ${Math.round(it.wal / 2 ** 20)} MiB of WAL, load ${it.machine.toFixed(1)}`,
+      ),
+    ],
+    kept: ratio <= MOST_RATIO,
+  };
 
   /** Writes at a steady rate until `work` is done; latencies from the start of each transaction to its entries. */
   async function load(work: () => Promise<void>) {
@@ -89,10 +112,10 @@ export async function benchRetention(
       for (const id of ids) sentAt.set(id, Date.now());
       writes.push(
         pool.query(
-          `INSERT INTO identity.outbox (event_id, event_type, aggregate_id, payload)
-           SELECT id, 'UserCreated', gen_random_uuid(), jsonb_build_object('tenant_id', gen_random_uuid(), 'n', 1)
+          `INSERT INTO identity.outbox (event_id, event_type, aggregate_id, payload, topic)
+           SELECT id, 'UserCreated', gen_random_uuid(), jsonb_build_object('tenant_id', gen_random_uuid(), 'n', 1), $2
            FROM unnest($1::uuid[]) id`,
-          [ids],
+          [ids, stream],
         ),
       );
     }
@@ -101,7 +124,7 @@ export async function benchRetention(
     await stage.until(`NOT EXISTS (SELECT FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL)
       AND NOT EXISTS (SELECT FROM identity.outbox WHERE NOT published AND next_attempt_at < 'infinity' ORDER BY next_attempt_at)`);
     const latencies: number[] = [];
-    for (const [entryId, fields] of await redis.xrange(STREAM, from, '+')) {
+    for (const [entryId, fields] of await redis.xrange(stream, from, '+')) {
       const sent = sentAt.get(fields[fields.indexOf('event_id') + 1] as string);
       if (sent !== undefined) latencies.push(Number(entryId.split('-')[0]) - sent);
     }
@@ -129,5 +152,3 @@ export async function benchRetention(
     return rows[0];
   }
 }
-
-const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, Math.max(0, ms)));

@@ -3,7 +3,9 @@
  * rows parked, and one whose 100,000 rows flow one by one; and, in turns, without the two.
  */
 import { Queue } from 'bullmq';
-import { type BenchStage, median, NOTHING_FRESH, STREAM } from './stage.ts';
+import { NOTHING_FRESH, openRelay } from '../contenders/relay.ts';
+import { median, type Scenario, type ScenarioContext } from '../scenario.ts';
+import { pause } from '../servers.ts';
 
 const BLOCKED_ROWS = 100_000;
 /** No stream: its events are refused, and retried after a minute and more. */
@@ -18,39 +20,60 @@ const PLATFORM_INDEXES = `
   CREATE INDEX ix_outbox_created_at ON identity.outbox (created_at);
   CREATE INDEX ix_outbox_topic ON identity.outbox (topic);`;
 
-export const BLOCKED_ENV = { RELAY_STREAM_MAXLEN: '0' };
+export const BLOCKED: Scenario = {
+  name: 'blocked',
+  describe:
+    'others beside a poisonous aggregate with 100,000 rows parked, and a hot one with 100,000 flowing',
+  minutes: 4,
+  run: benchBlocked,
+};
 
-/** @returns whether the others kept their throughput */
-export async function benchBlocked(
-  stage: BenchStage,
-  options: Readonly<{ events: number; runs: number }>,
-): Promise<boolean> {
-  const { pool, redis, redisServer } = stage;
-  const { events, runs } = options;
-  const publishQueue = new Queue('relay-publish', { connection: { url: redisServer.url } });
+async function benchBlocked({ options, open, undo, progress }: ScenarioContext) {
+  const { runs, events = options.quick ? 3_000 : 20_000 } = options;
+  const blockedRows = options.quick ? 5_000 : BLOCKED_ROWS;
+  progress.now('starting servers and a pod');
+  const servers = await open();
+  const stage = await openRelay(servers, { name: 'relay' }, undo);
+  const { pool, redis } = stage;
+  const publishQueue = new Queue(`${stage.queueName}-publish`, {
+    connection: { url: servers.redisServer.url },
+  });
   await redis.set(POISONOUS_TOPIC, 'a string');
   await pool.query(PLATFORM_INDEXES);
-  await drainOthers(new Set()); // warm
-  const ratios: number[] = [];
+  progress.now('warming up');
+  await drainOthers(new Set());
+  const besides: number[] = [];
+  const withouts: number[] = [];
+  const hots: number[] = [];
   let without = await alone();
   for (let run = 1; run <= runs; run++) {
+    progress.now(`run ${run} of ${runs}: beside the two`);
     const beside = await besideBlocked();
+    progress.now(`run ${run} of ${runs}: without`);
     const after = await alone();
-    const ratio = beside.rate / ((without + after) / 2);
-    ratios.push(ratio);
-    console.log(
-      `  run ${run}: ${Math.round(beside.rate)}/s beside the two, ${Math.round(without)} and ${Math.round(after)}/s without, ` +
-        `ratio ${ratio.toFixed(2)}; the hot one flowed at ${Math.round(beside.hotRate)}/s, ${beside.parked} rows were parked`,
+    besides.push(beside.rate);
+    withouts.push((without + after) / 2);
+    hots.push(beside.hotRate);
+    progress.note(
+      `run ${run}: ${Math.round(beside.rate)} events/s beside the two, ${Math.round(without)} and ${Math.round(after)} without; ` +
+        `${beside.parked} rows were parked`,
     );
     without = after;
   }
   await publishQueue.close();
-  const kept = median(ratios) >= 1 - MOST_COST;
-  console.log(
-    `others beside ${BLOCKED_ROWS} blocked and ${BLOCKED_ROWS} flowing rows: ratio ${median(ratios).toFixed(2)} ` +
-      `(median; ${ratios.map((it) => it.toFixed(2)).join(', ')}), ${kept ? 'kept' : `NOT kept: below ${1 - MOST_COST}`}`,
-  );
-  return kept;
+  const ratios = besides.map((rate, i) => rate / (withouts[i] as number));
+  return {
+    about: `${events} events of as many aggregates, beside ${blockedRows} rows that are parked behind a poisonous event and ${blockedRows} of one aggregate that flow`,
+    figures: [
+      { name: 'beside', unit: 'events/s', values: besides },
+      { name: 'without', unit: 'events/s', values: withouts },
+      { name: 'the hot aggregate', unit: 'events/s', values: hots },
+      { name: 'beside / without', unit: 'ratio', values: ratios },
+    ],
+    verified: 'every event of the others once, in the order of its aggregate, in every run',
+    notes: [`to be kept: a ratio of ${1 - MOST_COST} or more`],
+    kept: median(ratios) >= 1 - MOST_COST,
+  };
 
   async function alone(): Promise<number> {
     await clear();
@@ -59,9 +82,9 @@ export async function benchBlocked(
 
   async function besideBlocked(): Promise<{ rate: number; hotRate: number; parked: number }> {
     await clear();
-    await stage.insert(BLOCKED_ROWS, 1, 'poisonous');
+    await stage.insert({ events: blockedRows, aggregates: 1, of: 'poisonous' });
     await pool.query('UPDATE identity.outbox SET topic = $1', [POISONOUS_TOPIC]);
-    await stage.insert(BLOCKED_ROWS, 1, 'hot');
+    await stage.insert({ events: blockedRows, aggregates: 1, of: 'hot' });
     await stage.until(NOTHING_FRESH);
     // A planner that knows the backlog has other ideas than one that does not.
     await pool.query('ANALYZE identity.outbox');
@@ -83,7 +106,7 @@ export async function benchBlocked(
   async function drainOthers(blocked: ReadonlySet<string>, onDrained = async () => {}): Promise<number> {
     const after = (await pool.query('SELECT coalesce(max(id), 0)::text AS id FROM identity.outbox')).rows[0]
       .id;
-    await stage.insert(events, events);
+    await stage.insert({ events, aggregates: events });
     const startedAt = await stage.now();
     await stage.until(
       `${NOTHING_FRESH} AND NOT EXISTS (SELECT FROM identity.outbox WHERE id > $1 AND NOT published)`,
@@ -102,9 +125,9 @@ export async function benchBlocked(
   async function clear(): Promise<void> {
     await pool.query('TRUNCATE identity.outbox');
     while ((await publishQueue.getActiveCount()) + (await publishQueue.getWaitingCount()) > 0) {
-      await new Promise((resolve) => setTimeout(resolve, 100));
+      await pause(100);
     }
-    await redis.del(STREAM);
+    await redis.xtrim(stage.stream, 'MAXLEN', 0);
     for (const job of await publishQueue.getDelayed()) await job.remove();
   }
 }

@@ -1,0 +1,47 @@
+/** A backlog of 20,000 events drained by each contender: the relay between its limits and what others use. */
+import { openNoop } from '../contenders/noop.ts';
+import { openPgTransactionalOutbox } from '../contenders/pg-transactional-outbox.ts';
+import { openPoller } from '../contenders/poller.ts';
+import { openRawXadd } from '../contenders/raw-xadd.ts';
+import { openRelay } from '../contenders/relay.ts';
+import { cpuFigures, inTurns, rateFigures, type Scenario } from '../scenario.ts';
+
+export const DRAIN: Scenario = {
+  name: 'drain',
+  describe: 'a backlog, by the relay and by every other contender, in turns',
+  minutes: 3,
+  async run(context) {
+    const { options, undo, progress } = context;
+    const { events = options.quick ? 5_000 : 20_000 } = options;
+    const workload = { events, aggregates: options.aggregates?.[0] ?? events };
+    progress.now('starting servers and contenders');
+    const servers = await context.open();
+    const relay = await openRelay(servers, { name: 'relay', describe: 'one pod, ordered' }, undo);
+    const sample = await relay.sampleJob(workload);
+    const payload = JSON.stringify(sample.data.payload ?? 'x'.repeat(250));
+    const contenders = [
+      relay,
+      await openNoop(servers, sample, undo),
+      await openPoller(servers, undo),
+      await openRawXadd(servers, payload, undo),
+      await openPgTransactionalOutbox(servers, 'as documented', undo),
+      await openPgTransactionalOutbox(servers, 'tuned', undo),
+    ];
+    const drained = await inTurns(
+      context,
+      contenders.map((contender) => ({ contender, workload })),
+    );
+    const others = contenders.slice(1).map(({ name }) => ['relay', name] as const);
+    return {
+      about: `${events} events of ${workload.aggregates} aggregates`,
+      figures: [...rateFigures(drained, others), ...cpuFigures('relay', drained.get('relay') ?? [])],
+      verified:
+        'every event of the relay, the poller and pg-transactional-outbox once, in the order of its aggregate, in every ' +
+        'run; of raw XADD and the no-op queue, that as many came out as went in',
+      notes: [
+        ...contenders.map(({ name, describe }) => `${name}: ${describe}`),
+        `no-op jobs have ${JSON.stringify(sample.data).length} bytes of data, as the relay's have`,
+      ],
+    };
+  },
+};

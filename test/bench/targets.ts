@@ -1,0 +1,100 @@
+/** What the relay is to reach, on two cores that it shares with the servers. */
+import { median, type ScenarioResult } from './scenario.ts';
+
+type Target = Readonly<{
+  what: string;
+  target: string;
+  scenario: string;
+  /** Of the scenario; the median of its rounds counts. */
+  figure: string;
+  isMet: (value: number) => boolean;
+}>;
+
+const atLeast = (least: number) => (value: number) => value >= least;
+const atMost = (most: number) => (value: number) => value <= most;
+
+export const TARGETS: readonly Target[] = [
+  {
+    ...{ what: 'drain, one pod, ordered, against the no-op BullMQ queue', target: '≥ 0.75' },
+    ...{ scenario: 'drain', figure: 'relay / no-op queue', isMet: atLeast(0.75) },
+  },
+  {
+    ...{ what: 'drain, against the direct poller without queue, order, retries', target: '≥ 0.45' },
+    ...{ scenario: 'drain', figure: 'relay / direct poller', isMet: atLeast(0.45) },
+  },
+  {
+    ...{ what: 'drain, against pg-transactional-outbox as documented', target: '≥ 25' },
+    ...{ scenario: 'drain', figure: 'relay / pg-transactional-outbox, as documented', isMet: atLeast(25) },
+  },
+  {
+    ...{ what: 'drain, against pg-transactional-outbox, tuned', target: '≥ 25' },
+    ...{ scenario: 'drain', figure: 'relay / pg-transactional-outbox, tuned', isMet: atLeast(25) },
+  },
+  {
+    ...{ what: 'one hot aggregate, ordered, against the no-op queue', target: '≥ 0.13' },
+    ...{ scenario: 'hot', figure: '1 aggregate / no-op queue', isMet: atLeast(0.13) },
+  },
+  {
+    ...{ what: 'idle, commit to stream entry, p50', target: '≤ 4 ms' },
+    ...{ scenario: 'idle', figure: 'p50', isMet: atMost(4) },
+  },
+  {
+    ...{ what: 'idle, commit to stream entry, p99', target: '≤ 15 ms' },
+    ...{ scenario: 'idle', figure: 'p99', isMet: atMost(15) },
+  },
+  {
+    ...{ what: 'steady at half the drain rate, p99', target: '≤ 50 ms' },
+    ...{ scenario: 'steady', figure: '50 % of the drain rate, p99', isMet: atMost(50) },
+  },
+  {
+    ...{ what: 'drain rate with 10 million published rows, against none', target: '≥ 0.95' },
+    ...{ scenario: 'growth', figure: '10,000,000 published rows / 0 published rows', isMet: atLeast(0.95) },
+  },
+  {
+    ...{ what: 'the last 10 % of a backlog of 1,000,000 against the first 10 %', target: '≥ 0.9' },
+    ...{ scenario: 'backlog', figure: 'last tenth / first tenth', isMet: atLeast(0.9) },
+  },
+  {
+    ...{ what: 'row writes per event', target: '2' },
+    ...{ scenario: 'costs', figure: 'row writes', isMet: (value) => value === 2 },
+  },
+  {
+    ...{ what: 'SQL statements per event under load', target: '≤ 0.05' },
+    ...{ scenario: 'costs', figure: 'SQL statements', isMet: atMost(0.05) },
+  },
+  {
+    ...{ what: 'Redis round trips per event under load', target: '≤ 3' },
+    ...{ scenario: 'costs', figure: 'Redis round trips', isMet: atMost(3) },
+  },
+  {
+    ...{ what: 'Redis calls per event under load, pipelined', target: '≤ 3' },
+    ...{ scenario: 'costs', figure: 'Redis calls', isMet: atMost(3) },
+  },
+  {
+    ...{ what: 'resident memory of a pod, 1,000,000 rows waiting', target: '≤ 150 MiB' },
+    ...{ scenario: 'backlog', figure: 'pod, resident, at most', isMet: atMost(150) },
+  },
+  {
+    ...{ what: '2 pods against 1', target: '≥ 0.95' },
+    ...{ scenario: 'pods', figure: '2 pods / 1 pod', isMet: atLeast(0.95) },
+  },
+];
+
+export type Verdict = Readonly<{
+  what: string;
+  target: string;
+  /** Undefined where its scenario was not run. */
+  value: number | undefined;
+  values: readonly number[];
+  verdict: 'met' | 'not met' | 'not measured';
+}>;
+
+export function judge(results: readonly ScenarioResult[]): Verdict[] {
+  return TARGETS.map(({ what, target, scenario, figure, isMet }) => {
+    const result = results.find((it) => it.scenario === scenario);
+    const values = result?.figures.find((it) => it.name === figure)?.values ?? [];
+    if (values.length === 0) return { what, target, value: undefined, values, verdict: 'not measured' };
+    const value = median(values);
+    return { what, target, value, values, verdict: isMet(value) ? 'met' : 'not met' };
+  });
+}

@@ -1,0 +1,95 @@
+/**
+ * What an event costs, as counts that hold on any machine, however busy. How many events the acknowledger gathers depends
+ * on the load, so statements are counted by transaction; everything else by event. A ceiling is what it costs today and
+ * a little for what comes at most once in a while: one statement more for each transaction, or one call for each event,
+ * is above it. Whoever makes something cheaper lowers the ceiling.
+ */
+import { setTimeout as delay } from 'node:timers/promises';
+import { afterAll, beforeAll, expect, test } from 'vitest';
+import { openRelay } from '../bench/contenders/relay.ts';
+import { type Counts, type RowWrites, rowWrites, sessionsEnded, startCounting } from '../bench/counts.ts';
+import { CONTENDER_ROLE, openServers, type Undo } from '../bench/servers.ts';
+
+const WARM_EVENTS = 300;
+const EVENTS = 3_000;
+const BATCH_SIZE = 100;
+
+const undo: Undo = [];
+let counts: Counts;
+let rows: RowWrites;
+
+beforeAll(async () => {
+  // Nothing of PostgreSQL's own accord among what is counted.
+  const servers = await openServers({ fsync: false, postgres: { autovacuum: 'off' } }, undo);
+  const env = {
+    RELAY_BATCH_SIZE: String(BATCH_SIZE),
+    // There is always room, and ticks are far between: what is done again and again by the clock depends on the load.
+    RELAY_MAX_IN_FLIGHT: '20000',
+    RELAY_POLL_INTERVAL: '60',
+  };
+  const relay = await openRelay(servers, { name: 'relay', env }, undo);
+  const { pool, redis } = relay;
+  await relay.drain({ events: WARM_EVENTS, aggregates: WARM_EVENTS });
+  // What follows an acknowledgement a moment later belongs to the warming up.
+  await delay(1_500);
+  const counter = await startCounting({
+    ...{ pool, redisUrl: servers.redisServer.url, role: CONTENDER_ROLE, ignore: [redis] },
+  });
+  await relay.drain({ events: EVENTS, aggregates: EVENTS });
+  counts = await counter.read();
+  await relay.stop();
+  await sessionsEnded(pool, CONTENDER_ROLE);
+  rows = await rowWrites(pool);
+}, 120_000);
+
+afterAll(async () => {
+  for (const step of undo.splice(0).reverse()) await step();
+});
+
+test('an event is written twice, by its claim and by its acknowledgement', () => {
+  expect(rows.updated).toBe(2 * (WARM_EVENTS + EVENTS));
+  expect(rows.deleted).toBe(0);
+});
+
+test('claims are as few as their batches allow, and acknowledgements are gathered', () => {
+  const { claim, acknowledge } = counts.statements;
+  expect(claim).toBeGreaterThanOrEqual(EVENTS / BATCH_SIZE);
+  expect(claim).toBeLessThanOrEqual(EVENTS / BATCH_SIZE + 5);
+  expect(acknowledge).toBeGreaterThan(0);
+  expect(acknowledge).toBeLessThanOrEqual(EVENTS / 10);
+});
+
+test('a transaction is one statement, one BEGIN and one for its settings', () => {
+  const { statements, control, commits } = counts;
+  const all = statements.claim + statements.acknowledge + statements.other;
+  expect(all - commits, JSON.stringify(counts.others)).toBeLessThanOrEqual(12);
+  // Now and then a look at what may have been parked behind what was acknowledged.
+  expect(commits).toBeLessThanOrEqual(statements.claim + 1.5 * statements.acknowledge + 10);
+  expect(control).toBeLessThanOrEqual(2 * commits + 2);
+});
+
+test('an event takes two calls to Redis, for its job to be added and finished, and is appended with others', () => {
+  const { evalsha = 0, get = 0, bzpopmin = 0, ...rest } = counts.redis.calls;
+  // A worker that finds no job waits, and asks again when there is one.
+  const asked = 2 * bzpopmin;
+  expect(evalsha).toBeGreaterThanOrEqual(2 * EVENTS);
+  // How many are appended together depends on the load: twenty, where this was written.
+  expect(evalsha).toBeLessThanOrEqual(2.5 * EVENTS + asked);
+  // The epoch's name, before each commit of an acknowledgement.
+  expect(get).toBeLessThanOrEqual(counts.statements.acknowledge + 5);
+  expect(
+    Object.values(rest).reduce((sum, n) => sum + n, 0),
+    JSON.stringify(rest),
+  ).toBeLessThanOrEqual(40);
+  // Pipelined: fewer round trips than events.
+  expect(counts.redis.reads).toBeLessThanOrEqual(EVENTS);
+});
+
+test('scripts run 35 commands for each event', () => {
+  const asked = 30 * (counts.redis.calls.bzpopmin ?? 0);
+  expect(counts.redis.withinScripts).toBeLessThanOrEqual(35.3 * EVENTS + asked);
+});
+
+test('an event is 1,650 bytes of WAL at most', () => {
+  expect(counts.walBytes / EVENTS).toBeLessThanOrEqual(1_650);
+});
