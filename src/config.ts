@@ -176,7 +176,7 @@ const table = {
   concurrency: variable(
     'RELAY_CONCURRENCY',
     wholeNumber(1, 1_000, 'jobs'),
-    '200',
+    '300',
     'Publish jobs that one pod works on at once',
   ),
   maxInFlight: variable(
@@ -359,7 +359,8 @@ function fitDefaults(
   }
   if (!isGiven('maxBatchSize')) {
     if (isGiven('batchSize')) values.maxBatchSize = batchSize;
-    else if (maxInFlight !== undefined) values.maxBatchSize = Math.min(Number(values.maxBatchSize), maxInFlight);
+    else if (maxInFlight !== undefined)
+      values.maxBatchSize = Math.min(Number(values.maxBatchSize), maxInFlight);
   }
   const isTooLong =
     publishTimeoutMs !== undefined && claimLeaseMs !== undefined && publishTimeoutMs >= claimLeaseMs;

@@ -30,7 +30,10 @@ export function createClaimRounds(deps: {
   let added = 0;
   let counting: Promise<unknown> = Promise.resolve();
   // No more than there is soon room for: a large batch that waits for room leaves the workers without jobs.
-  const largest = Math.max(options.batchSize, Math.min(options.maxBatchSize, Math.floor(options.maxInFlight / 4)));
+  const largest = Math.max(
+    options.batchSize,
+    Math.min(options.maxBatchSize, Math.floor(options.maxInFlight / 4)),
+  );
   let batchSize = options.batchSize;
 
   /** How many jobs a round may add; 0 when too few to be worth it. One count at a time, so that none is missed. */
