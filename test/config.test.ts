@@ -35,6 +35,7 @@ describe('defaults', () => {
       databaseUrl: 'postgresql://postgres:postgres@localhost:5432/markdown_manager',
       redisUrl: 'redis://localhost:6379/0',
       batchSize: 100,
+      maxBatchSize: 400,
       pollIntervalMs: 5_000,
       maxRetryAttempts: 5,
       retryBaseDelayMs: 60_000,
@@ -52,7 +53,7 @@ describe('defaults', () => {
       resyncWindowMs: 3_600_000,
       publishedRetentionMs: 0,
       concurrency: expect.any(Number),
-      maxInFlight: 1_000,
+      maxInFlight: 2_000,
       ordering: 'aggregate',
       deadLetterPolicy: 'continue',
       validation: 'warn',
@@ -213,6 +214,7 @@ describe('bad values', () => {
       `rediss://h/0?ssl_ca_certs=${folder}/missing.pem`,
     ],
     RELAY_BATCH_SIZE: [...notWhole, '0', '-1', '10001'],
+    RELAY_MAX_BATCH_SIZE: [...notWhole, '0', '-1', '10001'],
     RELAY_POLL_INTERVAL: [...notSeconds, '0', '0.049', '3600.1'],
     RELAY_MAX_RETRY_ATTEMPTS: [...notWhole, '-1', '21'],
     RELAY_RETRY_BASE_DELAY: [...notSeconds, '0', '86401'],
@@ -332,6 +334,7 @@ describe('values that are wrong together', () => {
     ['RELAY_PUBLISH_TIMEOUT', { RELAY_PUBLISH_TIMEOUT: '5', RELAY_CLAIM_LEASE: '5' }],
     ['RELAY_PUBLISHED_RETENTION', { RELAY_PUBLISHED_RETENTION: '3599' }],
     ['RELAY_BATCH_SIZE', { RELAY_BATCH_SIZE: '11', RELAY_MAX_IN_FLIGHT: '10' }],
+    ['RELAY_MAX_BATCH_SIZE', { RELAY_BATCH_SIZE: '11', RELAY_MAX_BATCH_SIZE: '10' }],
     ['RELAY_DLQ_STREAM_NAME', { RELAY_STREAM_NAME: 'x', RELAY_DLQ_STREAM_NAME: 'x' }],
     ['RELAY_ALLOWED_TOPICS', { RELAY_STREAM_NAME: 'x', RELAY_ALLOWED_TOPICS: 'identity.*' }],
     ['RELAY_STREAM_NAME', { RELAY_STREAM_NAME: 'p:x', RELAY_QUEUE_PREFIX: 'p' }],
@@ -355,6 +358,9 @@ describe('values that are wrong together', () => {
 
   test('the defaults of batch size and publish timeout give way to a value that bounds them', () => {
     expect(loadConfig({ RELAY_MAX_IN_FLIGHT: '1' }).batchSize).toBe(1);
+    expect(loadConfig({ RELAY_MAX_IN_FLIGHT: '150' }).maxBatchSize).toBe(150);
+    // Who sets one size means that size.
+    expect(loadConfig({ RELAY_BATCH_SIZE: '50' }).maxBatchSize).toBe(50);
     expect(loadConfig({ RELAY_CLAIM_LEASE: '0.5' }).publishTimeoutMs).toBe(250);
     expect(loadConfig({ RELAY_CLAIM_LEASE: '86400' }).publishTimeoutMs).toBe(10_000);
   });
