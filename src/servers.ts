@@ -15,6 +15,8 @@ const QUEUE_TIMEOUT_MS = 5_000;
 const CONNECT_TIMEOUT_MS = 3_000;
 const RECONNECT_DELAY_MS = 1_000;
 const POOL_SIZE = 10;
+/** So many commands at most are held back until the turn of the loop has ended. */
+const GATHERED_WRITES = 32;
 
 export function openRedis(redisUrl: string, options: RedisOptions): Redis {
   // ioredis' types want the reply mapping said, though this is the default.
@@ -98,17 +100,23 @@ function gatherWrites(redis: Redis): void {
   redis.on('connect', () => {
     const socket = redis.stream;
     const write = socket.write.bind(socket) as (...args: unknown[]) => boolean;
-    let isGathering = false;
+    let gathered = 0;
+    const send = (): void => {
+      gathered = 0;
+      socket.uncork();
+    };
     socket.write = (...args: unknown[]) => {
-      if (!isGathering) {
-        isGathering = true;
+      if (gathered === 0) {
         socket.cork();
         process.nextTick(() => {
-          isGathering = false;
-          socket.uncork();
+          if (gathered > 0) send();
         });
       }
-      return write(...args);
+      gathered++;
+      const isTaken = write(...args);
+      // Redis works on the first of them while we are busy with the next.
+      if (gathered >= GATHERED_WRITES) send();
+      return isTaken;
     };
   });
 }

@@ -19,6 +19,7 @@ import { GROWTH } from './scenarios/growth.ts';
 import { IDLE } from './scenarios/idle.ts';
 import { POISON } from './scenarios/poison.ts';
 import { RETENTION } from './scenarios/retention.ts';
+import { SHARDING } from './scenarios/sharding.ts';
 import { STEADY } from './scenarios/steady.ts';
 import { TABLE_SIZE } from './scenarios/table-size.ts';
 import { HOT, ORDERING, PAYLOAD, PODS, VALIDATION } from './scenarios/variants.ts';
@@ -27,7 +28,7 @@ import { judge } from './targets.ts';
 
 const SCENARIOS: readonly Scenario[] = [
   ...[DRAIN, COSTS, IDLE, STEADY, HOT, PODS, POISON, ORDERING, VALIDATION, PAYLOAD, BLOCKED, BACKLOG, GROWTH],
-  ...[RETENTION, TABLE_SIZE],
+  ...[RETENTION, TABLE_SIZE, SHARDING],
 ];
 /** Without arguments: what tells most in five minutes or so. */
 const USUAL = [DRAIN, COSTS, IDLE];
