@@ -10,7 +10,8 @@ import {
   unknownVariables,
   VARIABLES,
 } from '../src/config.ts';
-import { pgOptions, redactUrl, redactUrls, redisOptions } from '../src/connection-urls.ts';
+import { pgOptions, redactUrl, redactUrls } from '../src/connection-urls.ts';
+import { redisOptions } from '../src/redis-urls.ts';
 import { CERTIFICATE } from './support/certificate.ts';
 
 const problemsOf = (env: Record<string, string>): readonly ConfigProblem[] => {
@@ -34,6 +35,10 @@ describe('defaults', () => {
     expect(loadConfig({})).toEqual({
       databaseUrl: 'postgresql://postgres:postgres@localhost:5432/markdown_manager',
       redisUrl: 'redis://localhost:6379/0',
+      redisCluster: false,
+      redisSentinels: 'none',
+      redisSentinelName: 'mymaster',
+      streamRedisUrl: 'same',
       batchSize: 100,
       maxBatchSize: 400,
       pollIntervalMs: 5_000,
