@@ -199,6 +199,16 @@ describe('bad values', () => {
       `postgresql://h/db?sslmode=verify-full&sslrootcert=${folder}/missing.pem`,
       `postgresql://h/db?sslmode=verify-full&sslrootcert=${folder}`,
     ],
+    RELAY_REDIS_CLUSTER: ['maybe:no', 'a:b:c', 'a,,b', 'redis://a'],
+    RELAY_REDIS_SENTINELS: [
+      'a:b:c',
+      'a,,b',
+      'redis://a',
+      'redis+sentinel://a/name',
+      'redis+sentinel://a?ssl_x=1',
+    ],
+    RELAY_REDIS_SENTINEL_NAME: ['my master', 'x'.repeat(201)],
+    RELAY_STREAM_REDIS_URL: ['none', 'http://host', 'redis://host/x', 'redis://'],
     RELAY_REDIS_URL: [
       ...['localhost:6379', 'http://localhost', 'unix:///run/redis.sock', 'redis:///0', 'redis://:@/0'],
       ...[
