@@ -173,7 +173,7 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
     const hasEnded = field === DEAD_LETTER_ENTRY;
     const xadd = [...(streams.has(stream) ? ['NOMKSTREAM'] : []), ...trimmedTo(maxLen), '*', ...fields];
     try {
-      const reply = await (markers?.append(event, stream, epoch, hasEnded === '1', xadd) ??
+      const reply = await (markers?.append(event, stream, epoch, hasEnded, xadd) ??
         ask(epoch, [stream, options.jobKey(event.eventId)], field, hasEnded, xadd));
       if (reply.startsWith('-')) throw refusal(reply.slice(1));
       const [answer = '', letter] = reply.split('|');
