@@ -4,7 +4,7 @@ import { isCluster, streamPlace } from '../src/redis-places.ts';
 import { redisNodes, sentinelOptions } from '../src/redis-urls.ts';
 import { createTopicCheck, slotOf } from '../src/topics.ts';
 import { createRedis } from './support/servers.ts';
-import { openRedis } from './support/stages.ts';
+import { openAdminRedis } from './support/stages.ts';
 
 function problemsOf(env: Record<string, string>): readonly ConfigProblem[] {
   try {
@@ -21,7 +21,7 @@ const NODES = 'redis://me:secret@a:7000,b,[::1]:7002/0';
 
 test('a slot is what Redis says it is', async () => {
   const server = await createRedis({ args: ['--cluster-enabled', 'yes'] });
-  const redis = openRedis(server.url);
+  const redis = openAdminRedis(server.adminUrl);
   for (const key of [
     'identity.user.v1',
     '{identity.user.v1}.dlq',

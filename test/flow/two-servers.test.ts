@@ -34,7 +34,12 @@ async function setTwoServers(env: Readonly<Record<string, string>> = {}) {
     },
     queuesAt: queues.adminUrl,
   });
-  return { ...stage, queues, streams, queueRedis: openAdminRedis(queues.adminUrl, { maxRetriesPerRequest: null }) };
+  return {
+    ...stage,
+    queues,
+    streams,
+    queueRedis: openAdminRedis(queues.adminUrl, { maxRetriesPerRequest: null }),
+  };
 }
 
 test('events flow from the one to the other, each command and endpoint looks where it has to', async () => {

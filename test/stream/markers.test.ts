@@ -1,13 +1,12 @@
-import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, expect, test, vi } from 'vitest';
 import { createMarkers, type JobTimes, MARKER_TTL_S } from '../../src/stream/markers.ts';
 import { createRedis } from '../support/servers.ts';
-import { aClaimedEvent, openRedis } from '../support/stages.ts';
+import { type AdminRedis, aClaimedEvent, openAdminRedis, openRedis } from '../support/stages.ts';
 
 const [STREAM, DLQ, EPOCH_KEY, EPOCH] = ['identity.user.v1', 'identity.user.v1.dlq', 'bull:relay:epoch', 'e'];
 const HOUR_MS = 3_600_000;
 
-let redis: Redis;
+let redis: AdminRedis;
 let job: JobTimes | null;
 let beforeAnswer: () => void;
 let isSettled: boolean;
@@ -16,8 +15,8 @@ let markers: ReturnType<typeof createMarkers>;
 
 beforeAll(async () => {
   const server = await createRedis();
-  redis = openRedis(server.url);
-  markers = createMarkers(redis, {
+  redis = openAdminRedis(server.adminUrl);
+  markers = createMarkers(openRedis(server.url), {
     ...{ prefix: 'bull:relay', epochKey: EPOCH_KEY },
     job: async () => {
       beforeAnswer();
