@@ -193,7 +193,7 @@ export async function setStageOn(
   };
 }
 
-async function readEntries(redis: Redis, stream: string): Promise<Entry[]> {
+async function readEntries(redis: Pick<Redis, 'xrange'>, stream: string): Promise<Entry[]> {
   return (await redis.xrange(stream, '-', '+')).map(([entryId, flat]) => {
     const fields: Record<string, string> = {};
     for (let i = 0; i < flat.length; i += 2) fields[flat[i] as string] = flat[i + 1] as string;
