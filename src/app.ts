@@ -62,9 +62,11 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
 
   async function start(): Promise<void> {
     servers = openServers(config, deps, logger);
-    const { pool, queueRedis, appendRedis, workerRedis } = servers;
-    const redis = [queueRedis, appendRedis, workerRedis];
-    await waitForServers({ pool, redis, timeoutMs: config.startupTimeoutMs, logger });
+    const { pool, queueRedis, streamRedis, appendRedis, workerRedis } = servers;
+    const isOne = streamRedis === queueRedis;
+    const redis = [queueRedis, workerRedis, ...(isOne ? [appendRedis] : [])];
+    const { startupTimeoutMs: timeoutMs } = config;
+    await waitForServers({ pool, redis, streamRedis: [streamRedis, appendRedis], timeoutMs, logger });
     if (stopping !== undefined) return;
     const tracing = deps.tracing === false ? untraced : await tracingOf(config);
     const queues = await openQueues(queueRedis, config, logger, config.startupTimeoutMs);

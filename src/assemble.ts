@@ -20,10 +20,12 @@ import type { Queues } from './queue/queues.ts';
 import { createClaimRounds } from './queue/rounds.ts';
 import { createScheduler } from './queue/scheduler.ts';
 import { createSuspects } from './queue/suspects.ts';
+import { isCluster, streamPlace } from './redis-places.ts';
 import type { Servers } from './servers.ts';
 import { createStream } from './stream/append.ts';
 import { createEpoch, EpochOverError } from './stream/epoch.ts';
 import { createStreamInspector } from './stream/inspect.ts';
+import { createMarkers } from './stream/markers.ts';
 import { createRestorer } from './stream/restore.ts';
 import { createValidator } from './stream/validate.ts';
 import { createTopicCheck } from './topics.ts';
@@ -56,7 +58,7 @@ export function assemble(
   http: boolean,
   tracing: Tracing,
 ) {
-  const { pool, queueRedis, appendRedis, workerRedis } = servers;
+  const { pool, queueRedis, streamRedis, appendRedis, workerRedis } = servers;
   const ordered = config.ordering === 'aggregate';
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
 
@@ -67,7 +69,11 @@ export function assemble(
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
   const streamOptions = streamOptionsOf(config);
   const keyPrefix = `${config.queuePrefix}:${config.queueName}`;
-  const assertWritable = createWriteProbe(queueRedis, `${keyPrefix}:probe`);
+  const hasTwoServers = streamRedis !== queueRedis;
+  const queuesWritable = createWriteProbe(queueRedis, `${keyPrefix}:probe`);
+  const streamsWritable = hasTwoServers
+    ? createWriteProbe(streamRedis, `${keyPrefix}:probe`)
+    : queuesWritable;
 
   const upkeep = createUpkeep({
     ...{ config, servers, statementTimeoutMs, logger },
@@ -100,7 +106,31 @@ export function assemble(
     }),
     logger,
   });
-  const stream = createStream(appendRedis, epoch, { ...streamOptions, onFirstEntry: upkeep.met });
+  /** Where the queues have a server of their own, its losses are jobs; the streams have their own epochs. */
+  const jobEpoch = createEpoch({
+    redis: queueRedis,
+    key: `${keyPrefix}:jobs`,
+    databaseTime: receipts.time,
+    restore: async () => {
+      await outbox.endLeases();
+      void scheduler.wake();
+    },
+    restoring: 'looking which jobs are there',
+    logger,
+  });
+  const markers = createMarkers(appendRedis, {
+    prefix: keyPrefix,
+    epochKey: streamOptions.epochKey,
+    job: queues.times,
+    isSettled: async (eventId) => (await outbox.unsettled([eventId])).length === 0,
+    find: async (name, eventId) => (await restorer.find(name, [eventId])).get(eventId),
+  });
+  const stream = createStream(
+    appendRedis,
+    epoch,
+    { ...streamOptions, onFirstEntry: upkeep.met },
+    hasTwoServers ? markers : undefined,
+  );
 
   const orphans = createOrphanWatch({
     release: outbox.releaseOrphans,
@@ -160,13 +190,21 @@ export function assemble(
   });
 
   const carry = createCarry({
-    topicProblem: createTopicCheck({ ...config, queueKeyPrefix: `${config.queuePrefix}:` }),
+    topicProblem: createTopicCheck({
+      ...config,
+      queueKeyPrefix: `${config.queuePrefix}:`,
+      neighbour: isCluster(streamPlace(config)) ? config.streamName : undefined,
+    }),
     violations: config.validation === 'off' ? () => [] : createValidator(),
     strict: config.validation === 'strict',
     ready: epoch.known,
     publish: (event) => tracing.append(event, stream.publish),
     refusedEverything: (event) =>
-      Promise.all([assertWritable(), queueRedis.exists(queues.jobKey(event.eventId))]).then(
+      Promise.all([
+        queuesWritable(),
+        streamsWritable(),
+        queueRedis.exists(queues.jobKey(event.eventId)),
+      ]).then(
         () => null,
         (error) => errorText(error),
       ),
@@ -287,19 +325,29 @@ export function assemble(
         oneByOne: true,
       },
     ],
-    assertWritable,
+    assertWritable: queuesWritable,
   });
 
+  const assertEpoch = () => {
+    if (epoch.current() === undefined) throw new Error('Redis may have lost entries: they are looked for');
+  };
   const health = createHealth({
     database: async () => {
       await pool.query('SELECT 1');
       return {};
     },
     redis: async () => {
-      await assertWritable();
-      if (epoch.current() === undefined) throw new Error('Redis may have lost entries: they are looked for');
+      await queuesWritable();
+      if (!hasTwoServers) assertEpoch();
       return inspectRedis(queueRedis);
     },
+    ...(hasTwoServers && {
+      streamRedis: async () => {
+        await streamsWritable();
+        assertEpoch();
+        return inspectRedis(streamRedis);
+      },
+    }),
     backlog: backlog.count,
   });
 
@@ -334,7 +382,7 @@ export function assemble(
         databaseTime: backlog.time,
         queues: queues.figures,
         fleet: createFleetReader(queueRedis, keyPrefix),
-        inspectStreams: createStreamInspector(queueRedis),
+        inspectStreams: createStreamInspector(streamRedis),
         streams: [config.streamName, config.dlqStreamName],
         deadlineMs: statementTimeoutMs,
       }),
@@ -371,6 +419,7 @@ export function assemble(
     { name: 'queues', stop: queues.close },
     { name: 'heartbeat', start: heartbeat.start, stop: heartbeat.stop },
     { name: 'epoch', start: startEpoch, stop: epoch.stop },
+    { name: 'epoch of the jobs', ...(hasTwoServers && { start: jobEpoch.start, stop: jobEpoch.stop }) },
     { name: 'acknowledgements', stop: acknowledger.drain },
     { name: 'orphan watch', stop: orphans.stop },
     { name: 'publish worker', start: publishWorker.start, stop: publishWorker.stop },

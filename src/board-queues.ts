@@ -1,12 +1,11 @@
 import type { Redis } from 'ioredis';
-import type { RelayConfig } from './config.ts';
 import { createQueues, QUEUE_CONNECTION } from './queue/queues.ts';
-import { openRedis } from './servers.ts';
+import { openRedis, type QueuePlace } from './servers.ts';
 import type { adaptersOf, createGuard } from './web/board-queues.ts';
 
 /** Where the queues are: a configuration, or a client of yours and the names. */
 export type BoardQueuesFrom =
-  | Pick<RelayConfig, 'redisUrl' | 'queuePrefix' | 'queueName'>
+  | QueuePlace
   | Readonly<{ redis: Redis; queuePrefix?: string; queueName?: string }>;
 
 export type BoardQueues = Readonly<{
@@ -29,7 +28,7 @@ export async function createBoardQueues(
 ): Promise<BoardQueues> {
   const { adaptersOf, createGuard } = await import('./web/board-queues.ts');
   const { queuePrefix = 'bull', queueName = 'relay' } = from;
-  const own = 'redis' in from ? undefined : openRedis(from.redisUrl, QUEUE_CONNECTION);
+  const own = 'redis' in from ? undefined : openRedis(from, QUEUE_CONNECTION);
   // Whoever looks at the board sees that Redis is away.
   own?.on('error', () => {});
   const redis = own ?? (from as { redis: Redis }).redis;

@@ -4,6 +4,7 @@ import type { Receipts } from './outbox/receipts.ts';
 import { publishJobKey } from './queue/queues.ts';
 import type { StreamOptions } from './stream/append.ts';
 import type { Loss } from './stream/epoch.ts';
+import { entryMarkerOf } from './stream/markers.ts';
 import type { Restorer } from './stream/restore.ts';
 import { createResync, type Found, totals } from './triage/resync.ts';
 
@@ -14,6 +15,9 @@ export const streamOptionsOf = (config: RelayConfig): StreamOptions => ({
   ...config,
   jobKey: (eventId) => publishJobKey(config, eventId),
   epochKey: `${config.queuePrefix}:${config.queueName}:epoch`,
+  ...(config.streamRedisUrl !== 'same' && {
+    markerKey: entryMarkerOf(`${config.queuePrefix}:${config.queueName}`),
+  }),
 });
 
 export const createComparison = (

@@ -3,11 +3,14 @@
  * (`relay start --help`, `.env.example`, the README) is written from it or compared with it.
  */
 import type { z } from 'zod';
-import { normaliseDatabaseUrl, normaliseRedisUrl, redactUrls } from './connection-urls.ts';
+import { normaliseDatabaseUrl, redactUrls } from './connection-urls.ts';
+import { placeConflicts, placeDefaults } from './redis-places.ts';
+import { normaliseRedisUrl } from './redis-urls.ts';
 import { allowing, keyRule, quoted, STREAM_NAME } from './topics.ts';
 import {
   basePath,
   boardUsers,
+  cluster,
   flag,
   type Kind,
   key,
@@ -15,8 +18,10 @@ import {
   patterns,
   proxies,
   seconds,
+  sentinels,
   text,
   url,
+  urlOr,
   wholeNumber,
 } from './variable-kinds.ts';
 
@@ -63,7 +68,31 @@ const table = {
     'RELAY_REDIS_URL',
     url('a URL like redis://user:password@host:6379/0 (rediss for TLS)', normaliseRedisUrl),
     'redis://localhost:6379/0',
-    'Redis connection, for the queues and the streams',
+    'Redis connection, for the queues and the streams; several hosts, separated by commas, are nodes of a cluster',
+  ),
+  redisCluster: variable(
+    'RELAY_REDIS_CLUSTER',
+    cluster(),
+    'false',
+    'true = RELAY_REDIS_URL is a node of a Redis Cluster; or further nodes of it, as host:port,host:port',
+  ),
+  redisSentinels: variable(
+    'RELAY_REDIS_SENTINELS',
+    sentinels(),
+    'none',
+    'Sentinels that are asked where the master is, as host:port,host:port; the rest is as RELAY_REDIS_URL says',
+  ),
+  redisSentinelName: variable(
+    'RELAY_REDIS_SENTINEL_NAME',
+    key(keyRule(200)),
+    'mymaster',
+    'What the sentinels call the master',
+  ),
+  streamRedisUrl: variable(
+    'RELAY_STREAM_REDIS_URL',
+    urlOr('same', 'a URL like redis://user:password@host:6379/0 (rediss for TLS)', normaliseRedisUrl),
+    'same',
+    'Redis of the streams, where they are on another server than the queues; several hosts are nodes of a cluster',
   ),
   batchSize: variable(
     'RELAY_BATCH_SIZE',
@@ -319,8 +348,12 @@ export function loadConfig(env: Record<string, string | undefined>): RelayConfig
     if ('problem' in result) problems.push({ variable: table[property].name, problem: result.problem });
     else values[property] = result.value;
   }
-  fitDefaults(values, (property) => env[table[property].name] !== undefined);
-  problems.push(...conflicts(values as Partial<RelayConfig>));
+  const isGiven = (property: Property) => env[table[property].name] !== undefined;
+  fitDefaults(values, isGiven);
+  problems.push(
+    ...conflicts(values as Partial<RelayConfig>),
+    ...placeConflicts(values as Partial<RelayConfig>, isGiven),
+  );
   if (problems.length > 0) throw new ConfigError(problems);
   return Object.freeze(values) as RelayConfig;
 }
@@ -347,7 +380,7 @@ function kubernetesHint(value: string): string {
 
 /**
  * Makes the defaults of the variables that are bounded by another one fit a value that was given for that one:
- * RELAY_MAX_IN_FLIGHT=10 alone is a good configuration.
+ * RELAY_MAX_IN_FLIGHT=10 alone is a good configuration, and so is RELAY_REDIS_CLUSTER=true.
  */
 function fitDefaults(
   values: Partial<Record<Property, unknown>>,
@@ -365,6 +398,7 @@ function fitDefaults(
   const isTooLong =
     publishTimeoutMs !== undefined && claimLeaseMs !== undefined && publishTimeoutMs >= claimLeaseMs;
   if (!isGiven('publishTimeoutMs') && isTooLong) values.publishTimeoutMs = Math.floor(claimLeaseMs / 2);
+  Object.assign(values, placeDefaults(values as Partial<RelayConfig>, isGiven));
 }
 
 /** Longest time that a retry may wait. BullMQ's delayed set counts milliseconds in 41 bits: years are out of reach. */

@@ -1,6 +1,6 @@
 /**
- * The two connection URLs: read leniently as the Python clients of the platform read them (SQLAlchemy, asyncpg,
- * redis-py), written back in the one form that node-postgres and ioredis understand.
+ * Connection URLs in general, and that of the database: read leniently as the Python clients of the platform read them
+ * (SQLAlchemy, asyncpg; for Redis see redis-urls.ts), written back in the one form that node-postgres understands.
  *
  * A URL is a secret as a whole. No error made here holds any part of one.
  */
@@ -33,24 +33,15 @@ export type PgOptions = Readonly<{
   connectionTimeoutMillis?: number;
 }>;
 
-/** Options for `new Redis(...)` of ioredis and for the `connection` of BullMQ. */
-export type RedisOptions = Readonly<{
-  host: string;
-  port: number;
-  username?: string;
-  password?: string;
-  db: number;
-  family?: 0 | 4 | 6;
-  tls?: ConnectionOptions;
-}>;
-
-type UrlParts = {
+export type UrlParts = {
   scheme: string;
   user: string;
   password: string;
   /** Without the brackets of an IPv6 address; '' if the URL names none. */
   host: string;
   port: number | undefined;
+  /** Hosts after the first, separated by commas: several nodes of one service. */
+  others: readonly { host: string; port: number | undefined }[];
   /** Decoded, without the leading slash. */
   path: string;
   query: URLSearchParams;
@@ -61,7 +52,7 @@ type UrlParts = {
  * (`postgresql://user@/db?host=/run/postgresql`), and it takes `/` and `#` in a password, which SQLAlchemy allows, for
  * the end of the host.
  */
-function splitUrl(text: string): UrlParts {
+export function splitUrl(text: string): UrlParts {
   const schemeEnd = text.indexOf('://');
   if (schemeEnd < 1) throw new UrlError('it has no scheme (something before "://")');
   const scheme = text.slice(0, schemeEnd).toLowerCase();
@@ -72,7 +63,21 @@ function splitUrl(text: string): UrlParts {
   const [address, queryText] = splitOnce(rest.slice(at + 1), '?');
   const [hostAndPort, path] = splitOnce(address, '/');
 
-  const match = /^(?:\[(?<ipv6>[^\]]*)\]|(?<name>[^:[\]]*))(?::(?<port>\d*))?$/.exec(hostAndPort);
+  const [first = hostOf(''), ...others] = hostAndPort.split(',').map(hostOf);
+  return {
+    scheme,
+    user,
+    password,
+    ...first,
+    others,
+    path: percentDecode(path),
+    query: new URLSearchParams(queryText),
+  };
+}
+
+/** `host`, `host:port`, `[ipv6]:port`; also nothing, or the port alone. */
+export function hostOf(text: string): { host: string; port: number | undefined } {
+  const match = /^(?:\[(?<ipv6>[^\]]*)\]|(?<name>[^:[\]]*))(?::(?<port>\d*))?$/.exec(text);
   if (match?.groups === undefined) {
     throw new UrlError(
       'its host and port cannot be read (in user name and password, percent-encode @ : / ? # and %; put an IPv6 address in [ ])',
@@ -83,13 +88,8 @@ function splitUrl(text: string): UrlParts {
     throw new UrlError('what stands in [ ] is not an IPv6 address');
   }
   return {
-    scheme,
-    user,
-    password,
     host: checkedHost(ipv6 ?? percentDecode(name ?? '')),
     port: port ? portNumber(port) : undefined,
-    path: percentDecode(path),
-    query: new URLSearchParams(queryText),
   };
 }
 
@@ -117,7 +117,7 @@ function percentDecode(text: string): string {
   }
 }
 
-function portNumber(text: string): number {
+export function portNumber(text: string): number {
   const port = Number(text);
   if (!Number.isInteger(port) || port < 1 || port > 65535)
     throw new UrlError('its port is not from 1 to 65535');
@@ -132,7 +132,7 @@ function checkedHost(host: string): string {
 }
 
 /** The query parameters in `known`. Refuses one that is in neither list, and one that is given twice. */
-function queryParameters(
+export function queryParameters(
   query: URLSearchParams,
   known: readonly string[],
   ignored: readonly string[],
@@ -243,6 +243,7 @@ function splitDatabaseUrl(text: string): { parts: UrlParts; parameters: Map<stri
   if (!POSTGRES_SCHEME.test(parts.scheme)) {
     throw new UrlError('its scheme is not postgresql, postgres or postgresql+driver');
   }
+  if (parts.others.length > 0) throw new UrlError('it names more than one host');
   return { parts, parameters: queryParameters(parts.query, POSTGRES_PARAMETERS, POSTGRES_IGNORED) };
 }
 
@@ -327,7 +328,7 @@ function sslModeOf(parameters: ReadonlyMap<string, string>): SslMode {
 }
 
 /** Reads the files that the query parameters in `names` point to. `system` as authority means Node's own list. */
-function tlsFiles(
+export function tlsFiles(
   parameters: ReadonlyMap<string, string>,
   names: { ca: string; cert: string; key: string; passphrase?: string },
 ): ConnectionOptions {
@@ -345,101 +346,6 @@ function tlsFiles(
     ...(key !== undefined && { key }),
     ...(passphrase !== undefined && { passphrase }),
   });
-}
-
-// --------------------------------------------------------------------------------------------------- Redis
-
-/** `family` is ioredis's; the others are redis-py's. */
-const REDIS_PARAMETERS = [
-  ...['db', 'username', 'password', 'family'],
-  ...['ssl_cert_reqs', 'ssl_check_hostname', 'ssl_ca_certs', 'ssl_certfile', 'ssl_keyfile'],
-] as const;
-
-/** Known to redis-py, and about its own behaviour: dropped. */
-const REDIS_IGNORED = [
-  ...['decode_responses', 'encoding', 'health_check_interval', 'max_connections', 'protocol', 'client_name'],
-  ...['retry_on_timeout', 'socket_connect_timeout', 'socket_keepalive', 'socket_timeout', 'timeout'],
-] as const;
-
-/**
- * Any accepted Redis URL in the form `redis://user:password@host:port/database?...`.
- *
- * @throws {UrlError} also for a TLS file that cannot be read.
- */
-export function normaliseRedisUrl(text: string): string {
-  const { parts, parameters } = splitRedisUrl(text);
-  const { host, port, username, password, db } = redisOptions(text);
-  const query = new URLSearchParams();
-  for (const [name, value] of parameters) {
-    if (!['db', 'username', 'password'].includes(name)) query.set(name, value);
-  }
-  const user = username === undefined ? '' : encodeURIComponent(username);
-  const userInfo = password === undefined ? '' : `${user}:${encodeURIComponent(password)}@`;
-  const queryText = query.size === 0 ? '' : `?${query}`;
-  return `${parts.scheme}://${userInfo}${isIPv6(host) ? `[${host}]` : host}:${port}/${db}${queryText}`;
-}
-
-function splitRedisUrl(text: string): { parts: UrlParts; parameters: Map<string, string> } {
-  const parts = splitUrl(text);
-  if (parts.scheme !== 'redis' && parts.scheme !== 'rediss') {
-    throw new UrlError('its scheme is neither redis nor rediss');
-  }
-  return { parts, parameters: queryParameters(parts.query, REDIS_PARAMETERS, REDIS_IGNORED) };
-}
-
-/**
- * What ioredis needs to connect to `redisUrl`.
- *
- * @throws {UrlError} also for a TLS file that cannot be read.
- */
-export function redisOptions(redisUrl: string): RedisOptions {
-  const { parts, parameters } = splitRedisUrl(redisUrl);
-  if (parts.host === '') throw new UrlError('it has no host');
-  if (parts.host.startsWith('/')) throw new UrlError('unix sockets are not supported');
-  const dbText = parameters.get('db') ?? (parts.path.replace(/\/$/, '') || '0');
-  const db = Number(dbText);
-  if (!/^\d{1,9}$/.test(dbText))
-    throw new UrlError('its database (the part after the host) is not a whole number');
-  const family = parameters.get('family');
-  if (family !== undefined && !/^[046]$/.test(family)) {
-    throw new UrlError('its query parameter family is not 0, 4 or 6');
-  }
-  const username = parameters.get('username') ?? parts.user;
-  const password = parameters.get('password') ?? parts.password;
-  if (username !== '' && password === '') throw new UrlError('it has a user name but no password');
-  return {
-    host: parts.host,
-    port: parts.port ?? 6379,
-    ...(username !== '' && { username }),
-    ...(password !== '' && { password }),
-    db,
-    ...(family !== undefined && { family: Number(family) as 0 | 4 | 6 }),
-    ...redisTls(parts.scheme === 'rediss', parameters),
-  };
-}
-
-function redisTls(isTls: boolean, parameters: ReadonlyMap<string, string>): Pick<RedisOptions, 'tls'> {
-  const isAsked = [...parameters.keys()].some((name) => name.startsWith('ssl_'));
-  if (!isTls) {
-    if (isAsked) throw new UrlError('its TLS parameters (ssl_...) need the scheme rediss');
-    return {};
-  }
-  const requirement = (parameters.get('ssl_cert_reqs') ?? 'required').toLowerCase();
-  if (!['required', 'optional', 'none'].includes(requirement)) {
-    throw new UrlError('its query parameter ssl_cert_reqs is not required, optional or none');
-  }
-  const checksHost = (parameters.get('ssl_check_hostname') ?? 'true').toLowerCase();
-  if (!['true', 'false'].includes(checksHost)) {
-    throw new UrlError('its query parameter ssl_check_hostname is neither true nor false');
-  }
-  const files = tlsFiles(parameters, { ca: 'ssl_ca_certs', cert: 'ssl_certfile', key: 'ssl_keyfile' });
-  return {
-    tls: {
-      ...files,
-      ...(requirement !== 'required' && { rejectUnauthorized: false }),
-      ...(checksHost === 'false' && { checkServerIdentity: () => undefined }),
-    },
-  };
 }
 
 // ------------------------------------------------------------------------------------------------ redaction

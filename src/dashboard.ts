@@ -8,7 +8,7 @@ import type { DashboardOptions } from './web/dashboard.ts';
 /** What people who log in may see and do, in a pod and in `relay board`. */
 export function dashboardOf(
   config: RelayConfig,
-  servers: Pick<Servers, 'pool' | 'queueRedis'>,
+  servers: Pick<Servers, 'pool' | 'queueRedis' | 'streamRedis'>,
   queues: Queues,
   version: string,
   logger: Logger,
@@ -19,8 +19,8 @@ export function dashboardOf(
     queues,
     async api(scope, requires) {
       const { registerApi } = await import('./web/api.ts');
-      const { pool, queueRedis: redis } = servers;
-      const operations = openOperations(config, { pool, redis, queues, logger });
+      const { pool, queueRedis: redis, streamRedis } = servers;
+      const operations = openOperations(config, { pool, redis, streamRedis, queues, logger });
       registerApi(scope, { ...operations, requires, version, logger });
     },
     logger,

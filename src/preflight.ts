@@ -16,10 +16,13 @@ const LOG_EVERY_MS = 5_000;
 export async function waitForServers(deps: {
   pool: Pool;
   redis: readonly Redis[];
+  /** To the server of the streams, where that is another one. */
+  streamRedis?: readonly Redis[];
   timeoutMs: number;
   logger: Logger;
 }): Promise<void> {
   const { pool, redis, timeoutMs, logger } = deps;
+  const streamRedis = (deps.streamRedis ?? []).filter((it) => !redis.includes(it));
   const endsAt = Date.now() + timeoutMs;
   let missing: string[] = [];
   // A session that ends meanwhile is no reason to give up.
@@ -29,6 +32,9 @@ export async function waitForServers(deps: {
   await Promise.all([
     waitFor('PostgreSQL', 'RELAY_DATABASE_URL', look, endsAt, logger),
     ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', answers(it), endsAt, logger)),
+    ...streamRedis.map((it) =>
+      waitFor('Redis of the streams', 'RELAY_STREAM_REDIS_URL', answers(it), endsAt, logger),
+    ),
   ]);
   if (missing.length > 0) {
     throw new NotReadyError(

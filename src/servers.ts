@@ -1,12 +1,15 @@
 import { Redis, type RedisOptions } from 'ioredis';
 import type { RelayConfig } from './config.ts';
-import { redisOptions } from './connection-urls.ts';
 import type { Logger } from './logger.ts';
 import type { Pool } from './outbox/database.ts';
 import { distrustful } from './outbox/distrust.ts';
 import { createPool } from './outbox/pool.ts';
 import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
+import { isCluster, type RedisPlace, streamPlace } from './redis-places.ts';
+import { redisNodes, redisOptions, sentinelOptions } from './redis-urls.ts';
+import { inCluster } from './slot-connector.ts';
 import { APPEND_CONNECTION } from './stream/append.ts';
+import { slotOf } from './topics.ts';
 
 /** Every connection of a pod: what it is for, and how long it is waited for. */
 
@@ -18,15 +21,49 @@ const POOL_SIZE = 10;
 /** So many commands at most are held back until the turn of the loop has ended. */
 const GATHERED_WRITES = 32;
 
-export function openRedis(redisUrl: string, options: RedisOptions): Redis {
+/** Where the queues are: what of the configuration says so. */
+export type QueuePlace = Pick<RelayConfig, 'redisUrl' | 'queuePrefix' | 'queueName'> & RedisPlace;
+
+/** One connection to one server: the one that there is, the master that sentinels name, or the node with our slot. */
+export function openRedis(place: QueuePlace, options: RedisOptions): Redis {
   // ioredis' types want the reply mapping said, though this is the default.
-  return new Redis({ ...redisOptions(redisUrl), ...options } as RedisOptions & { replyMapping?: 'legacy' });
+  return new Redis({
+    ...redisOptions(place.redisUrl),
+    ...whereaboutsOf(place, options.enableOfflineQueue !== false),
+    ...options,
+  } as RedisOptions & { replyMapping?: 'legacy' });
+}
+
+/** To the Redis of the queues and that of the streams: the same connection, where it is one server. */
+export function openBoth(config: RelayConfig, options: RedisOptions): [queues: Redis, streams: Redis] {
+  const queues = openRedis(config, options);
+  const streams = streamPlace(config);
+  return [queues, streams === config ? queues : openRedis(streams, options)];
+}
+
+function whereaboutsOf(place: QueuePlace, waits: boolean): RedisOptions {
+  const { redisUrl, redisCluster = false, redisSentinels = 'none', redisSentinelName } = place;
+  if (redisSentinels !== 'none') {
+    return {
+      ...sentinelOptions(redisSentinels),
+      name: redisSentinelName,
+      enableTLSForSentinelMode: redisOptions(redisUrl).tls !== undefined,
+      sentinelCommandTimeout: CONNECT_TIMEOUT_MS,
+      // A master that was demoted without a word: the sentinels know the new one.
+      reconnectOnError: ({ message }) => /^READONLY\b/.test(message) && (waits ? 2 : 1),
+    } as RedisOptions;
+  }
+  if (!isCluster(place)) return {};
+  const nodes = [...redisNodes(redisUrl), ...(redisCluster || [])];
+  return inCluster(nodes, slotOf(`${place.queuePrefix}:${place.queueName}`), waits);
 }
 
 export type Servers = Readonly<{
   pool: Pool;
   /** For the queues: fails fast. */
   queueRedis: Redis;
+  /** To read streams: the same, unless they are on a server of their own. */
+  streamRedis: Redis;
   /** For the streams alone: neither queues nor resends. */
   appendRedis: Redis;
   /** For BullMQ's workers: waits until Redis is back. */
@@ -52,7 +89,7 @@ export function openServers(
   ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
 
   const connections: Redis[] = [];
-  const connect = (role: string, options: RedisOptions): Redis => {
+  const connect = (role: string, options: RedisOptions, place: RelayConfig = config): Redis => {
     const all: RedisOptions = {
       ...options,
       lazyConnect: false,
@@ -61,7 +98,7 @@ export function openServers(
       connectionName: `relay-${role}`,
       retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
     };
-    const redis = deps.redis ? deps.redis.duplicate(all) : openRedis(config.redisUrl, all);
+    const redis = deps.redis && place === config ? deps.redis.duplicate(all) : openRedis(place, all);
     gatherWrites(redis);
     let lost = false;
     redis.on('error', (error) => {
@@ -79,10 +116,18 @@ export function openServers(
     connections.push(redis);
     return redis;
   };
+  const failingFast = { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS };
+  const queueRedis = connect('queue', failingFast);
+  const streams = streamPlace(config);
   return {
     pool: distrustful(deps.pool ?? (ownPool as Pool), QUEUE_TIMEOUT_MS),
-    queueRedis: connect('queue', { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS }),
-    appendRedis: connect('append', { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs }),
+    queueRedis,
+    streamRedis: streams === config ? queueRedis : connect('streams', failingFast, streams),
+    appendRedis: connect(
+      'append',
+      { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs },
+      streams,
+    ),
     workerRedis: connect('worker', WORKER_CONNECTION),
     async close() {
       for (const redis of connections) redis.disconnect();

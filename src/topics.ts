@@ -21,8 +21,11 @@ export function createTopicCheck(rules: {
   queueKeyPrefix: string;
   /** Patterns, separated by commas. */
   allowedTopics: string;
+  /** A key in the one slot of a cluster where every stream has to be; left out where there is no cluster. */
+  neighbour?: string | undefined;
 }): (topic: string) => string | null {
-  const { dlqStreamName, queueKeyPrefix } = rules;
+  const { dlqStreamName, queueKeyPrefix, neighbour } = rules;
+  const slot = neighbour === undefined ? undefined : slotOf(neighbour);
   const isAllowed = allowing(rules.allowedTopics);
   return (topic) => {
     if (topic === '') return 'topic is empty';
@@ -32,6 +35,10 @@ export function createTopicCheck(rules: {
     if (!STREAM_NAME.pattern.test(topic))
       return `topic is not ${STREAM_NAME.expected}; it has ${[...topic].length}: ${quoted(topic)}`;
     if (!isAllowed(topic)) return `topic is none that RELAY_ALLOWED_TOPICS allows: ${quoted(topic)}`;
+    if (slot !== undefined && slotOf(topic) !== slot) {
+      const tag = hashTagOf(neighbour ?? '') ?? neighbour;
+      return `topic is in slot ${slotOf(topic)} of the cluster, this relay in ${slot}: put {${tag}} into its name, or run another relay for it; it is ${quoted(topic)}`;
+    }
     return null;
   };
 }
@@ -70,6 +77,23 @@ function matches(topic: readonly string[], pattern: readonly string[]): boolean 
     }
   }
   return pattern.slice(inPattern).every((rest) => rest === '*');
+}
+
+/** The part of a key that decides where in a Redis Cluster it is, if it has one: between the first `{` and the next `}`. */
+export function hashTagOf(key: string): string | undefined {
+  const begin = key.indexOf('{');
+  const end = begin < 0 ? -1 : key.indexOf('}', begin + 1);
+  return end > begin + 1 ? key.slice(begin + 1, end) : undefined;
+}
+
+/** The slot of a key, of the 16384 that the nodes of a Redis Cluster share: CRC-16/XMODEM of its hash tag, or of itself. */
+export function slotOf(key: string): number {
+  let crc = 0;
+  for (const byte of new TextEncoder().encode(hashTagOf(key) ?? key)) {
+    crc ^= byte << 8;
+    for (let bit = 0; bit < 8; bit++) crc = ((crc << 1) ^ (crc & 0x8000 ? 0x1021 : 0)) & 0xffff;
+  }
+  return crc % 16_384;
 }
 
 /** `text` as one short line: escaped, and cut after 60 characters. */

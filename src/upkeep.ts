@@ -27,7 +27,7 @@ export const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${c
 export const createRetentionOf = (
   config: RelayConfig,
   pool: Pool,
-  redis: Servers['queueRedis'],
+  redis: Servers['streamRedis'],
   statementTimeoutMs: number,
 ) =>
   createRetention({
@@ -61,7 +61,7 @@ export function createUpkeep(deps: {
     });
   }
   if (config.publishedRetentionMs > 0) {
-    const retention = createRetentionOf(config, servers.pool, servers.queueRedis, deps.statementTimeoutMs);
+    const retention = createRetentionOf(config, servers.pool, servers.streamRedis, deps.statementTimeoutMs);
     add(PRUNE, PRUNE_EVERY_MS, async (goesOn) => {
       const rows = await retention.run(config.publishedRetentionMs, goesOn);
       if (rows > 0) logger.info({ rows }, 'deleted old published rows');

@@ -3,6 +3,7 @@ import { isIP } from 'node:net';
 import { z } from 'zod';
 import { type BoardUser, parseBoardUsers } from './board-users.ts';
 import { UrlError } from './connection-urls.ts';
+import { nodeList, normaliseSentinels, type RedisNode } from './redis-urls.ts';
 import { type keyRule, patternsOf, STREAM_NAME } from './topics.ts';
 
 /** How one variable is read. `schema` takes the trimmed, non-empty text of the environment. */
@@ -98,6 +99,40 @@ export const url = (expected: string, normalise: (text: string) => string): Kind
   expected,
   secret: true,
 });
+
+/** The same, or a word that stands for none. */
+export const urlOr = <const N extends string>(
+  none: N,
+  expected: string,
+  normalise: (text: string) => string,
+): Kind<string> => url(`${none}, or ${expected}`, (text) => (text === none ? none : normalise(text)));
+
+/** Sentinels; `none` where Redis has none. */
+export const sentinels = (): Kind<string> =>
+  urlOr(
+    'none',
+    'sentinels like host:26379,host:26379 or redis+sentinel://user:password@host:26379,host:26379',
+    normaliseSentinels,
+  );
+
+/** Whether Redis is a cluster, and nodes of it that RELAY_REDIS_URL does not name. */
+export const cluster = (): Kind<false | readonly RedisNode[]> => {
+  const expected = 'true, false, or nodes like host:6379,host:6379';
+  return {
+    schema: z.string().transform((text, context) => {
+      const isCluster = flag().schema.safeParse(text);
+      if (isCluster.success) return isCluster.data && Object.freeze([]);
+      try {
+        return Object.freeze(nodeList(text));
+      } catch (error) {
+        if (!(error instanceof UrlError)) throw error;
+        context.addIssue({ code: 'custom', message: `${expected}, but ${error.message}` });
+        return z.NEVER;
+      }
+    }),
+    expected,
+  };
+};
 
 /** Log-ins of the dashboard; `none` is nobody. */
 export const boardUsers = (): Kind<readonly BoardUser[]> => {

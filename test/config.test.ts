@@ -10,7 +10,8 @@ import {
   unknownVariables,
   VARIABLES,
 } from '../src/config.ts';
-import { pgOptions, redactUrl, redactUrls, redisOptions } from '../src/connection-urls.ts';
+import { pgOptions, redactUrl, redactUrls } from '../src/connection-urls.ts';
+import { redisOptions } from '../src/redis-urls.ts';
 import { CERTIFICATE } from './support/certificate.ts';
 
 const problemsOf = (env: Record<string, string>): readonly ConfigProblem[] => {
@@ -34,6 +35,10 @@ describe('defaults', () => {
     expect(loadConfig({})).toEqual({
       databaseUrl: 'postgresql://postgres:postgres@localhost:5432/markdown_manager',
       redisUrl: 'redis://localhost:6379/0',
+      redisCluster: false,
+      redisSentinels: 'none',
+      redisSentinelName: 'mymaster',
+      streamRedisUrl: 'same',
       batchSize: 100,
       maxBatchSize: 400,
       pollIntervalMs: 5_000,
@@ -194,6 +199,16 @@ describe('bad values', () => {
       `postgresql://h/db?sslmode=verify-full&sslrootcert=${folder}/missing.pem`,
       `postgresql://h/db?sslmode=verify-full&sslrootcert=${folder}`,
     ],
+    RELAY_REDIS_CLUSTER: ['maybe:no', 'a:b:c', 'a,,b', 'redis://a'],
+    RELAY_REDIS_SENTINELS: [
+      'a:b:c',
+      'a,,b',
+      'redis://a',
+      'redis+sentinel://a/name',
+      'redis+sentinel://a?ssl_x=1',
+    ],
+    RELAY_REDIS_SENTINEL_NAME: ['my master', 'x'.repeat(201)],
+    RELAY_STREAM_REDIS_URL: ['none', 'http://host', 'redis://host/x', 'redis://'],
     RELAY_REDIS_URL: [
       ...['localhost:6379', 'http://localhost', 'unix:///run/redis.sock', 'redis:///0', 'redis://:@/0'],
       ...[

@@ -39,13 +39,16 @@ async function serve(config: RelayConfig): Promise<number> {
   warnOfUnknownVariables(logger);
   const signal = signalled();
   const servers = openServers(config, {}, logger);
-  const { pool, queueRedis } = servers;
+  const { pool, queueRedis, streamRedis } = servers;
   const { startupTimeoutMs } = config;
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
   let queues: Queues | undefined;
   let web: WebServer | undefined;
   async function start(): Promise<'started'> {
-    await waitForServers({ pool, redis: [queueRedis], timeoutMs: startupTimeoutMs, logger });
+    await waitForServers({
+      ...{ pool, redis: [queueRedis], streamRedis: [streamRedis] },
+      ...{ timeoutMs: startupTimeoutMs, logger },
+    });
     queues = await openQueues(queueRedis, config, logger, startupTimeoutMs);
     const backlog = createBacklog(pool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
     web = createWebServer({
@@ -58,6 +61,7 @@ async function serve(config: RelayConfig): Promise<number> {
           return {};
         },
         redis: () => inspectRedis(queueRedis),
+        ...(streamRedis !== queueRedis && { streamRedis: () => inspectRedis(streamRedis) }),
         backlog: backlog.count,
       }),
       stuck: () => [],

@@ -6,6 +6,7 @@ import { missingFromTable } from '../outbox/migrate.ts';
 import { createClient } from '../outbox/pool.ts';
 import { hasWakeup } from '../outbox/wakeup.ts';
 import { inspectRedis } from '../preflight.ts';
+import { streamPlace } from '../redis-places.ts';
 import { openRedis } from '../servers.ts';
 import { EXIT, print, withConfig } from './command.ts';
 
@@ -33,8 +34,10 @@ async function runChecks(config: RelayConfig): Promise<boolean> {
     { verdict: 'ok', subject: 'configuration', finding: 'every variable is good' },
   ];
   verdicts.push(...(await checkDatabase(config)), ...(await checkRedis(config)));
+  const streams = streamPlace(config);
+  if (streams !== config) verdicts.push(...(await checkRedis(streams, 'stream ')));
   for (const { verdict, subject, finding } of verdicts) {
-    print(`${verdict.padEnd(7)} ${subject.padEnd(16)} ${finding}`);
+    print(`${verdict.padEnd(7)} ${subject.padEnd(22)} ${finding}`);
   }
   return verdicts.every(({ verdict }) => verdict !== 'failed');
 }
@@ -86,8 +89,9 @@ async function checkDatabase(config: RelayConfig): Promise<Verdict[]> {
   }
 }
 
-async function checkRedis(config: RelayConfig): Promise<Verdict[]> {
-  const redis = openRedis(config.redisUrl, {
+/** @param of which of two servers, in front of what is said of it */
+async function checkRedis(config: RelayConfig, of = ''): Promise<Verdict[]> {
+  const redis = openRedis(config, {
     lazyConnect: true,
     retryStrategy: () => null,
     maxRetriesPerRequest: 0,
@@ -106,26 +110,26 @@ async function checkRedis(config: RelayConfig): Promise<Verdict[]> {
     return [
       {
         verdict: recent ? 'ok' : 'failed',
-        subject: 'Redis',
+        subject: `${of}Redis`,
         finding: `version ${version}${recent ? '' : `; at least ${MINIMUM_REDIS.join('.')} is needed`}`,
       },
       aofEnabled
-        ? { verdict: 'ok', subject: 'AOF', finding: 'on' }
+        ? { verdict: 'ok', subject: `${of}AOF`, finding: 'on' }
         : {
             verdict: 'advice',
-            subject: 'AOF',
+            subject: `${of}AOF`,
             finding: 'off: a restart of Redis loses the streams (appendonly yes)',
           },
       maxmemoryPolicy === 'noeviction'
-        ? { verdict: 'ok', subject: 'eviction policy', finding: 'noeviction' }
+        ? { verdict: 'ok', subject: `${of}eviction policy`, finding: 'noeviction' }
         : {
             verdict: 'failed',
-            subject: 'eviction policy',
+            subject: `${of}eviction policy`,
             finding: `${maxmemoryPolicy}: Redis may throw away jobs and streams (maxmemory-policy noeviction)`,
           },
     ];
   } catch (error) {
-    return [{ verdict: 'failed', subject: 'Redis', finding: errorText(connectionError ?? error) }];
+    return [{ verdict: 'failed', subject: `${of}Redis`, finding: errorText(connectionError ?? error) }];
   } finally {
     redis.disconnect();
   }

@@ -6,7 +6,7 @@ import { createLogger, errorText, type Logger } from '../logger.ts';
 import type { Pool } from '../outbox/database.ts';
 import { createPool } from '../outbox/pool.ts';
 import { waitForServers } from '../preflight.ts';
-import { openRedis } from '../servers.ts';
+import { openBoth } from '../servers.ts';
 import { APPEND_CONNECTION } from '../stream/append.ts';
 
 /** What all commands share: configuration, connections, options, exit codes. */
@@ -33,26 +33,27 @@ export function fail(error: unknown): void {
   }
 }
 
-/** One connection to Redis and two to PostgreSQL, for as long as a command of an operator runs. Logs to stderr. */
+/** One connection to each Redis and two to PostgreSQL, for as long as a command of an operator runs. Logs to stderr. */
 export async function withServers<T>(
   config: RelayConfig,
   command: string,
-  work: (servers: { pool: Pool; redis: Redis; logger: Logger }) => Promise<T>,
+  work: (servers: { pool: Pool; redis: Redis; streamRedis: Redis; logger: Logger }) => Promise<T>,
 ): Promise<T> {
   const logger = createLogger('warn', process.stderr);
   const pool = createPool(config.databaseUrl, { max: 2, application_name: command });
   pool.on('error', () => {}); // the next query says so
-  const redis = openRedis(config.redisUrl, {
+  const [redis, streamRedis] = openBoth(config, {
     ...APPEND_CONNECTION,
     commandTimeout: config.publishTimeoutMs,
     connectionName: command,
   });
-  redis.on('error', () => {}); // the next command says so
+  for (const it of [redis, streamRedis]) it.on('error', () => {}); // the next command says so
   try {
-    await waitForServers({ pool, redis: [redis], timeoutMs: config.startupTimeoutMs, logger });
-    return await work({ pool, redis, logger });
+    const { startupTimeoutMs: timeoutMs } = config;
+    await waitForServers({ pool, redis: [redis], streamRedis: [streamRedis], timeoutMs, logger });
+    return await work({ pool, redis, streamRedis, logger });
   } finally {
-    redis.disconnect();
+    for (const it of [redis, streamRedis]) it.disconnect();
     await pool.end();
   }
 }

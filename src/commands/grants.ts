@@ -1,5 +1,5 @@
 import { type Command, Option } from 'commander';
-import { databaseGrants, type Grantees, redisAcl } from '../operate/grants.ts';
+import { databaseGrants, type Grantees, redisAcls, sentinelAcl } from '../operate/grants.ts';
 import { EXIT, print, withConfig } from './command.ts';
 
 type GrantsOptions = Grantees & Readonly<{ only?: 'sql' | 'redis' }>;
@@ -16,12 +16,21 @@ export function addGrants(program: Command): void {
     .addHelpText(
       'after',
       '\nThe roles must exist. For example: relay grants --only sql | psql\n' +
-        'In the line for Redis put a password in place of the word "password" before you use it.',
+        'In the line for Redis put a password in place of the word "password" before you use it. Where the streams\n' +
+        'are on another server there are two lines: for the server of the queues, then for that of the streams.',
     )
     .action((options: GrantsOptions) =>
       withConfig(async (config) => {
-        const [sql, redis] = [databaseGrants(config, options), redisAcl(config, options)];
-        print({ sql, redis, both: `${sql}\n\n-- In Redis:\n${redis}` }[options.only ?? 'both']);
+        const [sql, acls] = [databaseGrants(config, options), redisAcls(config, options)];
+        const sentinel = sentinelAcl(config, options);
+        const redis = acls.join('\n');
+        const [where, ...others] =
+          acls.length === 1 ? ['Redis'] : ['the Redis of the queues', 'that of the streams'];
+        const inRedis = [`-- In ${where}:\n${acls[0]}`, ...others.map((it) => `-- In ${it}:\n${acls[1]}`)];
+        const both = `${sql}\n\n${inRedis.join('\n\n')}`;
+        const inSentinels =
+          sentinel === undefined ? '' : `\n\n-- In each sentinel, if they know users:\n${sentinel}`;
+        print({ sql, redis, both: `${both}${inSentinels}` }[options.only ?? 'both']);
         if (options.only !== 'sql' && config.allowedTopics === '*')
           console.error('Every key, since RELAY_ALLOWED_TOPICS allows every topic: name those that you use.');
         return EXIT.done;

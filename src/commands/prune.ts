@@ -39,8 +39,8 @@ async function prune(config: RelayConfig, options: PruneOptions): Promise<number
       `rows of the last ${config.resyncWindowMs / 1000} s are needed should Redis lose data (RELAY_RESYNC_WINDOW): --older-than must be more`,
     );
   }
-  return withServers(config, 'relay-prune', async ({ pool, redis }) => {
-    const retention = createRetentionOf(config, pool, redis, config.publishTimeoutMs);
+  return withServers(config, 'relay-prune', async ({ pool, streamRedis }) => {
+    const retention = createRetentionOf(config, pool, streamRedis, config.publishTimeoutMs);
     const found = await counted(retention.byHand(ms, true), 'counting', undefined);
     const before = new Date(Date.now() - ms).toISOString();
     if (options.dryRun || found === 0) {

@@ -70,7 +70,9 @@ async function startTraces(logger: Logger) {
 function settings({
   databaseUrl: _,
   redisUrl: __,
-  boardUsers: ___,
+  redisSentinels: ___,
+  streamRedisUrl: ____,
+  boardUsers: _____,
   ...rest
 }: RelayConfig): Partial<RelayConfig> {
   return rest;

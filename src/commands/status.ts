@@ -10,7 +10,7 @@ import { createStatus, inFlight, isSilent, type Status } from '../operate/status
 import { createBacklog } from '../outbox/backlog.ts';
 import { createPool } from '../outbox/pool.ts';
 import { createQueues } from '../queue/queues.ts';
-import { openRedis } from '../servers.ts';
+import { openBoth } from '../servers.ts';
 import { APPEND_CONNECTION } from '../stream/append.ts';
 import { createStreamInspector } from '../stream/inspect.ts';
 import { EXIT, print, withConfig } from './command.ts';
@@ -47,13 +47,15 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     connectionTimeoutMillis: DEADLINE_MS,
   });
   pool.on('error', () => {}); // the next query says so
-  const redis = openRedis(config.redisUrl, {
+  const [redis, streamRedis] = openBoth(config, {
     ...APPEND_CONNECTION,
     connectTimeout: DEADLINE_MS,
     commandTimeout: DEADLINE_MS,
     connectionName: 'relay-status',
   });
   const { settled: connected, whenThere } = watchConnection(redis);
+  const streams = watchConnection(streamRedis);
+  const inspectStreams = createStreamInspector(streamRedis);
   const backlog = createBacklog(pool, { ...config, statementTimeoutMs: DEADLINE_MS });
   const queues = createQueues(redis, config, createLogger('warn', process.stderr));
   const fleet = createFleetReader(redis, `${config.queuePrefix}:${config.queueName}`);
@@ -63,7 +65,7 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
       databaseTime: backlog.time,
       queues: () => whenThere(queues.figures),
       fleet: () => whenThere(fleet),
-      inspectStreams: createStreamInspector(redis),
+      inspectStreams: (names) => streams.whenThere(() => inspectStreams(names)),
       streams: [config.streamName, config.dlqStreamName],
       deadlineMs: DEADLINE_MS,
     }),
@@ -74,7 +76,7 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     deadlineMs: DEADLINE_MS,
   });
   try {
-    await connected;
+    await Promise.all([connected, streams.settled]);
     const isInPlace = process.stdout.isTTY === true && options.json !== true;
     let found = await status();
     if (options.watch === undefined) show(found, config, options);
@@ -93,7 +95,7 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     }
     return found.problems.length === 0 ? EXIT.done : EXIT.failed;
   } finally {
-    redis.disconnect();
+    for (const it of [redis, streamRedis]) it.disconnect();
     await pool.end();
   }
 }

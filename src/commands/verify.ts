@@ -48,7 +48,7 @@ export function addVerify(program: Command): void {
  * @throws {NotReadyError} when a server cannot be reached
  */
 const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =>
-  withServers(config, 'relay-verify', async ({ pool, redis, logger }) => {
+  withServers(config, 'relay-verify', async ({ pool, streamRedis: redis, logger }) => {
     const receipts = createReceipts(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
     const streamOptions = streamOptionsOf(config);
     const compare = createComparison(

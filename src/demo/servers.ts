@@ -165,7 +165,8 @@ export async function startPrivateRedis(options: PrivateRedisOptions): Promise<P
   });
 }
 
-function redisBinary(): string {
+/** @throws when there is none */
+export function redisBinary(): string {
   const given = process.env.RELAY_REDIS_SERVER_BIN;
   const names = ['redis-server', 'valkey-server'];
   const onPath = (process.env.PATH ?? '').split(delimiter).filter((folder) => folder !== '');
@@ -192,7 +193,7 @@ function isExecutable(path: string): boolean {
 }
 
 /** Asks for the server's pid and whether its data is loaded: another server on the port is not mistaken for it. */
-async function redisIsReady(pid: number, port: number): Promise<boolean> {
+export async function redisIsReady(pid: number, port: number): Promise<boolean> {
   const info = await new Promise<string>((answer) => {
     const socket = connect({ host: '127.0.0.1', port });
     let text = '';
@@ -204,5 +205,8 @@ async function redisIsReady(pid: number, port: number): Promise<boolean> {
     });
     socket.on('close', () => answer(text));
   });
-  return new RegExp(`^process_id:${pid}\\r?$`, 'm').test(info) && /^loading:0\r?$/m.test(info);
+  return (
+    new RegExp(`^process_id:${pid}\\r?$`, 'm').test(info) &&
+    /^(loading:0|redis_mode:sentinel)\r?$/m.test(info)
+  );
 }

@@ -1,4 +1,5 @@
 import type { RelayConfig } from '../config.ts';
+import { isCluster, streamPlace } from '../redis-places.ts';
 import { allowing, patternsOf } from '../topics.ts';
 
 /** The rights that the relay uses with this configuration, and no others. A change here is a change of what it may do. */
@@ -60,23 +61,43 @@ export function databaseGrants(
 }
 
 /**
- * The Redis command that makes the user, or a line of its ACL file without the first two words. The password is a
- * placeholder. The user has its queues and every stream that the configuration allows.
+ * The Redis commands that make the user, or lines of its ACL file without the first two words: one, or where the
+ * streams are on another server, that for the queues' and that for the streams'. The password is a placeholder. The
+ * user has its queues and every stream that the configuration allows.
  */
-export function redisAcl(
-  config: Pick<RelayConfig, 'queuePrefix' | 'queueName' | 'dlqStreamName' | 'allowedTopics'>,
-  { redisUser }: Pick<Grantees, 'redisUser'>,
-): string {
+export function redisAcls(config: RelayConfig, grantees: Pick<Grantees, 'redisUser'>): string[] {
   const { queuePrefix, queueName, dlqStreamName, allowedTopics } = config;
   const topics = patternsOf(allowedTopics).map(inGlob);
-  const queues = literal(`${queuePrefix}:${queueName}`);
+  const own = literal(`${queuePrefix}:${queueName}`);
+  const queues = [`${own}-*`, `${own}:*`];
   const dlq = allowing(allowedTopics)(dlqStreamName) ? [] : [literal(dlqStreamName)];
   // RELAY_STREAM_NAME is one of the topics that are allowed.
-  const keys = topics.includes('*') ? ['*'] : [`${queues}-*`, `${queues}:*`, ...topics, ...dlq];
-  const patterns = [...new Set(keys)].map((key) => `~${key}`).join(' ');
+  const streams = [...topics, ...dlq];
+  const place = streamPlace(config);
+  if (place === config) return [aclOf([...queues, ...streams], config, grantees)];
+  return [aclOf(queues, config, grantees), aclOf([`${own}:*`, ...streams], place, grantees)];
+}
+
+function aclOf(
+  keys: readonly string[],
+  place: RelayConfig,
+  { redisUser }: Pick<Grantees, 'redisUser'>,
+): string {
+  const patterns = [...new Set(keys.includes('*') ? ['*'] : keys)].map((key) => `~${key}`).join(' ');
   // BullMQ uses dozens of commands on its own keys; INFO tells whether the server is still the same.
-  const commands = '-@all +@read +@write +@connection +eval +evalsha -@dangerous +info';
+  const basic = '-@all +@read +@write +@connection +eval +evalsha -@dangerous +info';
+  const commands = isCluster(place) ? `${basic} +cluster|slots` : basic;
   return `ACL SETUSER ${redisUser} on resetpass >password resetkeys resetchannels ${patterns} ${commands}`;
+}
+
+/** The same for sentinels that know users, or nothing where there are none. It is asked where the master is. */
+export function sentinelAcl(
+  { redisSentinels }: Pick<RelayConfig, 'redisSentinels'>,
+  { redisUser }: Pick<Grantees, 'redisUser'>,
+): string | undefined {
+  if (redisSentinels === 'none') return undefined;
+  const commands = '-@all +auth +hello +sentinel|get-master-addr-by-name +sentinel|sentinels';
+  return `ACL SETUSER ${redisUser} on resetpass >password resetkeys resetchannels ${commands}`;
 }
 
 /** Always in quotes: `user` and other words of SQL are names, too. */

@@ -15,6 +15,22 @@ import { createRestorer } from '../stream/restore.ts';
 import { createDeadLetters, type DeadLetters } from './dead-letters.ts';
 import { createRepublish, type Republish } from './republish.ts';
 
+/** Takes failed jobs away, but for those whose append is remembered: by the jobs themselves, or beside the streams. */
+function takingAway(
+  queues: Queues,
+  streamRedis: Redis,
+  markerKey: ((eventId: string) => string) | undefined,
+): Queues['takeAway'] {
+  if (markerKey === undefined) return queues.takeAway;
+  return async (eventIds, memory) => {
+    const marked = await Promise.all(eventIds.map((eventId) => streamRedis.exists(markerKey(eventId))));
+    const unmarked = eventIds.filter((_, i) => marked[i] === 0);
+    const appended = eventIds.filter((_, i) => marked[i] === 1);
+    const unclear = await queues.takeAway(unmarked, memory);
+    return new Map([...unclear, ...appended.map((eventId) => [eventId, 'appended'] as const)]);
+  };
+}
+
 export type Operations = Readonly<{
   deadLetters: DeadLetters;
   republish: Republish;
@@ -24,23 +40,24 @@ export type Operations = Readonly<{
 
 /**
  * What operators can do, on connections that are there already: within a relay or beside it.
- * @param servers `redis` neither queues nor resends commands (QUEUE_CONNECTION, APPEND_CONNECTION)
+ * @param servers `redis` and `streamRedis`, which may be the same, neither queue nor resend commands
+ * (QUEUE_CONNECTION, APPEND_CONNECTION)
  */
 export function openOperations(
   config: RelayConfig,
-  servers: Readonly<{ pool: Pool; redis: Redis; queues?: Queues; logger: Logger }>,
+  servers: Readonly<{ pool: Pool; redis: Redis; streamRedis: Redis; queues?: Queues; logger: Logger }>,
 ): Operations {
-  const { pool, redis, logger } = servers;
+  const { pool, redis, streamRedis, logger } = servers;
   const options = { ...config, statementTimeoutMs: config.publishTimeoutMs };
   const streamOptions = streamOptionsOf(config);
-  const restorer = createRestorer(redis, streamOptions);
+  const restorer = createRestorer(streamRedis, streamOptions);
   const queues = servers.queues ?? createQueues(redis, config, logger);
   const { pollIntervalMs } = config;
   return {
     deadLetters: createDeadLetters({
       rows: createDeadRows(pool, options),
-      entries: createDeadEntries(redis, config.dlqStreamName, restorer.findAll),
-      jobs: queues,
+      entries: createDeadEntries(streamRedis, config.dlqStreamName, restorer.findAll),
+      jobs: { ...queues, takeAway: takingAway(queues, streamRedis, streamOptions.markerKey) },
       memory: ENTRY,
       inStream: restorer.find,
       release: createOutbox(pool, options).releaseOrphans,
@@ -49,7 +66,7 @@ export function openOperations(
     }),
     republish: createRepublish({
       receipts: createReceipts(pool, options),
-      republisher: createRepublisher(redis, streamOptions),
+      republisher: createRepublisher(streamRedis, streamOptions),
       logger,
     }),
     close: async () => {

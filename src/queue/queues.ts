@@ -270,6 +270,13 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       };
     },
 
+    /** When the event's job was made, and when it ended if it has; ms since the epoch. Null when there is none. */
+    async times(eventId: string): Promise<{ madeAt: number; endedAt: number | null } | null> {
+      const [madeAt, endedAt] = await redis.hmget(publish.toKey(eventId), 'timestamp', 'finishedOn');
+      if (!madeAt) return null;
+      return { madeAt: Number(madeAt), endedAt: endedAt ? Number(endedAt) : null };
+    },
+
     /** Failed jobs beyond the newest `kept`, at most `limit` of them. */
     async failedBeyond(kept: number, limit: number): Promise<string[]> {
       const excess = (await publish.getJobCountByTypes('failed')) - kept;

@@ -2,6 +2,7 @@ import type { Redis, RedisOptions, Result } from 'ioredis';
 import { Packr } from 'msgpackr';
 import { type AppendOutcome, inSteps, type OutboxEvent } from '../event.ts';
 import { deadLetterFields, envelopeFields } from './envelope.ts';
+import type { Markers } from './markers.ts';
 
 /**
  * Appends entries and remembers the id of each in its publish job's own hash, atomically; run again, it answers
@@ -72,6 +73,8 @@ export type StreamOptions = Readonly<{
   jobKey: (eventId: string) => string;
   /** Redis key of the epoch's name. */
   epochKey: string;
+  /** Redis key that remembers an event's entry, where the jobs are on another server; see markers.ts. */
+  markerKey?: (eventId: string) => string;
   /** Told of each stream of events at its first entry in an epoch. */
   onFirstEntry?: (stream: string) => void;
 }>;
@@ -105,7 +108,8 @@ type Appending = Readonly<{
   reject: (error: Error) => void;
 }>;
 
-export function createStream(redis: Redis, epochs: Epochs, options: StreamOptions) {
+/** @param markers where the jobs are on another server */
+export function createStream(redis: Redis, epochs: Epochs, options: StreamOptions, markers?: Markers) {
   redis.defineCommand('appendOnce', { lua: APPEND_ONCE });
 
   /** Streams that had an entry in this epoch: one of them that is not there any more was lost. */
@@ -169,7 +173,8 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
     const hasEnded = field === DEAD_LETTER_ENTRY;
     const xadd = [...(streams.has(stream) ? ['NOMKSTREAM'] : []), ...trimmedTo(maxLen), '*', ...fields];
     try {
-      const reply = await ask(epoch, [stream, options.jobKey(event.eventId)], field, hasEnded, xadd);
+      const reply = await (markers?.append(event, stream, epoch, hasEnded, xadd) ??
+        ask(epoch, [stream, options.jobKey(event.eventId)], field, hasEnded, xadd));
       if (reply.startsWith('-')) throw refusal(reply.slice(1));
       const [answer = '', letter] = reply.split('|');
       const outcome = outcomeOf(answer, epoch);
@@ -234,7 +239,7 @@ const DEMOTED = /\b(READONLY|MASTERDOWN)\b/;
 
 /** Replies by which Redis refuses everybody, whatever the event. */
 const NOBODY_NOW =
-  /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED|NOAUTH|WRONGPASS)/;
+  /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED|NOAUTH|WRONGPASS)/;
 
 export function outcomeOfError(error: Error): AppendOutcome & { status: 'refused' | 'unavailable' } {
   // Redis says where in the script it refused: before the refusal up to version 6, after it since 7.

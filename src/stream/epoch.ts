@@ -113,9 +113,11 @@ export function createEpoch(deps: {
   key: string;
   databaseTime: () => Promise<string>;
   restore: (loss: Loss) => Promise<void>;
+  /** What that is, for the log. */
+  restoring?: string;
   logger: Logger;
 }): Epoch {
-  const { redis, key, logger } = deps;
+  const { redis, key, logger, restoring = 'comparing what was published with what is there' } = deps;
   const checkerKey = `${key}:checker`;
   const intactKey = `${key}:intact`;
   const notesKey = notesOf(key);
@@ -200,7 +202,7 @@ export function createEpoch(deps: {
       await redis.set(key, guard);
       logger.info(
         { intactUntil, known: found !== null },
-        'Redis is new here, or was restarted, replaced or emptied: comparing what was published with what is there',
+        `Redis is new here, or was restarted, replaced or emptied: ${restoring}`,
       );
       await deps.restore({ intactUntil, guard });
       const next = `${server}:${randomUUID()}`;

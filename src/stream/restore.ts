@@ -59,6 +59,18 @@ if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], ARGV[2], 
 return id`;
 
 /**
+ * The same where the jobs are on another server: the marker of the event's entry (markers.ts) is the only memory.
+ * KEYS: stream, marker, epoch. ARGV: what the epoch's key must hold, lifetime of the marker (s), then as above.
+ */
+const RESTORE_MARKED = `
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then return '!' end
+local there = redis.call('GET', KEYS[2])
+if there and #redis.call('XRANGE', KEYS[1], there, there) > 0 then return '=' .. there end
+local id = redis.call('XADD', KEYS[1], unpack(ARGV, 3))
+redis.call('SET', KEYS[2], id, 'EX', ARGV[2])
+return id`;
+
+/**
  * One step back through a stream. KEYS: stream. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how
  * many entries, then the event ids wanted. Answers the last id it came to, then pairs of event id and entry id.
  */
@@ -107,6 +119,12 @@ declare module 'ioredis' {
       epochKey: string,
       ...args: string[]
     ): Result<string, Context>;
+    restoreMarked(
+      stream: string,
+      marker: string,
+      epochKey: string,
+      ...args: string[]
+    ): Result<string, Context>;
   }
 }
 
@@ -141,6 +159,7 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
   const notes = notesOf(options.epochKey);
   redis.defineCommand('findEntries', { numberOfKeys: 1, lua: FIND });
   redis.defineCommand('restoreEntry', { numberOfKeys: 4, lua: RESTORE });
+  redis.defineCommand('restoreMarked', { numberOfKeys: 3, lua: RESTORE_MARKED });
 
   async function restore(
     stream: string,
@@ -150,14 +169,14 @@ export function createRestorer(redis: Redis, options: StreamOptions) {
     fields: string[],
     guard: string,
   ): Promise<RestoreOutcome> {
+    const { epochKey, jobKey, markerKey } = options;
+    const restored = `${epochKey}:restored:${event.eventId}`;
+    const marker = field === ENTRY ? markerKey?.(event.eventId) : markerKey && restored;
+    const [ttl, xadd] = [String(TTL_S), [...trimmedTo(maxLen), '*', ...fields]];
     const reply = await orRefusal(
-      redis.restoreEntry(
-        stream,
-        options.jobKey(event.eventId),
-        `${options.epochKey}:restored:${event.eventId}`,
-        options.epochKey,
-        ...[guard, field, String(TTL_S), ...trimmedTo(maxLen), '*', ...fields],
-      ),
+      marker === undefined
+        ? redis.restoreEntry(stream, jobKey(event.eventId), restored, epochKey, guard, field, ttl, ...xadd)
+        : redis.restoreMarked(stream, marker, epochKey, guard, ttl, ...xadd),
     );
     if (typeof reply !== 'string') return reply;
     if (reply === '!') throw new NotOurEpochError();

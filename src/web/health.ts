@@ -8,6 +8,8 @@ export type Check = Readonly<{ status: 'healthy' | 'degraded' | 'unhealthy'; [de
 export type Probes = Readonly<{
   database: () => Promise<Record<string, unknown>>;
   redis: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
+  /** That of the streams, where it is another server. */
+  streamRedis?: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
   backlog: () => Promise<Record<string, unknown> & { oldestSeconds: { waiting: number | null } }>;
 }>;
 
@@ -27,8 +29,8 @@ export function createHealth(probes: Probes) {
   }
 
   const database = () => check(probes.database, () => ({ status: 'healthy' }));
-  const redis = () =>
-    check(probes.redis, ({ aofEnabled, ...details }) => ({
+  const redis = (probe = probes.redis) =>
+    check(probe, ({ aofEnabled, ...details }) => ({
       status: aofEnabled ? 'healthy' : 'degraded',
       aof_enabled: aofEnabled,
       ...details,
@@ -41,14 +43,21 @@ export function createHealth(probes: Probes) {
       oldest_waiting_seconds: waiting,
     }));
 
+  async function ready(): Promise<Record<string, Check>> {
+    const { streamRedis } = probes;
+    const [db, cache, streams] = await Promise.all([
+      database(),
+      redis(),
+      streamRedis === undefined ? undefined : redis(streamRedis),
+    ]);
+    return { database: db, redis: cache, ...(streams && { stream_redis: streams }) };
+  }
+
   return {
-    async ready(): Promise<Record<string, Check>> {
-      const [db, cache] = await Promise.all([database(), redis()]);
-      return { database: db, redis: cache };
-    },
+    ready,
     async detailed(): Promise<Record<string, Check>> {
-      const [db, cache, waiting] = await Promise.all([database(), redis(), backlog()]);
-      return { database: db, redis: cache, backlog: waiting };
+      const [servers, waiting] = await Promise.all([ready(), backlog()]);
+      return { ...servers, backlog: waiting };
     },
   };
 }

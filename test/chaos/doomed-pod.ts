@@ -71,7 +71,7 @@ function watchedRedis(redis: Redis): Redis {
   return redis;
 }
 
-const redis = watchedRedis(openRedis(config.redisUrl, { lazyConnect: true }));
+const redis = watchedRedis(openRedis(config, { lazyConnect: true }));
 redis.on('error', () => {});
 // As app.ts makes it.
 const pool = watched(

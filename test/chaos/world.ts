@@ -80,7 +80,7 @@ async function build(
   const [redis, postgres] = await Promise.all([
     startPrivateRedis({
       directory: redisFolder,
-      args: ['--aof-use-rdb-preamble', 'yes', ...redisArgs(POD_SETTINGS, REDIS_USER)],
+      args: ['--aof-use-rdb-preamble', 'yes', ...redisArgs(POD_SETTINGS, undefined, REDIS_USER)],
     }),
     startPrivatePostgres({
       directory: join(folder.path, 'postgres'),

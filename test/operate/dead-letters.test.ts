@@ -46,7 +46,12 @@ beforeAll(async () => {
   const config = loadConfig({
     ...{ RELAY_DATABASE_URL: database.url, RELAY_REDIS_URL: server.url, RELAY_DEAD_LETTER_POLICY: 'hold' },
   });
-  const operations = openOperations(config, { pool: operators, redis: relayRedis, logger: silent });
+  const operations = openOperations(config, {
+    pool: operators,
+    redis: relayRedis,
+    streamRedis: relayRedis,
+    logger: silent,
+  });
   deadLetters = operations.deadLetters;
   publish = new Queue('relay-publish', { connection: relayRedis, prefix: 'bull' });
   atEndOfFile(async () => {

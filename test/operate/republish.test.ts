@@ -42,7 +42,12 @@ beforeAll(async () => {
   const relayRedis = openRedis(server.url, APPEND_CONNECTION);
   await waitFor(() => relayRedis.status === 'ready', { what: 'the connection' });
   const config = loadConfig({ RELAY_DATABASE_URL: database.url, RELAY_REDIS_URL: server.url });
-  const operations = openOperations(config, { pool: relayPool, redis: relayRedis, logger: silent });
+  const operations = openOperations(config, {
+    pool: relayPool,
+    redis: relayRedis,
+    streamRedis: relayRedis,
+    logger: silent,
+  });
   republish = operations.republish;
   atEndOfFile(operations.close);
   const info = `${await redis.info('server')}${await redis.info('replication')}`;

@@ -78,12 +78,29 @@ const OPERATORS_COMMANDS = ['dlq', 'prune', 'board'];
 
 /** For one test: a database, a Redis and whatever is needed to look at them. Its pods and its Redis end with the test. */
 export async function setStage(options: StageOptions = {}): Promise<Stage> {
-  const [databaseUrl, server] = await Promise.all([
-    options.databaseUrl ?? createDatabase().then(({ adminUrl }) => adminUrl),
-    createRedis({ args: options.redisArgs ?? [] }),
-  ]);
-  const pool = new Pool({ connectionString: databaseUrl, max: 8, application_name: 'test' });
+  const server = await createRedis({ args: options.redisArgs ?? [] });
+  onTestFinished(() => server.kill('SIGKILL'));
   const redis = new Redis(server.adminUrl, { maxRetriesPerRequest: null });
+  const env = { RELAY_REDIS_URL: server.url, ...options.env };
+  return { ...(await setStageOn({ ...options, redis, env, queuesAt: server.adminUrl })), server };
+}
+
+/**
+ * The same on a Redis that was started otherwise.
+ * @param options.redis reads the streams; disconnected with the test
+ * @param options.queuesAt where `queue` finds the queues
+ */
+export async function setStageOn(
+  options: Omit<StageOptions, 'redisArgs' | 'env'> &
+    Readonly<{
+      redis: AdminRedis;
+      env: Readonly<Record<string, string> & { RELAY_REDIS_URL: string }>;
+      queuesAt?: string;
+    }>,
+): Promise<Omit<Stage, 'server'>> {
+  const { redis } = options;
+  const databaseUrl = options.databaseUrl ?? (await createDatabase()).adminUrl;
+  const pool = new Pool({ connectionString: databaseUrl, max: 8, application_name: 'test' });
   // Servers go away in these tests on purpose; a query or command that suffers from it fails by itself.
   pool.on('error', () => {});
   redis.on('error', () => {});
@@ -94,13 +111,10 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     await Promise.allSettled(queues.map((queue) => queue.close()));
     redis.disconnect();
     await pool.end();
-    await server.kill('SIGKILL');
   });
   if (options.databaseUrl !== undefined) await grantLeast(databaseUrl);
-  const env = {
-    ...{ RELAY_DATABASE_URL: asRelay(databaseUrl), RELAY_REDIS_URL: server.url },
-    ...options.env,
-  };
+  const env = { RELAY_DATABASE_URL: asRelay(databaseUrl), ...options.env };
+  const dlqStream = loadConfig(env).dlqStreamName;
 
   const rows = async (condition: string, values: unknown[] = []): Promise<Row[]> => {
     const found = await pool.query<Row>(
@@ -133,7 +147,6 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
   return {
     databaseUrl,
     pool,
-    server,
     redis,
     env,
     config: (more) => loadConfig({ ...env, ...more }),
@@ -160,7 +173,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
         },
       );
     },
-    expectPromisesHeld: () => expectPromisesHeld({ pool, redis, defaultStream: STREAM, dlqStream: DLQ }),
+    expectPromisesHeld: () => expectPromisesHeld({ pool, redis, defaultStream: STREAM, dlqStream }),
     entries: (stream = STREAM) => readEntries(redis, stream),
     async row(eventId) {
       const [row] = await rows('event_id = $1', [eventId]);
@@ -171,7 +184,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
     count,
     queue(kind) {
       const queue = new Queue(`relay-${kind}`, {
-        connection: { url: server.adminUrl, maxRetriesPerRequest: null },
+        connection: { url: options.queuesAt ?? options.env.RELAY_REDIS_URL, maxRetriesPerRequest: null },
       });
       queue.on('error', () => {});
       queues.push(queue);
@@ -180,7 +193,7 @@ export async function setStage(options: StageOptions = {}): Promise<Stage> {
   };
 }
 
-async function readEntries(redis: Redis, stream: string): Promise<Entry[]> {
+async function readEntries(redis: Pick<Redis, 'xrange'>, stream: string): Promise<Entry[]> {
   return (await redis.xrange(stream, '-', '+')).map(([entryId, flat]) => {
     const fields: Record<string, string> = {};
     for (let i = 0; i < flat.length; i += 2) fields[flat[i] as string] = flat[i + 1] as string;

@@ -1,7 +1,7 @@
 /** The role and the user that pods run as: with the rights that `relay grants` prints, and no others. */
 import { Client } from 'pg';
 import { loadConfig } from '../../src/config.ts';
-import { databaseGrants, redisAcl } from '../../src/operate/grants.ts';
+import { databaseGrants, redisAcls } from '../../src/operate/grants.ts';
 
 export const RELAY_USER = 'relay_pod';
 export const OPERATOR_ROLE = 'relay_test_operator';
@@ -20,17 +20,23 @@ export function asRelay(url: string, user = RELAY_USER): string {
   return changed.href;
 }
 
-/** What ACL SETUSER takes after the name. */
-export function redisRules(env: Readonly<Record<string, string>> = {}, user = RELAY_USER): string[] {
-  const acl = redisAcl(loadConfig(env), { redisUser: user }).replace('>password', `>${RELAY_PASSWORD}`);
-  return acl.split(' ').slice(3);
+/** What ACL SETUSER takes after the name; of two servers, on that one. */
+export function redisRules(
+  env: Readonly<Record<string, string>> = {},
+  user = RELAY_USER,
+  on: 'queues' | 'streams' = 'queues',
+): string[] {
+  const acls = redisAcls(loadConfig(env), { redisUser: user });
+  const acl = acls.at(on === 'streams' ? -1 : 0) ?? '';
+  return acl.replace('>password', `>${RELAY_PASSWORD}`).split(' ').slice(3);
 }
 
 /** Arguments of redis-server: it knows the user after a restart and after FLUSHALL, too. */
-export const redisArgs = (env?: Readonly<Record<string, string>>, user = RELAY_USER): string[] => [
-  ...['--user', user],
-  ...redisRules(env, user),
-];
+export const redisArgs = (
+  env?: Readonly<Record<string, string>>,
+  on?: 'queues' | 'streams',
+  user = RELAY_USER,
+): string[] => [...['--user', user], ...redisRules(env, user, on)];
 
 /** Makes the roles where there are none, and gives them their rights if the table is there. */
 export async function grantLeast(

@@ -12,7 +12,9 @@ const AGGREGATES = 20;
  * Starts a pod and catches it between append and acknowledgement: of 60 events of 20 aggregates the first of each is
  * in the stream, and no row can be marked before `release` is called, which ends the row locks that are held here.
  */
-export async function catchMidAppend(stage: Stage): Promise<{ pod: Pod; release: () => Promise<void> }> {
+export async function catchMidAppend(
+  stage: Omit<Stage, 'server'>,
+): Promise<{ pod: Pod; release: () => Promise<void> }> {
   const pod = await stage.pod();
   // While the queue is paused the rows are leased and their jobs are there, and nobody works on them.
   const publish = stage.queue('publish');

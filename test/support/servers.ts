@@ -56,12 +56,20 @@ async function asAdmin(work: (admin: Client) => Promise<void>): Promise<void> {
   }
 }
 
-/** A Redis of this test file's own, stopped after it. It knows the relay's user. */
-export async function createRedis(options: Omit<PrivateRedisOptions, 'directory'> = {}): Promise<TestRedis> {
+/** A Redis of this test file's own, stopped after it. It knows the relay's user, configured by `env`. */
+export async function createRedis({
+  env,
+  on,
+  ...options
+}: Omit<PrivateRedisOptions, 'directory'> & {
+  env?: Readonly<Record<string, string>>;
+  /** What it is for, where `env` says that there are two. */
+  on?: 'queues' | 'streams';
+} = {}): Promise<TestRedis> {
   const directory = join(await folderOfFile(), `redis-${randomBytes(4).toString('hex')}`);
   const redis = await startPrivateRedis({
     ...{ directory, ...options },
-    args: [...redisArgs(), ...(options.args ?? [])],
+    args: [...redisArgs(env, on), ...(options.args ?? [])],
   });
   // Nobody needs what it holds, so it need not write it down first.
   atEndOfFile(() => redis.kill('SIGKILL'));

@@ -1,11 +1,11 @@
 /** What tests of single stages share: clients that close by themselves, a silent logger, rows and events at hand. */
 import { Redis, type RedisOptions } from 'ioredis';
 import pg from 'pg';
-import { redisOptions } from '../../src/connection-urls.ts';
 import type { SampleEvent } from '../../src/demo/sample.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import type { Logger } from '../../src/logger.ts';
 import type { Queryable } from '../../src/outbox/database.ts';
+import { redisOptions } from '../../src/redis-urls.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { anEvent } from './events.ts';
 
@@ -43,7 +43,8 @@ export function openRedis(url: string, options: RedisOptions = {}): Redis {
 
 /** Of the user that may do everything, as `AdminPool` is. BullMQ would take it for options, were it not for the `url`. */
 export type AdminRedis = Omit<Redis, 'duplicate'> & Readonly<{ url?: 0 }>;
-export const openAdminRedis = (adminUrl: string): AdminRedis => clientOf(adminUrl, {});
+export const openAdminRedis = (adminUrl: string, options: RedisOptions = {}): AdminRedis =>
+  clientOf(adminUrl, options);
 
 /** So that tests of one module run it with the rights that `relay grants` gives, as pods have them. */
 function refuseAdmin(url: string): void {

@@ -1,0 +1,28 @@
+import { expect } from 'vitest';
+import type { Stage } from './flow.ts';
+import { startLoad } from './load.ts';
+import { waitFor } from './wait.ts';
+
+/** As many events flow before and after `disturb`, whatever it does; then every event is in its stream, once, in order. */
+export async function underTraffic(
+  stage: Omit<Stage, 'server'>,
+  disturb: (flows: (events: number, what?: string) => Promise<void>) => Promise<void>,
+): Promise<void> {
+  const load = startLoad(stage.pool);
+  const flows = async (events: number, what = 'the load to flow') => {
+    const before = await stage.count('published');
+    await waitFor(async () => (await stage.count('published')) > before + events, {
+      what,
+      timeoutMs: 30_000,
+    });
+  };
+  await flows(200);
+  await disturb(flows);
+  await flows(200, 'the load to flow again');
+  await load.stop();
+  await stage.rested();
+  const grade = await stage.expectPromisesHeld();
+  expect(grade).toMatchObject({ deadLetters: 0, entries: load.written() });
+  // None of it was an event's fault.
+  expect(await stage.count('attempts > 0')).toBe(0);
+}
