@@ -61,10 +61,13 @@ function watchedRedis(redis: Redis): Redis {
     commands.appendOnce = async function (keys, ...args) {
       // ioredis puts the command into its pipelines as well.
       if (this !== redis) return append.call(this, keys, ...args);
-      const isDeadLetter = args.slice(0, keys).includes(config.dlqStreamName);
-      if (isDeadLetter) at('failure-before-dead-letter');
+      // After the epoch's key, stream and job of each entry: one call appends many.
+      const streams = args.slice(1, keys).filter((_, i) => i % 2 === 0);
+      const isDeadLetter = (stream: unknown) => stream === config.dlqStreamName;
+      for (const _ of streams.filter(isDeadLetter)) at('failure-before-dead-letter');
       const reply = await append.call(this, keys, ...args);
-      at(isDeadLetter ? 'dead-letter-before-row' : 'append-before-acknowledge');
+      for (const stream of streams)
+        at(isDeadLetter(stream) ? 'dead-letter-before-row' : 'append-before-acknowledge');
       return reply;
     };
   };

@@ -112,7 +112,7 @@ test('what the pod is, and what the relay as a whole is, is told', () => {
   expect(valueIn(metrics, 'relay_oldest_dead_seconds')).toBeGreaterThan(0);
   expect(valueIn(metrics, 'relay_queue_jobs', { queue: 'publish', state: 'failed' })).toBe(3);
   expect(valueIn(metrics, 'relay_jobs_in_flight')).toBe(0);
-  expect(valueIn(metrics, 'relay_jobs_in_flight_limit')).toBe(1_000);
+  expect(valueIn(metrics, 'relay_jobs_in_flight_limit')).toBe(2_000);
   expect(valueIn(metrics, 'relay_stream_entries', { stream: STREAM })).toBe(95);
   expect(valueIn(metrics, 'relay_stream_entries', { stream: DLQ })).toBe(3);
   const group = { stream: STREAM, group: 'mailer' };

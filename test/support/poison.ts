@@ -19,12 +19,19 @@ export async function poisonable(stream: string): Promise<Record<string, string>
   await writeFile(
     file,
     `import { createRequire } from 'node:module';
-const { Redis } = createRequire(process.argv[1])('ioredis');
+const require = createRequire(process.argv[1]);
+const { Redis } = require('ioredis');
+const { unpack } = require('msgpackr');
 const send = Redis.prototype.sendCommand;
 Redis.prototype.sendCommand = function (command, stream) {
-  const [, , key, ...rest] = command.args;
-  if (/^eval/.test(command.name) && key === ${JSON.stringify(stream)} && rest.some((it) => String(it).includes('${POISON}'))) {
-    process.kill(process.pid, 'SIGKILL');
+  const [, keys, , ...rest] = command.args;
+  const entries = rest.at(-1);
+  if (/^eval/.test(command.name) && Buffer.isBuffer(entries) && rest.includes(${JSON.stringify(stream)})) {
+    // Stream and job of each entry, the epoch, the entries (see append.ts).
+    unpack(entries).forEach((entry, i) => {
+      if (rest[2 * i] === ${JSON.stringify(stream)} && entry.some((it) => String(it).includes('${POISON}')))
+        process.kill(process.pid, 'SIGKILL');
+    });
   }
   return send.call(this, command, stream);
 };

@@ -354,15 +354,18 @@ async function startDoomedPod(config: RelayConfig, admin: AdminPool, window: Win
       const define = redis.defineCommand.bind(redis);
       redis.defineCommand = (name, definition) => {
         define(name, definition);
-        type Command = (this: unknown, ...args: string[]) => Promise<unknown>;
+        if (name !== 'appendOnce') return;
+        type Command = (this: unknown, keys: number, ...args: (string | Buffer)[]) => Promise<unknown>;
         const commands = redis as unknown as Record<string, Command>;
         const run = commands[name] as Command;
-        commands[name] = async function (...args) {
+        commands[name] = async function (keys, ...args) {
           // ioredis puts the command into its pipelines as well.
-          if (this !== redis) return run.apply(this, args);
-          await pass(beforeAppend(args[0] ?? ''));
-          const reply = await run.apply(this, args);
-          await pass(afterAppend(args[0] ?? ''));
+          if (this !== redis) return run.call(this, keys, ...args);
+          // After the epoch's key, stream and job of each entry: one call appends many.
+          const streams = args.slice(1, keys).filter((_, i) => i % 2 === 0);
+          for (const stream of streams) await pass(beforeAppend(String(stream)));
+          const reply = await run.call(this, keys, ...args);
+          for (const stream of streams) await pass(afterAppend(String(stream)));
           return reply;
         };
       };
