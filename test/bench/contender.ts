@@ -18,7 +18,7 @@ export type Contender = Readonly<{
   name: string;
   /** What it is, in a few words. */
   describe: string;
-  /** So slow that a round to warm it up would only take time. */
+  /** So slow that a round to warm it up would only take time, and a large backlog would never end. */
   isSlow?: true;
   /**
    * Puts the work in place, waits until it is done, and checks what came of it.
