@@ -46,7 +46,8 @@ export async function startChild(script: string, config: unknown, undo: Undo): P
   const release = guardProcess(pid, 'KILL');
   const exited = new Promise<void>((resolve) => child.once('exit', () => resolve()));
   undo.push(async () => {
-    child.stdin.end();
+    // At once, also from the middle of what it was asked for: it has nothing to lose.
+    child.kill('SIGKILL');
     await exited;
     release();
   });

@@ -90,6 +90,10 @@ let setting: Setting | undefined;
 const results: ScenarioResult[] = [];
 try {
   for (const scenario of options.scenario ?? USUAL) results.push(await run(scenario));
+} catch (error) {
+  // What is measured when it is ended fails; the process exits when all is cleaned up.
+  if (interrupted) await new Promise(() => {});
+  throw error;
 } finally {
   progress.stop();
   if (!interrupted) await cleanUp();

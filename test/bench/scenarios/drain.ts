@@ -33,7 +33,7 @@ export const DRAIN: Scenario = {
     );
     const others = contenders.slice(1).map(({ name }) => ['relay', name] as const);
     return {
-      about: `${events} events of ${workload.aggregates} aggregates`,
+      about: `${events.toLocaleString('en')} events of ${workload.aggregates.toLocaleString('en')} aggregates`,
       figures: [...rateFigures(drained, others), ...cpuFigures('relay', drained.get('relay') ?? [])],
       verified:
         'every event of the relay, the poller and pg-transactional-outbox once, in the order of its aggregate, in every ' +
