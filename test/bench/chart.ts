@@ -1,9 +1,12 @@
-/** A bar for each contender, as SVG: its median, with a line from the least to the most of its rounds. */
+/**
+ * A bar for each contender, as SVG: its median, with a line from the least to the most of its rounds. It brings its
+ * own ground: a page's colours are not always those that its reader prefers.
+ */
 import { rounded } from './report.ts';
 import { type Figure, median } from './scenario.ts';
 
-const WIDTH = 860;
-const LABEL_WIDTH = 270;
+const WIDTH = 880;
+const LABEL_WIDTH = 310;
 const VALUE_WIDTH = 150;
 const ROW_HEIGHT = 34;
 const BAR_HEIGHT = 20;
@@ -32,6 +35,7 @@ export function barChart(title: string, figures: readonly Figure[], footnotes: r
   const footTop = HEAD_HEIGHT + rows.length * ROW_HEIGHT + FOOT_LINE_HEIGHT + 4;
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${WIDTH} ${height}" width="${WIDTH}" height="${height}" role="img" aria-label="${escaped(title)}">
 <style>
+.page { fill: #ffffff; stroke: #d1d9e0; }
 text { font: 14px system-ui, sans-serif; fill: #1f2328; }
 .title { font-weight: 600; font-size: 16px; }
 .foot { font-size: 11px; fill: #59636e; }
@@ -39,6 +43,7 @@ text { font: 14px system-ui, sans-serif; fill: #1f2328; }
 .other { fill: #afb8c1; }
 .spread { stroke: #1f2328; stroke-width: 2; }
 @media (prefers-color-scheme: dark) {
+.page { fill: #0d1117; stroke: #3d444d; }
 text { fill: #e6edf3; }
 .foot { fill: #9198a1; }
 .own { fill: #4493f8; }
@@ -46,6 +51,7 @@ text { fill: #e6edf3; }
 .spread { stroke: #e6edf3; }
 }
 </style>
+<rect class="page" x="0.5" y="0.5" width="${WIDTH - 1}" height="${height - 1}" rx="6"/>
 <text class="title" x="10" y="26">${escaped(title)}</text>
 ${bars.join('\n')}
 ${footnotes.map((line, i) => `<text class="foot" x="10" y="${footTop + i * FOOT_LINE_HEIGHT}">${escaped(line)}</text>`).join('\n')}

@@ -18,7 +18,7 @@ export type Contender = Readonly<{
   name: string;
   /** What it is, in a few words. */
   describe: string;
-  /** So slow that a round to warm it up would only take time. */
+  /** So slow that a round to warm it up would only take time, and a large backlog would never end. */
   isSlow?: true;
   /**
    * Puts the work in place, waits until it is done, and checks what came of it.
@@ -46,7 +46,8 @@ export async function startChild(script: string, config: unknown, undo: Undo): P
   const release = guardProcess(pid, 'KILL');
   const exited = new Promise<void>((resolve) => child.once('exit', () => resolve()));
   undo.push(async () => {
-    child.stdin.end();
+    // At once, also from the middle of what it was asked for: it has nothing to lose.
+    child.kill('SIGKILL');
     await exited;
     release();
   });

@@ -34,7 +34,7 @@ const SCENARIOS: readonly Scenario[] = [
 const USUAL = [DRAIN, COSTS, IDLE];
 
 const positive = wholeNumber(1, 1_000_000_000);
-const list = (text: string) => text.split(',').map(positive);
+const list = (text: string) => text.split(',').map(wholeNumber(0, 1_000_000_000));
 
 function scenarioList(text: string, earlier: readonly Scenario[] = []): readonly Scenario[] {
   if (text === 'all') return SCENARIOS;
@@ -56,7 +56,8 @@ const options = new Command('npm run bench --')
   .option('--runs <n>', 'rounds in which each contender is measured', positive, 3)
   .option('--quick', 'small runs, to see that it works: their figures say nothing', false)
   .option('--out <folder>', 'where bench.json and the chart are written', '.bench')
-  .option('--aggregates <list>', 'number of aggregates that the events belong to (drain)', list)
+  .option('--aggregates <n>', 'number of aggregates that the events belong to (drain)', positive)
+  .option('--published <list>', 'numbers of published rows in the table (growth)', list)
   .option('--seconds <n>', 'watch no longer (backlog)', positive)
   .option('--variant <n>', 'only this variant of the table (table-size)', positive)
   .option('--no-fsync', 'run PostgreSQL without fsync')
@@ -90,6 +91,10 @@ let setting: Setting | undefined;
 const results: ScenarioResult[] = [];
 try {
   for (const scenario of options.scenario ?? USUAL) results.push(await run(scenario));
+} catch (error) {
+  // What is measured when it is ended fails; the process exits when all is cleaned up.
+  if (interrupted) await new Promise(() => {});
+  throw error;
 } finally {
   progress.stop();
   if (!interrupted) await cleanUp();
@@ -126,8 +131,7 @@ async function cleanUp(): Promise<void> {
 
 async function conclude(): Promise<void> {
   const targets = judge(results);
-  const measured = targets.filter((it) => it.verdict !== 'not measured');
-  if (measured.length > 0) console.log(targetsText(measured));
+  console.log(targetsText(targets));
   if (setting !== undefined) {
     const folder = resolve(options.out);
     await mkdir(folder, { recursive: true });

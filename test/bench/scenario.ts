@@ -27,7 +27,8 @@ export type ScenarioOptions = Readonly<{
   fsync: boolean;
   seconds?: number | undefined;
   variant?: number | undefined;
-  aggregates?: readonly number[] | undefined;
+  aggregates?: number | undefined;
+  published?: readonly number[] | undefined;
 }>;
 
 export type ScenarioContext = Readonly<{
@@ -46,6 +47,11 @@ export type Scenario = Readonly<{
   run(context: ScenarioContext): Promise<Omit<ScenarioResult, 'scenario'>>;
 }>;
 
+/** More would warm up nothing that so many do not. */
+const WARM_MOST = 5_000;
+/** What a slow contender is given of a backlog at most: it would need hours, and is the slower the more there is. */
+export const SLOW_MOST = 20_000;
+
 /**
  * Drains the same work by each contender in turn, `runs` times, and back in every other round: what slows the machine
  * down for a while meets them all. A round before the first is not counted.
@@ -63,7 +69,9 @@ export async function inTurns(
     for (const { contender, workload } of round % 2 === 0 ? entries : entries.toReversed()) {
       if (warm && contender.isSlow) continue;
       progress.now(`${warm ? 'warming up' : `round ${round} of ${options.runs}`}: ${contender.name}`);
-      const work = warm ? { ...workload, events: Math.max(500, Math.ceil(workload.events / 4)) } : workload;
+      const most = warm ? WARM_MOST : contender.isSlow ? SLOW_MOST : workload.events;
+      const events = Math.min(workload.events, most);
+      const work = { ...workload, events, aggregates: Math.min(workload.aggregates, events) };
       const result = await contender.drain(work);
       if (warm) continue;
       drained.get(contender.name)?.push(result);

@@ -5,7 +5,7 @@ import { Redis } from 'ioredis';
 import { answerParent, childConfig } from '../contender.ts';
 import type { NoopConfig } from './noop.ts';
 
-const { redisUrl, concurrency, batch, sample } = childConfig<NoopConfig>();
+const { redisUrl, concurrency, batch, calls, mostWaiting, sample } = childConfig<NoopConfig>();
 const connect = () => new Redis(redisUrl, { maxRetriesPerRequest: null });
 const queue = new Queue('noop', { connection: connect(), defaultJobOptions: { removeOnComplete: true } });
 let onCompleted = (): void => {};
@@ -23,17 +23,30 @@ const aJob = () => {
 };
 
 await answerParent(async ({ jobs }: { jobs: number }) => {
-  let left = jobs;
+  let added = 0;
+  let done = 0;
+  let onRoom: (() => void)[] = [];
   const finished = new Promise<void>((resolve) => {
     onCompleted = () => {
-      left--;
-      if (left === 0) resolve();
+      done++;
+      if (added - done < mostWaiting && onRoom.length > 0) {
+        for (const go of onRoom) go();
+        onRoom = [];
+      }
+      if (done === jobs) resolve();
     };
   });
   const startedAt = performance.now();
-  for (let added = 0; added < jobs; added += batch) {
-    await queue.addBulk(Array.from({ length: Math.min(batch, jobs - added) }, aJob));
-  }
+  await Promise.all(Array.from({ length: calls }, addAll));
   await finished;
   return { seconds: (performance.now() - startedAt) / 1_000 };
+
+  async function addAll(): Promise<void> {
+    while (added < jobs) {
+      const size = Math.min(batch, jobs - added);
+      added += size;
+      await queue.addBulk(Array.from({ length: size }, aJob));
+      if (added - done >= mostWaiting) await new Promise<void>((resolve) => onRoom.push(resolve));
+    }
+  }
 });

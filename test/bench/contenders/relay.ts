@@ -12,7 +12,7 @@ import { cpuBetween, cpuSoFar } from '../cpu.ts';
 import { pause, type Servers, silent, type Undo } from '../servers.ts';
 import { fillOutbox, type Workload } from '../workload.ts';
 
-const DRAIN_DEADLINE_MS = 900_000;
+const DRAIN_DEADLINE_MS = 1_800_000;
 const LOOK_EVERY_MS = 50;
 
 // Answered by the relay's own partial indexes: looking must not cost what is measured.
@@ -61,6 +61,8 @@ export async function openRelay(
     pods?: number;
     /** Rows that are published before a drain stay in the table. */
     keepsRows?: boolean;
+    /** What is done to the table before its pods start. */
+    prepare?: (pool: pg.Pool) => Promise<void>;
   }>,
   undo: Undo,
 ): Promise<Relay> {
@@ -74,6 +76,7 @@ export async function openRelay(
   const client = new pg.Client(url);
   await client.connect();
   await migrate(client, true, silent).finally(() => client.end());
+  await options.prepare?.(pool);
   const pods: Pod[] = [];
   undo.push(() => Promise.all(pods.map((pod) => pod.kill('SIGKILL'))));
   for (let i = 0; i < podCount; i++) {

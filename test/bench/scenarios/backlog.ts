@@ -2,13 +2,15 @@
  * A million rows waiting: whether the last tenth flows as the first does, what Redis holds beyond the stream, and what
  * the pod holds, watched while it drains. RELAY_MAX_IN_FLIGHT explains Redis' share.
  */
+import { loadConfig } from '../../../src/config.ts';
 import { NOTHING_FRESH, NOTHING_LIVE, openRelay, type Relay } from '../contenders/relay.ts';
 import { residentBytes } from '../cpu.ts';
 import { createRecorder } from '../recorder.ts';
 import type { Scenario } from '../scenario.ts';
 import { pause } from '../servers.ts';
 
-const MAX_IN_FLIGHT = 1_000;
+/** By default, as a pod has it that nobody configured. */
+const MAX_IN_FLIGHT = loadConfig({}).maxInFlight;
 const AGGREGATES_PER_EVENT = 1 / 5;
 const SAMPLE_MS = 250;
 /** A job's own, beside its payload, which is in Redis once more while the append is on its way. */
@@ -27,7 +29,7 @@ export const BACKLOG: Scenario = {
     progress.now('starting servers and a pod');
     const servers = await open();
     // The stream must not be what is measured.
-    const env = { RELAY_MAX_IN_FLIGHT: String(MAX_IN_FLIGHT), RELAY_STREAM_MAXLEN: '100000' };
+    const env = { RELAY_STREAM_MAXLEN: '100000' };
     const relay = await openRelay(servers, { name: 'relay', env }, undo);
     const { pool, redis, pods, stream } = relay;
     const [{ pid } = { pid: 0 }] = pods;

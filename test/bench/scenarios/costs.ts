@@ -1,15 +1,16 @@
-/** What an event costs, counted: statements, row writes, WAL, calls to Redis, memory in flight. */
+/** What an event costs, counted: statements, row writes, WAL, calls to Redis, memory in flight; and in time of the CPU. */
+import type { Drained } from '../contender.ts';
 import { openRelay } from '../contenders/relay.ts';
 import { rowWrites, sessionsEnded, startCounting } from '../counts.ts';
-import { ONCE_IN_ORDER, type Scenario } from '../scenario.ts';
+import { cpuFigures, ONCE_IN_ORDER, type Scenario } from '../scenario.ts';
 import { CONTENDER_ROLE, pause } from '../servers.ts';
 
-const SAMPLE_MS = 100;
+const SAMPLE_MS = 25;
 const WARM_EVENTS = 500;
 
 export const COSTS: Scenario = {
   name: 'costs',
-  describe: 'statements, row writes, WAL, Redis calls and memory for each event, counted',
+  describe: 'statements, row writes, WAL, Redis calls and memory for each event, counted; CPU time',
   minutes: 1,
   async run({ options, open, undo, progress }) {
     const { events = options.quick ? 5_000 : 20_000 } = options;
@@ -42,11 +43,17 @@ export const COSTS: Scenario = {
     }
     await again;
 
+    const timed: Drained[] = [];
+    for (let run = 1; run <= options.runs; run++) {
+      progress.now(`CPU time, run ${run} of ${options.runs}`);
+      timed.push(await relay.drain(workload));
+    }
+
     progress.now('ending the pod, whose row writes are counted then');
     await relay.stop();
     await sessionsEnded(pool, CONTENDER_ROLE);
     const rows = await rowWrites(pool);
-    const relayed = WARM_EVENTS + 2 * events;
+    const relayed = WARM_EVENTS + (2 + options.runs) * events;
     const per = (name: string, total: number, unit = 'per event') => ({
       name,
       unit,
@@ -65,7 +72,8 @@ export const COSTS: Scenario = {
         per('Redis calls', calls.callsTotal),
         per('Redis round trips', calls.reads),
         per('Redis commands within scripts', calls.withinScripts),
-        { name: 'Redis memory in flight', unit: 'KiB', values: [(most - idle) / 1_024] },
+        { name: 'Redis memory in flight, at most', unit: 'KiB', values: [(most - idle) / 1_024] },
+        ...cpuFigures('relay', timed),
       ],
       verified: ONCE_IN_ORDER,
       notes: [

@@ -10,6 +10,8 @@ type Variant = Readonly<{
   env?: Readonly<Record<string, string>>;
   pods?: number;
   workload?: Partial<Workload>;
+  /** What it is compared with; left out: the first. */
+  against?: string;
 }>;
 
 function variants(of: {
@@ -37,7 +39,8 @@ function variants(of: {
           const sample = await relay.sampleJob({ events, aggregates: events });
           entries.push({
             contender: await openNoop(servers, sample, undo),
-            workload: { events, aggregates: events },
+            // Faster, so more of them for a time that can be measured.
+            workload: { events: 4 * events, aggregates: events },
           });
         }
       }
@@ -45,7 +48,7 @@ function variants(of: {
       const drained = await inTurns(context, entries);
       const ratios = of.besideNoop
         ? of.list.map(({ name }) => [name, 'no-op queue'] as const)
-        : of.list.slice(1).map(({ name }) => [name, first] as const);
+        : of.list.slice(1).map(({ name, against = first }) => [name, against] as const);
       return {
         about: `${events} events`,
         figures: rateFigures(drained, ratios),
@@ -74,11 +77,7 @@ export const PODS = variants({
   name: 'pods',
   describe: 'one, two and three pods',
   minutes: 3,
-  list: [
-    { name: '1 pod' },
-    { name: '2 pods', pods: 2 },
-    { name: '3 pods', pods: 3, env: { RELAY_MAX_IN_FLIGHT: '1500' } },
-  ],
+  list: [{ name: '1 pod' }, { name: '2 pods', pods: 2 }, { name: '3 pods', pods: 3 }],
 });
 
 export const PAYLOAD = variants({
@@ -103,9 +102,20 @@ export const VALIDATION = variants({
   ],
 });
 
+const FEW = 100;
+
 export const ORDERING = variants({
   name: 'ordering',
   describe: 'with and without order, for many aggregates and for few',
   minutes: 3,
-  list: [{ name: 'ordered' }, { name: 'unordered', env: { RELAY_ORDERING: 'none' } }],
+  list: [
+    { name: 'ordered' },
+    { name: 'unordered', env: { RELAY_ORDERING: 'none' } },
+    { name: `ordered, ${FEW} aggregates`, workload: { aggregates: FEW } },
+    {
+      name: `unordered, ${FEW} aggregates`,
+      ...{ env: { RELAY_ORDERING: 'none' }, workload: { aggregates: FEW } },
+      against: `ordered, ${FEW} aggregates`,
+    },
+  ],
 });
