@@ -8,11 +8,13 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { openRelay } from '../bench/contenders/relay.ts';
 import { type Counts, type RowWrites, rowWrites, sessionsEnded, startCounting } from '../bench/counts.ts';
-import { CONTENDER_ROLE, openServers, type Undo } from '../bench/servers.ts';
+import { CONTENDER_ROLE, openServers, type Servers, type Undo } from '../bench/servers.ts';
 
 const WARM_EVENTS = 300;
 const EVENTS = 3_000;
 const BATCH_SIZE = 100;
+const MOST_TRIES = 3;
+const TAKEN_OVER = 'took over an event from a pod that stopped';
 
 const undo: Undo = [];
 let counts: Counts;
@@ -21,14 +23,23 @@ let rows: RowWrites;
 beforeAll(async () => {
   // Nothing of PostgreSQL's own accord among what is counted.
   const servers = await openServers({ fsync: false, postgres: { autovacuum: 'off' } }, undo);
+  // A pod that a busy machine starves for seconds takes its own events for stalled, and says so: what that costs is
+  // not what is gated here.
+  for (let tries = 1; tries <= MOST_TRIES; tries++) {
+    if ((await measure(servers, `relay-${tries}`)) === 'undisturbed') return;
+  }
+}, 300_000);
+
+async function measure(servers: Servers, name: string): Promise<'undisturbed' | 'disturbed'> {
   const env = {
     RELAY_BATCH_SIZE: String(BATCH_SIZE),
     // There is always room, and ticks are far between: what is done again and again by the clock depends on the load.
     RELAY_MAX_IN_FLIGHT: '20000',
     RELAY_POLL_INTERVAL: '60',
   };
-  const relay = await openRelay(servers, { name: 'relay', env }, undo);
+  const relay = await openRelay(servers, { name, env }, undo);
   const { pool, redis } = relay;
+  const [pod] = relay.pods;
   await relay.drain({ events: WARM_EVENTS, aggregates: WARM_EVENTS });
   // What follows an acknowledgement a moment later belongs to the warming up.
   await delay(1_500);
@@ -40,7 +51,8 @@ beforeAll(async () => {
   await relay.stop();
   await sessionsEnded(pool, CONTENDER_ROLE);
   rows = await rowWrites(pool);
-}, 120_000);
+  return pod?.logs().some((line) => line.msg === TAKEN_OVER) ? 'disturbed' : 'undisturbed';
+}
 
 afterAll(async () => {
   for (const step of undo.splice(0).reverse()) await step();

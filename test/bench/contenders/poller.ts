@@ -27,7 +27,7 @@ const TABLE = `
   CREATE INDEX ON identity.outbox (id) WHERE NOT published;`;
 
 /** Rows in one transaction: the fastest of those that were tried. */
-const BEST_BATCH = 500;
+const BEST_BATCH = 2_000;
 
 export async function openPoller(
   servers: Servers,

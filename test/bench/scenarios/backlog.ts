@@ -26,6 +26,7 @@ export const BACKLOG: Scenario = {
   minutes: 6,
   async run({ options, open, undo, progress }) {
     const { events = options.quick ? 20_000 : 1_000_000, seconds = Number.POSITIVE_INFINITY } = options;
+    const rowsText = events.toLocaleString('en');
     progress.now('starting servers and a pod');
     const servers = await open();
     // The stream must not be what is measured.
@@ -71,13 +72,13 @@ export const BACKLOG: Scenario = {
           ? [
               { name: 'first tenth', unit: 'events/s', values: [first] },
               { name: 'last tenth', unit: 'events/s', values: [last] },
-              { name: 'last tenth / first tenth', unit: 'ratio', values: [last / first] },
+              { name: `last tenth / first tenth of ${rowsText}`, unit: 'ratio', values: [last / first] },
             ]
           : []),
         { name: 'Redis beyond the stream, idle', unit: 'MiB', values: [idleRedis / MIB] },
         { name: 'Redis beyond the stream, at most', unit: 'MiB', values: [mostRedis / MIB] },
         { name: 'pod, resident, idle', unit: 'MiB', values: [idlePod.now / MIB] },
-        { name: 'pod, resident, at most', unit: 'MiB', values: [pod.peak / MIB] },
+        { name: `pod, resident, at most, ${rowsText} rows`, unit: 'MiB', values: [pod.peak / MIB] },
       ],
       verified: isAll
         ? 'every event once, in the order of its aggregate, by a consumer that read along'
