@@ -20,7 +20,7 @@ export type NoopConfig = Readonly<{
   sample: SampleJob;
 }>;
 
-/** Four calls at once, and 200 or 300 jobs at once, were no faster. */
+/** More calls at once, and 200 or 300 jobs at once, made no difference that could be told from noise. */
 const BEST = { concurrency: 100, batch: 100, calls: 1, mostWaiting: 20_000 };
 
 export async function openNoop(

@@ -26,7 +26,7 @@ const TABLE = `
     published_at timestamptz);
   CREATE INDEX ON identity.outbox (id) WHERE NOT published;`;
 
-/** Rows in one transaction: the fastest of those that were tried. */
+/** Rows in one transaction: faster than 100, 500 and 1,000. */
 const BEST_BATCH = 2_000;
 
 export async function openPoller(
