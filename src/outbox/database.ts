@@ -23,8 +23,6 @@ const PLANNER: Readonly<Record<string, string>> = {
   enable_sort: 'off',
   enable_incremental_sort: 'off',
   jit: 'off',
-  // What is named is planned once: PostgreSQL would plan each claim anew, 900 us, since its LIMIT is a parameter.
-  plan_cache_mode: 'force_generic_plan',
 };
 
 /**
@@ -60,11 +58,13 @@ export async function transaction<T>(
   options: Readonly<{
     /** A lock to begin with, as an expression: at no further statement, and under no deadline on the server. */
     lock?: string;
+    /** Statements are planned whatever their parameters are: those that are named, once. */
+    generic?: boolean;
     /** How long the transaction may idle between two statements, i.e. `work` be busy with other things. */
     idleMs?: number;
   }> = {},
 ): Promise<T> {
-  const { lock, idleMs = deadlineMs + 1_000 } = options;
+  const { lock, generic = false, idleMs = deadlineMs + 1_000 } = options;
   const client = await pool.connect();
   // A connection that breaks between two statements says so by this event alone, and unheard it ends the process.
   client.on('error', nextStatementFails);
@@ -73,6 +73,7 @@ export async function transaction<T>(
     statement_timeout: deadlineMs,
     idle_in_transaction_session_timeout: idleMs,
     ...PLANNER,
+    ...(generic && { plan_cache_mode: 'force_generic_plan' }),
   };
   // One statement for all of them: they are what a transaction costs.
   const set = Object.entries(settings).map(([name, value]) => `set_config('${name}', '${value}', true)`);
