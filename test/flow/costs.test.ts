@@ -4,11 +4,11 @@
  * a little for what comes at most once in a while: one statement more for each transaction, or one call for each event,
  * is above it. Whoever makes something cheaper lowers the ceiling.
  */
-import { setTimeout as delay } from 'node:timers/promises';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { openRelay } from '../bench/contenders/relay.ts';
 import { type Counts, type RowWrites, rowWrites, sessionsEnded, startCounting } from '../bench/counts.ts';
 import { CONTENDER_ROLE, openServers, type Servers, type Undo } from '../bench/servers.ts';
+import { waitFor } from '../support/wait.ts';
 
 const WARM_EVENTS = 300;
 const EVENTS = 3_000;
@@ -42,7 +42,17 @@ async function measure(servers: Servers, name: string): Promise<'undisturbed' | 
   const [pod] = relay.pods;
   await relay.drain({ events: WARM_EVENTS, aggregates: WARM_EVENTS });
   // What follows an acknowledgement a moment later belongs to the warming up.
-  await delay(1_500);
+  await waitFor(
+    async () => {
+      const { rows: found } = await pool.query(
+        `SELECT bool_and(state = 'idle' AND state_change < clock_timestamp() - interval '500 ms') AS quiet
+         FROM pg_stat_activity WHERE usename = $1`,
+        [CONTENDER_ROLE],
+      );
+      return found[0].quiet === true;
+    },
+    { what: 'the pod to ask the database nothing any more' },
+  );
   const counter = await startCounting({
     ...{ pool, redisUrl: servers.redisServer.url, role: CONTENDER_ROLE, ignore: [redis] },
   });
