@@ -65,7 +65,10 @@ export function assemble(
   const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
-  const addPublishJobs = (events: readonly OutboxEvent[]) => tracing.claim(events, queues.addPublishJobs);
+  const addPublishJobs = (events: readonly OutboxEvent[]) => {
+    publishWorker.worker.expect(events.length);
+    return tracing.claim(events, queues.addPublishJobs);
+  };
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
   const streamOptions = streamOptionsOf(config);
   const keyPrefix = `${config.queuePrefix}:${config.queueName}`;
