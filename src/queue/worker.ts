@@ -1,4 +1,4 @@
-import { type Job, Worker, type WorkerOptions } from 'bullmq';
+import { DelayedError, type Job, Worker, type WorkerOptions } from 'bullmq';
 import type { RedisOptions } from 'ioredis';
 import { succeedsWithin } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
@@ -25,8 +25,9 @@ export const WORKER_OPTIONS = {
   runRetryDelay: 1_000,
 } as const;
 
-/** Jobs that are asked for at once, at most. */
+/** Jobs that are asked for at once, at most: of those that were announced, and of others, which may not be there. */
 const MOST_AT_ONCE = 32;
+const MOST_ON_SPEC = 8;
 
 /**
  * A BullMQ worker for many short jobs at once.
@@ -65,9 +66,10 @@ export class PatientWorker<T = unknown> extends Worker<T> {
     return BLOCK_S;
   }
 
-  /** So many jobs are being added; they may go to others. */
+  /** So many jobs were added; they may be in hand already, or go to others. */
   expect(jobs: number): void {
-    this.#expected += jobs;
+    // Those that others added were not expected; they must not count against these for ever.
+    this.#expected = Math.max(this.#expected, -jobs) + jobs;
   }
 
   /** When it last began to work on a job, or on nothing yet; ms since the epoch. */
@@ -109,7 +111,7 @@ export class PatientWorker<T = unknown> extends Worker<T> {
     for (let job: Job<T> | undefined = first; job; ) {
       this.#lastTakenAt = Date.now();
       this.#takenAt.set(job, this.#lastTakenAt);
-      this.#expected = Math.max(0, this.#expected - 1);
+      this.#expected--;
       let next: unknown;
       try {
         next = await super.processJob(job, job.token as string, () => this.#runs.size <= this.places);
@@ -133,13 +135,23 @@ export class PatientWorker<T = unknown> extends Worker<T> {
     for (const job of jobs.slice(1)) this.#begin(job);
     const failure = fetched.find((it) => it.status === 'rejected');
     if (failure && jobs.length === 0) {
+      this.#expected = 0;
+      this.#askFor = 1;
       await new Promise((resolve) => setTimeout(resolve, WORKER_OPTIONS.runRetryDelay));
       throw failure.reason;
     }
     // All were there, and more than we knew of: somebody else adds jobs, too.
-    this.#askFor = jobs.length === asked && asked > known ? 2 * asked : 1;
+    this.#askFor = jobs.length === asked && asked > known ? Math.min(2 * asked, MOST_ON_SPEC) : 1;
     if (jobs.length < asked) this.#expected = 0;
     return jobs[0] as Job<T>;
+  }
+
+  protected override handleFailed(
+    ...[error, job, token, fetchNext, span]: Parameters<Worker<T>['handleFailed']>
+  ): Promise<Job<T>> {
+    // A job is put off because something is wrong: the main loop alone asks for the next, and takes its breath.
+    const goesOn = error instanceof DelayedError ? () => false : fetchNext;
+    return super.handleFailed(error, job, token, goesOn, span);
   }
 
   override async pause(doNotWaitActive?: boolean): Promise<void> {

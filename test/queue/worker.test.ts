@@ -162,7 +162,7 @@ describe('what it asks of Redis', () => {
     void worker.run();
     await addJobs(1);
     await isDone();
-    await waitFor(async () => (await admin.client('LIST')).includes('cmd=bzpopmin'), {
+    await waitFor(async () => String(await admin.client('LIST')).includes('cmd=bzpopmin'), {
       what: 'it to wait for jobs',
     });
     const before = await scriptCalls();
@@ -179,7 +179,7 @@ describe('what it asks of Redis', () => {
     void worker.run();
     await addJobs(1);
     await isDone();
-    await waitFor(async () => (await admin.client('LIST')).includes('cmd=bzpopmin'), {
+    await waitFor(async () => String(await admin.client('LIST')).includes('cmd=bzpopmin'), {
       what: 'it to wait for jobs',
     });
     const before = await scriptCalls();
