@@ -174,8 +174,16 @@ export function assemble(
   };
 
   const acknowledger = createAcknowledger({
-    markPublished: (batch, of) =>
-      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, batch, promoting)),
+    async markPublished(batch, of) {
+      let early: readonly string[] = [];
+      const successors = await giveReceipts(of, (tx, promoting) => {
+        early = [];
+        return outbox.markPublished(tx, batch, promoting, (ids) => {
+          early = ids;
+        });
+      });
+      return { successors, early };
+    },
     onNoSuccessor: watchOrphans,
     isFinal: (error) => error instanceof EpochOverError,
     logger,

@@ -89,17 +89,25 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
         AND ${OF_AGGREGATE('e', row)} ${FIRST('e')}) < ${row}.id, false)`;
 
   /**
-   * Leases the first live row of each aggregate in `leaving`, once the rows `$2` have left it. A row that
+   * Its turn has come, or is over. A transaction that leases a successor adds its job before it commits; should it
+   * fail, the job is there and runs all the same, and its row is as it was before. A lease says at once that it is not so.
+   */
+  const inTurn = (row: string) =>
+    `(${row}.published OR ${row}.dead_lettered_at IS NOT NULL OR ${row}.next_attempt_at < 'infinity'
+      OR NOT ${earlier(row, 'live')})`;
+
+  /**
+   * Leases the first live row of each aggregate in `leaving`, once those rows have left it. A row that
    * is leased already keeps its place: the aggregate flows on when that one is acknowledged.
    * Fails when the payload of one of them cannot be printed; then it is done without, and the claim finds out which.
    */
-  const promote = (leaving: string) => `
+  const promote = `
     heads AS (
       SELECT head.id
-      FROM (SELECT DISTINCT aggregate_type, aggregate_id FROM ${leaving}) a
+      FROM (SELECT DISTINCT aggregate_type, aggregate_id FROM leaving) a
       CROSS JOIN LATERAL (
         SELECT n.id, n.aggregate_type, n.aggregate_id, n.next_attempt_at FROM identity.outbox n
-        WHERE ${LIVE('n')} AND ${OF_AGGREGATE('n', 'a')} AND n.id <> ALL ($2::bigint[])
+        WHERE ${LIVE('n')} AND ${OF_AGGREGATE('n', 'a')} AND n.id <> ALL (ARRAY(SELECT id FROM leaving))
         ${FIRST('n')}
       ) head
       WHERE (head.next_attempt_at IS NULL OR head.next_attempt_at = 'infinity')
@@ -109,7 +117,13 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       FROM heads WHERE o.id = heads.id
         AND ${STILL_LIVE('o')} AND (o.next_attempt_at IS NULL OR o.next_attempt_at = 'infinity')
       RETURNING o.*
-    ) ${eventsOf('promoted', maxEventBytes)}`;
+    ) SELECT * FROM (SELECT count(*)::int AS "left" FROM leaving) leavers
+      LEFT JOIN (${eventsOf('promoted', maxEventBytes)}) successors ON true`;
+
+  /** What `promote` selects: how many rows have left, and their successors. */
+  type Promoted = Partial<OutboxEvent> & { left: number };
+  const successorsIn = (rows: readonly Promoted[]): OutboxEvent[] =>
+    rows.flatMap(({ left: _, ...event }) => (event.id ? [event as OutboxEvent] : []));
 
   async function claim(
     tx: Queryable,
@@ -232,31 +246,47 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
      * Acknowledges appended events and leases the next row of each of their aggregates, whose jobs the
      * caller adds before the commit. A row that was already published gets its receipt renewed. One that was dead is
      * so no more: an operator had its job retried.
+     *
+     * In order, receipts are given in the order of the entries: should Redis lose some, those with receipts are
+     * appended again first. So a row gets none yet while an earlier one of its aggregate has none: `onEarly` is told
+     * its id.
      */
     async markPublished(
       tx: Queryable,
       receipts: readonly Receipt[],
       promoting = true,
+      onEarly: (ids: readonly string[]) => void = () => {},
     ): Promise<OutboxEvent[]> {
       const ids = receipts.map((it) => it.id);
       const entryIds = receipts.map((it) => it.entryId);
+      // The clock's time, not the transaction's: one that began early may have waited for the row before.
       const publish = (idParam: string, entryParam: string) => `
         UPDATE identity.outbox o
-        SET published = true, published_at = coalesce(CASE WHEN o.published THEN o.published_at END, now()),
-            next_attempt_at = NULL, stream_entry_id = r.entry_id, dead_lettered_at = NULL
+        SET published = true, next_attempt_at = NULL, stream_entry_id = r.entry_id, dead_lettered_at = NULL,
+            published_at = coalesce(CASE WHEN o.published THEN o.published_at END, clock_timestamp())
         FROM unnest(${idParam}::bigint[], ${entryParam}::text[]) AS r (id, entry_id)
-        WHERE o.id = r.id`;
+        WHERE o.id = r.id ${ordered ? `AND ${inTurn('o')}` : ''}`;
+      const lookForEarly = async (left: number): Promise<void> => {
+        if (!ordered || left >= new Set(ids).size) return;
+        const { rows } = await tx.query<{ id: string }>(
+          `SELECT o.id::text AS "id" FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')}`,
+          [ids],
+        );
+        if (rows.length > 0) onEarly(rows.map((row) => row.id));
+      };
       if (!ordered || !promoting) {
-        await tx.query(publish('$1', '$2'), [ids, entryIds]);
+        const { rowCount } = await tx.query(publish('$1', '$2'), [ids, entryIds]);
+        await lookForEarly(rowCount ?? 0);
         return [];
       }
-      const { rows } = await tx.query<OutboxEvent>({
+      const { rows } = await tx.query<Promoted>({
         name: `relay-publish-${options.deadLetterPolicy}-${maxEventBytes}`,
-        text: `WITH leaving AS (${publish('$2', '$4')} RETURNING o.aggregate_type, o.aggregate_id),
-         ${promote('leaving')}`,
+        text: `WITH leaving AS (${publish('$2', '$4')} RETURNING o.id, o.aggregate_type, o.aggregate_id),
+         ${promote}`,
         values: [streamName, ids, claimLeaseMs, entryIds],
       });
-      return rows;
+      await lookForEarly(rows[0]?.left ?? ids.length);
+      return successorsIn(rows);
     },
 
     /**
@@ -277,12 +307,12 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
         await tx.query(bury('$1', '$2', '$3', '$4'), [dead.id, dead.attempts, dead.reason, dead.entryId]);
         return [];
       }
-      const { rows } = await tx.query<OutboxEvent>(
-        `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5', '$6')} RETURNING o.aggregate_type, o.aggregate_id),
-         ${promote('leaving')}`,
+      const { rows } = await tx.query<Promoted>(
+        `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5', '$6')} RETURNING o.id, o.aggregate_type, o.aggregate_id),
+         ${promote}`,
         [streamName, [dead.id], claimLeaseMs, dead.attempts, dead.reason, dead.entryId],
       );
-      return rows;
+      return successorsIn(rows);
     },
 
     /** Mirrors a failed attempt on its row: how many there were, why, and when the next one comes. */

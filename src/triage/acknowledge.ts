@@ -39,8 +39,14 @@ type Pending = {
  * are busy goes into the next one. So an idle relay acknowledges at once, a busy one hundreds together.
  */
 export function createAcknowledger(deps: {
-  /** Marks the rows published and sees to their successors; rejects when the epoch of their appends is over. */
-  markPublished: (receipts: Receipt[], epoch: string) => Promise<OutboxEvent[]>;
+  /**
+   * Marks the rows published and sees to their successors; rejects when the epoch of their appends is over. `early` are
+   * the ids of rows that were not marked, since an earlier one of their aggregate is not.
+   */
+  markPublished: (
+    receipts: Receipt[],
+    epoch: string,
+  ) => Promise<Readonly<{ successors: readonly OutboxEvent[]; early: readonly string[] }>>;
   /** Events whose aggregate had no row to go on with, as far as that transaction could see. */
   onNoSuccessor: (events: OutboxEvent[]) => void;
   /** Whether trying the same write again is of no use. */
@@ -83,17 +89,25 @@ export function createAcknowledger(deps: {
 
   async function flush(batch: Pending[]): Promise<void> {
     try {
-      const promoted = await persist(batch);
-      for (const it of batch) it.resolve();
-      const continued = new Set(promoted.map(aggregateKey));
-      const last = batch.map((it) => it.event).filter((event) => !continued.has(aggregateKey(event)));
+      const { successors, early } = await persist(batch);
+      const left: OutboxEvent[] = [];
+      for (const it of batch) {
+        if (early.includes(it.event.id))
+          it.reject(new Error('an earlier event of its aggregate is not marked'));
+        else {
+          it.resolve();
+          left.push(it.event);
+        }
+      }
+      const continued = new Set(successors.map(aggregateKey));
+      const last = left.filter((event) => !continued.has(aggregateKey(event)));
       if (last.length > 0) onNoSuccessor(last);
     } catch (error) {
       for (const it of batch) it.reject(error as Error);
     }
   }
 
-  async function persist(batch: Pending[]): Promise<OutboxEvent[]> {
+  async function persist(batch: Pending[]) {
     const receipts = batch.map((it) => it.receipt);
     const { epoch } = batch[0] as Pending;
     for (let attempt = 0; ; attempt++) {

@@ -8,6 +8,7 @@ import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
 import {
   type AdminPool,
+  deferred,
   openAdminPool,
   openPool,
   type Row,
@@ -592,6 +593,75 @@ describe('due rows', () => {
     await set(2, 'attempts = 1');
     expect(await outbox.endLeases()).toBe(1);
     expect(await states()).toEqual(['due', 'leased']);
+  });
+});
+
+describe('an acknowledgement whose transaction failed when the job of the successor was there already', () => {
+  /** As `acknowledge`, with the ids of rows whose turn has not come. */
+  async function acknowledging(ids: number[], by = outbox, promoting = true) {
+    let early: readonly string[] = [];
+    const successors = await by.transaction('durable', (tx) =>
+      by.markPublished(tx, ids.map(receipt), promoting, (them) => {
+        early = them;
+      }),
+    );
+    return { successors: idsOf(successors), early };
+  }
+
+  test('comes first: the successor, not leased now, gets no receipt before', async () => {
+    await insertOfUser(3);
+    await claim();
+    expect(await acknowledging([2])).toEqual({ successors: [], early: ['2'] });
+    expect(await acknowledging([2], outbox, false)).toEqual({ successors: [], early: ['2'] });
+    expect(await states()).toEqual(['leased', 'parked', 'parked']);
+    expect((await row(2)).streamEntryId).toBe(null);
+    // Together with it, the successor is the next, not the one after.
+    expect(await acknowledging([1, 2])).toEqual({ successors: ['2'], early: ['2'] });
+    expect(await states()).toEqual(['published', 'leased', 'parked']);
+    expect(await acknowledging([2])).toEqual({ successors: ['3'], early: [] });
+    expect(await states()).toEqual(['published', 'published', 'leased']);
+  });
+
+  test('holds up no row whose turn has come, and none that is gone', async () => {
+    await insertEvents(pool, someEvents(6));
+    await set(1, LEASED);
+    await set(2, DUE);
+    await set(3, PUBLISHED);
+    await set(4, DEAD);
+    await pool.query('DELETE FROM identity.outbox WHERE id = 6');
+    await insertOfUser(2);
+    expect(await acknowledging([1, 2, 3, 4, 5, 6, 8])).toEqual({ successors: [], early: ['8'] });
+    expect(await states()).toEqual([...Array(5).fill('published'), 'fresh', 'fresh']);
+    expect(await acknowledging([8], unordered)).toEqual({ successors: [], early: [] });
+  });
+
+  test('is published before its successor by its time, too, though the other began earlier', async () => {
+    await insertOfUser(2);
+    await claim();
+    const [begun, leased, waits] = [deferred(), deferred(), deferred()];
+    const second = outbox.transaction('durable', async (tx) => {
+      await tx.query('SELECT 1');
+      begun.resolve();
+      await leased.promise;
+      const marked = outbox.markPublished(tx, [receipt(2)]);
+      waits.resolve();
+      return marked;
+    });
+    await begun.promise;
+    await outbox.transaction('durable', async (tx) => {
+      expect(idsOf(await outbox.markPublished(tx, [receipt(1)]))).toEqual(['2']);
+      leased.resolve();
+      await waits.promise;
+      await waitFor(
+        async () =>
+          (await pool.query(`SELECT count(*)::int AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock'`))
+            .rows[0].n === 1,
+        { what: 'the other one to wait' },
+      );
+    });
+    await second;
+    const { rows } = await pool.query('SELECT id FROM identity.outbox ORDER BY published_at');
+    expect(rows.map(({ id }) => id)).toEqual(['1', '2']);
   });
 });
 

@@ -35,10 +35,13 @@ const writeReceipts = (receipts: Receipt[]) =>
   outbox.transaction('durable', (tx) => outbox.markPublished(tx, receipts));
 
 /** An acknowledger on the real table; `last` are the events that had no successor. */
-function startAcknowledger(markPublished: (receipts: Receipt[]) => Promise<OutboxEvent[]> = writeReceipts) {
+function startAcknowledger(
+  markPublished: (receipts: Receipt[]) => Promise<OutboxEvent[]> = writeReceipts,
+  early: readonly string[] = [],
+) {
   const last: string[] = [];
   const acknowledger = createAcknowledger({
-    markPublished,
+    markPublished: async (receipts) => ({ successors: await markPublished(receipts), early }),
     onNoSuccessor: (events) => void last.push(...events.map((event) => event.id)),
     isFinal: (error) => (error as Error).name === 'EpochOverError',
     logger: silent,
@@ -61,6 +64,16 @@ async function transactions(): Promise<number> {
 }
 
 describe('an acknowledgement', () => {
+  test('of a row that is not marked, since an earlier one is not, is refused; others beside it are not', async () => {
+    const [early, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
+    const acknowledger = startAcknowledger(writeReceipts, [early.id]);
+    const outcomes = await Promise.allSettled(
+      [early, other].map((event) => acknowledger.acknowledge(event, '1700000000000-3', EPOCH)),
+    );
+    expect(outcomes.map((it) => it.status)).toEqual(['rejected', 'fulfilled']);
+    expect(acknowledger.last).toEqual([other.id]);
+  });
+
   test('is done when the row is published, with its receipt', async () => {
     const [event] = (await claimed(1)) as [OutboxEvent];
     await startAcknowledger().acknowledge(event, '1700000000000-3', EPOCH);
