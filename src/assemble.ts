@@ -184,6 +184,7 @@ export function assemble(
       });
       return { successors, early };
     },
+    ordered,
     onNoSuccessor: watchOrphans,
     isFinal: (error) => error instanceof EpochOverError,
     logger,

@@ -191,6 +191,38 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       .catch(async (error) => withhold(await backFrom(error)));
   }
 
+  /** Gives their receipts to the rows whose turn has come; how many there were, and what was leased then. */
+  async function publish(tx: Queryable, receipts: readonly Receipt[], promoting: boolean) {
+    const ids = receipts.map((it) => it.id);
+    const entryIds = receipts.map((it) => it.entryId);
+    // The clock's time, not the transaction's: one that began early may have waited for the row before.
+    const update = (idParam: string, entryParam: string) => `
+      UPDATE identity.outbox o
+      SET published = true, published_at = coalesce(CASE WHEN o.published THEN o.published_at END, clock_timestamp()),
+          next_attempt_at = NULL, stream_entry_id = r.entry_id, dead_lettered_at = NULL
+      FROM unnest(${idParam}::bigint[], ${entryParam}::text[]) AS r (id, entry_id)
+      WHERE o.id = r.id ${ordered ? `AND ${inTurn('o')}` : ''}`;
+    if (!ordered || !promoting) {
+      const { rowCount } = await tx.query(update('$1', '$2'), [ids, entryIds]);
+      return { left: rowCount ?? 0, successors: [] };
+    }
+    const { rows } = await tx.query<Promoted>({
+      name: `relay-publish-${options.deadLetterPolicy}-${maxEventBytes}`,
+      text: `WITH leaving AS (${update('$2', '$4')} RETURNING o.id, o.aggregate_type, o.aggregate_id), ${promote}`,
+      values: [streamName, ids, claimLeaseMs, entryIds],
+    });
+    return { left: rows[0]?.left ?? ids.length, successors: successorsIn(rows) };
+  }
+
+  async function liveOf(tx: Queryable, receipts: readonly Receipt[], lock = ''): Promise<Receipt[]> {
+    const { rows } = await tx.query<{ id: string }>(
+      `SELECT o.id::text AS "id" FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')} ${lock}`,
+      [receipts.map((it) => it.id)],
+    );
+    const live = new Set(rows.map((row) => row.id));
+    return receipts.filter((it) => live.has(it.id));
+  }
+
   return {
     /** PostgreSQL would plan each claim anew, 900 µs, since its LIMIT is a parameter. */
     transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
@@ -257,36 +289,15 @@ export function createOutbox(pool: Pool, options: OutboxOptions) {
       promoting = true,
       onEarly: (ids: readonly string[]) => void = () => {},
     ): Promise<OutboxEvent[]> {
-      const ids = receipts.map((it) => it.id);
-      const entryIds = receipts.map((it) => it.entryId);
-      // The clock's time, not the transaction's: one that began early may have waited for the row before.
-      const publish = (idParam: string, entryParam: string) => `
-        UPDATE identity.outbox o
-        SET published = true, next_attempt_at = NULL, stream_entry_id = r.entry_id, dead_lettered_at = NULL,
-            published_at = coalesce(CASE WHEN o.published THEN o.published_at END, clock_timestamp())
-        FROM unnest(${idParam}::bigint[], ${entryParam}::text[]) AS r (id, entry_id)
-        WHERE o.id = r.id ${ordered ? `AND ${inTurn('o')}` : ''}`;
-      const lookForEarly = async (left: number): Promise<void> => {
-        if (!ordered || left >= new Set(ids).size) return;
-        const { rows } = await tx.query<{ id: string }>(
-          `SELECT o.id::text AS "id" FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')}`,
-          [ids],
-        );
-        if (rows.length > 0) onEarly(rows.map((row) => row.id));
-      };
-      if (!ordered || !promoting) {
-        const { rowCount } = await tx.query(publish('$1', '$2'), [ids, entryIds]);
-        await lookForEarly(rowCount ?? 0);
-        return [];
-      }
-      const { rows } = await tx.query<Promoted>({
-        name: `relay-publish-${options.deadLetterPolicy}-${maxEventBytes}`,
-        text: `WITH leaving AS (${publish('$2', '$4')} RETURNING o.id, o.aggregate_type, o.aggregate_id),
-         ${promote}`,
-        values: [streamName, ids, claimLeaseMs, entryIds],
-      });
-      await lookForEarly(rows[0]?.left ?? ids.length);
-      return successorsIn(rows);
+      const first = await publish(tx, receipts, promoting);
+      if (!ordered || first.left >= receipts.length) return first.successors;
+      // Whoever leases one of them just now is waited for.
+      const rest = await liveOf(tx, receipts, 'FOR UPDATE');
+      if (rest.length === 0) return first.successors;
+      const second = await publish(tx, rest, promoting);
+      if (second.left < rest.length) onEarly((await liveOf(tx, rest)).map((it) => it.id));
+      const marked = new Set(rest.map((it) => it.id));
+      return [...first.successors.filter((it) => !marked.has(it.id)), ...second.successors];
     },
 
     /**

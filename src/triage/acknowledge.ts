@@ -47,14 +47,18 @@ export function createAcknowledger(deps: {
     receipts: Receipt[],
     epoch: string,
   ) => Promise<Readonly<{ successors: readonly OutboxEvent[]; early: readonly string[] }>>;
+  /** Whether an event waits for the one before it in its aggregate. */
+  ordered: boolean;
   /** Events whose aggregate had no row to go on with, as far as that transaction could see. */
   onNoSuccessor: (events: OutboxEvent[]) => void;
   /** Whether trying the same write again is of no use. */
   isFinal: (error: unknown) => boolean;
   logger: Logger;
 }): Acknowledger {
-  const { markPublished, onNoSuccessor, isFinal, logger } = deps;
-  const pending: Pending[] = [];
+  const { markPublished, ordered, onNoSuccessor, isFinal, logger } = deps;
+  let pending: Pending[] = [];
+  /** Aggregates in running transactions. */
+  const busy = new Set<string>();
   let running = 0;
   let scheduled = false;
   let lastSize = 0;
@@ -66,9 +70,14 @@ export function createAcknowledger(deps: {
     const gather = () => {
       scheduled = false;
       const batch = nextBatch();
+      // All that is pending waits for what is running; then it is looked at again.
+      if (batch.length === 0) return;
       lastSize = batch.length;
       running++;
+      const aggregates = ordered ? batch.map((it) => aggregateKey(it.event)) : [];
+      for (const key of aggregates) busy.add(key);
       void flush(batch).finally(() => {
+        for (const key of aggregates) busy.delete(key);
         running--;
         schedule();
         if (running === 0 && pending.length === 0) for (const idle of onIdle.splice(0)) idle();
@@ -80,11 +89,20 @@ export function createAcknowledger(deps: {
     else setImmediate(gather);
   }
 
-  /** Of one epoch: an epoch that is over must not take others' receipts with it. */
+  /**
+   * Of one epoch: an epoch that is over must not take others' receipts with it. An event may be appended while the
+   * transaction that acknowledges the one before is yet to commit: it would only wait for that in the database.
+   */
   function nextBatch(): Pending[] {
+    const batch: Pending[] = [];
+    const later: Pending[] = [];
     const epoch = pending[0]?.epoch;
-    const other = pending.findIndex((it) => it.epoch !== epoch);
-    return pending.splice(0, Math.min(BATCH_LIMIT, other < 0 ? BATCH_LIMIT : other));
+    for (const it of pending) {
+      const isNow = batch.length < BATCH_LIMIT && it.epoch === epoch && !busy.has(aggregateKey(it.event));
+      (isNow ? batch : later).push(it);
+    }
+    pending = later;
+    return batch;
   }
 
   async function flush(batch: Pending[]): Promise<void> {

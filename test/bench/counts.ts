@@ -20,6 +20,8 @@ export type Counts = Readonly<{
     callsTotal: number;
     /** Commands that scripts ran. */
     withinScripts: number;
+    /** Times that a worker looked for a job, whether there was one or not. */
+    looks: number;
     /** Times that the server found something to read on a connection: round trips, where calls are pipelined. */
     reads: number;
   }>;
@@ -53,6 +55,7 @@ export async function startCounting(
   const monitor = await redis.monitor();
   const calls: Record<string, number> = {};
   let withinScripts = 0;
+  let looks = 0;
   let byUs = 0;
   const count = (_time: string, args: string[], source: string) => {
     if (ours.has(source)) {
@@ -60,8 +63,10 @@ export async function startCounting(
       return;
     }
     const command = String(args[0]).toLowerCase();
-    if (source === 'lua') withinScripts++;
-    else calls[command] = (calls[command] ?? 0) + 1;
+    if (source === 'lua') {
+      withinScripts++;
+      if (command === 'rpoplpush') looks++;
+    } else calls[command] = (calls[command] ?? 0) + 1;
   };
   monitor.on('monitor', count);
   await pool.query('SELECT pg_stat_statements_reset()');
@@ -93,7 +98,7 @@ export async function startCounting(
       const callsTotal = Object.values(calls).reduce((sum, n) => sum + n, 0);
       return {
         ...{ statements, control, commits, walBytes },
-        redis: { calls, callsTotal, withinScripts, reads: readsAfter - readsBefore - byUs },
+        redis: { calls, callsTotal, withinScripts, looks, reads: readsAfter - readsBefore - byUs },
         others: others.sort((a, b) => b.calls - a.calls),
       };
     },

@@ -615,11 +615,13 @@ describe('an acknowledgement whose transaction failed when the job of the succes
     expect(await acknowledging([2], outbox, false)).toEqual({ successors: [], early: ['2'] });
     expect(await states()).toEqual(['leased', 'parked', 'parked']);
     expect((await row(2)).streamEntryId).toBe(null);
-    // Together with it, the successor is the next, not the one after.
-    expect(await acknowledging([1, 2])).toEqual({ successors: ['2'], early: ['2'] });
-    expect(await states()).toEqual(['published', 'leased', 'parked']);
-    expect(await acknowledging([2])).toEqual({ successors: ['3'], early: [] });
+    // Together with it, one after the other.
+    expect(await acknowledging([2, 1])).toEqual({ successors: ['3'], early: [] });
     expect(await states()).toEqual(['published', 'published', 'leased']);
+    const { rows } = await pool.query('SELECT id FROM identity.outbox WHERE published ORDER BY published_at');
+    expect(rows.map(({ id }) => id)).toEqual(['1', '2']);
+    await insertOfUser(2);
+    expect(await acknowledging([5, 3])).toEqual({ successors: ['4'], early: ['5'] });
   });
 
   test('holds up no row whose turn has come, and none that is gone', async () => {

@@ -5,7 +5,15 @@ import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createAcknowledger } from '../../src/triage/acknowledge.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
-import { type AdminPool, openAdminPool, openPool, readRows, readStates, silent } from '../support/stages.ts';
+import {
+  type AdminPool,
+  deferred,
+  openAdminPool,
+  openPool,
+  readRows,
+  readStates,
+  silent,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const EPOCH = 'epoch';
@@ -42,6 +50,7 @@ function startAcknowledger(
   const last: string[] = [];
   const acknowledger = createAcknowledger({
     markPublished: async (receipts) => ({ successors: await markPublished(receipts), early }),
+    ordered: true,
     onNoSuccessor: (events) => void last.push(...events.map((event) => event.id)),
     isFinal: (error) => (error as Error).name === 'EpochOverError',
     logger: silent,
@@ -64,6 +73,26 @@ async function transactions(): Promise<number> {
 }
 
 describe('an acknowledgement', () => {
+  test('waits for that of an earlier event of its aggregate, which others do not', async () => {
+    const [first, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
+    const next = { ...first, id: '99' };
+    const release = deferred();
+    const batches: string[][] = [];
+    const { acknowledge } = startAcknowledger(async (receipts) => {
+      batches.push(receipts.map((it) => it.id));
+      if (batches.length === 1) await release.promise;
+      return [];
+    });
+    const done = [acknowledge(first, '1-1', EPOCH)];
+    await waitFor(() => batches.length === 1, { what: 'the first batch' });
+    done.push(acknowledge(next, '1-2', EPOCH), acknowledge(other, '1-3', EPOCH));
+    await waitFor(() => batches.length === 2, { what: 'the second batch' });
+    expect(batches).toEqual([[first.id], [other.id]]);
+    release.resolve();
+    await Promise.all(done);
+    expect(batches).toEqual([[first.id], [other.id], ['99']]);
+  });
+
   test('of a row that is not marked, since an earlier one is not, is refused; others beside it are not', async () => {
     const [early, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
     const acknowledger = startAcknowledger(writeReceipts, [early.id]);
