@@ -15,6 +15,13 @@ const UNDER_LOAD = 24;
 /** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
 const RETRY_DELAYS_MS = [100, 400, 1_600];
 
+/**
+ * An event whose predecessor is not marked yet is asked for again here, so often: its job could be removed meanwhile,
+ * and with it the memory of its append.
+ */
+const EARLY_RETRY_MS = 150;
+const EARLY_RETRIES = 20;
+
 export type Acknowledger = Readonly<{
   /**
    * Resolves when the event's row is marked published.
@@ -30,6 +37,7 @@ type Pending = {
   event: OutboxEvent;
   receipt: Receipt;
   epoch: string;
+  earlier: number;
   resolve: () => void;
   reject: (error: Error) => void;
 };
@@ -60,6 +68,7 @@ export function createAcknowledger(deps: {
   /** Aggregates in running transactions. */
   const busy = new Set<string>();
   let running = 0;
+  let resting = 0;
   let scheduled = false;
   let lastSize = 0;
   const onIdle: (() => void)[] = [];
@@ -80,7 +89,7 @@ export function createAcknowledger(deps: {
         for (const key of aggregates) busy.delete(key);
         running--;
         schedule();
-        if (running === 0 && pending.length === 0) for (const idle of onIdle.splice(0)) idle();
+        if (isIdle()) for (const idle of onIdle.splice(0)) idle();
       });
       schedule();
     };
@@ -110,8 +119,7 @@ export function createAcknowledger(deps: {
       const { successors, early } = await persist(batch);
       const left: OutboxEvent[] = [];
       for (const it of batch) {
-        if (early.includes(it.event.id))
-          it.reject(new Error('an earlier event of its aggregate is not marked'));
+        if (early.includes(it.event.id)) tryAgain(it);
         else {
           it.resolve();
           left.push(it.event);
@@ -123,6 +131,21 @@ export function createAcknowledger(deps: {
     } catch (error) {
       for (const it of batch) it.reject(error as Error);
     }
+  }
+
+  const isIdle = () => running === 0 && pending.length === 0 && resting === 0;
+
+  function tryAgain(it: Pending): void {
+    if (it.earlier++ >= EARLY_RETRIES) {
+      it.reject(new Error('an earlier event of its aggregate is not marked'));
+      return;
+    }
+    resting++;
+    setTimeout(() => {
+      resting--;
+      pending.push(it);
+      schedule();
+    }, EARLY_RETRY_MS);
   }
 
   async function persist(batch: Pending[]) {
@@ -146,13 +169,10 @@ export function createAcknowledger(deps: {
   return {
     acknowledge: (event, entryId, epoch) =>
       new Promise((resolve, reject) => {
-        pending.push({ event, receipt: { id: event.id, entryId }, epoch, resolve, reject });
+        pending.push({ event, receipt: { id: event.id, entryId }, epoch, earlier: 0, resolve, reject });
         schedule();
       }),
-    drain: () =>
-      running === 0 && pending.length === 0
-        ? Promise.resolve()
-        : new Promise((resolve) => onIdle.push(resolve)),
+    drain: () => (isIdle() ? Promise.resolve() : new Promise((resolve) => onIdle.push(resolve))),
   };
 }
 

@@ -93,6 +93,49 @@ describe('an acknowledgement', () => {
     expect(batches).toEqual([[first.id], [other.id], ['99']]);
   });
 
+  test('of a row that is not marked, since an earlier one is not, is tried again; others beside it are done', async () => {
+    const [event, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
+    const early = [event.id];
+    const acknowledger = startAcknowledger(writeReceipts, early);
+    const done: string[] = [];
+    const both = [event, other].map((it) =>
+      acknowledger.acknowledge(it, '1700000000000-3', EPOCH).then(() => done.push(it.id)),
+    );
+    await both[1];
+    expect([done, acknowledger.last]).toEqual([[other.id], [other.id]]);
+    early.length = 0;
+    await acknowledger.drain();
+    await Promise.all(both);
+    expect(done).toEqual([other.id, event.id]);
+  });
+
+  test('of such a row is refused in the end', async () => {
+    const [event] = (await claimed(1)) as [OutboxEvent];
+    const acknowledger = startAcknowledger(writeReceipts, [event.id]);
+    await expect(acknowledger.acknowledge(event, '1700000000000-3', EPOCH)).rejects.toThrow('not marked');
+    await acknowledger.drain();
+  });
+
+  test('waits for that of an earlier event of its aggregate, which others do not', async () => {
+    const [first, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
+    const next = { ...first, id: '99' };
+    const release = deferred();
+    const batches: string[][] = [];
+    const { acknowledge } = startAcknowledger(async (receipts) => {
+      batches.push(receipts.map((it) => it.id));
+      if (batches.length === 1) await release.promise;
+      return [];
+    });
+    const done = [acknowledge(first, '1-1', EPOCH)];
+    await waitFor(() => batches.length === 1, { what: 'the first batch' });
+    done.push(acknowledge(next, '1-2', EPOCH), acknowledge(other, '1-3', EPOCH));
+    await waitFor(() => batches.length === 2, { what: 'the second batch' });
+    expect(batches).toEqual([[first.id], [other.id]]);
+    release.resolve();
+    await Promise.all(done);
+    expect(batches).toEqual([[first.id], [other.id], ['99']]);
+  });
+
   test('of a row that is not marked, since an earlier one is not, is refused; others beside it are not', async () => {
     const [early, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
     const acknowledger = startAcknowledger(writeReceipts, [early.id]);
