@@ -116,26 +116,6 @@ describe('an acknowledgement', () => {
     await acknowledger.drain();
   });
 
-  test('waits for that of an earlier event of its aggregate, which others do not', async () => {
-    const [first, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
-    const next = { ...first, id: '99' };
-    const release = deferred();
-    const batches: string[][] = [];
-    const { acknowledge } = startAcknowledger(async (receipts) => {
-      batches.push(receipts.map((it) => it.id));
-      if (batches.length === 1) await release.promise;
-      return [];
-    });
-    const done = [acknowledge(first, '1-1', EPOCH)];
-    await waitFor(() => batches.length === 1, { what: 'the first batch' });
-    done.push(acknowledge(next, '1-2', EPOCH), acknowledge(other, '1-3', EPOCH));
-    await waitFor(() => batches.length === 2, { what: 'the second batch' });
-    expect(batches).toEqual([[first.id], [other.id]]);
-    release.resolve();
-    await Promise.all(done);
-    expect(batches).toEqual([[first.id], [other.id], ['99']]);
-  });
-
   test('of a row that is not marked, since an earlier one is not, is refused; others beside it are not', async () => {
     const [early, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
     const acknowledger = startAcknowledger(writeReceipts, [early.id]);
