@@ -13,14 +13,14 @@ const CONCURRENT_BATCHES = 2;
 const GATHER_MS = 10;
 const UNDER_LOAD = 24;
 /** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
-const RETRY_DELAYS_MS = [100, 400, 1_600];
+const RETRY_DELAYS_MS = [100, 400, 1_600, 3_000, 3_000];
 
 /**
  * An event whose predecessor is not marked yet is asked for again here, so often: its job could be removed meanwhile,
  * and with it the memory of its append.
  */
 const EARLY_RETRY_MS = 150;
-const EARLY_RETRIES = 20;
+const EARLY_RETRIES = 40;
 
 export type Acknowledger = Readonly<{
   /**
