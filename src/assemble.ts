@@ -65,10 +65,7 @@ export function assemble(
   const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
-  const addPublishJobs = async (events: readonly OutboxEvent[]) => {
-    await tracing.claim(events, queues.addPublishJobs);
-    publishWorker.worker.expect(events.length);
-  };
+  const addPublishJobs = (events: readonly OutboxEvent[]) => tracing.claim(events, queues.addPublishJobs);
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
   const streamOptions = streamOptionsOf(config);
   const keyPrefix = `${config.queuePrefix}:${config.queueName}`;

@@ -40,7 +40,7 @@ function watch(overrides: Partial<Workplace> = {}, assertWritable = async () => 
     workplaces: [
       {
         worker: {
-          places: 2,
+          concurrency: 2,
           lastTakenAt: () => hands.lastTakenAt,
           inHand: () => hands.inHand,
           oldestTakenAt: () => {
