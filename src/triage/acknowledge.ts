@@ -37,7 +37,7 @@ type Pending = {
   event: OutboxEvent;
   receipt: Receipt;
   epoch: string;
-  earlier: number;
+  earlyTries: number;
   resolve: () => void;
   reject: (error: Error) => void;
 };
@@ -136,7 +136,7 @@ export function createAcknowledger(deps: {
   const isIdle = () => running === 0 && pending.length === 0 && resting === 0;
 
   function tryAgain(it: Pending): void {
-    if (it.earlier++ >= EARLY_RETRIES) {
+    if (it.earlyTries++ >= EARLY_RETRIES) {
       it.reject(new Error('an earlier event of its aggregate is not marked'));
       return;
     }
@@ -169,7 +169,7 @@ export function createAcknowledger(deps: {
   return {
     acknowledge: (event, entryId, epoch) =>
       new Promise((resolve, reject) => {
-        pending.push({ event, receipt: { id: event.id, entryId }, epoch, earlier: 0, resolve, reject });
+        pending.push({ event, receipt: { id: event.id, entryId }, epoch, earlyTries: 0, resolve, reject });
         schedule();
       }),
     drain: () => (isIdle() ? Promise.resolve() : new Promise((resolve) => onIdle.push(resolve))),
