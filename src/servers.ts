@@ -1,10 +1,12 @@
+import type { Socket } from 'node:net';
 import { Redis, type RedisOptions } from 'ioredis';
 import type { RelayConfig } from './config.ts';
 import type { Logger } from './logger.ts';
 import type { Pool } from './outbox/database.ts';
 import { distrustful } from './outbox/distrust.ts';
 import { createPool } from './outbox/pool.ts';
-import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION, WORKER_CONNECTION } from './queue/queues.ts';
+import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION } from './queue/queues.ts';
+import { WORKER_CONNECTION } from './queue/worker.ts';
 import { isCluster, type RedisPlace, streamPlace } from './redis-places.ts';
 import { redisNodes, redisOptions, sentinelOptions } from './redis-urls.ts';
 import { inCluster } from './slot-connector.ts';
@@ -86,6 +88,9 @@ export function openServers(
         pipeline: true,
         application_name: 'relay-service',
       });
+  ownPool?.on('connect', (client) =>
+    gatherWrites((client as unknown as { connection: { stream: Socket } }).connection.stream),
+  );
   ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
 
   const connections: Redis[] = [];
@@ -99,7 +104,7 @@ export function openServers(
       retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
     };
     const redis = deps.redis && place === config ? deps.redis.duplicate(all) : openRedis(place, all);
-    gatherWrites(redis);
+    redis.on('connect', () => gatherWrites(redis.stream));
     let lost = false;
     redis.on('error', (error) => {
       if (!lost)
@@ -141,27 +146,24 @@ export function openServers(
  * each call costs this process more than all the rest of its command (50 of 190 µs per event, measured). ioredis' own
  * pipelining costs more than it spares there.
  */
-function gatherWrites(redis: Redis): void {
-  redis.on('connect', () => {
-    const socket = redis.stream;
-    const write = socket.write.bind(socket) as (...args: unknown[]) => boolean;
-    let gathered = 0;
-    const send = (): void => {
-      gathered = 0;
-      socket.uncork();
-    };
-    socket.write = (...args: unknown[]) => {
-      if (gathered === 0) {
-        socket.cork();
-        process.nextTick(() => {
-          if (gathered > 0) send();
-        });
-      }
-      gathered++;
-      const isTaken = write(...args);
-      // Redis works on the first of them while we are busy with the next.
-      if (gathered >= GATHERED_WRITES) send();
-      return isTaken;
-    };
-  });
+function gatherWrites(socket: Socket): void {
+  const write = socket.write.bind(socket) as (...args: unknown[]) => boolean;
+  let gathered = 0;
+  const send = (): void => {
+    gathered = 0;
+    socket.uncork();
+  };
+  socket.write = (...args: unknown[]) => {
+    if (gathered === 0) {
+      socket.cork();
+      process.nextTick(() => {
+        if (gathered > 0) send();
+      });
+    }
+    gathered++;
+    const isTaken = write(...args);
+    // Redis works on the first of them while we are busy with the next.
+    if (gathered >= GATHERED_WRITES) send();
+    return isTaken;
+  };
 }

@@ -1,20 +1,19 @@
 import type { Job } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { Logger } from '../logger.ts';
-import {
-  claimQueueName,
-  closeWorker,
-  type InFlight,
-  PatientWorker,
-  reportErrors,
-  WORKER_OPTIONS,
-} from './queues.ts';
+import { claimQueueName, type InFlight } from './queues.ts';
 import { TICK } from './scheduler.ts';
+import { closeWorker, PatientWorker, reportErrors, WORKER_OPTIONS } from './worker.ts';
 
 /** A claim job gives way after so long and asks for another: other pods get their turn, dashboards move. */
 const TURN_MS = 2_000;
 /** Looks again this soon while there is no room, or while a writer has yet to commit. */
 const PAUSE_MS = 5;
+/**
+ * While events keep coming, claims begin so far apart: fewer, larger ones, and nobody is woken in between. Small ones
+ * cost more than what they carry: 1,100 µs of the pod per event at 600 events/s, 890 with this pause (measured).
+ */
+const PACE_MS = 20;
 /** Claims again this soon after it failed, not only with the next tick: the database may be back. */
 const AGAIN_AFTER_MS = 1_000;
 /** A failure is reported once in so long: an outage makes one a second. */
@@ -116,11 +115,18 @@ export function createClaimWorker(deps: {
     let events = 0;
     let armed = false;
     while (goesOn()) {
+      const beganAt = Date.now();
+      const before = events;
       // An idle relay is mostly woken for one event: one round tells whether there is work for all lanes.
       const first = await claim();
       if (first.kind !== 'no-room') events += first.events;
       if (first.kind !== 'all') events += await claimInLanes(goesOn);
       if (!goesOn()) break;
+      // Where events have come, more are coming: we look again by ourselves, so that nobody has to wake us for each.
+      if (events > before && !armed) {
+        await pause(beganAt + PACE_MS - Date.now());
+        continue;
+      }
       // Whoever wrote before the wake-up was armed said nothing: armed, look once more.
       if (armed) return { events, exhausted: true };
       const arming = await deps.arm();

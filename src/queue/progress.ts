@@ -1,7 +1,7 @@
 import type { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
 import { repeating } from '../lifecycle.ts';
-import type { PatientWorker } from './queues.ts';
+import type { PatientWorker } from './worker.ts';
 
 /** Between two looks. */
 const LOOK_INTERVAL_MS = 2_000;
@@ -10,7 +10,7 @@ const STUCK_AFTER_MS = 30_000;
 
 /** A worker and the queue that it works on. */
 export type Workplace = Readonly<{
-  worker: Pick<PatientWorker, 'lastTakenAt' | 'inHand' | 'oldestTakenAt' | 'concurrency'>;
+  worker: Pick<PatientWorker, 'lastTakenAt' | 'inHand' | 'oldestTakenAt' | 'places'>;
   queue: Queue;
   /** No job is in hand for longer, as long as Redis and database answer or refuse. */
   deadlineMs: number;
@@ -52,7 +52,7 @@ export function createProgressWatch(deps: {
 
     /** The job that this worker should take now, or null when it has no reason to take any. */
     async function nextJob(): Promise<string | null> {
-      if (worker.inHand() >= worker.concurrency) return null;
+      if (worker.inHand() >= worker.places) return null;
       const [paused, maxed, limitedForMs] = await Promise.all([
         queue.isPaused(),
         queue.isMaxed(),

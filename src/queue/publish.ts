@@ -3,15 +3,9 @@ import type { Redis } from 'ioredis';
 import { type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
-import {
-  closeWorker,
-  type FailedJob,
-  PatientWorker,
-  publishQueueName,
-  reportErrors,
-  WORKER_OPTIONS,
-} from './queues.ts';
+import { type FailedJob, publishQueueName } from './queues.ts';
 import { CrashLimitError, type Suspects } from './suspects.ts';
+import { closeWorker, PatientWorker, reportErrors, WORKER_OPTIONS } from './worker.ts';
 
 /** How soon an event is tried again when nobody could publish it. */
 const POSTPONE_MS = 1_000;

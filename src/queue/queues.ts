@@ -1,4 +1,4 @@
-import { type Job, Queue, QueueKeys, Worker } from 'bullmq';
+import { Queue, QueueKeys } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
 import { brief, type OutboxEvent, type TraceContext } from '../event.ts';
 import { NotReadyError, succeedsWithin, withDeadline } from '../lifecycle.ts';
@@ -62,104 +62,10 @@ export const QUEUE_CONNECTION: RedisOptions = {
 };
 
 /**
- * BullMQ's own connections for its workers: commands wait until Redis is back, and are sent again on the next
- * connection. One that was executed twice finds its lock gone, or leaves a job that nobody works on: the stalled check
- * finds both.
- */
-export const WORKER_CONNECTION: RedisOptions = { maxRetriesPerRequest: null, enableOfflineQueue: true };
-
-/**
  * For every connection: one that gets no answer for so long is replaced. TCP would take 15 minutes to notice that the
  * network is half-open. Longer than any command blocks, and than a healthy Redis is busy with one thing.
  */
 export const ANSWER_TIMEOUT_MS = 4_000;
-/** Workers wait for jobs so long at once: well within the time in which an answer must come. */
-const BLOCK_S = 2;
-
-/** A killed pod's jobs are taken over after this and a stalled check or two. */
-const LOCK_DURATION_MS = 5_000;
-
-export const WORKER_OPTIONS = {
-  autorun: false,
-  lockDuration: LOCK_DURATION_MS,
-  stalledInterval: LOCK_DURATION_MS / 2,
-  drainDelay: BLOCK_S,
-  /** How long a worker waits after an error of the connection before it asks again. */
-  runRetryDelay: 1_000,
-} as const;
-
-/**
- * Never blocks for longer than its connection waits for an answer: BullMQ would, 10 s, when a delayed job is far off.
- *
- * After an error that is not the connection's own (OOM, READONLY, NOPERM) BullMQ asks for the next job again at
- * once: 10,000 times a second, measured. This worker takes a breath.
- */
-export class PatientWorker<T = unknown> extends Worker<T> {
-  readonly #takenAt = new Map<Job<T>, number>();
-  #lastTakenAt = Date.now();
-
-  override get maximumBlockTimeout(): number {
-    return BLOCK_S;
-  }
-
-  /** When it last began to work on a job, or on nothing yet; ms since the epoch. */
-  lastTakenAt(): number {
-    return this.#lastTakenAt;
-  }
-
-  /** Jobs that it works on, until they are moved on in Redis. */
-  inHand(): number {
-    return this.#takenAt.size;
-  }
-
-  /** When it took the one that it has in hand for the longest time. */
-  oldestTakenAt(): number | undefined {
-    // A Map keeps the order in which they were taken.
-    for (const takenAt of this.#takenAt.values()) return takenAt;
-    return undefined;
-  }
-
-  override async processJob(job: Job<T>, token: string, fetchNext?: () => boolean) {
-    this.#lastTakenAt = Date.now();
-    this.#takenAt.set(job, this.#lastTakenAt);
-    try {
-      return await super.processJob(job, token, fetchNext);
-    } finally {
-      this.#takenAt.delete(job);
-    }
-  }
-
-  protected override async moveToActive(token: string, name?: string): Promise<Job<T>> {
-    try {
-      return await super.moveToActive(token, name);
-    } catch (error) {
-      await new Promise((resolve) => setTimeout(resolve, WORKER_OPTIONS.runRetryDelay));
-      throw error;
-    }
-  }
-}
-
-/** The same error of a worker is reported once in so long: an outage makes one a second. */
-const REPEAT_AFTER_MS = 10_000;
-
-export function reportErrors(worker: Worker, logger: Logger): void {
-  const reportedAt = new Map<string, number>();
-  worker.on('error', (error) => {
-    if (Date.now() - (reportedAt.get(error.message) ?? 0) < REPEAT_AFTER_MS) return;
-    if (reportedAt.size >= 100) reportedAt.clear();
-    reportedAt.set(error.message, Date.now());
-    logger.warn({ err: error, queue: worker.name }, 'a worker met an error; it goes on');
-  });
-}
-
-/** Waits for the jobs in hand until the deadline; what is left then goes to the other pods' stalled check. */
-export async function closeWorker(worker: Worker, deadlineMs: number): Promise<void> {
-  const finished = await succeedsWithin(deadlineMs, worker.pause());
-  await succeedsWithin(CLOSE_TIMEOUT_MS, worker.close(!finished));
-}
-
-const CLOSE_TIMEOUT_MS = 2_000;
-
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
@@ -217,13 +123,15 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
           if ((await publish.getJobState(event.eventId)) === 'failed') await publish.remove(event.eventId);
         }),
       );
-      await publish.addBulk(
-        events.map((event) => ({
-          name: brief(event.eventType),
-          data: event,
-          opts: { jobId: event.eventId, ...retries(event.attempts), ...(event.trace && traced(event.trace)) },
-        })),
-      );
+      const jobs = events.map((event) => ({
+        name: brief(event.eventType),
+        data: event,
+        opts: { jobId: event.eventId, ...retries(event.attempts), ...(event.trace && traced(event.trace)) },
+      }));
+      const [job] = jobs;
+      // A transaction of Redis costs 150 µs of this process to begin: too much for one.
+      if (job !== undefined && jobs.length === 1) await publish.add(job.name, job.data, job.opts);
+      else await publish.addBulk(jobs);
     },
 
     async inFlight(): Promise<InFlight> {
@@ -338,6 +246,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
 }
 
 const OPEN_RETRY_MS = 200;
+const CLOSE_TIMEOUT_MS = 2_000;
 
 /**
  * Queues that work. BullMQ asks Redis for its version when a queue is made; should the connection break at that very

@@ -2,8 +2,9 @@ import { Queue } from 'bullmq';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { type ClaimRound, type ClaimWorker, claimable, createClaimWorker } from '../../src/queue/claim.ts';
-import { claimQueueName, WORKER_CONNECTION } from '../../src/queue/queues.ts';
+import { claimQueueName } from '../../src/queue/queues.ts';
 import { createScheduler } from '../../src/queue/scheduler.ts';
+import { WORKER_CONNECTION } from '../../src/queue/worker.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
 import { type AdminRedis, deferred, openAdminRedis, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
@@ -97,6 +98,16 @@ describe('a claim job', () => {
     expect(stepsOf(log)).toEqual(['claim', 'armed', 'claim']);
     expect(log.lastIndexOf('more')).toBeLessThan(log.indexOf('armed'));
     expect(rounds).toEqual([]);
+  });
+
+  test('looks again by itself while events come, with a pause, before writers are asked to wake it', async () => {
+    const some: ClaimRound = { kind: 'all', events: 3 };
+    const beganAt = performance.now();
+    const { log } = startWorker([some, some, some, some, NOTHING], ['armed']);
+    await wake();
+    await idle();
+    expect(log).toEqual(['all', 'all', 'all', 'all', 'all', 'armed', 'all']);
+    expect(performance.now() - beganAt).toBeGreaterThan(4 * 20 - 5);
   });
 
   test('takes all that is found in the last look', async () => {

@@ -40,7 +40,7 @@ function watch(overrides: Partial<Workplace> = {}, assertWritable = async () => 
     workplaces: [
       {
         worker: {
-          concurrency: 2,
+          places: 2,
           lastTakenAt: () => hands.lastTakenAt,
           inHand: () => hands.inHand,
           oldestTakenAt: () => {

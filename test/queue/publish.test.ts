@@ -3,8 +3,9 @@ import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest
 import type { Attempt, OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createPublishWorker, type PublishOptions, type PublishWorker } from '../../src/queue/publish.ts';
-import { createQueues, type FailedJob, type Queues, WORKER_CONNECTION } from '../../src/queue/queues.ts';
+import { createQueues, type FailedJob, type Queues } from '../../src/queue/queues.ts';
 import { createSuspects } from '../../src/queue/suspects.ts';
+import { WORKER_CONNECTION } from '../../src/queue/worker.ts';
 import { untraced } from '../../src/tracing/tracing.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
 import {

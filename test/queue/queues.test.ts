@@ -9,8 +9,8 @@ import {
   publishQueueName,
   QUEUE_CONNECTION,
   type Queues,
-  WORKER_CONNECTION,
 } from '../../src/queue/queues.ts';
+import { WORKER_CONNECTION } from '../../src/queue/worker.ts';
 import { startProxy, through } from '../support/proxy.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
 import {
