@@ -33,6 +33,7 @@ import type { Tracing } from './tracing/tracing.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
+import { createHandOver } from './triage/hand-over.ts';
 import { createLostJobs } from './triage/lost-jobs.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile } from './triage/reconcile.ts';
@@ -49,7 +50,6 @@ const CLAIM_JOB_DEADLINE_MS = 120_000;
 const STUCK_AFTER_MS = 60_000;
 /** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
 const STATEMENT_TIMEOUT_MS = 4_000;
-
 export function assemble(
   config: RelayConfig,
   servers: Servers,
@@ -65,7 +65,10 @@ export function assemble(
   const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
-  const addPublishJobs = (events: readonly OutboxEvent[]) => tracing.claim(events, queues.addPublishJobs);
+  const addPublishJobs = async (events: readonly OutboxEvent[]) => {
+    await tracing.claim(events, queues.addPublishJobs);
+    publishWorker.worker.expect(events.length);
+  };
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
   const streamOptions = streamOptionsOf(config);
   const keyPrefix = `${config.queuePrefix}:${config.queueName}`;
@@ -128,7 +131,7 @@ export function assemble(
   const stream = createStream(
     appendRedis,
     epoch,
-    { ...streamOptions, onFirstEntry: upkeep.met },
+    { ...streamOptions, onFirstEntry: upkeep.met, areLive: outbox.areLive },
     hasTwoServers ? markers : undefined,
   );
 
@@ -144,45 +147,39 @@ export function assemble(
 
   const wakeup = createWakeup({ pool, logger, onWake: () => void scheduler.wake() });
 
-  /**
-   * Rows get their receipts, and their aggregates' next events the jobs that follow, added before the commit. An
-   * entry that Redis may have lost gives no receipt: asked before the jobs are added, so that no successor can get
-   * ahead of it.
-   */
-  const giveReceipts = async (
-    of: string,
-    change: (tx: Queryable, promoting: boolean) => Promise<OutboxEvent[]>,
-  ) => {
-    const write = (promoting: boolean) =>
-      receipts.giving(async (tx) => {
-        const successors = await change(tx, promoting);
-        await epoch.confirm(of);
-        if (successors.length > 0) await addPublishJobs(successors);
-        return successors;
-      });
-    try {
-      return await write(true);
-    } catch (error) {
-      // The change must not wait for a successor that cannot be printed: the orphan watch makes it fresh, and the
-      // claim deals with it.
-      if (!payloadMayBeAtFault(error)) throw error;
-      return write(false);
-    }
-  };
+  const handOver = createHandOver<Queryable>({
+    giving: receipts.giving,
+    epoch,
+    addJobs: addPublishJobs,
+    whileLive: outbox.whileLive,
+    endLeases: outbox.endLeasesOf,
+    payloadMayBeAtFault,
+    // Reading ahead (outbox.readAhead) stays off: an event that is replayed within seconds of its dead letter would bring
+    // along what has been published since. See the README, "One aggregate by itself".
+    logger,
+  });
+  const { giveReceipts } = handOver;
 
   const acknowledger = createAcknowledger({
-    async markPublished(batch, of) {
+    async markPublished(batch, of, again) {
       let early: readonly string[] = [];
-      const successors = await giveReceipts(of, (tx, promoting) => {
+      const mark = (tx: Queryable, promoting: boolean) => {
         early = [];
         return outbox.markPublished(tx, batch, promoting, (ids) => {
           early = ids;
         });
-      });
+      };
+      const successors = await giveReceipts(of, mark, again);
+      handOver.settle(batch.map((it) => it.id).filter((id) => !early.includes(id)));
       return { successors, early };
     },
     ordered,
     onNoSuccessor: watchOrphans,
+    onMarkedBefore: (events) => {
+      outbox.endLeasesOf(events).catch((error) => {
+        logger.debug({ err: error }, 'rows are looked at when their leases end');
+      });
+    },
     isFinal: (error) => error instanceof EpochOverError,
     logger,
   });
@@ -218,7 +215,8 @@ export function assemble(
         (error) => errorText(error),
       ),
     acknowledge: acknowledger.acknowledge,
-    vanished: ({ id }) => outbox.endLease(id),
+    bringAlong: handOver.bringAlong,
+    vanished: (event) => outbox.endLeasesOf([event]),
     onPublished: (event, entryId) => {
       metrics.published(event, entryId);
       heartbeat.appendedTo(event.topic);
@@ -245,7 +243,7 @@ export function assemble(
     inFlight: queues.inFlight,
     options: config,
     claimBatch: (limit) =>
-      outbox.transaction('repeatable', async (tx) => {
+      outbox.transaction('durable', async (tx) => {
         const claimed = await outbox.claimFresh(tx, limit);
         if (claimed.leased.length > 0) await addPublishJobs(claimed.leased);
         return claimed;
@@ -262,8 +260,8 @@ export function assemble(
     findDeadLetters: restorer.findDeadLetters,
     epoch: epoch.current,
     markPublished: (found, of) =>
-      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, found, promoting)),
-    markDead: (dead, of) => giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting)),
+      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, found, promoting), 'all'),
+    markDead: (dead, of) => giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting), 'all'),
   });
   const reconcile = createReconcile({
     transaction: (work) => outbox.transaction('repeatable', work),

@@ -34,6 +34,15 @@ export type OutboxEvent = Readonly<{
    * payload's metadata say; then that of each step on its way. Absent from jobs of a pod that did not know of it yet.
    */
   trace?: TraceContext | null;
+  /** What came before it in its aggregate, where its job was added before that was acknowledged. */
+  follows?: Predecessors;
+}>;
+
+/** Events of one aggregate that were appended, one after the other, though their rows may not say so yet. */
+export type Predecessors = Readonly<{
+  /** In which they were appended. */
+  epoch: string;
+  receipts: readonly Receipt[];
 }>;
 
 /** W3C Trace Context. */
@@ -49,6 +58,11 @@ export type Receipt = Readonly<{
   id: string;
   /** Stream id that Redis answered, e.g. `1700000000000-0`. */
   entryId: string;
+  /**
+   * `after`: its job was added before those before it in its aggregate had their receipts, which come with it.
+   * `before`: such a one; it may have its receipt by now.
+   */
+  chained?: 'after' | 'before';
 }>;
 
 /** What became of one append to a stream. Every reply of Redis ends in exactly one of these. */

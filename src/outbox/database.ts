@@ -35,9 +35,9 @@ const STATEMENT_FORGOTTEN = new Set(['26000', '42P05']);
 
 /**
  * - `durable`: when it returns, a crash of PostgreSQL cannot undo it
- * - `repeatable`: a crash may undo it, and doing it again is harmless. Leasing rows is: their jobs are there and
- *   are not added twice, and an acknowledgement that follows makes the lease durable with it. Spares the disk's
- *   answer, about 3 ms on the machine where this was tried.
+ * - `repeatable`: a crash may undo it, and doing it again is harmless. Spares the disk's answer, about 3 ms on the machine
+ *   where this was tried. A claim is not: if a crash undid the lease of an event that was appended, and its job was removed,
+ *   nobody would know of its entry.
  */
 export type Durability = 'durable' | 'repeatable';
 

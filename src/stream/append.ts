@@ -109,7 +109,16 @@ type Appending = Readonly<{
 }>;
 
 /** @param markers where the jobs are on another server */
-export function createStream(redis: Redis, epochs: Epochs, options: StreamOptions, markers?: Markers) {
+export function createStream(
+  redis: Redis,
+  epochs: Epochs,
+  options: StreamOptions &
+    Readonly<{
+      /** Whether any of these rows, by `outbox.id`, is neither published nor dead. */
+      areLive: (ids: readonly string[]) => Promise<boolean>;
+    }>,
+  markers?: Markers,
+) {
   redis.defineCommand('appendOnce', { lua: APPEND_ONCE });
 
   /** Streams that had an entry in this epoch: one of them that is not there any more was lost. */
@@ -168,6 +177,7 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
   ): Promise<AppendOutcome> {
     const epoch = await epochs.known();
     if (epoch === undefined) return NOT_KNOWN;
+    if (await mayBeAhead(event, epoch)) return AHEAD;
     if (known.epoch !== epoch || known.streams.size >= KNOWN_STREAMS) known = { epoch, streams: new Set() };
     const { streams } = known;
     const hasEnded = field === DEAD_LETTER_ENTRY;
@@ -195,6 +205,12 @@ export function createStream(redis: Redis, epochs: Epochs, options: StreamOption
     }
   }
 
+  /** Those that it follows may have lost their entries since: they are appended again first. */
+  const mayBeAhead = async ({ follows }: OutboxEvent, epoch: string): Promise<boolean> =>
+    follows !== undefined &&
+    follows.epoch !== epoch &&
+    (await options.areLive(follows.receipts.map((it) => it.id)));
+
   return {
     /** Appends the event to the stream of its topic, once. Never throws. */
     publish: (event: OutboxEvent): Promise<AppendOutcome> =>
@@ -218,6 +234,11 @@ export const trimmedTo = (maxLen: number): string[] => (maxLen === 0 ? [] : ['MA
 const NOT_KNOWN: AppendOutcome = {
   status: 'unavailable',
   reason: 'Redis may have lost entries; nothing is appended before they are restored',
+};
+
+const AHEAD: AppendOutcome = {
+  status: 'unavailable',
+  reason: 'Redis may have lost entries that come before it in its aggregate; it waits for them',
 };
 
 /** As ioredis has what Redis answers instead of a reply. */

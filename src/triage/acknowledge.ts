@@ -1,5 +1,6 @@
 import type { OutboxEvent, Receipt } from '../event.ts';
 import type { Logger } from '../logger.ts';
+import { precedingOf } from './hand-over.ts';
 
 /** Rows in one transaction at most. */
 const BATCH_LIMIT = 500;
@@ -7,11 +8,12 @@ const BATCH_LIMIT = 500;
 const CONCURRENT_BATCHES = 2;
 /**
  * Under load a batch waits so long for company: fewer, larger transactions cost the database and this process
- * less (0.045 -> 0.02 transactions per event, measured). A small batch never waits: a hot aggregate flows from
- * acknowledgement to acknowledgement.
+ * less (0.045 -> 0.02 transactions per event, measured). A small batch does not wait, unless nobody waits for it: the
+ * next events of its aggregates are on their way already.
  */
 const GATHER_MS = 10;
 const UNDER_LOAD = 24;
+const PATIENT_MS = 25;
 /** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
 const RETRY_DELAYS_MS = [100, 400, 1_600, 3_000, 3_000];
 
@@ -25,18 +27,27 @@ const EARLY_RETRIES = 40;
 export type Acknowledger = Readonly<{
   /**
    * Resolves when the event's row is marked published.
-   * @param epoch in which the append was made: what was appended in an epoch that is over may be lost
    * @throws when the database did not take it; the append is remembered, so the job may simply run again
    */
-  acknowledge(event: OutboxEvent, entryId: string, epoch: string): Promise<void>;
+  acknowledge(event: OutboxEvent, appended: Appended): Promise<void>;
   /** Resolves when nothing is left to write. */
   drain(): Promise<void>;
 }>;
 
+/** One append, as far as it concerns the row. */
+export type Appended = Readonly<{
+  entryId: string;
+  /** In which it was made: what was appended in an epoch that is over may be lost. */
+  epoch: string;
+  /** It was made by an earlier run of the job, whose acknowledgement may have been committed without our knowing. */
+  before: boolean;
+  /** The next event of the aggregate has its job already. */
+  followed: boolean;
+}>;
+
 type Pending = {
   event: OutboxEvent;
-  receipt: Receipt;
-  epoch: string;
+  appended: Appended;
   earlyTries: number;
   resolve: () => void;
   reject: (error: Error) => void;
@@ -49,53 +60,73 @@ type Pending = {
 export function createAcknowledger(deps: {
   /**
    * Marks the rows published and sees to their successors; rejects when the epoch of their appends is over. `early` are
-   * the ids of rows that were not marked, since an earlier one of their aggregate is not.
+   * the ids of rows that were not marked, since an earlier one of their aggregate is not; `again` are those of the events
+   * that an earlier run of their job had appended.
    */
   markPublished: (
     receipts: Receipt[],
     epoch: string,
+    again: OutboxEvent[],
   ) => Promise<Readonly<{ successors: readonly OutboxEvent[]; early: readonly string[] }>>;
   /** Whether an event waits for the one before it in its aggregate. */
   ordered: boolean;
   /** Events whose aggregate had no row to go on with, as far as that transaction could see. */
   onNoSuccessor: (events: OutboxEvent[]) => void;
+  /** The same, of those that may have been marked before: what was leased then may have no job. */
+  onMarkedBefore: (events: OutboxEvent[]) => void;
   /** Whether trying the same write again is of no use. */
   isFinal: (error: unknown) => boolean;
   logger: Logger;
 }): Acknowledger {
-  const { markPublished, ordered, onNoSuccessor, isFinal, logger } = deps;
+  const { markPublished, ordered, onNoSuccessor, onMarkedBefore, isFinal, logger } = deps;
   let pending: Pending[] = [];
   /** Aggregates in running transactions. */
   const busy = new Set<string>();
   let running = 0;
   let resting = 0;
-  let scheduled = false;
   let lastSize = 0;
+  /** Whether somebody waits for one of those that are pending. */
+  let urgent = false;
+  /** When the next batch is gathered, by the clock of `performance.now`. */
+  let gatherAt = Number.POSITIVE_INFINITY;
+  let timer: NodeJS.Timeout | undefined;
   const onIdle: (() => void)[] = [];
 
   function schedule(): void {
-    if (scheduled || pending.length === 0 || running >= CONCURRENT_BATCHES) return;
-    scheduled = true;
-    const gather = () => {
-      scheduled = false;
-      const batch = nextBatch();
-      // All that is pending waits for what is running; then it is looked at again.
-      if (batch.length === 0) return;
-      lastSize = batch.length;
-      running++;
-      const aggregates = ordered ? batch.map((it) => aggregateKey(it.event)) : [];
-      for (const key of aggregates) busy.add(key);
-      void flush(batch).finally(() => {
-        for (const key of aggregates) busy.delete(key);
-        running--;
-        schedule();
-        if (isIdle()) for (const idle of onIdle.splice(0)) idle();
-      });
-      schedule();
-    };
-    if (lastSize >= UNDER_LOAD) setTimeout(gather, GATHER_MS);
+    if (pending.length === 0 || running >= CONCURRENT_BATCHES) return;
+    const isLarge = pending.length >= UNDER_LOAD;
+    const waitMs = urgent || isLarge ? (lastSize >= UNDER_LOAD ? GATHER_MS : 0) : PATIENT_MS;
+    const at = performance.now() + waitMs;
+    if (gatherAt <= at) return;
+    gatherAt = at;
+    clearTimeout(timer);
+    if (waitMs > 0) timer = setTimeout(gather, waitMs);
     // After the I/O of this turn of the loop: one read from Redis often answers many appends.
     else setImmediate(gather);
+  }
+
+  function gather(): void {
+    gatherAt = Number.POSITIVE_INFINITY;
+    const batch = nextBatch();
+    // All that is pending waits for what is running; then it is looked at again.
+    if (batch.length === 0) return;
+    lastSize = batch.length;
+    running++;
+    const aggregates = ordered ? batch.map((it) => aggregateKey(it.event)) : [];
+    for (const key of aggregates) busy.add(key);
+    void flush(batch).finally(() => {
+      for (const key of aggregates) busy.delete(key);
+      running--;
+      schedule();
+      if (isIdle()) for (const idle of onIdle.splice(0)) idle();
+    });
+    schedule();
+  }
+
+  function wait(it: Pending): void {
+    pending.push(it);
+    urgent ||= !it.appended.followed;
+    schedule();
   }
 
   /**
@@ -105,29 +136,32 @@ export function createAcknowledger(deps: {
   function nextBatch(): Pending[] {
     const batch: Pending[] = [];
     const later: Pending[] = [];
-    const epoch = pending[0]?.epoch;
+    const epoch = pending[0]?.appended.epoch;
     for (const it of pending) {
-      const isNow = batch.length < BATCH_LIMIT && it.epoch === epoch && !busy.has(aggregateKey(it.event));
+      const isNow =
+        batch.length < BATCH_LIMIT && it.appended.epoch === epoch && !busy.has(aggregateKey(it.event));
       (isNow ? batch : later).push(it);
     }
     pending = later;
+    urgent = later.some((it) => !it.appended.followed);
     return batch;
   }
 
   async function flush(batch: Pending[]): Promise<void> {
     try {
-      const { successors, early } = await persist(batch);
-      const left: OutboxEvent[] = [];
+      const { successors, early, tries } = await persist(batch);
+      const continued = new Set(successors.map(aggregateKey));
+      const last: Pending[] = [];
       for (const it of batch) {
         if (early.includes(it.event.id)) tryAgain(it);
         else {
           it.resolve();
-          left.push(it.event);
+          if (!it.appended.followed && !continued.has(aggregateKey(it.event))) last.push(it);
         }
       }
-      const continued = new Set(successors.map(aggregateKey));
-      const last = left.filter((event) => !continued.has(aggregateKey(event)));
-      if (last.length > 0) onNoSuccessor(last);
+      const before = last.filter((it) => tries > 1 || it.appended.before);
+      if (last.length > 0) onNoSuccessor(last.map((it) => it.event));
+      if (before.length > 0) onMarkedBefore(before.map((it) => it.event));
     } catch (error) {
       for (const it of batch) it.reject(error as Error);
     }
@@ -143,22 +177,22 @@ export function createAcknowledger(deps: {
     resting++;
     setTimeout(() => {
       resting--;
-      pending.push(it);
-      schedule();
+      wait(it);
     }, EARLY_RETRY_MS);
   }
 
   async function persist(batch: Pending[]) {
-    const receipts = batch.map((it) => it.receipt);
-    const { epoch } = batch[0] as Pending;
+    const { epoch } = (batch[0] as Pending).appended;
+    const receipts = receiptsOf(batch, epoch);
+    const again = batch.filter((it) => it.appended.before).map((it) => it.event);
     for (let attempt = 0; ; attempt++) {
       try {
-        return await markPublished(receipts, epoch);
+        return { ...(await markPublished(receipts, epoch, again)), tries: attempt + 1 };
       } catch (error) {
         const delay = RETRY_DELAYS_MS[attempt];
         if (delay === undefined || isFinal(error)) throw error;
         logger.warn(
-          { err: error, events: receipts.length, retryInMs: delay },
+          { err: error, events: batch.length, retryInMs: delay },
           'cannot mark events published; again',
         );
         await new Promise((resolve) => setTimeout(resolve, delay));
@@ -167,13 +201,29 @@ export function createAcknowledger(deps: {
   }
 
   return {
-    acknowledge: (event, entryId, epoch) =>
+    acknowledge: (event, appended) =>
       new Promise((resolve, reject) => {
-        pending.push({ event, receipt: { id: event.id, entryId }, epoch, earlyTries: 0, resolve, reject });
-        schedule();
+        wait({ event, appended, earlyTries: 0, resolve, reject });
       }),
     drain: () => (isIdle() ? Promise.resolve() : new Promise((resolve) => onIdle.push(resolve))),
   };
 }
 
 const aggregateKey = (event: OutboxEvent) => `${event.aggregateId} ${event.aggregateType}`;
+
+/** Of the batch, and of those that its events follow and that are not in it. */
+function receiptsOf(batch: readonly Pending[], epoch: string): Receipt[] {
+  const receipts = new Map<string, Receipt>();
+  for (const { event, appended } of batch) {
+    const preceding = precedingOf(event, epoch);
+    for (const it of preceding) {
+      if (!receipts.has(it.id)) receipts.set(it.id, { ...it, chained: 'before' });
+    }
+    const { entryId } = appended;
+    receipts.set(event.id, {
+      ...{ id: event.id, entryId },
+      ...(preceding.length > 0 && { chained: 'after' }),
+    });
+  }
+  return [...receipts.values()];
+}

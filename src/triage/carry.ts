@@ -1,6 +1,7 @@
 import { type AppendOutcome, type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
 import type { Logger } from '../logger.ts';
 import { errorText } from '../logger.ts';
+import type { Appended } from './acknowledge.ts';
 import { decide, type Verdict } from './decide.ts';
 
 /** How Redis says that the user may not: for the call itself, and from within a script. */
@@ -19,7 +20,12 @@ export function createCarry(deps: {
   publish: (event: OutboxEvent) => Promise<AppendOutcome>;
   /** Asked when permission was refused: why Redis refuses the relay everything, or null when it is this stream. */
   refusedEverything: (event: OutboxEvent) => Promise<string | null>;
-  acknowledge: (event: OutboxEvent, entryId: string, epoch: string) => Promise<void>;
+  acknowledge: (event: OutboxEvent, appended: Appended) => Promise<void>;
+  /** The event was appended just now: the next one of its aggregate gets its job, if it is known; whether it is. */
+  bringAlong: (
+    event: OutboxEvent,
+    appended: Readonly<{ entryId: string; epoch: string; beganAt: number }>,
+  ) => boolean;
   /** The job is gone: has somebody look at once what became of the event. */
   vanished: (event: OutboxEvent) => Promise<void>;
   /** Told when the row is marked. */
@@ -55,12 +61,15 @@ export function createCarry(deps: {
 
   /** @param inTurn runs the part in which an event can harm its pod: from its check to the answer to its append */
   return async function carry(event: OutboxEvent, inTurn: InTurn = (run) => run()): Promise<Attempt> {
+    const beganAt = performance.now();
     await deps.ready();
     const verdict = await inTurn(() => append(event));
     switch (verdict.kind) {
       case 'acknowledge':
         try {
-          await deps.acknowledge(event, verdict.entryId, verdict.epoch);
+          const { entryId, epoch, before } = verdict;
+          const followed = !before && deps.bringAlong(event, { entryId, epoch, beganAt });
+          await deps.acknowledge(event, { entryId, epoch, before, followed });
         } catch (error) {
           return {
             kind: 'postpone',

@@ -1,4 +1,4 @@
-import { type AppendOutcome, brief, type OutboxEvent } from '../event.ts';
+import { type AppendOutcome, brief, type OutboxEvent, type Receipt } from '../event.ts';
 import type { Logger } from '../logger.ts';
 
 export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
@@ -11,10 +11,7 @@ export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: s
 export function createDeadLetter(deps: {
   append: (event: OutboxEvent, failure: Failure) => Promise<AppendOutcome>;
   /** Marks the row dead and sees to its successor; rejects when the entry may be lost since. */
-  markDead: (
-    dead: { id: string; attempts: number; reason: string; entryId: string },
-    epoch: string,
-  ) => Promise<void>;
+  markDead: (dead: Receipt & Readonly<{ attempts: number; reason: string }>, epoch: string) => Promise<void>;
   onDead: (event: OutboxEvent) => void;
   /** Told of each entry once, however often its dead letter is gone through. */
   onWritten?: (event: OutboxEvent) => void;

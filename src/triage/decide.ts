@@ -2,7 +2,7 @@ import type { AppendOutcome, Attempt } from '../event.ts';
 
 /** What is to become of an event after one append: its row is to be acknowledged, or let go, or the attempt failed. */
 export type Verdict =
-  | { kind: 'acknowledge'; entryId: string; epoch: string }
+  | { kind: 'acknowledge'; entryId: string; epoch: string; before: boolean }
   /** The job is no longer ours: touch nothing, the row's state decides. */
   | { kind: 'let-go' }
   | Exclude<Attempt, { kind: 'done' }>;
@@ -11,7 +11,11 @@ export function decide(outcome: AppendOutcome): Verdict {
   switch (outcome.status) {
     case 'appended':
     case 'already-appended':
-      return { kind: 'acknowledge', entryId: outcome.entryId, epoch: outcome.epoch };
+      return {
+        kind: 'acknowledge',
+        ...{ entryId: outcome.entryId, epoch: outcome.epoch },
+        before: outcome.status === 'already-appended',
+      };
     case 'job-gone':
       return { kind: 'let-go' };
     case 'refused':

@@ -17,7 +17,7 @@ test(
       ...{ seed: 3, events: 5_000, pods: 2, durationMs: 20_000, faults: SHORT_MIX },
       ...{ each: false, keep: false },
     });
-    expect(violations, `logs of pods and servers: ${logs}`).toEqual([]);
+    expect(violations, `${violations.join('; ')}; logs of pods and servers: ${logs}`).toEqual([]);
     expect(injections.map(({ fault }) => fault.name).sort()).toEqual(
       SHORT_MIX.map(({ name }) => name).sort(),
     );

@@ -12,7 +12,7 @@ import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/prune.ts';
 import { asRelay, OPERATOR_ROLE } from '../support/least-privilege.ts';
 import { createDatabase } from '../support/servers.ts';
-import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
+import { type AdminPool, aClaimedEvent, openAdminPool, openPool } from '../support/stages.ts';
 
 const PUBLISHED_ROWS = 1_000_000;
 const PARKED_ROWS = 100_000;
@@ -84,6 +84,7 @@ const deadRows = (pool: Pool) =>
     ...{ streamName: 'identity.user.v1', maxEventBytes: 1_048_576, statementTimeoutMs: 20_000 },
   });
 const FILTER = { eventType: 'UserUpdated', topic: 'x', aggregateId: HOT.aggregateId, error: 'x' };
+const A_HOT_EVENT = aClaimedEvent({ ...HOT, id: String(HOT_HEAD) });
 const SOME_TIME = '2026-01-31T12:00:00Z';
 
 const statements: [string, Run, number][] = [
@@ -100,6 +101,20 @@ const statements: [string, Run, number][] = [
       ),
     15 * BATCH,
   ],
+  [
+    'an acknowledgement of some that came along',
+    (it) =>
+      it.transaction('durable', (tx) =>
+        it.markPublished(tx, [
+          { id: String(HOT_HEAD), entryId: '1-0', chained: 'before' },
+          { id: String(HOT_HEAD + 1), entryId: '1-1', chained: 'after' },
+        ]),
+      ),
+    BATCH,
+  ],
+  ['reading ahead of 100,000 rows', (it) => it.readAhead([A_HOT_EVENT], BATCH, 1_000_000), 5 * BATCH],
+  ['the jobs of rows that are live', (it) => it.whileLive([A_HOT_EVENT], async () => {}), 10],
+  ['the question whether rows are live', (it) => it.areLive([String(HOT_HEAD), '1', '-1']), 10],
   [
     'a dead letter, with 100,000 rows waiting behind it',
     (it) =>
@@ -124,7 +139,7 @@ const statements: [string, Run, number][] = [
     (it) => it.transaction('repeatable', (tx) => it.extendLease(tx, DUE_IDS)),
     3 * BATCH,
   ],
-  ['the end of one lease', (it) => it.endLease(DUE_IDS[0] as string), 10],
+  ['the end of leases', (it) => it.endLeasesOf([A_HOT_EVENT]), 20],
   ['the question which events are settled', (it) => it.unsettled([randomUUID(), randomUUID()]), 10],
   ['a page of dead letters', (_, it) => deadRows(it).page({}, { at: SOME_TIME, id: '1' }, BATCH), 3 * BATCH],
   [
@@ -250,7 +265,7 @@ function explaining(real: pg.Pool, plan: PlanKind, costs: Cost[]): Pool {
 async function explainGeneric(query: pg.Client['query'], text: string, values: unknown[]) {
   const literal = (value: unknown): string =>
     pg.escapeLiteral(
-      Array.isArray(value) ? `{${value.map((it) => JSON.stringify(it)).join(',')}}` : String(value),
+      Array.isArray(value) ? `{${value.map((it) => JSON.stringify(it ?? null)).join(',')}}` : String(value),
     );
   await query(`PREPARE statement AS ${text}`);
   try {

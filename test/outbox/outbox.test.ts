@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { SampleEvent } from '../../src/demo/sample.ts';
+import type { OutboxEvent, Receipt } from '../../src/event.ts';
 import type { Pool } from '../../src/outbox/database.ts';
 import { createOutbox, type Outbox, type OutboxOptions } from '../../src/outbox/outbox.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
@@ -27,6 +28,7 @@ const OPTIONS: OutboxOptions = {
 };
 const USER = randomUUID();
 const ANYBODY = { aggregateType: 'user', aggregateId: USER };
+const OTHER_USER = randomUUID();
 
 let databaseUrl: string;
 let pool: AdminPool;
@@ -64,6 +66,8 @@ const DUE = `next_attempt_at = now() - interval '1 minute'`;
 const PUBLISHED = 'published = true, published_at = now(), next_attempt_at = NULL';
 const DEAD = `dead_lettered_at = now(), next_attempt_at = 'infinity'`;
 
+const aggregateOf = async (id: number): Promise<string> =>
+  (await pool.query('SELECT aggregate_id FROM identity.outbox WHERE id = $1', [id])).rows[0].aggregate_id;
 const states = () => readStates(pool);
 const row = async (id: number | string) => (await readRows(pool)).find((it) => it.id === String(id)) as Row;
 const claim = (limit = 100, by = outbox) => by.transaction('repeatable', (tx) => by.claimFresh(tx, limit));
@@ -570,12 +574,37 @@ describe('due rows', () => {
     expect((await row(2)).msLeft).toBeGreaterThan(55_000);
   });
 
-  test('are one by one those whose job vanished, if they were leased', async () => {
+  test('are those whose job vanished, if they were leased', async () => {
     await insertEvents(pool, someEvents(6));
     const assignments = [LEASED, LEASED, PARKED, PUBLISHED, DEAD];
     for (const [at, assignment] of assignments.entries()) await set(at + 1, assignment);
-    for (const id of ['1', '3', '4', '5', '6']) await outbox.endLease(id);
+    const vanished = async (ids: number[]) =>
+      Promise.all(
+        ids.map(async (id) => ({
+          id: String(id),
+          aggregateType: 'user',
+          aggregateId: await aggregateOf(id),
+        })),
+      );
+    await outbox.endLeasesOf(await vanished([1, 3, 4, 5, 6]));
     expect(await states()).toEqual(['due', 'leased', 'parked', 'published', 'dead', 'fresh']);
+  });
+
+  test('are those that may have been leased without a job, behind an event that was marked before', async () => {
+    await insertOfUser(3);
+    await insert({ aggregateId: OTHER_USER }, { aggregateId: OTHER_USER });
+    await claim();
+    await set(1, PUBLISHED);
+    await set(2, LEASED);
+    await set(4, `${LEASED}, attempts = 1`);
+    const events = [
+      { id: '1', ...ANYBODY },
+      { id: '99', ...ANYBODY, aggregateId: OTHER_USER },
+    ];
+    await unordered.endLeasesOf(events);
+    expect(await states()).toEqual(['published', 'leased', 'parked', 'leased', 'parked']);
+    await outbox.endLeasesOf(events);
+    expect(await states()).toEqual(['published', 'due', 'parked', 'leased', 'parked']);
   });
 
   test('are all that were leased, once Redis lost its jobs', async () => {
@@ -665,6 +694,114 @@ describe('an acknowledgement whose transaction failed when the job of the succes
     const { rows } = await pool.query('SELECT id FROM identity.outbox ORDER BY published_at');
     expect(rows.map(({ id }) => id)).toEqual(['1', '2']);
   });
+});
+
+describe('an event that came along with those before it', () => {
+  const mark = (receipts: Receipt[], onEarly: (ids: readonly string[]) => void = () => {}) =>
+    outbox.transaction('durable', (tx) => outbox.markPublished(tx, receipts, true, onEarly));
+  const led = (id: number) => ({ ...receipt(id), chained: 'before' as const });
+  const last = (id: number) => ({ ...receipt(id), chained: 'after' as const });
+
+  test('brings them their receipts, and the aggregate goes on behind it', async () => {
+    await insertOfUser(4);
+    await claim();
+    expect(idsOf(await mark([led(1), led(2), last(3)]))).toEqual(['4']);
+    expect(await states()).toEqual(['published', 'published', 'published', 'leased']);
+    expect((await row(2)).streamEntryId).toBe(receipt(2).entryId);
+  });
+
+  test('changes nothing of those that have theirs, nor of dead ones', async () => {
+    await insertOfUser(4);
+    await claim();
+    await set(1, `${PUBLISHED}, stream_entry_id = '9-9'`);
+    await set(2, `${DEAD}, stream_entry_id = '8-8'`);
+    const early: string[] = [];
+    expect(idsOf(await mark([led(1), led(2), last(3)], (ids) => void early.push(...ids)))).toEqual(['4']);
+    expect(await states()).toEqual(['published', 'dead', 'published', 'leased']);
+    expect([(await row(1)).streamEntryId, (await row(2)).streamEntryId, early]).toEqual(['9-9', '8-8', []]);
+  });
+
+  test('does so where there is no next one to be leased as well', async () => {
+    await insertOfUser(2);
+    await claim();
+    await outbox.transaction('durable', (tx) => outbox.markPublished(tx, [led(1), last(2)], false));
+    expect(await states()).toEqual(['published', 'published']);
+  });
+});
+
+describe('jobs that are added while their rows are live', () => {
+  test('are those of rows that are, and nobody publishes these meanwhile', async () => {
+    await insertEvents(pool, someEvents(4));
+    const { leased } = await claim();
+    await set(1, PUBLISHED);
+    await set(2, DEAD);
+    const added: string[] = [];
+    let published = false;
+    let publishing: Promise<unknown> | undefined;
+    await outbox.whileLive(leased, async (live) => {
+      publishing = acknowledge([3]).then(() => {
+        published = true;
+      });
+      await waitFor(
+        async () =>
+          (await pool.query(`SELECT count(*)::int AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock'`))
+            .rows[0].n === 1,
+        { what: 'the acknowledgement to wait' },
+      );
+      added.push(...idsOf(live), String(published));
+    });
+    await publishing;
+    expect(added).toEqual(['3', '4', 'false']);
+    await outbox.whileLive(leased.slice(0, 3), () => Promise.reject(new Error('nobody is left')));
+  });
+});
+
+describe('reading ahead', () => {
+  const ahead = async (after: OutboxEvent[], limit = 10, maxBytes = 10_000) =>
+    idsOf(await outbox.readAhead(after, limit, maxBytes));
+
+  test('finds what comes next and waits, a few of each aggregate, and changes nothing', async () => {
+    await insertOfUser(5);
+    await insert({ aggregateId: OTHER_USER }, {}, { aggregateId: OTHER_USER });
+    const { leased } = await claim();
+    await set(3, 'next_attempt_at = NULL');
+    const [first, other, single] = leased as [OutboxEvent, OutboxEvent, OutboxEvent];
+    const states_ = await states();
+    expect(await ahead([first, other, single], 3)).toEqual(['2', '3', '4', '8']);
+    expect(await outbox.readAhead([first], 1, 10_000)).toMatchObject([
+      { id: '2', ...ANYBODY, payload: expect.stringContaining('tenant_id') },
+    ]);
+    expect(await states()).toEqual(states_);
+  });
+
+  test.each([
+    ['is on its way', LEASED],
+    ['is due', DUE],
+    ['was refused before', `${PARKED}, attempts = 1`],
+  ])('ends before a row that %s', async (_, assignments) => {
+    await insertOfUser(5);
+    const { leased } = await claim();
+    await set(4, assignments);
+    expect(await ahead(leased)).toEqual(['2', '3']);
+  });
+
+  test('takes no more than so many bytes', async () => {
+    await insertOfUser(4);
+    const { leased } = await claim();
+    const { rows } = await pool.query(
+      'SELECT pg_column_size(payload) AS bytes FROM identity.outbox WHERE id = 2',
+    );
+    expect(await ahead(leased, 10, 2 * rows[0].bytes + 20)).toEqual(['2', '3']);
+    expect(await ahead(leased, 10, 10)).toEqual([]);
+  });
+});
+
+test('rows are live until they are published, dead or gone', async () => {
+  await insertOfUser(3);
+  await set(1, PUBLISHED);
+  await set(2, DEAD);
+  expect(await outbox.areLive(['1', '2', '99'])).toBe(false);
+  expect(await outbox.areLive(['1', '3'])).toBe(true);
 });
 
 describe('a row that is parked behind nobody', () => {

@@ -20,9 +20,16 @@ const CONNECTION = { ...APPEND_CONNECTION, commandTimeout: 1_000, retryStrategy:
 function streamOn(redis: Redis, options: { streamMaxLen?: number; dlqMaxLen?: number } = {}): Stream {
   return createStream(redis, epochs, {
     ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey },
-    ...{ epochKey: EPOCH_KEY, ...options },
+    ...{
+      epochKey: EPOCH_KEY,
+      areLive: async (ids: readonly string[]) => ids.some((id) => live.has(id)),
+      ...options,
+    },
   });
 }
+
+/** Rows that are neither published nor dead. */
+const live = new Set<string>();
 
 /** The epoch of this test, and what the stream says of it. */
 let epoch: string | undefined;
@@ -332,6 +339,18 @@ describe('when Redis may have lost entries', () => {
     expect(doubts).toEqual(['this pod', 'this pod', 'this pod']);
     await admin.set(EPOCH_KEY, stale as string);
     expect(await stream.publish(event)).toMatchObject({ status: 'appended' });
+  });
+
+  test('an event that came along with others waits until these have their places', async () => {
+    const receipts = ['1', '2'].map((id) => ({ id, entryId: '1-1' }));
+    live.add('2');
+    const same = await anEventWithJob({ follows: { epoch: epoch as string, receipts } });
+    expect(await stream.publish(same)).toMatchObject({ status: 'appended' });
+    const other = await anEventWithJob({ follows: { epoch: 'an earlier one', receipts } });
+    expect(await stream.publish(other)).toMatchObject({ status: 'unavailable' });
+    expect(await admin.xlen(same.topic)).toBe(1);
+    live.clear();
+    expect(await stream.publish(other)).toMatchObject({ status: 'appended' });
   });
 
   test('and no epoch is known, Redis is not even asked', async () => {

@@ -2,7 +2,7 @@ import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { OutboxEvent, Receipt } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
-import { createAcknowledger } from '../../src/triage/acknowledge.ts';
+import { type Appended, createAcknowledger } from '../../src/triage/acknowledge.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
 import {
@@ -48,14 +48,21 @@ function startAcknowledger(
   early: readonly string[] = [],
 ) {
   const last: string[] = [];
+  const [markedBefore, again]: [string[], string[]] = [[], []];
   const acknowledger = createAcknowledger({
-    markPublished: async (receipts) => ({ successors: await markPublished(receipts), early }),
+    markPublished: async (receipts, _, events) => {
+      again.push(...events.map((event) => event.id));
+      return { successors: await markPublished(receipts), early };
+    },
     ordered: true,
     onNoSuccessor: (events) => void last.push(...events.map((event) => event.id)),
+    onMarkedBefore: (events) => void markedBefore.push(...events.map((event) => event.id)),
     isFinal: (error) => (error as Error).name === 'EpochOverError',
     logger: silent,
   });
-  return { ...acknowledger, last };
+  const acknowledge = (event: OutboxEvent, entryId: string, epoch: string, more: Partial<Appended> = {}) =>
+    acknowledger.acknowledge(event, { entryId, epoch, before: false, followed: false, ...more });
+  return { ...acknowledger, acknowledge, last, markedBefore, again };
 }
 
 /** Rows that were claimed. */
@@ -192,13 +199,15 @@ describe('a write that fails', () => {
   test('although it was committed is harmless to try again', async () => {
     const [event] = (await claimed(3, 1)) as [OutboxEvent];
     let failures = 1;
-    const { acknowledge } = startAcknowledger(async (receipts) => {
+    const { acknowledge, markedBefore } = startAcknowledger(async (receipts) => {
       const successors = await writeReceipts(receipts);
       if (failures-- > 0) throw new Error('connection lost after COMMIT');
       return successors;
     });
     await acknowledge(event, '1-1', EPOCH);
     expect(await readStates(pool)).toEqual(['published', 'leased', 'parked']);
+    // What was leased the first time may have no job: nobody heard of it.
+    expect(markedBefore).toEqual([event.id]);
   });
 
   test('again and again is given back to the job, and the next one is not held up', async () => {
@@ -215,6 +224,61 @@ describe('a write that fails', () => {
     await acknowledge(first, '1-1', EPOCH);
     expect(await readStates(pool)).toEqual(['published', 'published']);
     await drain();
+  });
+});
+
+describe('the next event of the aggregate', () => {
+  test('is looked for where there is none, and its lease where the event had been appended before', async () => {
+    const [head, other, third] = (await claimed(6, 3)) as [OutboxEvent, OutboxEvent, OutboxEvent];
+    const { acknowledge, last, markedBefore, again } = startAcknowledger();
+    await acknowledge(head, '1-1', EPOCH);
+    expect([last, markedBefore, again]).toEqual([[], [], []]);
+    await acknowledge(head, '1-1', EPOCH, { before: true });
+    expect(again).toEqual([head.id]);
+    expect([last, markedBefore]).toEqual([[head.id], [head.id]]);
+    await acknowledge(other, '1-2', EPOCH, { before: true }); // the first to mark it after all
+    await acknowledge(other, '1-2', EPOCH);
+    expect([last, markedBefore]).toEqual([[head.id, other.id], [head.id]]);
+    await acknowledge(third, '1-3', EPOCH);
+    await acknowledge(third, '1-3', EPOCH, { followed: true, before: true });
+    expect([last, markedBefore]).toEqual([[head.id, other.id], [head.id]]);
+  });
+
+  test('that came along brings the receipts of those before it, once each', async () => {
+    const batches: Receipt[][] = [];
+    const { acknowledge } = startAcknowledger(async (batch) => {
+      batches.push(batch);
+      return [];
+    });
+    const [first, other] = (await claimed(2)) as [OutboxEvent, OutboxEvent];
+    const [a, b] = [
+      { id: '7', entryId: '1-7' },
+      { id: first.id, entryId: '1-8' },
+    ];
+    const second = { ...first, id: '9', follows: { epoch: EPOCH, receipts: [a, b] } };
+    await Promise.all([acknowledge(second, '1-9', EPOCH), acknowledge(first, '1-8', EPOCH)]);
+    expect(batches).toEqual([
+      [{ ...a, chained: 'before' }, b, { id: '9', entryId: '1-9', chained: 'after' }],
+    ]);
+    // Of another epoch they are settled, or the event would not have been appended.
+    await acknowledge({ ...other, follows: { epoch: 'before', receipts: [a] } }, '1-2', EPOCH);
+    expect(batches[1]).toEqual([{ id: other.id, entryId: '1-2' }]);
+  });
+
+  test('that has its job already can wait for company; the others cannot', async () => {
+    const batches: string[][] = [];
+    const { acknowledge } = startAcknowledger(async (batch) => {
+      batches.push(batch.map((it) => it.id));
+      return [];
+    });
+    const [a, b, c] = (await claimed(3)) as [OutboxEvent, OutboxEvent, OutboxEvent];
+    const patient = acknowledge(a, '1-1', EPOCH, { followed: true });
+    await new Promise((resolve) => setTimeout(resolve, 5));
+    expect(batches).toEqual([]);
+    const urgent = acknowledge(b, '1-2', EPOCH);
+    await Promise.all([patient, urgent]);
+    await acknowledge(c, '1-3', EPOCH, { followed: true });
+    expect(batches).toEqual([[a.id, b.id], [c.id]]);
   });
 });
 

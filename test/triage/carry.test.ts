@@ -17,6 +17,7 @@ async function attempt(
     strict?: boolean;
     refusedEverything?: string;
     acknowledge?: () => Promise<void>;
+    isFollowed?: boolean;
   } = {},
 ) {
   const done: string[] = [];
@@ -30,9 +31,15 @@ async function attempt(
       return findings.outcome ?? APPENDED;
     },
     refusedEverything: async () => findings.refusedEverything ?? null,
-    acknowledge: async (_, entryId, epoch) => {
+    bringAlong: (_, { entryId, epoch }) => {
+      done.push(`next one brought along after ${entryId} of ${epoch}`);
+      return findings.isFollowed ?? false;
+    },
+    acknowledge: async (_, { entryId, epoch, before, followed }) => {
       await findings.acknowledge?.();
-      done.push(`acknowledged ${entryId} of ${epoch}`);
+      done.push(
+        `acknowledged ${entryId} of ${epoch}${before ? ', again' : ''}${followed ? ', followed' : ''}`,
+      );
     },
     vanished: async () => void done.push('row looked at'),
     logger: silent,
@@ -42,12 +49,28 @@ async function attempt(
 
 describe('an attempt', () => {
   test('appends, acknowledges with what Redis answered, and is done', async () => {
-    for (const status of ['appended', 'already-appended'] as const) {
-      expect(await attempt({ outcome: { status, entryId: ENTRY_ID, epoch: EPOCH } })).toEqual({
-        attempt: { kind: 'done' },
-        done: ['appended', `acknowledged ${ENTRY_ID} of ${EPOCH}`],
-      });
-    }
+    expect(await attempt()).toEqual({
+      attempt: { kind: 'done' },
+      done: [
+        'appended',
+        `next one brought along after ${ENTRY_ID} of ${EPOCH}`,
+        `acknowledged ${ENTRY_ID} of ${EPOCH}`,
+      ],
+    });
+  });
+
+  test('says so when the next event has its job already', async () => {
+    expect((await attempt({ isFollowed: true })).done.at(-1)).toBe(
+      `acknowledged ${ENTRY_ID} of ${EPOCH}, followed`,
+    );
+  });
+
+  test('that had appended before brings nothing along: the next event may be far ahead', async () => {
+    const before = { status: 'already-appended', entryId: ENTRY_ID, epoch: EPOCH } as const;
+    expect(await attempt({ outcome: before, isFollowed: true })).toEqual({
+      attempt: { kind: 'done' },
+      done: ['appended', `acknowledged ${ENTRY_ID} of ${EPOCH}, again`],
+    });
   });
 
   test('whose job is gone acknowledges nothing, and has somebody look at the row', async () => {
@@ -93,6 +116,7 @@ describe('an attempt', () => {
         return APPENDED;
       },
       refusedEverything: async () => null,
+      bringAlong: () => false,
       acknowledge: async () => void done.push('acknowledged'),
       vanished: async () => {},
       logger: silent,

@@ -73,7 +73,7 @@ function bury(mark: MarkDead = markDead): Promise<void> {
   const epochs = { known: async () => EPOCH, doubt: () => {}, doubtAll: () => {} };
   const stream = createStream(relay, epochs, {
     ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey },
-    epochKey: EPOCH_KEY,
+    ...{ epochKey: EPOCH_KEY, areLive: async () => true },
   });
   const deadLetter = createDeadLetter({
     append: stream.deadLetter,

@@ -3,8 +3,9 @@ import { decide } from '../../src/triage/decide.ts';
 
 test('only an append that Redis answered with an id is acknowledged', () => {
   const entry = { entryId: '1700000000000-0', epoch: 'epoch' };
-  expect(decide({ status: 'appended', ...entry })).toEqual({ kind: 'acknowledge', ...entry });
-  expect(decide({ status: 'already-appended', ...entry })).toEqual({ kind: 'acknowledge', ...entry });
+  const acknowledge = { kind: 'acknowledge', ...entry };
+  expect(decide({ status: 'appended', ...entry })).toEqual({ ...acknowledge, before: false });
+  expect(decide({ status: 'already-appended', ...entry })).toEqual({ ...acknowledge, before: true });
 });
 
 test('an event whose job is gone is let go: its row decides', () => {
