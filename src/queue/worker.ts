@@ -50,6 +50,11 @@ export class PatientWorker<T = unknown> extends Worker<T> {
   /** Jobs that are likely to wait for us. */
   #expected = 0;
   #askFor = 1;
+  /** Places that the main loop asks jobs for just now. */
+  #asked = 0;
+  /** Jobs that are asked for beside the main loop. */
+  readonly #takes = new Set<Promise<void>>();
+  #takeCount = 0;
   #onRoom = (): void => {};
 
   constructor(
@@ -72,6 +77,26 @@ export class PatientWorker<T = unknown> extends Worker<T> {
     this.#expected = Math.max(this.#expected, -jobs) + jobs;
   }
 
+  /**
+   * So many jobs are on their way to Redis: asks for them at once, beside the main loop, which would be told of them
+   * there and ask then. That is one round trip less. If they are not there yet, or there is no room, the main loop gets
+   * them.
+   */
+  take(jobs: number): void {
+    if (!this.isRunning() || this.isPaused() || this.closing !== undefined) return;
+    // One place is the main loop's.
+    const room = this.places - this.#runs.size - this.#takes.size - Math.max(this.#asked, 1);
+    for (let i = 0; i < Math.min(jobs, room); i++) {
+      const take = super
+        .moveToActive(`${this.id}:take:${this.#takeCount++}`, this.opts.name)
+        .then((job) => void this.#begin(job))
+        // The main loop meets the same error, and knows what to do.
+        .catch(() => {})
+        .finally(() => this.#takes.delete(take));
+      this.#takes.add(take);
+    }
+  }
+
   /** When it last began to work on a job, or on nothing yet; ms since the epoch. */
   lastTakenAt(): number {
     return this.#lastTakenAt;
@@ -89,9 +114,8 @@ export class PatientWorker<T = unknown> extends Worker<T> {
     return undefined;
   }
 
-  /** Resolves, without a job, when there is room for another. */
-  override async processJob(job: Job<T>): Promise<void> {
-    this.#begin(job);
+  /** The job was begun when it came. Resolves, without another one, when there is room for that. */
+  override async processJob(): Promise<void> {
     if (this.#runs.size >= this.places) {
       await new Promise<void>((resolve) => {
         this.#onRoom = resolve;
@@ -99,12 +123,15 @@ export class PatientWorker<T = unknown> extends Worker<T> {
     }
   }
 
-  #begin(job: Job<T>): void {
+  /** In the order in which they come. */
+  #begin<J extends Job<T> | undefined>(job: J): J {
+    if (job === undefined) return job;
     const run = this.#run(job).finally(() => {
       this.#runs.delete(run);
       this.#onRoom();
     });
     this.#runs.add(run);
+    return job;
   }
 
   async #run(first: Job<T>): Promise<void> {
@@ -127,12 +154,15 @@ export class PatientWorker<T = unknown> extends Worker<T> {
   protected override async moveToActive(token: string, name?: string): Promise<Job<T>> {
     const known = this.#expected;
     const wanted = Math.min(Math.max(known, this.#askFor), MOST_AT_ONCE);
-    const asked = Math.max(1, Math.min(wanted, this.places - this.#runs.size));
+    const asked = Math.max(1, Math.min(wanted, this.places - this.#runs.size - this.#takes.size));
+    this.#asked = asked;
     const fetched = await Promise.allSettled(
-      Array.from({ length: asked }, (_, i) => super.moveToActive(i === 0 ? token : `${token}:${i}`, name)),
+      Array.from({ length: asked }, (_, i) =>
+        super.moveToActive(i === 0 ? token : `${token}:${i}`, name).then((job) => this.#begin(job)),
+      ),
     );
+    this.#asked = 0;
     const jobs = fetched.flatMap((it) => (it.status === 'fulfilled' && it.value ? [it.value] : []));
-    for (const job of jobs.slice(1)) this.#begin(job);
     const failure = fetched.find((it) => it.status === 'rejected');
     if (failure && jobs.length === 0) {
       this.#expected = 0;
@@ -156,7 +186,9 @@ export class PatientWorker<T = unknown> extends Worker<T> {
 
   override async pause(doNotWaitActive?: boolean): Promise<void> {
     await super.pause(doNotWaitActive);
-    if (!doNotWaitActive) await Promise.all(this.#runs);
+    if (doNotWaitActive) return;
+    await Promise.all(this.#takes);
+    await Promise.all(this.#runs);
   }
 
   override async close(force = false): Promise<void> {

@@ -40,6 +40,13 @@ function aWorker(process: (job: Job<number>) => Promise<void>, places = 10): Pat
 
 const addJobs = (count: number) =>
   queue.addBulk(Array.from({ length: count }, (_, i) => ({ name: 'job', data: i })));
+/** Nobody tells a worker's main loop, which would look after two seconds. */
+async function addUnheard(count: number): Promise<void> {
+  const aside = new Queue<number>('aside', { connection: openRedis(server.url) });
+  const jobs = await aside.addBulk(Array.from({ length: count }, (_, data) => ({ name: 'job', data })));
+  for (const id of [...jobs.map((job) => job.id as string), 'wait'])
+    await admin.rename(aside.toKey(id), queue.toKey(id));
+}
 const isDone = () =>
   waitFor(async () => Object.values(await queue.getJobCounts()).every((it) => it === 0), {
     what: 'all jobs to be done',
@@ -85,6 +92,32 @@ describe('a job', () => {
     expect(begun).toEqual(Array.from({ length: 20 }, (_, i) => i));
   });
 
+  test('is begun in the order in which jobs were added, where several are asked for at once', async () => {
+    const begun: number[] = [];
+    await addJobs(20);
+    const worker = aWorker(async ({ data }) => void begun.push(data), 50);
+    worker.expect(20);
+    void worker.run();
+    await isDone();
+    expect(begun).toEqual(Array.from({ length: 20 }, (_, i) => i));
+  });
+
+  test('is taken at once by who knows that it comes, unless it pauses', async () => {
+    const held = deferred();
+    const worker = aWorker(async () => held.promise, 10);
+    void worker.run();
+    await waitFor(async () => (await timesItWaited()) > 0, { what: 'the main loop to wait' });
+    await addUnheard(3);
+    worker.take(5);
+    await waitFor(() => worker.inHand() === 3, { what: 'the jobs to be taken', timeoutMs: 1_000 });
+    const paused = worker.pause();
+    await addUnheard(1);
+    worker.take(1);
+    held.resolve();
+    await paused;
+    expect(await queue.getJobCounts('waiting', 'active')).toEqual({ waiting: 1, active: 0 });
+  });
+
   test('that cannot be moved on in Redis ends nothing but itself', async () => {
     const begun: number[] = [];
     const worker = aWorker(async (job) => {
@@ -111,11 +144,14 @@ describe('in hand', () => {
     }, places);
     worker.expect(1_000);
     void worker.run();
-    for (let i = 0; i < 5; i++) await addJobs(60);
+    for (let i = 0; i < 5; i++) {
+      await addJobs(60);
+      worker.take(60);
+    }
     await isDone();
     expect(most).toBeLessThanOrEqual(places);
     expect(most).toBeGreaterThan(places / 4);
-    expect(worker.inHand()).toBe(0);
+    await waitFor(() => worker.inHand() === 0, { what: 'it to hear of that' });
   });
 
   test.each([5, 10])('%i of 10 when it pauses are finished first; no more are taken', async (jobs) => {
