@@ -13,7 +13,7 @@ import { createOutbox } from './outbox/outbox.ts';
 import { createReceipts } from './outbox/receipts.ts';
 import { createWakeup } from './outbox/wakeup.ts';
 import { createWriteProbe, inspectRedis } from './preflight.ts';
-import { createClaimWorker } from './queue/claim.ts';
+import { createClaimWorker, roomAhead } from './queue/claim.ts';
 import { createProgressWatch } from './queue/progress.ts';
 import { createPublishWorker } from './queue/publish.ts';
 import type { Queues } from './queue/queues.ts';
@@ -27,13 +27,14 @@ import { createEpoch, EpochOverError } from './stream/epoch.ts';
 import { createStreamInspector } from './stream/inspect.ts';
 import { createMarkers } from './stream/markers.ts';
 import { createRestorer } from './stream/restore.ts';
+import { createTurns } from './stream/turn.ts';
 import { createValidator } from './stream/validate.ts';
 import { createTopicCheck } from './topics.ts';
 import type { Tracing } from './tracing/tracing.ts';
 import { createAcknowledger } from './triage/acknowledge.ts';
 import { createCarry } from './triage/carry.ts';
 import { createDeadLetter } from './triage/dead-letter.ts';
-import { createHandOver } from './triage/hand-over.ts';
+import { createHandOver, mayBeFollowed } from './triage/hand-over.ts';
 import { createLostJobs } from './triage/lost-jobs.ts';
 import { createOrphanWatch } from './triage/orphans.ts';
 import { createReconcile } from './triage/reconcile.ts';
@@ -42,6 +43,8 @@ import { createHealth } from './web/health.ts';
 import { createMetrics } from './web/metrics.ts';
 import { createWebServer } from './web/server.ts';
 
+/** Jobs that this pod takes before it is told that they are there, at most. */
+const MOST_TAKEN = 16;
 /** Failed jobs looked through in one round of trimming. */
 const TRIM_LIMIT = 1_000;
 /** Longest time for a claim job with all its duties: 50 batches of due rows, then a turn. */
@@ -66,7 +69,10 @@ export function assemble(
   const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
   const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
   const addPublishJobs = async (events: readonly OutboxEvent[]) => {
-    await tracing.claim(events, queues.addPublishJobs);
+    const adding = tracing.claim(events, queues.addPublishJobs);
+    // By then the command is written. Many jobs keep the workers of all pods busy anyway.
+    if (events.length <= MOST_TAKEN) setImmediate(() => publishWorker.worker.take(events.length));
+    await adding;
     publishWorker.worker.expect(events.length);
   };
   const receipts = createReceipts(pool, { ...config, statementTimeoutMs });
@@ -131,7 +137,8 @@ export function assemble(
   const stream = createStream(
     appendRedis,
     epoch,
-    { ...streamOptions, onFirstEntry: upkeep.met, areLive: outbox.areLive },
+    createTurns({ isSettled: (id) => handOver.isSettled(id), areLive: outbox.areLive }),
+    { ...streamOptions, onFirstEntry: upkeep.met },
     hasTwoServers ? markers : undefined,
   );
 
@@ -151,17 +158,19 @@ export function assemble(
     giving: receipts.giving,
     epoch,
     addJobs: addPublishJobs,
+    room: async () => roomAhead(await queues.inFlight(), config),
+    // Appends see each other's jobs.
+    together: !hasTwoServers,
     whileLive: outbox.whileLive,
     endLeases: outbox.endLeasesOf,
+    readAhead: ordered && config.deadLetterPolicy === 'continue' ? outbox.readAhead : undefined,
     payloadMayBeAtFault,
-    // Reading ahead (outbox.readAhead) stays off: an event that is replayed within seconds of its dead letter would bring
-    // along what has been published since. See the README, "One aggregate by itself".
     logger,
   });
   const { giveReceipts } = handOver;
 
   const acknowledger = createAcknowledger({
-    async markPublished(batch, of, again) {
+    async markPublished(batch, epochOfAppends, of) {
       let early: readonly string[] = [];
       const mark = (tx: Queryable, promoting: boolean) => {
         early = [];
@@ -169,8 +178,8 @@ export function assemble(
           early = ids;
         });
       };
-      const successors = await giveReceipts(of, mark, again);
-      handOver.settle(batch.map((it) => it.id).filter((id) => !early.includes(id)));
+      const successors = await giveReceipts(epochOfAppends, mark, of);
+      if (of.inChains) handOver.settle(batch.map((it) => it.id).filter((id) => !early.includes(id)));
       return { successors, early };
     },
     ordered,
@@ -187,8 +196,9 @@ export function assemble(
   const deadLetter = createDeadLetter({
     append: (event, failure) =>
       tracing.deadLetter(event, failure, (traced) => stream.deadLetter(traced, failure)),
-    markDead: async (dead, of) => {
-      await giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting));
+    async markDead(dead, of, event) {
+      const unclear = mayBeFollowed(event) ? [event] : [];
+      await giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting), { unclear });
     },
     onDead: (event) => watchOrphans([event]),
     onWritten: (event) => metrics.deadLettered(event),
@@ -260,8 +270,9 @@ export function assemble(
     findDeadLetters: restorer.findDeadLetters,
     epoch: epoch.current,
     markPublished: (found, of) =>
-      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, found, promoting), 'all'),
-    markDead: (dead, of) => giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting), 'all'),
+      giveReceipts(of, (tx, promoting) => outbox.markPublished(tx, found, promoting), { unclear: 'all' }),
+    markDead: (dead, of) =>
+      giveReceipts(of, (tx, promoting) => outbox.markDead(tx, dead, promoting), { unclear: 'all' }),
   });
   const reconcile = createReconcile({
     transaction: (work) => outbox.transaction('repeatable', work),

@@ -34,16 +34,27 @@ export type OutboxEvent = Readonly<{
    * payload's metadata say; then that of each step on its way. Absent from jobs of a pod that did not know of it yet.
    */
   trace?: TraceContext | null;
-  /** What came before it in its aggregate, where its job was added before that was acknowledged. */
-  follows?: Predecessors;
+  /** Absent where nothing was read ahead. */
+  chain?: Chain;
 }>;
 
-/** Events of one aggregate that were appended, one after the other, though their rows may not say so yet. */
-export type Predecessors = Readonly<{
-  /** In which they were appended. */
-  epoch: string;
+/** The job belongs to events of one aggregate that were read together, after the first of them was leased. */
+export type Chain = Readonly<{
+  /** Of that reading, by one pod: what it read behind an event is good for the job that has the same. */
+  reading: string;
+  /** Of what was appended, one after the other, before this event's job was added; the rows may not say so yet. */
   receipts: readonly Receipt[];
+  /** In which these were appended. */
+  epoch: string;
+  /** What comes after those and before this event, and had its jobs together with it or just before. */
+  after: readonly EventName[];
+  /** What comes behind this event and had its jobs together with it. */
+  rest: readonly EventName[];
+  /** The first of those that had their jobs together: it brings the next ones along. */
+  leads: boolean;
 }>;
+
+export type EventName = Pick<OutboxEvent, 'id' | 'eventId'>;
 
 /** W3C Trace Context. */
 export type TraceContext = Readonly<{
@@ -67,14 +78,19 @@ export type Receipt = Readonly<{
 
 /** What became of one append to a stream. Every reply of Redis ends in exactly one of these. */
 export type AppendOutcome =
-  /** `epoch`: the entry is good for as long as Redis loses nothing, which would end its epoch. */
-  | { status: 'appended'; entryId: string; epoch: string }
+  /**
+   * `epoch`: the entry is good for as long as Redis loses nothing, which would end its epoch. `preceding`: of what the
+   * event's chain has before it, in that order; the rows may not say so yet.
+   */
+  | { status: 'appended'; entryId: string; epoch: string; preceding: readonly Receipt[] }
   /** An earlier run of the same job had appended it: nothing was written now. */
-  | { status: 'already-appended'; entryId: string; epoch: string }
+  | { status: 'already-appended'; entryId: string; epoch: string; preceding: readonly Receipt[] }
   /** The job's own hash is gone: finished elsewhere, or lost by Redis. The row decides. */
   | { status: 'job-gone' }
   /** Redis refused this very event (wrong type, no permission): it takes the retry road. */
   | { status: 'refused'; reason: string }
+  /** What comes before it in its aggregate is not in its stream yet. */
+  | { status: 'early' }
   /** Redis can take nothing now (unreachable, loading, read-only, full): not the event's fault. */
   | { status: 'unavailable'; reason: string };
 
@@ -86,6 +102,8 @@ export type Attempt =
   | { kind: 'retry'; reason: string }
   /** Nobody can publish now: again soon, at no cost to the event's attempts. */
   | { kind: 'postpone'; reason: string }
+  /** Its turn has not come: very soon, then less and less often, at no cost. */
+  | { kind: 'wait' }
   /** No attempt can ever succeed: the dead-letter stream at once. */
   | { kind: 'give-up'; reason: string };
 

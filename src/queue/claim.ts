@@ -11,9 +11,10 @@ const TURN_MS = 2_000;
 const PAUSE_MS = 5;
 /**
  * While events keep coming, claims begin so far apart: fewer, larger ones, and nobody is woken in between. Small ones
- * cost more than what they carry: 1,100 µs of the pod per event at 600 events/s, 890 with this pause (measured).
+ * cost more than what they carry: 1,100 µs of the pod per event at 600 events/s, 890 with a pause of 20 ms. But every
+ * event waits for half of it: at half the drain rate p99 is 63 ms with 20 ms, 29 with 10 (measured).
  */
-const PACE_MS = 20;
+const PACE_MS = 10;
 /** Claims again this soon after it failed, not only with the next tick: the database may be back. */
 const AGAIN_AFTER_MS = 1_000;
 /** A failure is reported once in so long: an outage makes one a second. */
@@ -59,6 +60,18 @@ export function claimable(
   // A quarter of the places at most is taken by retries: then there is always enough for another quarter.
   const worthwhile = Math.min(batchSize, Math.max(1, Math.floor(maxInFlight / 4)));
   return limit < worthwhile ? 0 : Math.min(limit, batchSize);
+}
+
+/** Whoever adds jobs ahead of their turn has not the claim's turn: others may do so at the same moment. */
+const AHEAD_MARGIN = 64;
+
+/** How many jobs may be added for events that were read ahead; less than none where claims need the room. */
+export function roomAhead(
+  inFlight: InFlight,
+  options: Readonly<{ maxInFlight: number; concurrency: number }>,
+): number {
+  const doubled = Math.max(inFlight.active, options.concurrency);
+  return options.maxInFlight - inFlight.total - doubled - AHEAD_MARGIN;
 }
 
 type Turn = Readonly<{

@@ -9,6 +9,8 @@ import { closeWorker, PatientWorker, reportErrors, WORKER_OPTIONS } from './work
 
 /** How soon an event is tried again when nobody could publish it. */
 const POSTPONE_MS = 1_000;
+/** How soon one whose turn has not come; then twice that, and so on. */
+const WAIT_MS = 50;
 
 export type PublishOptions = Readonly<{
   queuePrefix: string;
@@ -32,7 +34,7 @@ export function createPublishWorker(deps: {
   connection: Redis;
   options: PublishOptions;
   /** One attempt to publish; must not throw for anything that is the event's fault. */
-  attempt: (event: OutboxEvent, inTurn: InTurn) => Promise<Attempt>;
+  attempt: (event: OutboxEvent, isFirst: boolean, inTurn: InTurn) => Promise<Attempt>;
   /** Told what each attempt came to, and how long it took. */
   onAttempted?: (event: OutboxEvent, outcome: Attempt, seconds: number) => void;
   /** Runs attempt number `attempt`, to be seen in the event's trace. */
@@ -80,7 +82,7 @@ export function createPublishWorker(deps: {
         ? suspects.alone(event.eventId, expiresAt, append)
         : suspects.together(expiresAt, append);
     const outcome = await deps.traced(event, about.attempt, (traced) =>
-      withDeadline(options.publishTimeoutMs, deps.attempt(traced, inTurn)).catch(
+      withDeadline(options.publishTimeoutMs, deps.attempt(traced, job.attemptsStarted === 1, inTurn)).catch(
         (error: Error): Attempt => ({
           kind: error instanceof CrashLimitError ? 'give-up' : 'postpone',
           reason: error.message,
@@ -92,12 +94,16 @@ export function createPublishWorker(deps: {
       case 'done':
         logger.debug(about, 'event published');
         return;
-      case 'postpone':
-        report(about, outcome.reason);
+      case 'wait':
+      case 'postpone': {
+        if (outcome.kind === 'postpone') report(about, outcome.reason);
+        const waits = job.attemptsStarted - 1;
+        const delay = outcome.kind === 'wait' ? Math.min(POSTPONE_MS, WAIT_MS * 2 ** waits) : POSTPONE_MS;
         // If not even that is possible, the job stays where it is and its lock ends: found by the stalled check, at no
         // cost to the event's attempts. Waiting for it would renew the lock for ever.
-        await succeedsWithin(options.publishTimeoutMs, job.moveToDelayed(Date.now() + POSTPONE_MS, token));
+        await succeedsWithin(options.publishTimeoutMs, job.moveToDelayed(Date.now() + delay, token));
         throw new DelayedError();
+      }
       case 'give-up':
         throw new UnrecoverableError(outcome.reason);
       case 'retry':

@@ -1,22 +1,27 @@
 import type { Redis, RedisOptions, Result } from 'ioredis';
 import { Packr } from 'msgpackr';
-import { type AppendOutcome, inSteps, type OutboxEvent } from '../event.ts';
+import { type AppendOutcome, inSteps, type OutboxEvent, type Receipt } from '../event.ts';
 import { deadLetterFields, envelopeFields } from './envelope.ts';
 import type { Markers } from './markers.ts';
+import { type Answer, ENTRY_ID, precedingOf, type Turns } from './turn.ts';
 
 /**
  * Appends entries and remembers the id of each in its publish job's own hash, atomically; run again, it answers
  * what it remembers. The memory needs no time window: it lives and dies with the job. Hash gone: the job was
  * finished elsewhere or Redis lost it, so nothing is appended and the row decides. So it does when the job is not as
  * it should be: a dead letter is that of a job that has failed for good, not of one that was made again meanwhile; an
- * entry is that of one that has not. Another epoch: Redis may have lost
- * what was appended before, so nothing is appended now.
+ * entry is that of one that has not. Another epoch: Redis may have lost what was appended before, so nothing is appended
+ * now. Other jobs that come first have appended nothing yet, though they have not failed for good: it is not the entry's
+ * turn. One that comes first is gone: the rows say whether it is.
  *
  * KEYS: epoch, then of each entry its stream and job hash. ARGV: epoch, then the entries as MessagePack, of each the
- * field of the hash, 1 if the job must have ended, else 0, and what XADD takes after the key.
+ * field of the hash, 1 if the job must have ended, else 0, the hashes of the jobs that come first, and what XADD takes
+ * after the key.
  * Answers for each entry the id, `=id` when it was remembered, nothing when the job is gone, `!` in another epoch, `?`
- * when the stream was to be there and is not, or `-` and the reason why Redis refused it; after the id `|` and that of
- * the dead letter that the job had before somebody retried it.
+ * when the stream was to be there and is not, `~` when it is not its turn, `*` when that is for the rows to say, or `-`
+ * and the reason why Redis refused it. After the id `|` and that of the dead letter that the job had before somebody
+ * retried it, if any; after that, and after `~` and `*`, for each job that comes first `|` and its entry, `dead`, `due`
+ * or `gone`.
  *
  * One call for many entries, with one argument: a call for each costs this process 25 µs and Redis 8 µs more per
  * entry, and an argument for each field 3 µs and 5 kB of garbage more.
@@ -30,16 +35,26 @@ end
 for n, entry in ipairs(cmsgpack.unpack(ARGV[2])) do
   local stream, hash, field, ended = KEYS[2 * n], KEYS[2 * n + 1], entry[1], entry[2]
   local job = redis.call('HMGET', hash, field, 'timestamp', 'finishedOn', 'relay:dlq')
-  local letter = ended == 0 and not job[3] and job[4] and '|' .. job[4] or ''
-  if job[1] then answers[n] = '=' .. job[1] .. letter
+  local more = '|' .. (ended == 0 and not job[3] and job[4] or '')
+  local first, waits, gone = '', false, false
+  for _, other in ipairs(entry[3]) do
+    local it = redis.call('HMGET', other, field, 'timestamp', 'finishedOn')
+    first = first .. '|' .. (it[1] or it[3] and 'dead' or it[2] and 'due' or 'gone')
+    waits = waits or not it[1] and it[2] and not it[3]
+    gone = gone or not it[1] and not it[2]
+  end
+  more = more .. first
+  if job[1] then answers[n] = '=' .. job[1] .. more
   elseif not job[2] or (job[3] and 1 or 0) ~= ended then answers[n] = ''
+  elseif waits then answers[n] = '~' .. first
+  elseif gone then answers[n] = '*' .. first
   else
-    local id = redis.pcall('XADD', stream, unpack(entry, 3))
+    local id = redis.pcall('XADD', stream, unpack(entry, 4))
     if not id then answers[n] = '?'
     elseif type(id) == 'table' then answers[n] = '-' .. id.err
     else
       redis.call('HSET', hash, field, id)
-      answers[n] = id .. letter
+      answers[n] = id .. more
     end
   end
 end
@@ -100,9 +115,11 @@ export const APPEND_CONNECTION: RedisOptions = {
 
 /** An entry on its way to Redis. */
 type Appending = Readonly<{
+  /** `outbox.id` */
+  id: string;
   keys: readonly [stream: string, jobHash: string];
   /** What the script takes for it. */
-  entry: readonly (string | number)[];
+  entry: readonly (string | number | readonly string[])[];
   bytes: number;
   resolve: (answer: string) => void;
   reject: (error: Error) => void;
@@ -112,11 +129,8 @@ type Appending = Readonly<{
 export function createStream(
   redis: Redis,
   epochs: Epochs,
-  options: StreamOptions &
-    Readonly<{
-      /** Whether any of these rows, by `outbox.id`, is neither published nor dead. */
-      areLive: (ids: readonly string[]) => Promise<boolean>;
-    }>,
+  turns: Turns,
+  options: StreamOptions,
   markers?: Markers,
 ) {
   redis.defineCommand('appendOnce', { lua: APPEND_ONCE });
@@ -129,15 +143,16 @@ export function createStream(
   /** What is asked for in one turn of the loop goes to Redis together. */
   function ask(
     epoch: string,
-    keys: Appending['keys'],
+    asked: Pick<Appending, 'id' | 'keys'>,
     field: string,
     hasEnded: boolean,
+    first: readonly string[],
     xadd: string[],
   ): Promise<string> {
     return new Promise((resolve, reject) => {
       if (appending.size === 0) setImmediate(callAll);
       const bytes = xadd.reduce((sum, it) => sum + it.length, 0);
-      const one = { keys, entry: [field, hasEnded ? 1 : 0, ...xadd], bytes, resolve, reject };
+      const one = { ...asked, entry: [field, hasEnded ? 1 : 0, first, ...xadd], bytes, resolve, reject };
       const others = appending.get(epoch);
       if (others) others.push(one);
       else appending.set(epoch, [one]);
@@ -148,6 +163,8 @@ export function createStream(
     const all = appending;
     appending = new Map();
     for (const [epoch, ofEpoch] of all) {
+      // Their jobs may have begun in another order, by what each had to wait for.
+      ofEpoch.sort((a, b) => a.id.length - b.id.length || (a.id < b.id ? -1 : 1));
       for (const some of inSteps(ofEpoch, CALL_LIMIT, CALL_BYTES)) void call(epoch, some);
     }
   }
@@ -160,12 +177,29 @@ export function createStream(
       some.forEach((it, i) => {
         it.resolve(String(answers[i]));
       });
+      for (const it of some) turns.answered(it.id);
     } catch (error) {
       // One that may not be appended can stop the whole call. Who was appended all the same is remembered.
       if (some.length > 1 && outcomeOfError(error as Error).status === 'refused') {
         for (const one of some) void call(epoch, [one]);
       } else for (const it of some) it.reject(error as Error);
     }
+  }
+
+  async function answerOf(
+    event: OutboxEvent,
+    stream: string,
+    epoch: string,
+    hasEnded: boolean,
+    xadd: string[],
+  ): Promise<Answer | null> {
+    if (markers) return { reply: await markers.append(event, stream, epoch, hasEnded, xadd), first: [] };
+    const asked = { id: event.id, keys: [stream, options.jobKey(event.eventId)] as const };
+    if (hasEnded) return { reply: await ask(epoch, asked, DEAD_LETTER_ENTRY, true, [], xadd), first: [] };
+    return turns.inTurn(event, (first) => {
+      const jobs = first.map((it) => options.jobKey(it.eventId));
+      return ask(epoch, asked, ENTRY, false, jobs, xadd);
+    });
   }
 
   async function appendOnce(
@@ -177,19 +211,20 @@ export function createStream(
   ): Promise<AppendOutcome> {
     const epoch = await epochs.known();
     if (epoch === undefined) return NOT_KNOWN;
-    if (await mayBeAhead(event, epoch)) return AHEAD;
+    if (await turns.mayBeAhead(event, epoch)) return AHEAD;
     if (known.epoch !== epoch || known.streams.size >= KNOWN_STREAMS) known = { epoch, streams: new Set() };
     const { streams } = known;
     const hasEnded = field === DEAD_LETTER_ENTRY;
     const xadd = [...(streams.has(stream) ? ['NOMKSTREAM'] : []), ...trimmedTo(maxLen), '*', ...fields];
     try {
-      const reply = await (markers?.append(event, stream, epoch, hasEnded, xadd) ??
-        ask(epoch, [stream, options.jobKey(event.eventId)], field, hasEnded, xadd));
+      const asked = await answerOf(event, stream, epoch, hasEnded, xadd);
+      if (asked === null) return { status: 'early' };
+      const { reply, first } = asked;
       if (reply.startsWith('-')) throw refusal(reply.slice(1));
-      const [answer = '', letter] = reply.split('|');
-      const outcome = outcomeOf(answer, epoch);
+      const [answer = '', letter, ...places] = reply.split('|');
+      const outcome = outcomeOf(answer, epoch, precedingOf(event, epoch, first, places));
       // The event is dead no more. If this fails, its row says so all the same.
-      if (letter !== undefined) await redis.xdel(options.dlqStreamName, letter).catch(() => {});
+      if (letter) await redis.xdel(options.dlqStreamName, letter).catch(() => {});
       if (outcome.status === 'appended') {
         if (!streams.has(stream) && field === ENTRY) options.onFirstEntry?.(stream);
         streams.add(stream);
@@ -204,12 +239,6 @@ export function createStream(
       return outcomeOfError(error as Error);
     }
   }
-
-  /** Those that it follows may have lost their entries since: they are appended again first. */
-  const mayBeAhead = async ({ follows }: OutboxEvent, epoch: string): Promise<boolean> =>
-    follows !== undefined &&
-    follows.epoch !== epoch &&
-    (await options.areLive(follows.receipts.map((it) => it.id)));
 
   return {
     /** Appends the event to the stream of its topic, once. Never throws. */
@@ -245,14 +274,19 @@ const AHEAD: AppendOutcome = {
 const refusal = (message: string) => Object.assign(new Error(message), { name: 'ReplyError' });
 
 /** A reply that is not a stream id must never pass for success. */
-function outcomeOf(reply: string, epoch: string): AppendOutcome | { status: 'lost'; isStream: boolean } {
+function outcomeOf(
+  reply: string,
+  epoch: string,
+  preceding: readonly Receipt[],
+): AppendOutcome | { status: 'lost'; isStream: boolean } {
   if (reply === '') return { status: 'job-gone' };
   if (reply === '!' || reply === '?') return { status: 'lost', isStream: reply === '?' };
-  const [, remembered, entryId] = /^(=?)(\d+-\d+)$/.exec(reply) ?? [];
-  if (entryId === undefined) {
+  const remembered = reply.startsWith('=');
+  const entryId = remembered ? reply.slice(1) : reply;
+  if (!ENTRY_ID.test(entryId)) {
     return { status: 'refused', reason: 'Redis gave no stream id in answer to the append' };
   }
-  return { status: remembered ? 'already-appended' : 'appended', entryId, epoch };
+  return { status: remembered ? 'already-appended' : 'appended', entryId, epoch, preceding };
 }
 
 /** The server is no master any more: it may come back with another one's data. */

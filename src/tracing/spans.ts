@@ -133,7 +133,7 @@ const attributesOf = (name: string, event: OutboxEvent): Attributes => ({
 
 function concludeAttempt(span: Span, attempt: Attempt): void {
   span.setAttribute('relay.outcome', attempt.kind);
-  if (attempt.kind !== 'done') fail(span, attempt.reason);
+  if ('reason' in attempt) fail(span, attempt.reason);
 }
 
 function concludeAppend(span: Span, outcome: AppendOutcome): void {

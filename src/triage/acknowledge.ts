@@ -1,6 +1,6 @@
 import type { OutboxEvent, Receipt } from '../event.ts';
 import type { Logger } from '../logger.ts';
-import { precedingOf } from './hand-over.ts';
+import type { Follower, Following } from './hand-over.ts';
 
 /** Rows in one transaction at most. */
 const BATCH_LIMIT = 500;
@@ -41,9 +41,10 @@ export type Appended = Readonly<{
   epoch: string;
   /** It was made by an earlier run of the job, whose acknowledgement may have been committed without our knowing. */
   before: boolean;
-  /** The next event of the aggregate has its job already. */
-  followed: boolean;
-}>;
+  /** What comes before it in its aggregate and was appended; the rows may not say so yet. */
+  preceding: readonly Receipt[];
+}> &
+  Following;
 
 type Pending = {
   event: OutboxEvent;
@@ -60,13 +61,14 @@ type Pending = {
 export function createAcknowledger(deps: {
   /**
    * Marks the rows published and sees to their successors; rejects when the epoch of their appends is over. `early` are
-   * the ids of rows that were not marked, since an earlier one of their aggregate is not; `again` are those of the events
-   * that an earlier run of their job had appended.
+   * the ids of rows that were not marked, since an earlier one of their aggregate is not; `followers` are those that have
+   * their jobs already, `unclear` the events of whom nobody here knows what they brought along; `inChains`: whether any
+   * belongs to a chain.
    */
   markPublished: (
     receipts: Receipt[],
     epoch: string,
-    again: OutboxEvent[],
+    of: Readonly<{ followers: Follower[]; unclear: OutboxEvent[]; inChains: boolean }>,
   ) => Promise<Readonly<{ successors: readonly OutboxEvent[]; early: readonly string[] }>>;
   /** Whether an event waits for the one before it in its aggregate. */
   ordered: boolean;
@@ -125,7 +127,7 @@ export function createAcknowledger(deps: {
 
   function wait(it: Pending): void {
     pending.push(it);
-    urgent ||= !it.appended.followed;
+    urgent ||= it.appended.followers.length === 0;
     schedule();
   }
 
@@ -143,7 +145,7 @@ export function createAcknowledger(deps: {
       (isNow ? batch : later).push(it);
     }
     pending = later;
-    urgent = later.some((it) => !it.appended.followed);
+    urgent = later.some((it) => it.appended.followers.length === 0);
     return batch;
   }
 
@@ -156,7 +158,7 @@ export function createAcknowledger(deps: {
         if (early.includes(it.event.id)) tryAgain(it);
         else {
           it.resolve();
-          if (!it.appended.followed && !continued.has(aggregateKey(it.event))) last.push(it);
+          if (it.appended.followers.length === 0 && !continued.has(aggregateKey(it.event))) last.push(it);
         }
       }
       const before = last.filter((it) => tries > 1 || it.appended.before);
@@ -183,11 +185,16 @@ export function createAcknowledger(deps: {
 
   async function persist(batch: Pending[]) {
     const { epoch } = (batch[0] as Pending).appended;
-    const receipts = receiptsOf(batch, epoch);
-    const again = batch.filter((it) => it.appended.before).map((it) => it.event);
+    const receipts = receiptsOf(batch);
+    const unclear = batch.filter((it) => it.appended.mayHaveMore).map((it) => it.event);
+    const inChains = batch.some((it) => it.event.chain !== undefined);
+    const followers = batch.flatMap((it) => it.appended.followers);
     for (let attempt = 0; ; attempt++) {
       try {
-        return { ...(await markPublished(receipts, epoch, again)), tries: attempt + 1 };
+        return {
+          ...(await markPublished(receipts, epoch, { followers, unclear, inChains })),
+          tries: attempt + 1,
+        };
       } catch (error) {
         const delay = RETRY_DELAYS_MS[attempt];
         if (delay === undefined || isFinal(error)) throw error;
@@ -212,14 +219,13 @@ export function createAcknowledger(deps: {
 const aggregateKey = (event: OutboxEvent) => `${event.aggregateId} ${event.aggregateType}`;
 
 /** Of the batch, and of those that its events follow and that are not in it. */
-function receiptsOf(batch: readonly Pending[], epoch: string): Receipt[] {
+function receiptsOf(batch: readonly Pending[]): Receipt[] {
   const receipts = new Map<string, Receipt>();
   for (const { event, appended } of batch) {
-    const preceding = precedingOf(event, epoch);
+    const { entryId, preceding } = appended;
     for (const it of preceding) {
       if (!receipts.has(it.id)) receipts.set(it.id, { ...it, chained: 'before' });
     }
-    const { entryId } = appended;
     receipts.set(event.id, {
       ...{ id: event.id, entryId },
       ...(preceding.length > 0 && { chained: 'after' }),

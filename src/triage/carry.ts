@@ -1,11 +1,25 @@
-import { type AppendOutcome, type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
+import {
+  type AppendOutcome,
+  type Attempt,
+  brief,
+  type Chain,
+  type InTurn,
+  type OutboxEvent,
+} from '../event.ts';
 import type { Logger } from '../logger.ts';
 import { errorText } from '../logger.ts';
 import type { Appended } from './acknowledge.ts';
 import { decide, type Verdict } from './decide.ts';
+import type { Following, JustAppended } from './hand-over.ts';
 
 /** How Redis says that the user may not: for the call itself, and from within a script. */
 const NO_PERMISSION = /NOPERM|ACL failure/;
+
+/** An earlier run of the job appended it, and may have brought along what comes next. */
+const BROUGHT_BEFORE: Following = { followers: [], mayHaveMore: true };
+
+/** Its job was added without any others. */
+const ALONE: Following = { followers: [], mayHaveMore: false };
 
 /** One attempt to bring one event from its job to its stream: check, append, decide, acknowledge. */
 export function createCarry(deps: {
@@ -21,11 +35,8 @@ export function createCarry(deps: {
   /** Asked when permission was refused: why Redis refuses the relay everything, or null when it is this stream. */
   refusedEverything: (event: OutboxEvent) => Promise<string | null>;
   acknowledge: (event: OutboxEvent, appended: Appended) => Promise<void>;
-  /** The event was appended just now: the next one of its aggregate gets its job, if it is known; whether it is. */
-  bringAlong: (
-    event: OutboxEvent,
-    appended: Readonly<{ entryId: string; epoch: string; beganAt: number }>,
-  ) => boolean;
+  /** An event of a chain was appended just now: the next ones get their jobs, if they are known. */
+  bringAlong: (event: OutboxEvent, chain: Chain, appended: JustAppended) => Promise<Following>;
   /** The job is gone: has somebody look at once what became of the event. */
   vanished: (event: OutboxEvent) => Promise<void>;
   /** Told when the row is marked. */
@@ -59,17 +70,23 @@ export function createCarry(deps: {
     return reason === null ? verdict : { kind: 'postpone', reason };
   }
 
-  /** @param inTurn runs the part in which an event can harm its pod: from its check to the answer to its append */
-  return async function carry(event: OutboxEvent, inTurn: InTurn = (run) => run()): Promise<Attempt> {
+  /**
+   * @param isFirst no run of this job was ever begun before
+   * @param inTurn runs the part in which an event can harm its pod: from its check to the answer to its append
+   */
+  return async function carry(event: OutboxEvent, isFirst: boolean, inTurn: InTurn): Promise<Attempt> {
     const beganAt = performance.now();
     await deps.ready();
     const verdict = await inTurn(() => append(event));
     switch (verdict.kind) {
       case 'acknowledge':
         try {
-          const { entryId, epoch, before } = verdict;
-          const followed = !before && deps.bringAlong(event, { entryId, epoch, beganAt });
-          await deps.acknowledge(event, { entryId, epoch, before, followed });
+          const { entryId, epoch, before, preceding } = verdict;
+          const appended = { entryId, epoch, preceding };
+          let following = before ? BROUGHT_BEFORE : ALONE;
+          if (!before && event.chain !== undefined)
+            following = await deps.bringAlong(event, event.chain, { ...appended, isFirst, beganAt });
+          await deps.acknowledge(event, { ...appended, before, ...following });
         } catch (error) {
           return {
             kind: 'postpone',

@@ -11,7 +11,11 @@ export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: s
 export function createDeadLetter(deps: {
   append: (event: OutboxEvent, failure: Failure) => Promise<AppendOutcome>;
   /** Marks the row dead and sees to its successor; rejects when the entry may be lost since. */
-  markDead: (dead: Receipt & Readonly<{ attempts: number; reason: string }>, epoch: string) => Promise<void>;
+  markDead: (
+    dead: Receipt & Readonly<{ attempts: number; reason: string }>,
+    epoch: string,
+    event: OutboxEvent,
+  ) => Promise<void>;
   onDead: (event: OutboxEvent) => void;
   /** Told of each entry once, however often its dead letter is gone through. */
   onWritten?: (event: OutboxEvent) => void;
@@ -28,7 +32,7 @@ export function createDeadLetter(deps: {
     switch (outcome.status) {
       case 'appended':
       case 'already-appended':
-        await markDead({ id: event.id, attempts, reason, entryId: outcome.entryId }, outcome.epoch);
+        await markDead({ id: event.id, attempts, reason, entryId: outcome.entryId }, outcome.epoch, event);
         logger.warn(
           { ...about, reason, dlqEntryId: outcome.entryId },
           'event moved to the dead-letter stream',

@@ -1,27 +1,53 @@
-import type { OutboxEvent, Receipt } from '../event.ts';
+import { randomUUID } from 'node:crypto';
+import type { Chain, EventName, OutboxEvent, Receipt } from '../event.ts';
 import type { Logger } from '../logger.ts';
 
-/**
- * An attempt that began longer ago may be taken for that of a dead pod, and the aggregate have gone on elsewhere: what it
- * brings along comes too late. Others wait for its lock to end first, which takes longer.
- */
-const IN_TIME_MS = 3_000;
+/** What is appended in an attempt that took longer brings nothing along: others may have gone on. */
+const IN_TIME_MS = 500;
 /** Aggregates that go on at once, at most, for it to be worth reading ahead: more have work for everybody. */
 const FEW = 16;
-/** Events of one aggregate that are read ahead, and appended before the first of them is acknowledged; and their bytes. */
-const AHEAD = 64;
-const AHEAD_BYTES = 64 * 1024;
-/** What was read is good for so long. */
+/** Events of one aggregate that are read ahead, and their bytes. */
+const AHEAD = 200;
+const AHEAD_BYTES = 128 * 1024;
+/** So few of them are left when more is read. */
+const READ_ON_BELOW = 50;
+/** Those that are appended before the first of them is acknowledged. */
+const MOST_UNSETTLED = 128;
+/** Those that get their jobs together. */
+const MOST_TOGETHER = 8;
+/** What was read is good for so long: rows may be changed by hand. */
 const FRESH_MS = 5_000;
-/** Longer than an acknowledgement is tried, whose lease the job of what was brought along has yet to get. */
-const REMEMBERED_MS = 30_000;
 /** Waits before the tries after the first to have rows looked at; then their leases end. */
 const LOOK_RETRY_DELAYS_MS = [1_000, 2_000, 4_000, 8_000, 16_000];
 /** Events that are kept in mind at most, of each kind; the oldest go first. */
 const KEPT = 4_000;
 
 /** One event was appended just now, in an attempt that began at that `performance.now()`. */
-type Appended = Readonly<{ entryId: string; epoch: string; beganAt: number }>;
+export type JustAppended = Readonly<{
+  entryId: string;
+  epoch: string;
+  preceding: readonly Receipt[];
+  /** By the first run of its job. */
+  isFirst: boolean;
+  beganAt: number;
+}>;
+
+/** An event that was brought along, and whose row is not leased yet. */
+export type Follower = {
+  readonly id: string;
+  /** Until it is known that its job could not be added, or may not have been. */
+  hasJob: boolean;
+};
+
+type AddJobs = (events: readonly OutboxEvent[]) => Promise<void>;
+
+/** What is known of the jobs of what comes next in an aggregate. */
+export type Following = Readonly<{
+  /** These have their jobs. */
+  followers: readonly Follower[];
+  /** What comes behind these, or behind the event, may have been brought along by another pod, and be gone again. */
+  mayHaveMore: boolean;
+}>;
 
 /**
  * Carries an aggregate on from one event to the next.
@@ -30,16 +56,26 @@ type Appended = Readonly<{ entryId: string; epoch: string; beganAt: number }>;
  * crash of PostgreSQL undid the lease, nobody would know what it had appended. Should this pod die in between, the job
  * of the event before runs again elsewhere, and ends the lease of what has no job.
  *
- * An aggregate with much to do does not wait for that. What comes next is read ahead, and each event brings the next
- * one's job along as soon as it is appended: that job carries the receipts of those before it, so that rows get theirs
- * in order whoever acknowledges first. The rows are parked meanwhile, as they would be without; all else is as it is
- * where nothing was read ahead: each acknowledgement leases the row that is first then, and sees that it has its job.
+ * An aggregate with much to do does not wait for that. What comes next is read ahead, and gets its jobs several at a
+ * time, each time by the first of those before, as soon as it is appended. These jobs carry the receipts of what comes
+ * before them, so that rows get theirs in order whoever acknowledges first, and are appended in order whoever runs first
+ * (see turn.ts). The rows are parked meanwhile, as they would be without; all else is as it is where nothing was read
+ * ahead: each acknowledgement leases the row that is first then, and sees that it has its job.
+ *
+ * What was read is good for one job of each event, and for its first run: an event that is appended by that has not been
+ * dead in between, so what comes behind it has been waiting ever since. One that died and was replayed has another job,
+ * or runs again. A job that is gone may have been run: of what may have had one, the row is looked at, which looks in the
+ * stream as well.
  */
 export function createHandOver<Tx>(deps: {
   /** Runs a transaction that gives receipts. */
   giving: <T>(work: (tx: Tx) => Promise<T>) => Promise<T>;
   epoch: Readonly<{ confirm: (epoch: string) => Promise<void>; current: () => string | undefined }>;
   addJobs: (events: readonly OutboxEvent[]) => Promise<void>;
+  /** How many more jobs may be in Redis. */
+  room: () => Promise<number>;
+  /** Whether jobs may be added together that have to be run in their order. */
+  together: boolean;
   /** Adds those of whom no other pod has published the row by now, nor does meanwhile. */
   whileLive: (events: readonly OutboxEvent[], add: (live: OutboxEvent[]) => Promise<void>) => Promise<void>;
   /** These events have no job, for all we know. */
@@ -51,32 +87,49 @@ export function createHandOver<Tx>(deps: {
   payloadMayBeAtFault: (error: unknown) => boolean;
   logger: Logger;
 }) {
-  const { giving, epoch, addJobs, whileLive, endLeases, readAhead, payloadMayBeAtFault, logger } = deps;
+  const {
+    giving,
+    epoch,
+    addJobs,
+    room,
+    together,
+    whileLive,
+    endLeases,
+    readAhead,
+    payloadMayBeAtFault,
+    logger,
+  } = deps;
   /** What was read ahead, by the id of the event that comes before. */
-  const next = new Map<string, Readonly<{ event: OutboxEvent; until: number; epoch: string }>>();
-  /** Events that were brought along, and whose rows may not be leased yet. */
-  const broughtAlong = new Map<string, Readonly<{ until: number; epoch: string }>>();
+  const ahead = new Map<string, Readonly<{ event: OutboxEvent; reading: string; until: number }>>();
+  /** Events behind which was read on, once each. */
+  const ends = new Map<string, true>();
+  /** Those that are not done yet. */
+  const readings = new Map<string, Promise<void>>();
+  /** What was brought along behind an event that had its job before. */
+  const behind = new Map<string, Promise<Follower[]>>();
+  /** Jobs that are about to be added, and not counted in Redis yet. */
+  let bringing = 0;
   /** Events that have their receipts. */
   const settled = new Map<string, true>();
 
-  /** Adds jobs in that epoch, or not at all. Never throws. */
+  /** Adds jobs in that epoch; if it cannot, their rows are looked at. Never throws. Returns whether they were added. */
   async function add(
     events: readonly OutboxEvent[],
     of: string,
-    adding: (jobs: (some: readonly OutboxEvent[]) => Promise<void>) => Promise<void>,
-  ): Promise<void> {
+    adding: (addJobs: AddJobs) => Promise<boolean>,
+  ): Promise<boolean> {
     try {
-      await adding((some) => {
+      return await adding((some) => {
         if (epoch.current() !== of) throw new Error('Redis may have lost entries');
         return addJobs(some);
       });
     } catch (error) {
-      for (const { id } of events) broughtAlong.delete(id);
       logger.warn(
         { err: error, events: events.length },
         'cannot add the next jobs of aggregates; their rows are looked at with the next tick',
       );
       await haveLookedAt(events);
+      return false;
     }
   }
 
@@ -88,13 +141,28 @@ export function createHandOver<Tx>(deps: {
       if (delay !== undefined) setTimeout(() => void haveLookedAt(events, tries + 1), delay).unref();
     });
 
-  async function lookAhead(heads: readonly OutboxEvent[], of: string): Promise<void> {
+  /** Reads behind events that are leased, or behind what was read before. */
+  function lookAhead(heads: readonly OutboxEvent[], reading: string): void {
+    const isRead = read(heads, reading).finally(() => readings.delete(reading));
+    readings.set(reading, isRead);
+  }
+
+  /** The reading comes to its end: what is behind that is read before it is there. */
+  function readOn(from: OutboxEvent, reading: string): void {
+    const rest = behindOf(from, reading, READ_ON_BELOW);
+    const last = rest.at(-1) ?? from;
+    if (rest.length === READ_ON_BELOW || readings.has(reading) || ends.has(last.id)) return;
+    keep(ends, last.id, true);
+    lookAhead([last], reading);
+  }
+
+  async function read(heads: readonly OutboxEvent[], reading: string): Promise<void> {
     const until = performance.now() + FRESH_MS;
     try {
       const before = new Map(heads.map((it) => [aggregateKey(it), it.id]));
       for (const event of (await readAhead?.(heads, AHEAD, AHEAD_BYTES)) ?? []) {
         const key = aggregateKey(event);
-        keep(next, before.get(key) as string, { event, until, epoch: of });
+        keep(ahead, before.get(key) as string, { event, reading, until });
         before.set(key, event.id);
       }
     } catch (error) {
@@ -102,26 +170,74 @@ export function createHandOver<Tx>(deps: {
     }
   }
 
-  /** Asked once: later on, in another epoch, or after it was given up and replayed, it needs another job. */
-  function wasBroughtAlong({ id, attempts }: OutboxEvent, of: string): boolean {
-    const it = broughtAlong.get(id);
-    broughtAlong.delete(id);
-    return it !== undefined && it.epoch === of && it.until >= performance.now() && attempts === 0;
+  /** What was read behind that event, the next few. */
+  function behindOf(event: EventName, reading: string, limit: number): OutboxEvent[] {
+    const now = performance.now();
+    const some: OutboxEvent[] = [];
+    for (let last = event; some.length < limit; ) {
+      const known = ahead.get(last.id);
+      if (known?.reading !== reading || now > known.until) break;
+      some.push(known.event);
+      last = known.event;
+    }
+    return some;
   }
 
-  /** The jobs of rows that were leased just now. */
-  async function addNext(
-    successors: readonly OutboxEvent[],
-    again: readonly OutboxEvent[] | 'all',
-    of: string,
-  ): Promise<void> {
-    const ranBefore = again === 'all' ? null : new Set(again.map(aggregateKey));
-    const unclear = successors.filter((it) => ranBefore?.has(aggregateKey(it)) ?? true);
-    // A job that is gone by now may have been run: whoever looks for it, looks in the stream as well.
-    const jobless = successors.filter((it) => !wasBroughtAlong(it, of) && !unclear.includes(it));
-    if (readAhead && jobless.length > 0 && jobless.length <= FEW) void lookAhead(jobless, of);
-    if (jobless.length > 0) await add(jobless, of, (jobs) => whileLive(jobless, jobs));
-    if (unclear.length > 0) await haveLookedAt(unclear);
+  /** The first jobs of rows that were leased just now. */
+  async function addFirst(events: readonly OutboxEvent[], of: string): Promise<void> {
+    const isWorthIt = readAhead && events.length <= FEW;
+    const reading = randomUUID();
+    const chain: Chain = { reading, epoch: of, ...{ receipts: [], after: [], rest: [] }, leads: true };
+    if (isWorthIt) lookAhead(events, reading);
+    const jobs = isWorthIt ? events.map((it) => ({ ...it, chain })) : events;
+    await add(jobs, of, (addJobs) => whileLive(jobs, addJobs).then(() => true));
+  }
+
+  /** The next ones of the aggregate get their jobs, if they were read ahead for this one; which these are. */
+  async function bring(
+    event: OutboxEvent,
+    { reading, rest }: Chain,
+    { entryId, epoch: of, preceding, beganAt }: JustAppended,
+  ): Promise<Follower[]> {
+    const last = rest.at(-1) ?? event;
+    if (!ahead.has(last.id)) await readings.get(reading);
+    if (performance.now() - beganAt > IN_TIME_MS) return [];
+    const before = preceding.filter((it) => !settled.has(it.id));
+    const some = behindOf(last, reading, together ? MOST_TOGETHER : 1);
+    if (some.length === 0 || before.length + some.length > MOST_UNSETTLED) return [];
+    bringing += some.length;
+    const wanted = bringing;
+    const isRoom = await room().then(
+      (count) => count >= wanted,
+      () => false,
+    );
+    if (!isRoom) {
+      bringing -= some.length;
+      return [];
+    }
+    const receipts = [...before, { id: event.id, entryId }];
+    const names = some.map(({ id, eventId }) => ({ id, eventId }));
+    const jobs = some.map((it, i) => {
+      const after = [...rest, ...names.slice(0, i)];
+      const chain = { reading, epoch: of, receipts, after, rest: names.slice(i + 1), leads: i === 0 };
+      return { ...it, chain };
+    });
+    const brought = some.map(({ id }): Follower => ({ id, hasJob: true }));
+    // Another pod may have gone on to the first of them meanwhile, by acknowledging what had its job before.
+    const adding = async (addJobs: AddJobs) => {
+      let isLive = false;
+      await whileLive(jobs.slice(0, 1), () => {
+        isLive = true;
+        return addJobs(jobs);
+      });
+      return isLive;
+    };
+    void add(jobs, of, adding).then((added) => {
+      bringing -= some.length;
+      for (const it of brought) it.hasJob = added;
+    });
+    readOn(some.at(-1) as OutboxEvent, reading);
+    return brought;
   }
 
   return {
@@ -129,13 +245,16 @@ export function createHandOver<Tx>(deps: {
      * Rows get their receipts by `change`, and what it leased the jobs that follow. An entry that Redis may have lost
      * gives no receipt. Returns what was leased.
      * @param of epoch in which the entries were appended
-     * @param again events that an earlier run of their job had appended: it may have brought the next one along, whose
-     * job may be gone again
+     * @param followers have, or had, their jobs already
+     * @param unclear events of whom nobody here knows whether the next one had a job before
      */
     async giveReceipts(
       of: string,
       change: (tx: Tx, promoting: boolean) => Promise<OutboxEvent[]>,
-      again: readonly OutboxEvent[] | 'all' = [],
+      {
+        followers = [],
+        unclear = [],
+      }: Readonly<{ followers?: readonly Follower[]; unclear?: readonly OutboxEvent[] | 'all' }> = {},
     ): Promise<OutboxEvent[]> {
       const write = async (promoting: boolean) => {
         const successors = await giving(async (tx) => {
@@ -143,7 +262,14 @@ export function createHandOver<Tx>(deps: {
           await epoch.confirm(of);
           return changed;
         });
-        await addNext(successors, again, of);
+        const known = new Map(followers.map((it) => [it.id, it.hasJob]));
+        const others = successors.filter((it) => !known.get(it.id));
+        const perhaps = unclear === 'all' ? null : new Set(unclear.map(aggregateKey));
+        const isFirst = (it: OutboxEvent) => !known.has(it.id) && perhaps?.has(aggregateKey(it)) === false;
+        const first = others.filter(isFirst);
+        if (first.length > 0) await addFirst(first, of);
+        const again = others.filter((it) => !isFirst(it));
+        if (again.length > 0) await haveLookedAt(again);
         return successors;
       };
       try {
@@ -156,35 +282,39 @@ export function createHandOver<Tx>(deps: {
       }
     },
 
-    /** These rows have their receipts. */
+    /** Whether that row has its receipt, as far as this pod knows. */
+    isSettled: (id: string): boolean => settled.has(id),
+
+    /** These rows have their receipts, some of them of chains. */
     settle(ids: readonly string[]): void {
-      if (readAhead) for (const id of ids) keep(settled, id, true);
+      for (const id of ids) keep(settled, id, true);
     },
 
     /**
-     * The event was appended just now, in its own attempt: the next one of its aggregate gets its job, if it was read
-     * ahead. Returns whether it was.
+     * The event was appended just now: by the first run of its job, the next ones of its aggregate get their jobs, if
+     * they were read ahead. Returns what is known of the jobs of those.
      */
-    bringAlong(event: OutboxEvent, { entryId, epoch: of, beganAt }: Appended): boolean {
-      const now = performance.now();
-      const known = next.get(event.id);
-      next.delete(event.id);
-      if (known === undefined || known.until < now || known.epoch !== of) return false;
-      if (now - beganAt > IN_TIME_MS) return false;
-      const before = precedingOf(event, of).filter((it) => !settled.has(it.id));
-      if (before.length >= AHEAD) return false;
-      keep(broughtAlong, known.event.id, { until: now + REMEMBERED_MS, epoch: of });
-      const follows = { epoch: of, receipts: [...before, { id: event.id, entryId }] };
-      const job = { ...known.event, follows };
-      void add([job], of, (jobs) => jobs([job]));
-      return true;
+    async bringAlong(event: OutboxEvent, chain: Chain, appended: JustAppended): Promise<Following> {
+      // Their jobs may be lost.
+      if (chain.epoch !== appended.epoch) return { followers: [], mayHaveMore: true };
+      const [next] = chain.rest;
+      if (chain.leads) {
+        const brought = appended.isFirst ? bring(event, chain, appended) : Promise.resolve([]);
+        const last = chain.rest.at(-1);
+        if (last === undefined) return { followers: await brought, mayHaveMore: false };
+        // At once: the last one may have been appended by the same call.
+        keep(behind, last.id, brought);
+      }
+      if (next) return { followers: [{ id: next.id, hasJob: true }], mayHaveMore: false };
+      const known = behind.get(event.id);
+      behind.delete(event.id);
+      return { followers: (await known) ?? [], mayHaveMore: known === undefined };
     },
   };
 }
 
-/** What came before the event and was appended in this epoch; what was in another one is settled by now. */
-export const precedingOf = ({ follows }: OutboxEvent, epoch: string): readonly Receipt[] =>
-  follows?.epoch === epoch ? follows.receipts : [];
+/** Whether what comes behind this event may have its job, though this one was not appended. */
+export const mayBeFollowed = ({ chain }: OutboxEvent): boolean => chain !== undefined && !chain.leads;
 
 function keep<T>(map: Map<string, T>, key: string, value: T): void {
   map.delete(key);

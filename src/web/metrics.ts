@@ -289,7 +289,7 @@ export function createMetrics(deps: {
     attempted(event: OutboxEvent, outcome: Attempt, seconds: number): void {
       const it = of(event);
       it.processing.observe(seconds);
-      if (outcome.kind === 'done') return;
+      if (outcome.kind === 'done' || outcome.kind === 'wait') return;
       if (outcome.kind === 'postpone') retries.inc({ kind: 'postponed', reason: reasonOf(outcome.reason) });
       else it.failed.inc();
       if (outcome.kind === 'retry') retries.inc({ kind: 'failed', reason: reasonOf(outcome.reason) });

@@ -94,6 +94,35 @@ test('1,000 dead letters of three kinds: one kind is replayed while new events f
   expect((await eventIds(stage, DLQ)).toSorted()).toEqual(idsOf([...forbidden, ...large]).toSorted());
 }, 120_000);
 
+test('an event of a hot aggregate that is replayed at once takes nothing along that was published since', async () => {
+  const stage = await setStage({ env: { ...QUICK, RELAY_POLL_INTERVAL: '0.1' } });
+  await stage.redis.set(BROKEN, 'a string');
+  const { aggregateId } = anEvent();
+  const [before, ...behind] = someEvents(60, 1, { aggregateId });
+  // The second one is the first that is read behind, and does not get there.
+  const dead = anEvent({ aggregateId, topic: BROKEN });
+  await insertEvents(stage.pool, [before as never, dead, ...behind]);
+  await stage.pod();
+  await waitFor(() => stage.count(`event_id = '${dead.eventId}' AND dead_lettered_at IS NOT NULL`), {
+    what: 'the event to be dead',
+  });
+  const diedAt = performance.now();
+  await stage.rested();
+  await stage.redis.del(BROKEN);
+  await stage.pool.query(
+    `UPDATE identity.outbox SET dead_lettered_at = NULL, next_attempt_at = NULL, attempts = 1 WHERE event_id = $1`,
+    [dead.eventId],
+  );
+  await stage.rested();
+  expect(performance.now() - diedAt).toBeLessThan(5_000);
+  // What would be brought along has its place by now.
+  const last = anEvent({ aggregateId });
+  await insertEvents(stage.pool, [last]);
+  await stage.rested();
+  expect(await eventIds(stage)).toEqual(idsOf([before as never, ...behind, last]));
+  expect(await eventIds(stage, BROKEN)).toEqual([dead.eventId]);
+}, 60_000);
+
 test('what is dead is listed, shown, replayed and discarded; what is held goes on', async () => {
   const stage = await setStage({ env: { ...QUICK, RELAY_DEAD_LETTER_POLICY: 'hold' } });
   await stage.redis.set(BROKEN, 'a string');

@@ -9,7 +9,6 @@ for (const [count, aggregates] of [
   [COUNT, COUNT],
   [COUNT, 100],
   [COUNT, 10],
-  // One event after the other, so it takes longest.
   [400, 1],
 ] as const) {
   test(`two pods publish events of ${aggregates} aggregates once and in order while they are written`, async () => {

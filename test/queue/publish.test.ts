@@ -46,7 +46,7 @@ afterEach(async () => {
 
 /** A worker whose attempts come out as told; what it noted on rows and gave up is in `notes` and `dead`. */
 function startWorker(
-  attempt: (event: OutboxEvent) => Promise<Attempt>,
+  attempt: (event: OutboxEvent, isFirst: boolean) => Promise<Attempt>,
   options: Partial<PublishOptions> = {},
   deps: Partial<Parameters<typeof createPublishWorker>[0]> = {},
 ) {
@@ -102,6 +102,26 @@ describe('an attempt', () => {
     expect(got).toEqual([event]);
   });
 
+  test('is told whether its job was ever begun before', async () => {
+    const first: boolean[] = [];
+    const outcome = outcomes(
+      { kind: 'postpone', reason: 'x' },
+      { kind: 'retry', reason: 'x' },
+      { kind: 'give-up', reason: 'x' },
+    );
+    const { dead } = startWorker(async (_, isFirst) => {
+      first.push(isFirst);
+      return outcome();
+    });
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await waitFor(() => dead.length > 0, { what: 'the event to be given up' });
+    const job = await queues.publish.getJob(event.eventId);
+    await job?.retry();
+    await isGone(event);
+    expect(first).toEqual([true, false, false, false]);
+  });
+
   test('that was refused is retried, each time after twice the delay, then given up', async () => {
     const { notes, dead } = startWorker(async () => ({ kind: 'retry', reason: 'WRONGTYPE' }));
     const event = aClaimedEvent({ id: '42' });
@@ -145,6 +165,21 @@ describe('an attempt', () => {
     expect(job?.delay).toBeLessThanOrEqual(1_000);
     await isGone(event);
     expect([notes, dead]).toEqual([[], []]);
+  });
+
+  test('whose turn has not come is made very soon, and then less and less often', async () => {
+    const madeAt: number[] = [];
+    const { notes } = startWorker(async () => {
+      madeAt.push(performance.now());
+      return { kind: madeAt.length < 5 ? 'wait' : 'done' };
+    });
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await isGone(event);
+    const waits = madeAt.slice(1).map((at, i) => at - (madeAt[i] as number));
+    for (const [i, wait] of waits.entries()) expect(wait).toBeGreaterThanOrEqual(50 * 2 ** i - 5);
+    expect(waits[0]).toBeLessThan(400);
+    expect(notes).toEqual([]);
   });
 
   test('that hangs is ended by its deadline, and made again', async () => {

@@ -1,11 +1,19 @@
 import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { OutboxEvent } from '../../src/event.ts';
+import type { OutboxEvent, Receipt } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { APPEND_CONNECTION, createStream, type Stream } from '../../src/stream/append.ts';
+import { createTurns } from '../../src/stream/turn.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
-import { type AdminRedis, aClaimedEvent, openAdminRedis, openRedis, readStream } from '../support/stages.ts';
+import {
+  type AdminRedis,
+  aChain,
+  aClaimedEvent,
+  openAdminRedis,
+  openRedis,
+  readStream,
+} from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const TOPIC = 'identity.user.v1';
@@ -18,18 +26,25 @@ const ENTRY_ID = /^\d+-\d+$/;
 const CONNECTION = { ...APPEND_CONNECTION, commandTimeout: 1_000, retryStrategy: () => 50 };
 
 function streamOn(redis: Redis, options: { streamMaxLen?: number; dlqMaxLen?: number } = {}): Stream {
-  return createStream(redis, epochs, {
-    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey },
-    ...{
-      epochKey: EPOCH_KEY,
-      areLive: async (ids: readonly string[]) => ids.some((id) => live.has(id)),
-      ...options,
+  const turns = createTurns({
+    isSettled: (id) => settled.has(id),
+    areLive: async (ids) => {
+      asked.push(...ids);
+      return ids.some((id) => live.has(id));
     },
+  });
+  return createStream(redis, epochs, turns, {
+    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey, epochKey: EPOCH_KEY },
+    ...options,
   });
 }
 
 /** Rows that are neither published nor dead. */
 const live = new Set<string>();
+/** Those whose receipts this pod has given. */
+const settled = new Set<string>();
+/** Rows that somebody looked at. */
+const asked: string[] = [];
 
 /** The epoch of this test, and what the stream says of it. */
 let epoch: string | undefined;
@@ -67,6 +82,9 @@ beforeEach(async () => {
   await admin.flushall();
   epoch = randomUUID();
   doubts = [];
+  live.clear();
+  settled.clear();
+  asked.length = 0;
 });
 
 /** The same, of a job that has failed for good. */
@@ -80,6 +98,82 @@ const giveUp = (event: OutboxEvent) => admin.hset(jobKey(event.eventId), 'finish
 const anEventWithJob = (overrides: Partial<OutboxEvent> = {}) => jobOf(admin, aClaimedEvent(overrides));
 const FAILURE = { reason: 'WRONGTYPE', attempts: 6, failedAt: new Date('2026-01-02T03:04:05.678Z') };
 
+describe('events of one aggregate that got their jobs together', () => {
+  /** So many, in their order. `at` of them is found by the stream id. */
+  async function aRun(count: number) {
+    const plain = await Promise.all(
+      Array.from({ length: count }, (_, i) => anEventWithJob({ id: String(7 + i) })),
+    );
+    const receipts = [{ id: '6', entryId: '1-6' }];
+    const chained = (i: number) => {
+      const after = plain.slice(0, i).map(({ id, eventId }) => ({ id, eventId }));
+      return { ...(plain[i] as OutboxEvent), chain: aChain({ epoch: epoch as string, receipts, after }) };
+    };
+    return { events: plain.map((_, i) => chained(i)), receipts };
+  }
+  const idsInStream = async () => (await readStream(admin, TOPIC)).map((fields) => fields.event_id);
+  const ids = (events: readonly OutboxEvent[]) => events.map((it) => it.eventId);
+
+  test('are appended in their order, whichever is run first, and know what comes before them', async () => {
+    const { events, receipts } = await aRun(3);
+    const [first, second, third] = events as [OutboxEvent, OutboxEvent, OutboxEvent];
+    const outcomes = await Promise.all([third, first, second].map(stream.publish));
+    expect(await idsInStream()).toEqual(ids(events));
+    const entryIds = (outcomes as { entryId: string }[]).map((it) => it.entryId);
+    expect(outcomes).toMatchObject([
+      {
+        status: 'appended',
+        preceding: [...receipts, { id: '7', entryId: entryIds[1] }, { id: '8', entryId: entryIds[2] }],
+      },
+      { status: 'appended', preceding: receipts },
+      { status: 'appended', preceding: [...receipts, { id: '7', entryId: entryIds[1] }] },
+    ]);
+    expect(await stream.publish(third)).toEqual({ ...outcomes[0], status: 'already-appended' });
+    expect(asked).toEqual([]);
+  });
+
+  test('wait for one that is on its way, here or on another pod, and not for ever', async () => {
+    const { events } = await aRun(3);
+    const [first, second, third] = events as [OutboxEvent, OutboxEvent, OutboxEvent];
+    expect(await stream.publish(second)).toEqual({ status: 'early' });
+    const waiting = [stream.publish(third), stream.publish(second)];
+    const other = streamOn(await connected(server.url));
+    await other.publish(first);
+    for (const outcome of await Promise.all(waiting)) expect(outcome).toMatchObject({ status: 'appended' });
+    expect(await idsInStream()).toEqual(ids(events));
+    expect(asked).toEqual([]);
+  });
+
+  test('do not wait for one that has failed for good', async () => {
+    const { events, receipts } = await aRun(2);
+    const [first, second] = events as [OutboxEvent, OutboxEvent];
+    await giveUp(first);
+    expect(await stream.publish(second)).toMatchObject({ status: 'appended', preceding: receipts });
+  });
+
+  test('wait for one whose job is gone as long as its row waits for something', async () => {
+    const { events, receipts } = await aRun(3);
+    const [first, second, third] = events as [OutboxEvent, OutboxEvent, OutboxEvent];
+    const published = await stream.publish(first);
+    await admin.del(jobKey(first.eventId));
+    live.add(first.id);
+    expect(await stream.publish(second)).toEqual({ status: 'early' });
+    expect(new Set(asked)).toEqual(new Set([first.id]));
+    live.clear();
+    expect(await stream.publish(second)).toMatchObject({ status: 'appended', preceding: receipts });
+    expect(published).toMatchObject({ status: 'appended' });
+    // Appended already: its place is known, that of the first is not, so the rows say whose turn it is.
+    expect(await stream.publish(second)).toMatchObject({ status: 'already-appended', preceding: [] });
+    asked.length = 0;
+    settled.add(first.id);
+    expect(await stream.publish(third)).toMatchObject({
+      status: 'appended',
+      preceding: [{ id: '6' }, { id: '8' }],
+    });
+    expect(asked).toEqual([]);
+  });
+});
+
 describe('an event', () => {
   test('is appended with exactly the fields of the envelope', async () => {
     const payload = '{"n": 12345678901234567890.10, "text": "Jörg\\u0000 \\"x\\"", "z": [1,  2]}';
@@ -89,7 +183,10 @@ describe('an event', () => {
       tenantId: 'tenant',
     });
     const outcome = await stream.publish(event);
-    expect(outcome).toEqual({ status: 'appended', entryId: expect.stringMatching(ENTRY_ID), epoch });
+    expect(outcome).toEqual({
+      ...{ status: 'appended', entryId: expect.stringMatching(ENTRY_ID), epoch },
+      preceding: [],
+    });
     expect(await readStream(admin, TOPIC)).toEqual([
       {
         ...{ event_id: event.eventId, event_type: 'UserCreated', topic: TOPIC, schema_version: '1' },
@@ -344,11 +441,15 @@ describe('when Redis may have lost entries', () => {
   test('an event that came along with others waits until these have their places', async () => {
     const receipts = ['1', '2'].map((id) => ({ id, entryId: '1-1' }));
     live.add('2');
-    const same = await anEventWithJob({ follows: { epoch: epoch as string, receipts } });
+    const same = await anEventWithJob({ chain: aChain({ epoch: epoch as string, receipts }) });
     expect(await stream.publish(same)).toMatchObject({ status: 'appended' });
-    const other = await anEventWithJob({ follows: { epoch: 'an earlier one', receipts } });
+    const other = await anEventWithJob({ chain: aChain({ epoch: 'an earlier one', receipts }) });
     expect(await stream.publish(other)).toMatchObject({ status: 'unavailable' });
     expect(await admin.xlen(same.topic)).toBe(1);
+    const [, another] = receipts as [Receipt, Receipt];
+    const after = [{ ...another, eventId: same.eventId }];
+    const last = await anEventWithJob({ chain: aChain({ epoch: 'an earlier one', after }) });
+    expect(await stream.publish(last)).toMatchObject({ status: 'unavailable' });
     live.clear();
     expect(await stream.publish(other)).toMatchObject({ status: 'appended' });
   });

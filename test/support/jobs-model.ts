@@ -58,24 +58,25 @@ export function createJobs(of: (eventId: string) => Known, beforeAppend: (event:
   async function appendOnce(event: OutboxEvent): Promise<AppendOutcome> {
     const job = jobs.get(event.eventId);
     if (!job) return { status: 'job-gone' };
-    if (job.entryId) return { status: 'already-appended', entryId: job.entryId, epoch: EPOCH };
+    if (job.entryId) return { status: 'already-appended', entryId: job.entryId, epoch: EPOCH, preceding: [] };
     if (job.state === 'failed') return { status: 'job-gone' };
     if (of(event.eventId).poisonous) return { status: 'refused', reason: 'poisonous' };
     const entryId = `${++entries}-0`;
     await beforeAppend(of(event.eventId));
     job.entryId = entryId;
     of(event.eventId).entries.push(entryId);
-    return { status: 'appended', entryId, epoch: EPOCH };
+    return { status: 'appended', entryId, epoch: EPOCH, preceding: [] };
   }
 
   async function appendDeadLetter(event: OutboxEvent): Promise<AppendOutcome> {
     const job = jobs.get(event.eventId);
     if (!job) return { status: 'job-gone' };
-    if (job.deadLetterId) return { status: 'already-appended', entryId: job.deadLetterId, epoch: EPOCH };
+    if (job.deadLetterId)
+      return { status: 'already-appended', entryId: job.deadLetterId, epoch: EPOCH, preceding: [] };
     if (job.state !== 'failed') return { status: 'job-gone' };
     job.deadLetterId = `${++entries}-0`;
     of(event.eventId).deadLetters++;
-    return { status: 'appended', entryId: job.deadLetterId, epoch: EPOCH };
+    return { status: 'appended', entryId: job.deadLetterId, epoch: EPOCH, preceding: [] };
   }
 
   return {

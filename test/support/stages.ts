@@ -2,7 +2,7 @@
 import { Redis, type RedisOptions } from 'ioredis';
 import pg from 'pg';
 import type { SampleEvent } from '../../src/demo/sample.ts';
-import type { OutboxEvent } from '../../src/event.ts';
+import type { Chain, OutboxEvent } from '../../src/event.ts';
 import type { Logger } from '../../src/logger.ts';
 import type { Queryable } from '../../src/outbox/database.ts';
 import { redisOptions } from '../../src/redis-urls.ts';
@@ -83,6 +83,12 @@ export function aClaimedEvent(overrides: Partial<OutboxEvent> = {}): OutboxEvent
     ...overrides,
   };
 }
+
+/** As the jobs of events have it that were read ahead. */
+export const aChain = (overrides: Partial<Chain> = {}): Chain => ({
+  ...{ reading: 'one', epoch: 'epoch', receipts: [], after: [], rest: [], leads: false },
+  ...overrides,
+});
 
 export type RowState = 'fresh' | 'leased' | 'due' | 'parked' | 'published' | 'dead';
 

@@ -17,6 +17,8 @@ import {
 import { waitFor } from '../support/wait.ts';
 
 const EPOCH = 'epoch';
+const NOTHING_BEHIND = { followers: [], mayHaveMore: false };
+const FOLLOWER = { id: '8', hasJob: true };
 
 let pool: AdminPool;
 let outbox: Outbox;
@@ -48,10 +50,11 @@ function startAcknowledger(
   early: readonly string[] = [],
 ) {
   const last: string[] = [];
-  const [markedBefore, again]: [string[], string[]] = [[], []];
+  const [markedBefore, unclear, followers]: [string[], string[], string[]] = [[], [], []];
   const acknowledger = createAcknowledger({
-    markPublished: async (receipts, _, events) => {
-      again.push(...events.map((event) => event.id));
+    markPublished: async (receipts, _, of) => {
+      unclear.push(...of.unclear.map((event) => event.id));
+      followers.push(...of.followers.map((it) => it.id));
       return { successors: await markPublished(receipts), early };
     },
     ordered: true,
@@ -61,8 +64,15 @@ function startAcknowledger(
     logger: silent,
   });
   const acknowledge = (event: OutboxEvent, entryId: string, epoch: string, more: Partial<Appended> = {}) =>
-    acknowledger.acknowledge(event, { entryId, epoch, before: false, followed: false, ...more });
-  return { ...acknowledger, acknowledge, last, markedBefore, again };
+    acknowledger.acknowledge(event, {
+      entryId,
+      epoch,
+      before: false,
+      preceding: [],
+      ...NOTHING_BEHIND,
+      ...more,
+    });
+  return { ...acknowledger, acknowledge, last, markedBefore, unclear, followers };
 }
 
 /** Rows that were claimed. */
@@ -230,17 +240,17 @@ describe('a write that fails', () => {
 describe('the next event of the aggregate', () => {
   test('is looked for where there is none, and its lease where the event had been appended before', async () => {
     const [head, other, third] = (await claimed(6, 3)) as [OutboxEvent, OutboxEvent, OutboxEvent];
-    const { acknowledge, last, markedBefore, again } = startAcknowledger();
+    const { acknowledge, last, markedBefore, unclear } = startAcknowledger();
     await acknowledge(head, '1-1', EPOCH);
-    expect([last, markedBefore, again]).toEqual([[], [], []]);
-    await acknowledge(head, '1-1', EPOCH, { before: true });
-    expect(again).toEqual([head.id]);
+    expect([last, markedBefore, unclear]).toEqual([[], [], []]);
+    await acknowledge(head, '1-1', EPOCH, { before: true, mayHaveMore: true });
+    expect(unclear).toEqual([head.id]);
     expect([last, markedBefore]).toEqual([[head.id], [head.id]]);
     await acknowledge(other, '1-2', EPOCH, { before: true }); // the first to mark it after all
     await acknowledge(other, '1-2', EPOCH);
     expect([last, markedBefore]).toEqual([[head.id, other.id], [head.id]]);
     await acknowledge(third, '1-3', EPOCH);
-    await acknowledge(third, '1-3', EPOCH, { followed: true, before: true });
+    await acknowledge(third, '1-3', EPOCH, { followers: [FOLLOWER], before: true });
     expect([last, markedBefore]).toEqual([[head.id, other.id], [head.id]]);
   });
 
@@ -255,30 +265,31 @@ describe('the next event of the aggregate', () => {
       { id: '7', entryId: '1-7' },
       { id: first.id, entryId: '1-8' },
     ];
-    const second = { ...first, id: '9', follows: { epoch: EPOCH, receipts: [a, b] } };
-    await Promise.all([acknowledge(second, '1-9', EPOCH), acknowledge(first, '1-8', EPOCH)]);
+    const second = { ...first, id: '9' };
+    const preceding = [a, b];
+    await Promise.all([acknowledge(second, '1-9', EPOCH, { preceding }), acknowledge(first, '1-8', EPOCH)]);
     expect(batches).toEqual([
       [{ ...a, chained: 'before' }, b, { id: '9', entryId: '1-9', chained: 'after' }],
     ]);
-    // Of another epoch they are settled, or the event would not have been appended.
-    await acknowledge({ ...other, follows: { epoch: 'before', receipts: [a] } }, '1-2', EPOCH);
+    await acknowledge(other, '1-2', EPOCH);
     expect(batches[1]).toEqual([{ id: other.id, entryId: '1-2' }]);
   });
 
   test('that has its job already can wait for company; the others cannot', async () => {
     const batches: string[][] = [];
-    const { acknowledge } = startAcknowledger(async (batch) => {
+    const { acknowledge, followers } = startAcknowledger(async (batch) => {
       batches.push(batch.map((it) => it.id));
       return [];
     });
     const [a, b, c] = (await claimed(3)) as [OutboxEvent, OutboxEvent, OutboxEvent];
-    const patient = acknowledge(a, '1-1', EPOCH, { followed: true });
+    const patient = acknowledge(a, '1-1', EPOCH, { followers: [FOLLOWER] });
     await new Promise((resolve) => setTimeout(resolve, 5));
     expect(batches).toEqual([]);
     const urgent = acknowledge(b, '1-2', EPOCH);
     await Promise.all([patient, urgent]);
-    await acknowledge(c, '1-3', EPOCH, { followed: true });
+    await acknowledge(c, '1-3', EPOCH, { followers: [FOLLOWER] });
     expect(batches).toEqual([[a.id, b.id], [c.id]]);
+    expect(followers).toEqual(['8', '8']);
   });
 });
 

@@ -1,11 +1,16 @@
 import { describe, expect, test } from 'vitest';
 import type { AppendOutcome } from '../../src/event.ts';
 import { createCarry } from '../../src/triage/carry.ts';
-import { aClaimedEvent, silent } from '../support/stages.ts';
+import { aChain, aClaimedEvent, silent } from '../support/stages.ts';
 
 const ENTRY_ID = '1700000000000-0';
 const EPOCH = 'epoch';
-const APPENDED: AppendOutcome = { status: 'appended', entryId: ENTRY_ID, epoch: EPOCH };
+const CHAIN = aChain();
+const BEFORE = { id: '1', entryId: '1699999999999-0' };
+const APPENDED: AppendOutcome = {
+  ...{ status: 'appended', entryId: ENTRY_ID, epoch: EPOCH },
+  preceding: [BEFORE],
+};
 
 /** One attempt with the given findings; `done` tells what it brought about. */
 async function attempt(
@@ -17,6 +22,8 @@ async function attempt(
     strict?: boolean;
     refusedEverything?: string;
     acknowledge?: () => Promise<void>;
+    isAlone?: boolean;
+    isFirst?: boolean;
     isFollowed?: boolean;
   } = {},
 ) {
@@ -31,20 +38,27 @@ async function attempt(
       return findings.outcome ?? APPENDED;
     },
     refusedEverything: async () => findings.refusedEverything ?? null,
-    bringAlong: (_, { entryId, epoch }) => {
-      done.push(`next one brought along after ${entryId} of ${epoch}`);
-      return findings.isFollowed ?? false;
+    bringAlong: async (_, chain, { entryId, epoch, preceding, isFirst }) => {
+      expect([preceding, isFirst, chain]).toEqual([[BEFORE], findings.isFirst ?? true, CHAIN]);
+      done.push(`next ones brought along after ${entryId} of ${epoch}`);
+      const followers = findings.isFollowed ? [{ id: '2', hasJob: true }] : [];
+      return { followers, mayHaveMore: false };
     },
-    acknowledge: async (_, { entryId, epoch, before, followed }) => {
+    acknowledge: async (_, { entryId, epoch, before, preceding, followers, mayHaveMore }) => {
       await findings.acknowledge?.();
+      expect([preceding, mayHaveMore]).toEqual([[BEFORE], before]);
       done.push(
-        `acknowledged ${entryId} of ${epoch}${before ? ', again' : ''}${followed ? ', followed' : ''}`,
+        `acknowledged ${entryId} of ${epoch}${before ? ', again' : ''}${followers.map((it) => `, followed by ${it.id}`).join('')}`,
       );
     },
     vanished: async () => void done.push('row looked at'),
     logger: silent,
   });
-  return { attempt: await carry(aClaimedEvent({ withheld: findings.withheld ?? null })), done };
+  const event = aClaimedEvent({
+    withheld: findings.withheld ?? null,
+    ...(findings.isAlone ? {} : { chain: CHAIN }),
+  });
+  return { attempt: await carry(event, findings.isFirst ?? true, (run) => run()), done };
 }
 
 describe('an attempt', () => {
@@ -53,20 +67,43 @@ describe('an attempt', () => {
       attempt: { kind: 'done' },
       done: [
         'appended',
-        `next one brought along after ${ENTRY_ID} of ${EPOCH}`,
+        `next ones brought along after ${ENTRY_ID} of ${EPOCH}`,
         `acknowledged ${ENTRY_ID} of ${EPOCH}`,
       ],
     });
   });
 
+  test('brings nothing along for an event that belongs to no chain', async () => {
+    expect((await attempt({ isAlone: true })).done).toEqual([
+      'appended',
+      `acknowledged ${ENTRY_ID} of ${EPOCH}`,
+    ]);
+  });
+
   test('says so when the next event has its job already', async () => {
     expect((await attempt({ isFollowed: true })).done.at(-1)).toBe(
-      `acknowledged ${ENTRY_ID} of ${EPOCH}, followed`,
+      `acknowledged ${ENTRY_ID} of ${EPOCH}, followed by 2`,
     );
   });
 
+  test('says so when it is not the first run of its job', async () => {
+    expect((await attempt({ isFirst: false })).attempt.kind).toBe('done');
+  });
+
+  test('whose turn has not come waits', async () => {
+    expect(await attempt({ outcome: { status: 'early' } })).toEqual({
+      attempt: { kind: 'wait' },
+      done: ['appended'],
+    });
+  });
+
   test('that had appended before brings nothing along: the next event may be far ahead', async () => {
-    const before = { status: 'already-appended', entryId: ENTRY_ID, epoch: EPOCH } as const;
+    const before = {
+      status: 'already-appended',
+      entryId: ENTRY_ID,
+      epoch: EPOCH,
+      preceding: [BEFORE],
+    } as const;
     expect(await attempt({ outcome: before, isFollowed: true })).toEqual({
       attempt: { kind: 'done' },
       done: ['appended', `acknowledged ${ENTRY_ID} of ${EPOCH}, again`],
@@ -116,12 +153,12 @@ describe('an attempt', () => {
         return APPENDED;
       },
       refusedEverything: async () => null,
-      bringAlong: () => false,
+      bringAlong: async () => ({ followers: [], mayHaveMore: false }),
       acknowledge: async () => void done.push('acknowledged'),
       vanished: async () => {},
       logger: silent,
     });
-    await carry(aClaimedEvent(), async (work) => {
+    await carry(aClaimedEvent(), true, async (work) => {
       done.push('turn begins');
       const result = await work();
       done.push('turn ends');

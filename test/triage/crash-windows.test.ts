@@ -142,6 +142,24 @@ describe.concurrent('a pod that dies', () => {
     await stage.expectOneDeadLetter();
   });
 
+  test('after appends of a hot aggregate that was read ahead, before the next one has its job', async () => {
+    const stage = await setHotStage();
+    await stage.diesIn({ afterAppend: () => stage.isAppendedAhead() });
+    const states = await stage.states();
+    expect(states.filter((it) => it === 'leased')).toHaveLength(1);
+    expect(await stage.jobsOf(stage.events[states.indexOf('leased') + 2])).toBe(0);
+    await stage.anotherPodGoesOn();
+    await stage.expectAllPublished();
+  });
+
+  test('after appends of a hot aggregate that was read ahead, and the first of their jobs is removed as well', async () => {
+    const stage = await setHotStage();
+    await stage.diesIn({ afterAppend: () => stage.isAppendedAhead() });
+    await stage.removeJob((await stage.states()).indexOf('leased'));
+    await stage.anotherPodGoesOn();
+    await stage.expectAllPublished();
+  });
+
   test('after the append, before the acknowledgement, and its job is removed as well', async () => {
     const stage = await setStage([anEvent()]);
     const { topic } = stage.events[0] as SampleEvent;
@@ -192,6 +210,13 @@ describe.concurrent('a pod that lives, but', () => {
   });
 });
 
+/** Thirty events of one aggregate, and leases that outlast the test. */
+function setHotStage() {
+  const head = anEvent();
+  const more = Array.from({ length: 27 }, () => anEvent({ aggregateId: head.aggregateId }));
+  return setStage([head, ...more], {}, { RELAY_CLAIM_LEASE: '60' });
+}
+
 /**
  * Servers of the test's own, with three events of one aggregate (`first`: what is special about the first of them),
  * then one of each other aggregate in `firsts`.
@@ -234,6 +259,11 @@ async function setStage(
     becomesLeased: (index: number) =>
       waitFor(async () => (await stateOf(index)) === 'leased', { what: 'the claim to be committed' }),
     isPublished: async (index: number) => (await stateOf(index)) === 'published',
+    /** The last event appended is one whose row still waits for the one before it. */
+    async isAppendedAhead() {
+      const last = (await readStream(redis, config.streamName)).at(-1);
+      return (await stateOf(events.findIndex((it) => it.eventId === last?.event_id))) === 'parked';
+    },
     jobsOf: (event: SampleEvent | undefined) => redis.exists(publishQueue.toKey(event?.eventId ?? '')),
     /** As an operator's tool may, even while somebody seems to work on it. */
     async removeJob(index: number) {

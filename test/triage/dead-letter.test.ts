@@ -3,6 +3,7 @@ import { beforeAll, beforeEach, expect, test } from 'vitest';
 import type { OutboxEvent } from '../../src/event.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createStream } from '../../src/stream/append.ts';
+import { createTurns } from '../../src/stream/turn.ts';
 import { createDeadLetter } from '../../src/triage/dead-letter.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
@@ -71,10 +72,9 @@ const written: string[] = [];
 
 function bury(mark: MarkDead = markDead): Promise<void> {
   const epochs = { known: async () => EPOCH, doubt: () => {}, doubtAll: () => {} };
-  const stream = createStream(relay, epochs, {
-    ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey },
-    ...{ epochKey: EPOCH_KEY, areLive: async () => true },
-  });
+  const turns = createTurns({ isSettled: () => false, areLive: async () => true });
+  const options = { dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey, epochKey: EPOCH_KEY };
+  const stream = createStream(relay, epochs, turns, options);
   const deadLetter = createDeadLetter({
     append: stream.deadLetter,
     markDead: mark,
