@@ -2,7 +2,7 @@ import { createComparison, createRestore, streamOptionsOf } from './comparison.t
 import type { RelayConfig } from './config.ts';
 import { dashboardOf } from './dashboard.ts';
 import type { OutboxEvent } from './event.ts';
-import { createLifecycle } from './lifecycle.ts';
+import { createLifecycle, gathered } from './lifecycle.ts';
 import { errorText, type Logger } from './logger.ts';
 import { createFigures, shareFigures } from './operate/figures.ts';
 import { createFleetReader, createHeartbeat } from './operate/heartbeat.ts';
@@ -43,6 +43,8 @@ import { createHealth } from './web/health.ts';
 import { createMetrics } from './web/metrics.ts';
 import { createWebServer } from './web/server.ts';
 
+/** Wishes to look at rows are gathered for so long. */
+const LOOK_AFTER_MS = 25;
 /** Jobs that this pod takes before it is told that they are there, at most. */
 const MOST_TAKEN = 16;
 /** Failed jobs looked through in one round of trimming. */
@@ -162,7 +164,10 @@ export function assemble(
     // Appends see each other's jobs.
     together: !hasTwoServers,
     whileLive: outbox.whileLive,
-    endLeases: outbox.endLeasesOf,
+    async endLeases(events) {
+      await outbox.endLeasesOf(events);
+      looks.soon();
+    },
     readAhead: ordered && config.deadLetterPolicy === 'continue' ? outbox.readAhead : undefined,
     payloadMayBeAtFault,
     logger,
@@ -285,6 +290,17 @@ export function assemble(
     deadLetter,
     onExpired: (seen) => metrics.leasesEnded(seen),
     logger,
+  });
+
+  /** Rows whose leases were ended are looked at now, not with the next tick: their aggregates wait for it. */
+  const looks = gathered(LOOK_AFTER_MS, async () => {
+    if (phase !== 'running') return;
+    try {
+      await reconcile();
+      await scheduler.wake();
+    } catch (error) {
+      logger.debug({ err: error }, 'the rows are looked at with the next tick');
+    }
   });
 
   /** Failed jobs are kept for the dashboard, so many; never one whose dead letter is not written yet. */

@@ -137,3 +137,28 @@ export function repeating(work: () => Promise<unknown>, intervalMs: number) {
     },
   };
 }
+
+/**
+ * Work that is wished for often: it begins so long after the first wish, one run at a time; a wish in the meantime is for
+ * one more. `work` owns its errors.
+ */
+export function gathered(afterMs: number, work: () => Promise<void>): Readonly<{ soon(): void }> {
+  let state: 'idle' | 'waiting' | 'running' | 'wished' = 'idle';
+
+  function soon(): void {
+    if (state === 'running') state = 'wished';
+    if (state !== 'idle') return;
+    state = 'waiting';
+    setTimeout(run, afterMs).unref();
+  }
+
+  async function run(): Promise<void> {
+    state = 'running';
+    await work();
+    const again = (state as string) === 'wished';
+    state = 'idle';
+    if (again) soon();
+  }
+
+  return { soon };
+}

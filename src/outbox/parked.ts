@@ -24,7 +24,11 @@ export function createParked(pool: Pool, options: OutboxOptions) {
      * What comes after each of these in its aggregate and waits, the next few: `limit` of them and `maxBytes` at most.
      * Only read.
      */
-    async readAhead(after: readonly OutboxEvent[], limit: number, maxBytes: number): Promise<OutboxEvent[]> {
+    async readAhead(
+      after: readonly (Aggregate & Readonly<{ id: string }>)[],
+      limit: number,
+      maxBytes: number,
+    ): Promise<OutboxEvent[]> {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
         const { rows } = await tx.query<OutboxEvent>({
           name: `relay-ahead-${maxEventBytes}`,

@@ -39,6 +39,8 @@ export type Follower = {
   hasJob: boolean;
 };
 
+/** Of an event in its aggregate. */
+type Place = Readonly<{ id: string; aggregateType: string; aggregateId: string }>;
 type AddJobs = (events: readonly OutboxEvent[]) => Promise<void>;
 
 /** What is known of the jobs of what comes next in an aggregate. */
@@ -82,7 +84,7 @@ export function createHandOver<Tx>(deps: {
   endLeases: (events: readonly OutboxEvent[]) => Promise<void>;
   /** What comes after each of these in its aggregate, in order. Absent where dead rows hold their aggregate, or there is no order. */
   readAhead?:
-    | ((after: readonly OutboxEvent[], limit: number, maxBytes: number) => Promise<OutboxEvent[]>)
+    | ((after: readonly Place[], limit: number, maxBytes: number) => Promise<OutboxEvent[]>)
     | undefined;
   payloadMayBeAtFault: (error: unknown) => boolean;
   logger: Logger;
@@ -101,7 +103,7 @@ export function createHandOver<Tx>(deps: {
   } = deps;
   /** What was read ahead, by the id of the event that comes before. */
   const ahead = new Map<string, Readonly<{ event: OutboxEvent; reading: string; until: number }>>();
-  /** Events behind which was read on, once each. */
+  /** Events behind which was read, once each: there may have been nothing. */
   const ends = new Map<string, true>();
   /** Those that are not done yet. */
   const readings = new Map<string, Promise<void>>();
@@ -141,22 +143,24 @@ export function createHandOver<Tx>(deps: {
       if (delay !== undefined) setTimeout(() => void haveLookedAt(events, tries + 1), delay).unref();
     });
 
-  /** Reads behind events that are leased, or behind what was read before. */
-  function lookAhead(heads: readonly OutboxEvent[], reading: string): void {
-    const isRead = read(heads, reading).finally(() => readings.delete(reading));
+  /** Reads behind events that wait for their acknowledgement, or for what comes before them; behind each once. */
+  function lookAhead(heads: readonly Place[], reading: string): Promise<void> | undefined {
+    const isUnderWay = readings.get(reading);
+    const some = heads.filter((it) => !ends.has(it.id));
+    if (isUnderWay || some.length === 0) return isUnderWay;
+    for (const { id } of some) keep(ends, id, true);
+    const isRead = read(some, reading).finally(() => readings.delete(reading));
     readings.set(reading, isRead);
+    return isRead;
   }
 
   /** The reading comes to its end: what is behind that is read before it is there. */
   function readOn(from: OutboxEvent, reading: string): void {
     const rest = behindOf(from, reading, READ_ON_BELOW);
-    const last = rest.at(-1) ?? from;
-    if (rest.length === READ_ON_BELOW || readings.has(reading) || ends.has(last.id)) return;
-    keep(ends, last.id, true);
-    lookAhead([last], reading);
+    if (rest.length < READ_ON_BELOW) void lookAhead([rest.at(-1) ?? from], reading);
   }
 
-  async function read(heads: readonly OutboxEvent[], reading: string): Promise<void> {
+  async function read(heads: readonly Place[], reading: string): Promise<void> {
     const until = performance.now() + FRESH_MS;
     try {
       const before = new Map(heads.map((it) => [aggregateKey(it), it.id]));
@@ -188,7 +192,7 @@ export function createHandOver<Tx>(deps: {
     const isWorthIt = readAhead && events.length <= FEW;
     const reading = randomUUID();
     const chain: Chain = { reading, epoch: of, ...{ receipts: [], after: [], rest: [] }, leads: true };
-    if (isWorthIt) lookAhead(events, reading);
+    if (isWorthIt) void lookAhead(events, reading);
     const jobs = isWorthIt ? events.map((it) => ({ ...it, chain })) : events;
     await add(jobs, of, (addJobs) => whileLive(jobs, addJobs).then(() => true));
   }
@@ -200,7 +204,8 @@ export function createHandOver<Tx>(deps: {
     { entryId, epoch: of, preceding, beganAt }: JustAppended,
   ): Promise<Follower[]> {
     const last = rest.at(-1) ?? event;
-    if (!ahead.has(last.id)) await readings.get(reading);
+    // Another pod may have read behind those before.
+    if (ahead.get(last.id)?.reading !== reading) await lookAhead([{ ...event, id: last.id }], reading);
     if (performance.now() - beganAt > IN_TIME_MS) return [];
     const before = preceding.filter((it) => !settled.has(it.id));
     const some = behindOf(last, reading, together ? MOST_TOGETHER : 1);

@@ -30,6 +30,15 @@ test('a backlog that was there before the pods is published once and in order', 
   expect(grade).toMatchObject({ events: COUNT, entries: COUNT, deadLetters: 0 });
 }, 120_000);
 
+test('one aggregate goes on over two pods without a tick', async () => {
+  const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '3600' } });
+  await insertEvents(stage.pool, someEvents(COUNT, 1));
+  await Promise.all([stage.pod(), stage.pod()]);
+  await stage.rested();
+  const grade = await stage.expectPromisesHeld();
+  expect(grade).toMatchObject({ events: COUNT, entries: COUNT, deadLetters: 0 });
+}, 120_000);
+
 test('without ordering every event is published once', async () => {
   const stage = await setStage({ env: { RELAY_ORDERING: 'none' } });
   await Promise.all([stage.pod(), stage.pod()]);

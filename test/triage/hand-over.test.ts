@@ -24,7 +24,7 @@ function start(
     endLeases?: () => Promise<void>;
     room?: () => Promise<number>;
     together?: boolean;
-    readAhead?: ((after: readonly OutboxEvent[]) => Promise<OutboxEvent[]>) | undefined;
+    readAhead?: ((after: readonly Readonly<{ id: string }>[]) => Promise<OutboxEvent[]>) | undefined;
   } = {},
 ) {
   const done: string[] = [];
@@ -131,7 +131,7 @@ describe('the next job of an aggregate', () => {
 describe('what was read ahead', () => {
   const EVENTS = ofOneAggregate(30);
   const [first, second, third] = EVENTS as [OutboxEvent, OutboxEvent, OutboxEvent];
-  const readAhead = async ([after]: readonly OutboxEvent[]) => EVENTS.slice(Number(after?.id));
+  const readAhead = async ([after]: readonly Readonly<{ id: string }>[]) => EVENTS.slice(Number(after?.id));
   const entryOf = (event: OutboxEvent) => ({ id: event.id, entryId: `1-${event.id}` });
   const at = (event: OutboxEvent, ...preceding: OutboxEvent[]) => ({
     ...{ entryId: `1-${event.id}`, epoch: EPOCH, beganAt: performance.now(), isFirst: true },
@@ -206,6 +206,17 @@ describe('what was read ahead', () => {
     await it.bringAlong(it.job(2), at(second));
     await it.jobsAre(17);
     expect(reads).toEqual(['1', '13', '25']);
+  });
+
+  test('is read by whichever pod runs the first of eight', async () => {
+    const here = await started();
+    await here.bringAlong(here.job(1), at(first));
+    await here.jobsAre(9);
+    const there = start({ readAhead });
+    const leader = here.job(2);
+    expect(await there.bringAlong(leader, leader.chain as Chain, at(second, first))).toEqual(following('3'));
+    await waitFor(() => there.jobs.size === 8, { what: 'the jobs of the next ones' });
+    expect([...there.jobs.keys()]).toEqual(range(10, 17));
   });
 
   test('is waited for when the event is appended before it is read', async () => {
@@ -324,7 +335,7 @@ describe('what was read ahead', () => {
     jobs.delete('77');
     await bringAlong(job(1), at(first));
     await jobsAre(9);
-    const other = start({ readAhead });
+    const other = start({ readAhead: async () => [] });
     expect(await other.bringAlong(job(9), job(9).chain as Chain, at(first))).toEqual({
       followers: [],
       mayHaveMore: true,
@@ -349,7 +360,7 @@ describe('what was read ahead', () => {
 
   test('is nothing where many aggregates go on, or the table cannot be read', async () => {
     const reads: number[] = [];
-    const count = async (after: readonly OutboxEvent[]) => {
+    const count = async (after: readonly unknown[]) => {
       reads.push(after.length);
       return [];
     };
