@@ -228,14 +228,15 @@ export function createHandOver<Tx>(deps: {
       return { ...it, chain };
     });
     const brought = some.map(({ id }): Follower => ({ id, hasJob: true }));
-    // Another pod may have gone on to the first of them meanwhile, by acknowledging what had its job before.
+    // Others may have gone on to them meanwhile: another pod, by acknowledging what had its job before, or what was
+    // replayed in front of them.
     const adding = async (addJobs: AddJobs) => {
-      let isLive = false;
-      await whileLive(jobs.slice(0, 1), () => {
-        isLive = true;
-        return addJobs(jobs);
+      let areLive = false;
+      await whileLive(jobs, async (live) => {
+        areLive = live.length === jobs.length;
+        if (areLive) await addJobs(jobs);
       });
-      return isLive;
+      return areLive;
     };
     void add(jobs, of, adding).then((added) => {
       bringing -= some.length;

@@ -324,6 +324,15 @@ describe('what was read ahead', () => {
     expect(since()).toEqual(['committed', 'leases of 4 ended']);
   });
 
+  test('is not added when any of them is: what was replayed in front of them may have been read with them', async () => {
+    const published: string[] = [];
+    const { bringAlong, job, jobs } = await started({ published });
+    published.push('5');
+    const { followers } = await bringAlong(job(1), at(first));
+    await waitFor(() => followers.every((it) => !it.hasJob), { what: 'it to be noticed' });
+    expect(jobs.size).toBe(1);
+  });
+
   test('of an event of whom only another pod knows whether it had a job has its row looked at', async () => {
     const { giveReceipts, bringAlong, job, jobsAre, jobs, since } = await started();
     await giveReceipts(EPOCH, async () => [second, aClaimedEvent({ id: '77' })], { unclear: [first] });
