@@ -2,7 +2,7 @@ import type { Redis } from 'ioredis';
 import { NotReadyError, withDeadline } from './lifecycle.ts';
 import { errorText, type Logger } from './logger.ts';
 import type { Pool } from './outbox/database.ts';
-import { missingFromTable } from './outbox/migrate.ts';
+import { missingFromTable } from './outbox/required.ts';
 
 /** What must be there before the relay can work. */
 

@@ -2,10 +2,8 @@ import { fileURLToPath } from 'node:url';
 import { readMigrationFiles } from 'drizzle-orm/migrator';
 import { drizzle } from 'drizzle-orm/node-postgres';
 import { migrate as runMigrations } from 'drizzle-orm/node-postgres/migrator';
-import { getTableConfig } from 'drizzle-orm/pg-core';
 import type pg from 'pg';
 import type { Logger } from '../logger.ts';
-import { outbox } from './table.ts';
 import { installWakeup, removeWakeup } from './wakeup.ts';
 
 const MIGRATIONS = fileURLToPath(new URL('../../drizzle', import.meta.url));
@@ -89,23 +87,4 @@ async function applied(client: pg.Client): Promise<number> {
   if (!rows[0].there) return 0;
   const count = await client.query('SELECT count(*)::int AS n FROM identity.relay_migrations');
   return count.rows[0].n;
-}
-
-/** What is missing before the relay can work with this table; empty when nothing is. */
-export async function missingFromTable(client: Pick<pg.Client, 'query'>): Promise<string[]> {
-  const { rows } = await client.query(
-    `SELECT array(SELECT attname::text FROM pg_attribute WHERE attrelid = to_regclass('identity.outbox')
-              AND attnum > 0 AND NOT attisdropped) AS columns,
-            array(SELECT c.relname::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-              WHERE i.indrelid = to_regclass('identity.outbox') AND i.indisvalid) AS indexes`,
-  );
-  const { columns, indexes } = rows[0] as { columns: string[]; indexes: string[] };
-  if (columns.length === 0) return ['table identity.outbox'];
-  const table = getTableConfig(outbox);
-  return [
-    ...table.columns.filter((it) => !columns.includes(it.name)).map((it) => `column ${it.name}`),
-    ...table.indexes
-      .filter((it) => !indexes.includes(it.config.name ?? ''))
-      .map((it) => `index ${it.config.name}`),
-  ];
 }

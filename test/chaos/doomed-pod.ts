@@ -76,7 +76,7 @@ function watchedRedis(redis: Redis): Redis {
 
 const redis = watchedRedis(openRedis(config, { lazyConnect: true }));
 redis.on('error', () => {});
-// As app.ts makes it.
+// As relay.ts makes it.
 const pool = watched(
   createPool(config.databaseUrl, {
     ...{ max: 10, connectionTimeoutMillis: 5_000, query_timeout: config.publishTimeoutMs },

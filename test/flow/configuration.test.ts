@@ -1,3 +1,6 @@
+import { execFile } from 'node:child_process';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
 import { expect, test } from 'vitest';
 import { startPod } from '../support/pods.ts';
 
@@ -55,4 +58,34 @@ test('an unknown command or option is refused with a non-zero exit code', async 
     expect((await pod.exited).code, args.join(' ')).not.toBe(0);
     expect(pod.lines.join('\n')).toMatch(/unknown (command|option)/);
   }
+});
+
+/** Reports what is loaded on stderr. */
+const REPORTER = dataUrl(`
+  import { register } from 'node:module';
+  register(${JSON.stringify(
+    dataUrl(`
+      export async function load(url, context, next) {
+        process._rawDebug(url);
+        return next(url, context);
+      }`),
+  )});`);
+
+function dataUrl(code: string): string {
+  return `data:text/javascript,${encodeURIComponent(code)}`;
+}
+
+test('a pod loads neither drizzle nor what other commands need: it would keep that in memory for as long as it lives', async () => {
+  const cli = fileURLToPath(new URL('../../dist/cli.js', import.meta.url));
+  const loads = async (command: string) => {
+    const args = ['--import', REPORTER, cli, command, '--help'];
+    const { stderr } = await promisify(execFile)(process.execPath, args, { maxBuffer: 2 ** 24 });
+    return stderr.split('\n');
+  };
+  const ofPod = await loads('start');
+  expect(ofPod.filter((url) => url.includes('/node_modules/bullmq/'))).not.toHaveLength(0);
+  const dispensable =
+    /node_modules\/(drizzle-orm|cli-progress|cli-table3|@bull-board|@opentelemetry\/sdk-node)\//;
+  expect(ofPod.filter((url) => dispensable.test(url))).toEqual([]);
+  expect((await loads('migrate')).filter((url) => dispensable.test(url))).not.toHaveLength(0);
 });

@@ -2,10 +2,13 @@ import { execFile } from 'node:child_process';
 import { cp, readdir, readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
+import { getTableConfig } from 'drizzle-orm/pg-core';
 import pg from 'pg';
 import { describe, expect, inject, test } from 'vitest';
 import { withDeadline } from '../../src/lifecycle.ts';
-import { migrate, missingFromTable } from '../../src/outbox/migrate.ts';
+import { migrate } from '../../src/outbox/migrate.ts';
+import { missingFromTable, REQUIRED } from '../../src/outbox/required.ts';
+import { outbox } from '../../src/outbox/table.ts';
 import { hasWakeup } from '../../src/outbox/wakeup.ts';
 import { anEvent, createOldTable, insertEvents, someEvents } from '../support/events.ts';
 import { asRelay, MIGRATOR_ROLE } from '../support/least-privilege.ts';
@@ -28,6 +31,12 @@ const ADDED = [
   'index relay_outbox_settled',
   'index relay_outbox_unreceipted',
 ];
+
+test('what a pod looks for is what the table is described as', () => {
+  const { columns, indexes } = getTableConfig(outbox);
+  expect(REQUIRED.columns).toEqual(columns.map((it) => it.name));
+  expect(REQUIRED.indexes).toEqual(indexes.map((it) => it.config.name));
+});
 
 /** Everything in it is done by the role that migrates, and so owns what is there. */
 async function emptyDatabase(): Promise<{ url: string; pool: pg.Pool }> {

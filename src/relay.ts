@@ -1,0 +1,109 @@
+import type { Redis } from 'ioredis';
+import { assemble, VERSION } from './assemble.ts';
+import type { RelayConfig } from './config.ts';
+import { succeedsWithin } from './lifecycle.ts';
+import { createLogger, type Logger } from './logger.ts';
+import type { Pool } from './outbox/database.ts';
+import { waitForServers } from './preflight.ts';
+import { openQueues } from './queue/queues.ts';
+import { openServers, type Servers } from './servers.ts';
+import { type Tracing, untraced } from './tracing/tracing.ts';
+
+/** What an embedding team may bring along. The relay never closes what it was given. */
+export type RelayDeps = Readonly<{
+  /** node-postgres pool with at least 6 connections to spare. Default: one of its own. */
+  pool?: Pool;
+  /** ioredis client; only its options are used, by duplicates. Default: from `config.redisUrl`. */
+  redis?: Redis;
+  logger?: Logger;
+  /** Whether to serve the health endpoints. Default: true. */
+  http?: boolean;
+  /** Whether to make spans, if a tracer is registered with OpenTelemetry by the time of `start`. Default: true. */
+  tracing?: boolean;
+}>;
+
+export type Relay = Readonly<{
+  /**
+   * Resolves when the relay is at work.
+   * @throws when database or Redis cannot be reached in time, or the table is not ready
+   */
+  start(): Promise<void>;
+  /** Stops claiming, finishes or hands back what is running, closes. Resolves within `shutdownTimeoutMs`. */
+  stop(): Promise<void>;
+  /** Port of the HTTP server, while it runs. */
+  httpPort(): number | undefined;
+  /** What `/metrics` answers, for an HTTP server of your own; '' before the start. Resolves within 2 s. */
+  metrics(): Promise<string>;
+}>;
+
+/** Loaded here and now: OpenTelemetry's part of it takes its time. */
+async function tracingOf(config: RelayConfig): Promise<Tracing> {
+  const { createTracing } = await import('./tracing/spans.ts');
+  return createTracing(VERSION, config.dlqStreamName);
+}
+
+const CLOSE_TIMEOUT_MS = 1_000;
+/** Of the time to stop, this much is for finishing what runs; the rest is for closing. */
+const DRAINING_SHARE = 0.8;
+
+export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
+  const logger = deps.logger ?? createLogger(config.logLevel);
+  let starting: Promise<void> | undefined;
+  let stopping: Promise<void> | undefined;
+  let servers: Servers | undefined;
+  let running: ReturnType<typeof assemble> | undefined;
+
+  async function start(): Promise<void> {
+    servers = openServers(config, deps, logger);
+    const { pool, queueRedis, streamRedis, appendRedis, workerRedis } = servers;
+    const isOne = streamRedis === queueRedis;
+    const redis = [queueRedis, workerRedis, ...(isOne ? [appendRedis] : [])];
+    const { startupTimeoutMs: timeoutMs } = config;
+    await waitForServers({ pool, redis, streamRedis: [streamRedis, appendRedis], timeoutMs, logger });
+    if (stopping !== undefined) return;
+    const tracing = deps.tracing === false ? untraced : await tracingOf(config);
+    const queues = await openQueues(queueRedis, config, logger, config.startupTimeoutMs);
+    running = assemble(config, servers, queues, logger, deps.http !== false, tracing);
+    await running.lifecycle.start();
+  }
+
+  async function stop(): Promise<void> {
+    running?.beginStop();
+    const { overran, failed } = (await running?.lifecycle.stop(
+      config.shutdownTimeoutMs * DRAINING_SHARE,
+    )) ?? {
+      overran: [],
+      failed: [],
+    };
+    for (const { name, error } of failed) {
+      logger.warn({ part: name, err: error }, 'a part did not stop cleanly');
+    }
+    if (overran.length > 0) {
+      logger.warn({ parts: overran }, 'not everything ended in time; other pods take over what was left');
+    }
+    await succeedsWithin(CLOSE_TIMEOUT_MS, servers?.close() ?? Promise.resolve());
+    logger.info({}, 'stopped');
+  }
+
+  return {
+    async start() {
+      if (stopping !== undefined)
+        throw new Error('a relay that was stopped does not start again: create another');
+      starting ??= start();
+      try {
+        await starting;
+      } catch (error) {
+        stopping ??= stop();
+        await stopping;
+        throw error;
+      }
+    },
+    async stop() {
+      if (starting === undefined) return;
+      stopping ??= stop();
+      await stopping;
+    },
+    httpPort: () => running?.httpPort(),
+    metrics: async () => running?.metrics() ?? '',
+  };
+}
