@@ -139,7 +139,7 @@ export function assemble(
   const stream = createStream(
     appendRedis,
     epoch,
-    createTurns({ isSettled: (id) => handOver.isSettled(id), areLive: outbox.areLive }),
+    createTurns({ isSettled: (id) => handOver.isSettled(id), waiting: outbox.waiting }),
     { ...streamOptions, onFirstEntry: upkeep.met },
     hasTwoServers ? markers : undefined,
   );
@@ -231,7 +231,7 @@ export function assemble(
       ),
     acknowledge: acknowledger.acknowledge,
     bringAlong: handOver.bringAlong,
-    vanished: (event) => outbox.endLeasesOf([event]),
+    letGo: (event) => outbox.endLeasesOf([event]),
     onPublished: (event, entryId) => {
       metrics.published(event, entryId);
       heartbeat.appendedTo(event.topic);

@@ -76,6 +76,9 @@ export type Receipt = Readonly<{
   chained?: 'after' | 'before';
 }>;
 
+/** Whether any of some rows waits for something, and whether that is its next attempt after one that failed. */
+export type Waiting = 'none' | 'some' | 'for-retry';
+
 /** What became of one append to a stream. Every reply of Redis ends in exactly one of these. */
 export type AppendOutcome =
   /**
@@ -91,6 +94,8 @@ export type AppendOutcome =
   | { status: 'refused'; reason: string }
   /** What comes before it in its aggregate is not in its stream yet. */
   | { status: 'early' }
+  /** The same, and it will not be for long: it was refused, and waits to be tried again. */
+  | { status: 'behind-retry' }
   /** Redis can take nothing now (unreachable, loading, read-only, full): not the event's fault. */
   | { status: 'unavailable'; reason: string };
 
@@ -106,6 +111,14 @@ export type Attempt =
   | { kind: 'wait' }
   /** No attempt can ever succeed: the dead-letter stream at once. */
   | { kind: 'give-up'; reason: string };
+
+/** One run of a job. */
+export type Run = Readonly<{
+  /** None of this job was ever begun before. */
+  isFirst: boolean;
+  /** Since its job was added, an attempt with the same event, or one before it, may have failed and been made again. */
+  isLate: boolean;
+}>;
 
 /** Runs `work` when its turn has come; throws what it throws, or without running it when it may not run. */
 export type InTurn = <T>(work: () => Promise<T>) => Promise<T>;

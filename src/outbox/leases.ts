@@ -1,3 +1,4 @@
+import type { Waiting } from '../event.ts';
 import {
   type Aggregate,
   FIRST,
@@ -94,13 +95,16 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       return rows.map((row) => row.eventId);
     },
 
-    /** Whether any of these rows is neither published, nor dead, nor gone. */
-    async areLive(ids: readonly string[]): Promise<boolean> {
-      const { rows } = await pool.query(
-        `SELECT o.id FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')} LIMIT 1`,
+    /** Whether any of these rows waits for something, neither published, nor dead, nor gone; and whether for a retry. */
+    async waiting(ids: readonly string[]): Promise<Waiting> {
+      const { rows } = await pool.query<{ retrying: boolean | null }>(
+        `SELECT bool_or(o.attempts > 0) AS retrying FROM identity.outbox o
+         WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')}`,
         [ids],
       );
-      return rows.length > 0;
+      const { retrying = null } = rows[0] ?? {};
+      if (retrying === null) return 'none';
+      return retrying ? 'for-retry' : 'some';
     },
   };
 }

@@ -1,6 +1,6 @@
 import { DelayedError, type Job, type Telemetry, UnrecoverableError } from 'bullmq';
 import type { Redis } from 'ioredis';
-import { type Attempt, brief, type InTurn, type OutboxEvent } from '../event.ts';
+import { type Attempt, brief, type InTurn, type OutboxEvent, type Run } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 import { type FailedJob, publishQueueName } from './queues.ts';
@@ -17,6 +17,8 @@ export type PublishOptions = Readonly<{
   queueName: string;
   concurrency: number;
   publishTimeoutMs: number;
+  /** Delay of the first retry. */
+  retryBaseDelayMs: number;
   /** Retries that may wait in Redis at once; beyond, they wait on their rows. */
   maxDelayed: number;
 }>;
@@ -34,7 +36,7 @@ export function createPublishWorker(deps: {
   connection: Redis;
   options: PublishOptions;
   /** One attempt to publish; must not throw for anything that is the event's fault. */
-  attempt: (event: OutboxEvent, isFirst: boolean, inTurn: InTurn) => Promise<Attempt>;
+  attempt: (event: OutboxEvent, run: Run, inTurn: InTurn) => Promise<Attempt>;
   /** Told what each attempt came to, and how long it took. */
   onAttempted?: (event: OutboxEvent, outcome: Attempt, seconds: number) => void;
   /** Runs attempt number `attempt`, to be seen in the event's trace. */
@@ -77,12 +79,17 @@ export function createPublishWorker(deps: {
     };
     const startedAt = performance.now();
     const expiresAt = Date.now() + options.publishTimeoutMs;
+    const run: Run = {
+      isFirst: job.attemptsStarted === 1,
+      // Half of it, since another pod's clock may differ.
+      isLate: job.attemptsMade > 0 || Date.now() - job.timestamp > options.retryBaseDelayMs / 2,
+    };
     const inTurn: InTurn = (append) =>
       job.stalledCounter > 0
         ? suspects.alone(event.eventId, expiresAt, append)
         : suspects.together(expiresAt, append);
     const outcome = await deps.traced(event, about.attempt, (traced) =>
-      withDeadline(options.publishTimeoutMs, deps.attempt(traced, job.attemptsStarted === 1, inTurn)).catch(
+      withDeadline(options.publishTimeoutMs, deps.attempt(traced, run, inTurn)).catch(
         (error: Error): Attempt => ({
           kind: error instanceof CrashLimitError ? 'give-up' : 'postpone',
           reason: error.message,

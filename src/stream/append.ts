@@ -3,7 +3,7 @@ import { Packr } from 'msgpackr';
 import { type AppendOutcome, inSteps, type OutboxEvent, type Receipt } from '../event.ts';
 import { deadLetterFields, envelopeFields } from './envelope.ts';
 import type { Markers } from './markers.ts';
-import { type Answer, ENTRY_ID, precedingOf, type Turns } from './turn.ts';
+import { type Answer, ENTRY_ID, type NotYet, precedingOf, type Turns } from './turn.ts';
 
 /**
  * Appends entries and remembers the id of each in its publish job's own hash, atomically; run again, it answers
@@ -20,8 +20,8 @@ import { type Answer, ENTRY_ID, precedingOf, type Turns } from './turn.ts';
  * Answers for each entry the id, `=id` when it was remembered, nothing when the job is gone, `!` in another epoch, `?`
  * when the stream was to be there and is not, `~` when it is not its turn, `*` when that is for the rows to say, or `-`
  * and the reason why Redis refused it. After the id `|` and that of the dead letter that the job had before somebody
- * retried it, if any; after that, and after `~` and `*`, for each job that comes first `|` and its entry, `dead`, `due`
- * or `gone`.
+ * retried it, if any; after that, and after `~` and `*`, for each job that comes first `|` and its entry, `dead`, `due`,
+ * `retry` (due, and failed before) or `gone`.
  *
  * One call for many entries, with one argument: a call for each costs this process 25 µs and Redis 8 µs more per
  * entry, and an argument for each field 3 µs and 5 kB of garbage more.
@@ -38,8 +38,8 @@ for n, entry in ipairs(cmsgpack.unpack(ARGV[2])) do
   local more = '|' .. (ended == 0 and not job[3] and job[4] or '')
   local first, waits, gone = '', false, false
   for _, other in ipairs(entry[3]) do
-    local it = redis.call('HMGET', other, field, 'timestamp', 'finishedOn')
-    first = first .. '|' .. (it[1] or it[3] and 'dead' or it[2] and 'due' or 'gone')
+    local it = redis.call('HMGET', other, field, 'timestamp', 'finishedOn', 'atm')
+    first = first .. '|' .. (it[1] or it[3] and 'dead' or it[2] and (it[4] and 'retry' or 'due') or 'gone')
     waits = waits or not it[1] and it[2] and not it[3]
     gone = gone or not it[1] and not it[2]
   end
@@ -192,7 +192,7 @@ export function createStream(
     epoch: string,
     hasEnded: boolean,
     xadd: string[],
-  ): Promise<Answer | null> {
+  ): Promise<Answer | NotYet> {
     if (markers) return { reply: await markers.append(event, stream, epoch, hasEnded, xadd), first: [] };
     const asked = { id: event.id, keys: [stream, options.jobKey(event.eventId)] as const };
     if (hasEnded) return { reply: await ask(epoch, asked, DEAD_LETTER_ENTRY, true, [], xadd), first: [] };
@@ -218,7 +218,7 @@ export function createStream(
     const xadd = [...(streams.has(stream) ? ['NOMKSTREAM'] : []), ...trimmedTo(maxLen), '*', ...fields];
     try {
       const asked = await answerOf(event, stream, epoch, hasEnded, xadd);
-      if (asked === null) return { status: 'early' };
+      if ('status' in asked) return asked;
       const { reply, first } = asked;
       if (reply.startsWith('-')) throw refusal(reply.slice(1));
       const [answer = '', letter, ...places] = reply.split('|');

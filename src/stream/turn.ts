@@ -1,4 +1,4 @@
-import type { EventName, OutboxEvent, Receipt } from '../event.ts';
+import type { EventName, OutboxEvent, Receipt, Waiting } from '../event.ts';
 
 /**
  * Events of one aggregate that have their jobs at the same time are appended in their order, whichever runs first: the
@@ -13,8 +13,9 @@ const RETRY_MS = 20;
 /** The script's answers: not its turn, or that is for the rows to say. */
 const NOT_ITS_TURN = /^[~*]/;
 const UNCLEAR = '*';
-/** What they say of each job that comes first and has no entry: failed for good, waiting, or not there. */
+/** What they say of each job that comes first and has no entry: failed for good, waiting, for a retry, or not there. */
 const DUE = 'due';
+const RETRY = 'retry';
 const GONE = 'gone';
 
 export const ENTRY_ID = /^\d+-\d+$/;
@@ -25,14 +26,17 @@ export type Answer = Readonly<{
   first: readonly EventName[];
 }>;
 
+/** Its turn has not come, or will not for long. */
+export type NotYet = Readonly<{ status: 'early' | 'behind-retry' }>;
+
 export type Turns = ReturnType<typeof createTurns>;
 
 export function createTurns(
   deps: Readonly<{
     /** Whether that row, by `outbox.id`, has its receipt, as far as this pod knows. */
     isSettled: (id: string) => boolean;
-    /** Whether any of these rows is neither published nor dead. */
-    areLive: (ids: readonly string[]) => Promise<boolean>;
+    /** What these rows say, by `outbox.id`. */
+    waiting: (ids: readonly string[]) => Promise<Waiting>;
   }>,
 ) {
   /** Who waits for the append of an event, by its id. */
@@ -64,25 +68,28 @@ export function createTurns(
     },
 
     /**
-     * Asks until those that come first have their places, or for a moment; null when they have not.
+     * Asks until those that come first have their places, or for a moment; not when one of them waits for a retry.
      * @throws when the rows of some have to be asked, and cannot
      */
     async inTurn(
       { chain }: OutboxEvent,
       append: (first: readonly EventName[]) => Promise<string>,
-    ): Promise<Answer | null> {
+    ): Promise<Answer | NotYet> {
       const until = performance.now() + TURN_TIMEOUT_MS;
       for (let first: readonly EventName[] = chain?.after ?? []; ; ) {
         first = first.filter((it) => !deps.isSettled(it.id));
         const reply = await append(first);
         if (!NOT_ITS_TURN.test(reply)) return { reply, first };
         const places = reply.split('|').slice(1);
+        if (places.includes(RETRY)) return { status: 'behind-retry' };
         const gone = first.filter((_, i) => places[i] === GONE);
         const due = first.find((_, i) => places[i] === DUE) ?? gone[0];
-        const areThere = gone.length > 0 && (await deps.areLive(gone.map((it) => it.id)));
+        const waiting = gone.length > 0 ? await deps.waiting(gone.map((it) => it.id)) : 'none';
+        if (waiting === 'for-retry') return { status: 'behind-retry' };
+        const areThere = waiting === 'some';
         if (!areThere) first = first.filter((it) => !gone.includes(it));
         if (reply.startsWith(UNCLEAR) && !areThere) continue;
-        if (performance.now() > until) return null;
+        if (performance.now() > until) return { status: 'early' };
         await appendOf(due?.id as string);
       }
     },
@@ -91,7 +98,7 @@ export function createTurns(
     async mayBeAhead({ chain }: OutboxEvent, epoch: string): Promise<boolean> {
       if (chain === undefined || chain.epoch === epoch) return false;
       const before = [...chain.receipts, ...chain.after];
-      return before.length > 0 && (await deps.areLive(before.map((it) => it.id)));
+      return before.length > 0 && (await deps.waiting(before.map((it) => it.id))) !== 'none';
     },
   };
 }

@@ -5,6 +5,7 @@ import {
   type Chain,
   type InTurn,
   type OutboxEvent,
+  type Run,
 } from '../event.ts';
 import type { Logger } from '../logger.ts';
 import { errorText } from '../logger.ts';
@@ -37,8 +38,8 @@ export function createCarry(deps: {
   acknowledge: (event: OutboxEvent, appended: Appended) => Promise<void>;
   /** An event of a chain was appended just now: the next ones get their jobs, if they are known. */
   bringAlong: (event: OutboxEvent, chain: Chain, appended: JustAppended) => Promise<Following>;
-  /** The job is gone: has somebody look at once what became of the event. */
-  vanished: (event: OutboxEvent) => Promise<void>;
+  /** The event has no job, or has none in a moment: a lease that its row has ends, so that somebody looks. */
+  letGo: (event: OutboxEvent) => Promise<void>;
   /** Told when the row is marked. */
   onPublished?: (event: OutboxEvent, entryId: string) => void;
   logger: Logger;
@@ -71,10 +72,9 @@ export function createCarry(deps: {
   }
 
   /**
-   * @param isFirst no run of this job was ever begun before
    * @param inTurn runs the part in which an event can harm its pod: from its check to the answer to its append
    */
-  return async function carry(event: OutboxEvent, isFirst: boolean, inTurn: InTurn): Promise<Attempt> {
+  return async function carry(event: OutboxEvent, run: Run, inTurn: InTurn): Promise<Attempt> {
     const beganAt = performance.now();
     await deps.ready();
     const verdict = await inTurn(() => append(event));
@@ -85,7 +85,7 @@ export function createCarry(deps: {
           const appended = { entryId, epoch, preceding };
           let following = before ? BROUGHT_BEFORE : ALONE;
           if (!before && event.chain !== undefined)
-            following = await deps.bringAlong(event, event.chain, { ...appended, isFirst, beganAt });
+            following = await deps.bringAlong(event, event.chain, { ...appended, ...run, beganAt });
           await deps.acknowledge(event, { ...appended, before, ...following });
         } catch (error) {
           return {
@@ -95,15 +95,19 @@ export function createCarry(deps: {
         }
         deps.onPublished?.(event, verdict.entryId);
         return { kind: 'done' };
-      case 'let-go':
-        logger.warn(
-          { eventId: event.eventId, topic: brief(event.topic) },
-          'the job vanished before its append; its row decides',
-        );
-        await deps.vanished(event).catch((error) => {
+      case 'let-go': {
+        const about = { eventId: event.eventId, topic: brief(event.topic) };
+        if (verdict.isGone) logger.warn(about, 'the job vanished before its append; its row decides');
+        else
+          logger.debug(
+            about,
+            'an earlier event of the aggregate waits for a retry; this one waits on its row',
+          );
+        await deps.letGo(event).catch((error) => {
           logger.debug({ err: error, eventId: event.eventId }, 'the row is looked at when its lease ends');
         });
         return { kind: 'done' };
+      }
       default:
         return verdict;
     }

@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto';
-import type { Chain, EventName, OutboxEvent, Receipt } from '../event.ts';
+import type { Chain, EventName, OutboxEvent, Receipt, Run } from '../event.ts';
 import type { Logger } from '../logger.ts';
 
 /** What is appended in an attempt that took longer brings nothing along: others may have gone on. */
@@ -23,14 +23,13 @@ const LOOK_RETRY_DELAYS_MS = [1_000, 2_000, 4_000, 8_000, 16_000];
 const KEPT = 4_000;
 
 /** One event was appended just now, in an attempt that began at that `performance.now()`. */
-export type JustAppended = Readonly<{
-  entryId: string;
-  epoch: string;
-  preceding: readonly Receipt[];
-  /** By the first run of its job. */
-  isFirst: boolean;
-  beganAt: number;
-}>;
+export type JustAppended = Run &
+  Readonly<{
+    entryId: string;
+    epoch: string;
+    preceding: readonly Receipt[];
+    beganAt: number;
+  }>;
 
 /** An event that was brought along, and whose row is not leased yet. */
 export type Follower = {
@@ -66,7 +65,7 @@ export type Following = Readonly<{
  *
  * What was read is good for one job of each event, and for its first run: an event that is appended by that has not been
  * dead in between, so what comes behind it has been waiting ever since. One that died and was replayed has another job,
- * or runs again. A job that is gone may have been run: of what may have had one, the row is looked at, which looks in the
+ * or runs again. What comes behind one that waits for a retry leaves Redis, and makes room for others. A job that is gone may have been run: of what may have had one, the row is looked at, which looks in the
  * stream as well.
  */
 export function createHandOver<Tx>(deps: {
@@ -128,7 +127,7 @@ export function createHandOver<Tx>(deps: {
     } catch (error) {
       logger.warn(
         { err: error, events: events.length },
-        'cannot add the next jobs of aggregates; their rows are looked at with the next tick',
+        'cannot add the next jobs of aggregates; their rows are looked at',
       );
       await haveLookedAt(events);
       return false;
@@ -301,8 +300,8 @@ export function createHandOver<Tx>(deps: {
      * they were read ahead. Returns what is known of the jobs of those.
      */
     async bringAlong(event: OutboxEvent, chain: Chain, appended: JustAppended): Promise<Following> {
-      // Their jobs may be lost.
-      if (chain.epoch !== appended.epoch) return { followers: [], mayHaveMore: true };
+      // Their jobs may be lost, or have left, since what comes before them waited for a retry.
+      if (chain.epoch !== appended.epoch || appended.isLate) return { followers: [], mayHaveMore: true };
       const [next] = chain.rest;
       if (chain.leads) {
         const brought = appended.isFirst ? bring(event, chain, appended) : Promise.resolve([]);

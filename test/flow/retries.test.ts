@@ -72,6 +72,27 @@ test('an event that Redis refuses is retried with doubling delays, then dead-let
   expect(await stage.redis.get(BAD_TOPIC)).toBe('a string');
 }, 90_000);
 
+test('what was read ahead leaves Redis while an event before it waits for a retry, and comes back at once after it', async () => {
+  const stage = await setStage({ env: { RELAY_RETRY_BASE_DELAY: '4', RELAY_POLL_INTERVAL: '3600' } });
+  await stage.redis.set(BAD_TOPIC, 'a string');
+  const events = someEvents(100, 1).map((event, i) => (i === 50 ? { ...event, topic: BAD_TOPIC } : event));
+  const bad = events[50] as (typeof events)[number];
+  await insertEvents(stage.pool, events);
+  await stage.pod();
+  await waitFor(async () => (await stage.row(bad.eventId)).attempts === 1, { what: 'a first attempt' });
+  const jobs = async () => {
+    const keys = await stage.redis.keys('bull:relay-publish:????????-*');
+    return keys.map((key) => key.split(':').at(-1));
+  };
+  await waitFor(async () => (await jobs()).join() === bad.eventId, {
+    what: 'its job to be the only one',
+    timeoutMs: 3_000,
+  });
+  await stage.redis.del(BAD_TOPIC);
+  await stage.rested(20_000);
+  await stage.expectPromisesHeld();
+}, 90_000);
+
 test('with the default configuration the retries wait 60, 120, 240, 480 and 960 seconds', async () => {
   const stage = await setStage();
   await stage.redis.set(BAD_TOPIC, 'a string');

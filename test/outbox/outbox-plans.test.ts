@@ -114,7 +114,7 @@ const statements: [string, Run, number][] = [
   ],
   ['reading ahead of 100,000 rows', (it) => it.readAhead([A_HOT_EVENT], BATCH, 1_000_000), 5 * BATCH],
   ['the jobs of rows that are live', (it) => it.whileLive([A_HOT_EVENT], async () => {}), 10],
-  ['the question whether rows are live', (it) => it.areLive([String(HOT_HEAD), '1', '-1']), 10],
+  ['the question what rows wait for', (it) => it.waiting([String(HOT_HEAD), '1', '-1']), 10],
   [
     'a dead letter, with 100,000 rows waiting behind it',
     (it) =>

@@ -796,12 +796,14 @@ describe('reading ahead', () => {
   });
 });
 
-test('rows are live until they are published, dead or gone', async () => {
-  await insertOfUser(3);
+test('rows wait until they are published, dead or gone; those that failed wait for a retry', async () => {
+  await insertOfUser(4);
   await set(1, PUBLISHED);
   await set(2, DEAD);
-  expect(await outbox.areLive(['1', '2', '99'])).toBe(false);
-  expect(await outbox.areLive(['1', '3'])).toBe(true);
+  expect(await outbox.waiting(['1', '2', '99'])).toBe('none');
+  expect(await outbox.waiting(['1', '3'])).toBe('some');
+  await set(4, 'attempts = 1');
+  expect(await outbox.waiting(['3', '4'])).toBe('for-retry');
 });
 
 describe('a row that is parked behind nobody', () => {

@@ -1,6 +1,6 @@
 import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { Attempt, OutboxEvent } from '../../src/event.ts';
+import type { Attempt, OutboxEvent, Run } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createPublishWorker, type PublishOptions, type PublishWorker } from '../../src/queue/publish.ts';
 import { createQueues, type FailedJob, type Queues } from '../../src/queue/queues.ts';
@@ -46,7 +46,7 @@ afterEach(async () => {
 
 /** A worker whose attempts come out as told; what it noted on rows and gave up is in `notes` and `dead`. */
 function startWorker(
-  attempt: (event: OutboxEvent, isFirst: boolean) => Promise<Attempt>,
+  attempt: (event: OutboxEvent, run: Run) => Promise<Attempt>,
   options: Partial<PublishOptions> = {},
   deps: Partial<Parameters<typeof createPublishWorker>[0]> = {},
 ) {
@@ -102,24 +102,44 @@ describe('an attempt', () => {
     expect(got).toEqual([event]);
   });
 
-  test('is told whether its job was ever begun before', async () => {
-    const first: boolean[] = [];
+  test('is told whether its job was ever begun before, and whether one with it may have failed since', async () => {
+    const runs: Run[] = [];
     const outcome = outcomes(
       { kind: 'postpone', reason: 'x' },
       { kind: 'retry', reason: 'x' },
       { kind: 'give-up', reason: 'x' },
     );
-    const { dead } = startWorker(async (_, isFirst) => {
-      first.push(isFirst);
-      return outcome();
-    });
+    const { dead } = startWorker(
+      async (_, run) => {
+        runs.push(run);
+        return outcome();
+      },
+      { retryBaseDelayMs: 600_000 },
+    );
     const event = aClaimedEvent();
     await queues.addPublishJobs([event]);
     await waitFor(() => dead.length > 0, { what: 'the event to be given up' });
     const job = await queues.publish.getJob(event.eventId);
     await job?.retry();
     await isGone(event);
-    expect(first).toEqual([true, false, false, false]);
+    expect(runs).toEqual([
+      { isFirst: true, isLate: false },
+      { isFirst: false, isLate: false },
+      { isFirst: false, isLate: true },
+      { isFirst: false, isLate: true },
+    ]);
+  });
+
+  test('is late when its job is old enough for one before it to have been retried', async () => {
+    const runs: Run[] = [];
+    startWorker(async (_, run) => {
+      runs.push(run);
+      return runs.length === 1 ? { kind: 'postpone', reason: 'x' } : { kind: 'done' };
+    });
+    const event = aClaimedEvent();
+    await queues.addPublishJobs([event]);
+    await isGone(event);
+    expect(runs[1]).toEqual({ isFirst: false, isLate: true });
   });
 
   test('that was refused is retried, each time after twice the delay, then given up', async () => {

@@ -28,9 +28,10 @@ const CONNECTION = { ...APPEND_CONNECTION, commandTimeout: 1_000, retryStrategy:
 function streamOn(redis: Redis, options: { streamMaxLen?: number; dlqMaxLen?: number } = {}): Stream {
   const turns = createTurns({
     isSettled: (id) => settled.has(id),
-    areLive: async (ids) => {
+    waiting: async (ids) => {
       asked.push(...ids);
-      return ids.some((id) => live.has(id));
+      const found = ids.flatMap((id) => live.get(id) ?? []);
+      return found.includes('for-retry') ? 'for-retry' : (found[0] ?? 'none');
     },
   });
   return createStream(redis, epochs, turns, {
@@ -39,8 +40,8 @@ function streamOn(redis: Redis, options: { streamMaxLen?: number; dlqMaxLen?: nu
   });
 }
 
-/** Rows that are neither published nor dead. */
-const live = new Set<string>();
+/** Rows that are neither published nor dead, and what they wait for. */
+const live = new Map<string, 'some' | 'for-retry'>();
 /** Those whose receipts this pod has given. */
 const settled = new Set<string>();
 /** Rows that somebody looked at. */
@@ -151,12 +152,28 @@ describe('events of one aggregate that got their jobs together', () => {
     expect(await stream.publish(second)).toMatchObject({ status: 'appended', preceding: receipts });
   });
 
+  test('do not wait for one that waits for a retry, nor for one whose row does', async () => {
+    const { events } = await aRun(3);
+    const [first, second, third] = events as [OutboxEvent, OutboxEvent, OutboxEvent];
+    await admin.hset(jobKey(first.eventId), 'atm', '1');
+    expect(await stream.publish(second)).toEqual({ status: 'behind-retry' });
+    // Appended by the retry, it is like any other.
+    await stream.publish(first);
+    expect(await stream.publish(second)).toMatchObject({ status: 'appended' });
+    expect(asked).toEqual([]);
+
+    await admin.del(jobKey(second.eventId));
+    live.set(second.id, 'for-retry');
+    expect(await stream.publish(third)).toEqual({ status: 'behind-retry' });
+    expect(await idsInStream()).toEqual(ids([first, second]));
+  });
+
   test('wait for one whose job is gone as long as its row waits for something', async () => {
     const { events, receipts } = await aRun(3);
     const [first, second, third] = events as [OutboxEvent, OutboxEvent, OutboxEvent];
     const published = await stream.publish(first);
     await admin.del(jobKey(first.eventId));
-    live.add(first.id);
+    live.set(first.id, 'some');
     expect(await stream.publish(second)).toEqual({ status: 'early' });
     expect(new Set(asked)).toEqual(new Set([first.id]));
     live.clear();
@@ -440,7 +457,7 @@ describe('when Redis may have lost entries', () => {
 
   test('an event that came along with others waits until these have their places', async () => {
     const receipts = ['1', '2'].map((id) => ({ id, entryId: '1-1' }));
-    live.add('2');
+    live.set('2', 'some');
     const same = await anEventWithJob({ chain: aChain({ epoch: epoch as string, receipts }) });
     expect(await stream.publish(same)).toMatchObject({ status: 'appended' });
     const other = await anEventWithJob({ chain: aChain({ epoch: 'an earlier one', receipts }) });

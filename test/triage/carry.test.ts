@@ -6,6 +6,7 @@ import { aChain, aClaimedEvent, silent } from '../support/stages.ts';
 const ENTRY_ID = '1700000000000-0';
 const EPOCH = 'epoch';
 const CHAIN = aChain();
+const RUN = { isFirst: false, isLate: true };
 const BEFORE = { id: '1', entryId: '1699999999999-0' };
 const APPENDED: AppendOutcome = {
   ...{ status: 'appended', entryId: ENTRY_ID, epoch: EPOCH },
@@ -23,7 +24,6 @@ async function attempt(
     refusedEverything?: string;
     acknowledge?: () => Promise<void>;
     isAlone?: boolean;
-    isFirst?: boolean;
     isFollowed?: boolean;
   } = {},
 ) {
@@ -38,8 +38,8 @@ async function attempt(
       return findings.outcome ?? APPENDED;
     },
     refusedEverything: async () => findings.refusedEverything ?? null,
-    bringAlong: async (_, chain, { entryId, epoch, preceding, isFirst }) => {
-      expect([preceding, isFirst, chain]).toEqual([[BEFORE], findings.isFirst ?? true, CHAIN]);
+    bringAlong: async (_, chain, { entryId, epoch, preceding, isFirst, isLate }) => {
+      expect([preceding, isFirst, isLate, chain]).toEqual([[BEFORE], RUN.isFirst, RUN.isLate, CHAIN]);
       done.push(`next ones brought along after ${entryId} of ${epoch}`);
       const followers = findings.isFollowed ? [{ id: '2', hasJob: true }] : [];
       return { followers, mayHaveMore: false };
@@ -51,14 +51,14 @@ async function attempt(
         `acknowledged ${entryId} of ${epoch}${before ? ', again' : ''}${followers.map((it) => `, followed by ${it.id}`).join('')}`,
       );
     },
-    vanished: async () => void done.push('row looked at'),
+    letGo: async () => void done.push('row looked at'),
     logger: silent,
   });
   const event = aClaimedEvent({
     withheld: findings.withheld ?? null,
     ...(findings.isAlone ? {} : { chain: CHAIN }),
   });
-  return { attempt: await carry(event, findings.isFirst ?? true, (run) => run()), done };
+  return { attempt: await carry(event, RUN, (run) => run()), done };
 }
 
 describe('an attempt', () => {
@@ -86,10 +86,6 @@ describe('an attempt', () => {
     );
   });
 
-  test('says so when it is not the first run of its job', async () => {
-    expect((await attempt({ isFirst: false })).attempt.kind).toBe('done');
-  });
-
   test('whose turn has not come waits', async () => {
     expect(await attempt({ outcome: { status: 'early' } })).toEqual({
       attempt: { kind: 'wait' },
@@ -112,6 +108,13 @@ describe('an attempt', () => {
 
   test('whose job is gone acknowledges nothing, and has somebody look at the row', async () => {
     expect(await attempt({ outcome: { status: 'job-gone' } })).toEqual({
+      attempt: { kind: 'done' },
+      done: ['appended', 'row looked at'],
+    });
+  });
+
+  test('that comes after one that waits for a retry leaves its job: it waits on its row', async () => {
+    expect(await attempt({ outcome: { status: 'behind-retry' } })).toEqual({
       attempt: { kind: 'done' },
       done: ['appended', 'row looked at'],
     });
@@ -155,10 +158,10 @@ describe('an attempt', () => {
       refusedEverything: async () => null,
       bringAlong: async () => ({ followers: [], mayHaveMore: false }),
       acknowledge: async () => void done.push('acknowledged'),
-      vanished: async () => {},
+      letGo: async () => {},
       logger: silent,
     });
-    await carry(aClaimedEvent(), true, async (work) => {
+    await carry(aClaimedEvent(), RUN, async (work) => {
       done.push('turn begins');
       const result = await work();
       done.push('turn ends');

@@ -72,7 +72,7 @@ const written: string[] = [];
 
 function bury(mark: MarkDead = markDead): Promise<void> {
   const epochs = { known: async () => EPOCH, doubt: () => {}, doubtAll: () => {} };
-  const turns = createTurns({ isSettled: () => false, areLive: async () => true });
+  const turns = createTurns({ isSettled: () => false, waiting: async () => 'some' });
   const options = { dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, jobKey, epochKey: EPOCH_KEY };
   const stream = createStream(relay, epochs, turns, options);
   const deadLetter = createDeadLetter({

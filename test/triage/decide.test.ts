@@ -9,8 +9,9 @@ test('only an append that Redis answered with an id is acknowledged', () => {
   expect(decide({ status: 'already-appended', ...entry })).toEqual({ ...acknowledge, before: true });
 });
 
-test('an event whose job is gone is let go: its row decides', () => {
-  expect(decide({ status: 'job-gone' })).toEqual({ kind: 'let-go' });
+test('an event whose job is gone, or has nothing to do for long, is let go: its row decides', () => {
+  expect(decide({ status: 'job-gone' })).toEqual({ kind: 'let-go', isGone: true });
+  expect(decide({ status: 'behind-retry' })).toEqual({ kind: 'let-go', isGone: false });
 });
 
 test('an event whose turn has not come waits', () => {

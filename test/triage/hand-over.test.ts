@@ -134,7 +134,7 @@ describe('what was read ahead', () => {
   const readAhead = async ([after]: readonly Readonly<{ id: string }>[]) => EVENTS.slice(Number(after?.id));
   const entryOf = (event: OutboxEvent) => ({ id: event.id, entryId: `1-${event.id}` });
   const at = (event: OutboxEvent, ...preceding: OutboxEvent[]) => ({
-    ...{ entryId: `1-${event.id}`, epoch: EPOCH, beganAt: performance.now(), isFirst: true },
+    ...{ entryId: `1-${event.id}`, epoch: EPOCH, beganAt: performance.now(), isFirst: true, isLate: false },
     preceding: preceding.map(entryOf),
   });
   const following = (...ids: string[]) => ({
@@ -277,6 +277,8 @@ describe('what was read ahead', () => {
     expect(await none({ beganAt: performance.now() - 501 })).toBe(false);
     // Whatever had its job may be lost.
     expect(await none({ epoch: 'another' })).toBe(true);
+    // Or have left, behind a retry.
+    expect(await none({ isLate: true })).toBe(true);
     const now = performance.now.bind(performance);
     const late = await started();
     performance.now = () => now() + 5_001;
@@ -346,6 +348,10 @@ describe('what was read ahead', () => {
     await jobsAre(9);
     const other = start({ readAhead: async () => [] });
     expect(await other.bringAlong(job(9), job(9).chain as Chain, at(first))).toEqual({
+      followers: [],
+      mayHaveMore: true,
+    });
+    expect(await bringAlong(job(2), { ...at(second), isLate: true })).toEqual({
       followers: [],
       mayHaveMore: true,
     });
