@@ -257,12 +257,7 @@ export function assemble(
   const claim = createClaimRounds({
     inFlight: queues.inFlight,
     options: config,
-    claimBatch: (limit) =>
-      outbox.transaction('durable', async (tx) => {
-        const claimed = await outbox.claimFresh(tx, limit);
-        if (claimed.leased.length > 0) await addPublishJobs(claimed.leased);
-        return claimed;
-      }),
+    claimBatch: (limit) => outbox.claimBatch(limit, addPublishJobs),
     claimAlone: () => outbox.claimAlone(addPublishJobs),
     payloadMayBeAtFault,
     onClaimed: (events) => metrics.claimed(events),

@@ -1,7 +1,7 @@
 import type { OutboxEvent } from '../event.ts';
 import { errorText } from '../logger.ts';
 import { type Aggregate, byId, MS, type OutboxOptions, orderOf } from './conditions.ts';
-import { type Pool, type Queryable, transaction } from './database.ts';
+import { GENERIC, type Pool, type Queryable, transaction } from './database.ts';
 import { isNoAnswer } from './distrust.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 
@@ -23,6 +23,9 @@ const CLAIMING = '1919705465, 1668047209';
  * transaction, and somebody else claims.
  */
 const CLAIM_TURN_LIMIT_MS = 8_000;
+
+/** Waits before the tries to have the rows of a failed claim looked at. */
+const LOOK_RETRY_DELAYS_MS = [0, 100, 400, 1_000, 2_000];
 
 /** Rows that are remembered to have been printed in vain, at most. */
 const UNANSWERED_KEPT = 1_000;
@@ -98,6 +101,24 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
       .catch(async (error) => withhold(await backFrom(error)));
   }
 
+  /** Fresh rows become due. Whatever made the claim fail may be over in a moment; this pod claims nothing meanwhile. */
+  async function haveLookedAt(ids: readonly string[]): Promise<void> {
+    for (const delay of LOOK_RETRY_DELAYS_MS) {
+      await new Promise((resolve) => setTimeout(resolve, delay));
+      const isDone = await pool
+        .query(
+          `UPDATE identity.outbox SET next_attempt_at = now(), dead_lettered_at = NULL
+           WHERE id = ANY ($1::bigint[]) AND NOT published AND next_attempt_at IS NULL`,
+          [ids],
+        )
+        .then(
+          () => true,
+          () => false,
+        );
+      if (isDone) return;
+    }
+  }
+
   return {
     /**
      * Runs `turn` while no other pod is claiming, or says so. The turn is a lock in a transaction of its own that
@@ -116,6 +137,31 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
      * first in its aggregate, parks every other. The caller adds the jobs before the transaction commits.
      */
     claimFresh: (tx: Queryable, limit: number): Promise<Claim> => claim(tx, limit),
+
+    /**
+     * The same in a transaction of its own, which adds the jobs. If it fails after that, their events may be in the
+     * stream all the same, and a claim would not know: the rows are due instead of fresh, so that somebody looks.
+     */
+    async claimBatch(limit: number, add: (leased: OutboxEvent[]) => Promise<void>): Promise<Claim> {
+      let withJobs: OutboxEvent[] = [];
+      try {
+        return await transaction(
+          pool,
+          statementTimeoutMs,
+          'durable',
+          async (tx) => {
+            const claimed = await claim(tx, limit);
+            if (claimed.leased.length > 0) await add(claimed.leased);
+            withJobs = claimed.leased;
+            return claimed;
+          },
+          GENERIC,
+        );
+      } catch (error) {
+        if (withJobs.length > 0) await haveLookedAt(withJobs.map((it) => it.id));
+        throw error;
+      }
+    },
 
     /**
      * Takes the first fresh row alone, after a claim failed by what may be a payload that PostgreSQL cannot print:

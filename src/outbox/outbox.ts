@@ -1,6 +1,6 @@
 import { createClaims } from './claims.ts';
 import type { OutboxOptions } from './conditions.ts';
-import { type Durability, type Pool, type Queryable, transaction } from './database.ts';
+import { type Durability, GENERIC, type Pool, type Queryable, transaction } from './database.ts';
 import { createLeases } from './leases.ts';
 import { createParked } from './parked.ts';
 import { createSettlement } from './settlement.ts';
@@ -22,7 +22,6 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
   // biome-ignore lint/nursery/noMisusedPromises: it is no promise
   ...createParked(pool, options),
 
-  /** PostgreSQL would plan each claim anew, 900 µs, since its LIMIT is a parameter. */
   transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
-    transaction(pool, options.statementTimeoutMs, durability, work, { generic: true }),
+    transaction(pool, options.statementTimeoutMs, durability, work, GENERIC),
 });

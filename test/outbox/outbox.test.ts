@@ -270,6 +270,31 @@ describe('a claim', () => {
     expect(await states()).toEqual(['fresh', 'fresh']);
   });
 
+  test('leaves rows due whose jobs were added, and fresh whose jobs were not, when it fails', async () => {
+    await insertOfUser(2);
+    await insertEvents(pool, someEvents(1));
+    const added: string[] = [];
+    const interrupted = outbox.claimBatch(10, async (leased) => {
+      added.push(...idsOf(leased));
+      // Returns when the backend has ended.
+      await pool.query(
+        `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+         WHERE datname = current_database() AND state = 'idle in transaction'`,
+      );
+    });
+    await expect(interrupted).rejects.toThrow();
+    expect(added).toEqual(['1', '3']);
+    expect(await states()).toEqual(['due', 'fresh', 'due']);
+
+    await set(1, 'next_attempt_at = NULL');
+    await expect(outbox.claimBatch(10, () => Promise.reject(new Error('no Redis')))).rejects.toThrow(
+      'no Redis',
+    );
+    expect(await states()).toEqual(['fresh', 'fresh', 'due']);
+    expect(idsOf((await outbox.claimBatch(10, async () => {})).leased)).toEqual(['1']);
+    expect(await states()).toEqual(['leased', 'parked', 'due']);
+  });
+
   test('takes a dead row that was made fresh again: it is dead no more', async () => {
     await insertOfUser(1);
     await set(1, DEAD);
