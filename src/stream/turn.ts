@@ -84,7 +84,9 @@ export function createTurns(
         if (places.includes(RETRY)) return { status: 'behind-retry' };
         const gone = first.filter((_, i) => places[i] === GONE);
         const due = first.find((_, i) => places[i] === DUE) ?? gone[0];
-        const waiting = gone.length > 0 ? await deps.waiting(gone.map((it) => it.id)) : 'none';
+        // Of most that are gone the receipt was given in the meantime.
+        const unknown = gone.filter((it) => !deps.isSettled(it.id));
+        const waiting = unknown.length > 0 ? await deps.waiting(unknown.map((it) => it.id)) : 'none';
         if (waiting === 'for-retry') return { status: 'behind-retry' };
         const areThere = waiting === 'some';
         if (!areThere) first = first.filter((it) => !gone.includes(it));

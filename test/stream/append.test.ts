@@ -168,6 +168,20 @@ describe('events of one aggregate that got their jobs together', () => {
     expect(await idsInStream()).toEqual(ids([first, second]));
   });
 
+  test('ask no row whose receipt was given in the meantime', async () => {
+    const { events } = await aRun(2);
+    const given = new Set<string>();
+    const turns = createTurns({
+      isSettled: (id) => given.has(id),
+      waiting: () => Promise.reject(new Error('a row was asked')),
+    });
+    const appended = await turns.inTurn(events[1] as OutboxEvent, async (first) => {
+      for (const { id } of first) given.add(id);
+      return first.length > 0 ? '*|gone' : '1-1';
+    });
+    expect(appended).toEqual({ reply: '1-1', first: [] });
+  });
+
   test('wait for one whose job is gone as long as its row waits for something', async () => {
     const { events, receipts } = await aRun(3);
     const [first, second, third] = events as [OutboxEvent, OutboxEvent, OutboxEvent];
