@@ -10,10 +10,10 @@ import { fail, signalled, warnOfUnknownVariables, withConfig } from './command.t
 
 /**
  * V8 lets the heap grow to four times what lives before it collects all of it: 25 MiB of a busy pod became 225 MiB of
- * resident memory. With 50 % it was 152 MiB, with 35 % 146, for 1 % of its CPU time. No cap: what lives may be as large
+ * resident memory. With 50 % it was 152 MiB, with 20 % 144, for 3 % of its CPU time. No cap: what lives may be as large
  * as it must be.
  */
-const HEAP_GROWING_PERCENT = 35;
+const HEAP_GROWING_PERCENT = 25;
 
 /** Longest time for sending the last traces; the relay itself has ended by then. */
 const FLUSH_MS = 2_000;

@@ -20,6 +20,8 @@ export type Contender = Readonly<{
   describe: string;
   /** So slow that a round to warm it up would only take time, and a large backlog would never end. */
   isSlow?: true;
+  /** How many share the work; 1 if left out. Each of them has to be warmed up. */
+  processes?: number;
   /**
    * Puts the work in place, waits until it is done, and checks what came of it.
    * @throws unless every event that counts as done is in its stream once, in the order that the contender promises

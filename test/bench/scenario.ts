@@ -47,7 +47,7 @@ export type Scenario = Readonly<{
   run(context: ScenarioContext): Promise<Omit<ScenarioResult, 'scenario'>>;
 }>;
 
-/** More would warm up nothing that so many do not. */
+/** For each process. More would warm up nothing that so many do not. */
 const WARM_MOST = 5_000;
 /** What a slow contender is given of a backlog at most: it would need hours, and is the slower the more there is. */
 export const SLOW_MOST = 20_000;
@@ -69,7 +69,11 @@ export async function inTurns(
     for (const { contender, workload } of round % 2 === 0 ? entries : entries.toReversed()) {
       if (warm && contender.isSlow) continue;
       progress.now(`${warm ? 'warming up' : `round ${round} of ${options.runs}`}: ${contender.name}`);
-      const most = warm ? WARM_MOST : contender.isSlow ? SLOW_MOST : workload.events;
+      const most = warm
+        ? WARM_MOST * (contender.processes ?? 1)
+        : contender.isSlow
+          ? SLOW_MOST
+          : workload.events;
       const events = Math.min(workload.events, most);
       const work = { ...workload, events, aggregates: Math.min(workload.aggregates, events) };
       const result = await contender.drain(work);

@@ -94,7 +94,7 @@ export async function openRelay(
     await pod.waitReady();
   }
   const relay: Relay = {
-    ...{ name, describe, servers, pool, redis, pods, stream, queueName },
+    ...{ name, describe, servers, pool, redis, pods, stream, queueName, processes: podCount },
 
     insert: (workload) => fillOutbox(pool, workload, stream),
 
