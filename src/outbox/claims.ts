@@ -16,6 +16,8 @@ export type Claim = Readonly<{
   more: boolean;
 }>;
 
+type AddJobs = (leased: OutboxEvent[]) => Promise<void>;
+
 /** Spells "rlay", "clai". */
 const CLAIMING = '1919705465, 1668047209';
 /**
@@ -101,7 +103,35 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
       .catch(async (error) => withhold(await backFrom(error)));
   }
 
-  /** Fresh rows become due. Whatever made the claim fail may be over in a moment; this pod claims nothing meanwhile. */
+  /**
+   * Takes rows and adds their jobs, in one transaction. If it fails after that, their events may be in the stream all the
+   * same, and a claim would not know: the rows become due instead of fresh, so that somebody looks.
+   */
+  async function claimAndAdd(
+    deadlineMs: number,
+    take: (tx: Queryable) => Promise<Claim>,
+    add: AddJobs,
+    options: Parameters<typeof transaction>[4] = {},
+  ): Promise<Claim> {
+    let withJobs: OutboxEvent[] = [];
+    const work = async (tx: Queryable) => {
+      const claimed = await take(tx);
+      if (claimed.leased.length > 0) await add(claimed.leased);
+      withJobs = claimed.leased;
+      return claimed;
+    };
+    try {
+      return await transaction(pool, deadlineMs, 'durable', work, options);
+    } catch (error) {
+      if (withJobs.length > 0) await haveLookedAt(withJobs.map((it) => it.id));
+      throw error;
+    }
+  }
+
+  /**
+   * Fresh rows become due. Whatever made the claim fail may be over in a moment; this pod claims nothing meanwhile. If it
+   * is not, they stay fresh.
+   */
   async function haveLookedAt(ids: readonly string[]): Promise<void> {
     for (const delay of LOOK_RETRY_DELAYS_MS) {
       await new Promise((resolve) => setTimeout(resolve, delay));
@@ -138,50 +168,29 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
      */
     claimFresh: (tx: Queryable, limit: number): Promise<Claim> => claim(tx, limit),
 
-    /**
-     * The same in a transaction of its own, which adds the jobs. If it fails after that, their events may be in the
-     * stream all the same, and a claim would not know: the rows are due instead of fresh, so that somebody looks.
-     */
-    async claimBatch(limit: number, add: (leased: OutboxEvent[]) => Promise<void>): Promise<Claim> {
-      let withJobs: OutboxEvent[] = [];
-      try {
-        return await transaction(
-          pool,
-          statementTimeoutMs,
-          'durable',
-          async (tx) => {
-            const claimed = await claim(tx, limit);
-            if (claimed.leased.length > 0) await add(claimed.leased);
-            withJobs = claimed.leased;
-            return claimed;
-          },
-          GENERIC,
-        );
-      } catch (error) {
-        if (withJobs.length > 0) await haveLookedAt(withJobs.map((it) => it.id));
-        throw error;
-      }
-    },
+    /** The same in a transaction of its own, which adds the jobs. */
+    claimBatch: (limit: number, add: AddJobs): Promise<Claim> =>
+      claimAndAdd(statementTimeoutMs, (tx) => claim(tx, limit), add, GENERIC),
 
     /**
      * Takes the first fresh row alone, after a claim failed by what may be a payload that PostgreSQL cannot print:
-     * if it is this one's, the row is taken all the same, its payload withheld. The caller adds its job meanwhile.
+     * if it is this one's, the row is taken all the same, its payload withheld.
      */
-    async claimAlone(add: (leased: OutboxEvent[]) => Promise<void>): Promise<Claim> {
+    async claimAlone(add: AddJobs): Promise<Claim> {
       let id: string | undefined;
+      const takeFirst = async (tx: Queryable): Promise<Claim> => {
+        const { rows } = await tx.query<{ id: string }>(
+          `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
+           ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+        );
+        if (rows[0] === undefined) return { leased: [], parked: [], more: false };
+        id = rows[0].id;
+        return claimLocked(tx, id);
+      };
       try {
-        return await transaction(pool, printMs, 'durable', async (tx) => {
-          const { rows } = await tx.query<{ id: string }>(
-            `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
-             ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
-          );
-          if (rows[0] === undefined) return { leased: [], parked: [], more: false };
-          id = rows[0].id;
-          const claimed = await claimLocked(tx, id);
-          if (claimed.leased.length > 0) await add(claimed.leased);
-          unanswered.delete(id);
-          return claimed;
-        });
+        const claimed = await claimAndAdd(printMs, takeFirst, add);
+        if (id !== undefined) unanswered.delete(id);
+        return claimed;
       } catch (error) {
         if (id !== undefined && isNoAnswer(error)) {
           if (unanswered.size >= UNANSWERED_KEPT) unanswered.clear();

@@ -65,8 +65,8 @@ export type Following = Readonly<{
  *
  * What was read is good for one job of each event, and for its first run: an event that is appended by that has not been
  * dead in between, so what comes behind it has been waiting ever since. One that died and was replayed has another job,
- * or runs again. What comes behind one that waits for a retry leaves Redis, and makes room for others. A job that is gone may have been run: of what may have had one, the row is looked at, which looks in the
- * stream as well.
+ * or runs again. What comes behind one that waits for a retry leaves Redis, and makes room for others. A job that is
+ * gone may have been run: of what may have had one, the row is looked at, which looks in the stream as well.
  */
 export function createHandOver<Tx>(deps: {
   /** Runs a transaction that gives receipts. */

@@ -274,16 +274,20 @@ describe('a claim', () => {
     await insertOfUser(2);
     await insertEvents(pool, someEvents(1));
     const added: string[] = [];
-    const interrupted = outbox.claimBatch(10, async (leased) => {
+    const endSession = async (leased: OutboxEvent[]) => {
       added.push(...idsOf(leased));
       // Returns when the backend has ended.
       await pool.query(
         `SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
          WHERE datname = current_database() AND state = 'idle in transaction'`,
       );
-    });
-    await expect(interrupted).rejects.toThrow();
+    };
+    await expect(outbox.claimBatch(10, endSession)).rejects.toThrow();
     expect(added).toEqual(['1', '3']);
+    expect(await states()).toEqual(['due', 'fresh', 'due']);
+
+    await set(1, 'next_attempt_at = NULL');
+    await expect(outbox.claimAlone(endSession)).rejects.toThrow();
     expect(await states()).toEqual(['due', 'fresh', 'due']);
 
     await set(1, 'next_attempt_at = NULL');
