@@ -12,7 +12,9 @@ export type Pool = Pick<pg.Pool, 'connect' | 'query'>;
  * rows were all published when it was last analysed, then a burst of a million) make the planner prefer to
  * fetch and sort the whole backlog; within our own transactions these plans are off the table. Fresh ones are no
  * better: beside the platform's index on `aggregate_id` alone, every acknowledgement read all 100,000 rows that
- * its aggregate had parked, to sort them by id (incrementally, which is a setting of its own).
+ * its aggregate had parked, to sort them by id (incrementally, which is a setting of its own). And a plan is kept: that
+ * of an acknowledgement, made while the table was empty, joined the receipts with all of it, 12 ms for 23 receipts beside
+ * 17,000 published rows instead of 0.8, until autovacuum came by. Rows are looked up one by one.
  *
  * No compilation either: before version 18 a plan that cannot do without what is off here counts as so dear that
  * PostgreSQL compiles it each time it is planned (3.4 s for a claim of 100 rows, seen with version 15).
@@ -21,6 +23,8 @@ const PLANNER: Readonly<Record<string, string>> = {
   enable_seqscan: 'off',
   enable_bitmapscan: 'off',
   enable_sort: 'off',
+  enable_hashjoin: 'off',
+  enable_mergejoin: 'off',
   enable_incremental_sort: 'off',
   jit: 'off',
 };

@@ -1,0 +1,123 @@
+/**
+ * PostgreSQL keeps the plan of a statement that comes again and again. One that was made for an empty table must do for
+ * the full one as well: until autovacuum analyses the table, nobody makes a new one.
+ */
+import { randomUUID } from 'node:crypto';
+import pg from 'pg';
+import { beforeAll, expect, test } from 'vitest';
+import type { Pool } from '../../src/outbox/database.ts';
+import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
+import { createDatabase } from '../support/servers.ts';
+import { type AdminPool, aClaimedEvent, openAdminPool, openPool } from '../support/stages.ts';
+
+const PUBLISHED_ROWS = 20_000;
+const PARKED_ROWS = 1_000;
+const BATCH = 50;
+/** PostgreSQL keeps the plan of a statement from its sixth execution on. */
+const EXECUTIONS = 7;
+const FIRST_LEASED = PUBLISHED_ROWS + 1;
+const HOT_HEAD = FIRST_LEASED + BATCH;
+const HOT = { aggregateType: 'user', aggregateId: randomUUID() };
+const A_HOT_EVENT = aClaimedEvent({ ...HOT, id: String(HOT_HEAD) });
+
+const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
+  ['a claim', (it) => it.claimBatch(BATCH, async () => {}), 10 * BATCH],
+  [
+    'an acknowledgement',
+    (it) =>
+      it.transaction('durable', (tx) =>
+        it.markPublished(
+          tx,
+          Array.from({ length: BATCH }, (_, i) => ({ id: String(FIRST_LEASED + i), entryId: `1-${i}` })),
+        ),
+      ),
+    15 * BATCH,
+  ],
+  [
+    'a dead letter',
+    (it) =>
+      it.transaction('durable', (tx) =>
+        it.markDead(tx, { id: String(HOT_HEAD), attempts: 6, reason: 'x', entryId: '1-1' }),
+      ),
+    20,
+  ],
+  ['reading ahead', (it) => it.readAhead([A_HOT_EVENT], BATCH, 1_000_000), 10 * BATCH],
+  ['the release of orphans', (it) => it.releaseOrphans(Array(BATCH).fill(HOT)), 10 * BATCH],
+];
+
+let admin: AdminPool;
+/** One connection: plans are kept by each. */
+let relay: pg.Pool;
+const touched = new Map<string, number>();
+
+beforeAll(async () => {
+  const { url, adminUrl } = await createDatabase();
+  admin = openAdminPool(adminUrl);
+  relay = openPool(url, { max: 1 });
+  await admin.query('ALTER TABLE identity.outbox SET (autovacuum_enabled = off)');
+  const rows: number[] = [];
+  const outbox = createOutbox(countingRows(relay, rows), {
+    ...{
+      ordering: 'aggregate',
+      deadLetterPolicy: 'continue',
+      claimLeaseMs: 60_000,
+      maxEventBytes: 1_048_576,
+    },
+    ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
+  });
+  for (let i = 0; i < EXECUTIONS; i++) for (const [, run] of statements) await run(outbox);
+  await admin.query(`
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, published, published_at)
+    SELECT 'UserCreated', gen_random_uuid(), '{}', true, now() FROM generate_series(1, ${PUBLISHED_ROWS});
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserCreated', gen_random_uuid(), '{}', now() + interval '1 minute' FROM generate_series(1, ${BATCH});
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserUpdated', '${HOT.aggregateId}', '{}', CASE WHEN n = 0 THEN now() + interval '1 minute' ELSE 'infinity' END
+      FROM generate_series(0, ${PARKED_ROWS}) n;
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload)
+    SELECT 'UserCreated', gen_random_uuid(), '{}' FROM generate_series(1, ${2 * BATCH});`);
+  for (const [name, run] of statements) {
+    rows.length = 0;
+    await run(outbox);
+    expect(rows).toHaveLength(1);
+    touched.set(name, rows[0] as number);
+  }
+});
+
+test.each(statements)('%s touches few rows by a plan of an empty table', (name, _run, limit) => {
+  expect(touched.get(name)).toBeGreaterThan(0);
+  expect(touched.get(name)).toBeLessThanOrEqual(limit);
+});
+
+test('these plans are kept ones', async () => {
+  const { rows } = await relay.query<{ name: string }>(
+    'SELECT name FROM pg_prepared_statements WHERE generic_plans > 1 ORDER BY name',
+  );
+  // What is read ahead depends on two limits, which PostgreSQL likes to know.
+  expect(rows.map((it) => it.name.split('-')[1])).toEqual(['bury', 'claim', 'publish', 'release']);
+});
+
+/** The pool, which notes how many rows of the table each transaction has read by the time it commits. */
+function countingRows(real: pg.Pool, rows: number[]): Pool {
+  return {
+    query: real.query.bind(real),
+    connect: (async () => {
+      const client = await real.connect();
+      const query = async (config: pg.QueryConfig) => {
+        const send = pg.Client.prototype.query.bind(client) as pg.Client['query'];
+        if (config.text === 'COMMIT') {
+          const { rows: counted } = await send<{ n: number }>(
+            `SELECT (seq_tup_read + coalesce(idx_tup_fetch, 0))::int AS n
+             FROM pg_stat_xact_user_tables WHERE relid = 'identity.outbox'::regclass`,
+          );
+          rows.push(counted[0]?.n ?? 0);
+        }
+        const result = await send(config);
+        // Else the next transaction's rows would be counted on top of these.
+        if (config.text === 'COMMIT') await send('SELECT pg_stat_force_next_flush()');
+        return result;
+      };
+      return Object.create(client, { query: { value: query } });
+    }) as pg.Pool['connect'],
+  };
+}
