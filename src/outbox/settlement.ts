@@ -142,11 +142,12 @@ export function createSettlement(pool: Pool, options: OutboxOptions) {
         await tx.query(bury('$1', '$2', '$3', '$4'), [dead.id, dead.attempts, dead.reason, dead.entryId]);
         return [];
       }
-      const { rows } = await tx.query<Promoted>(
-        `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5', '$6')} RETURNING o.id, o.aggregate_type, o.aggregate_id, NULL AS chained),
-         ${promote}`,
-        [streamName, [dead.id], claimLeaseMs, dead.attempts, dead.reason, dead.entryId],
-      );
+      const { rows } = await tx.query<Promoted>({
+        name: `relay-bury-${maxEventBytes}`,
+        text: `WITH leaving AS (${bury('ANY ($2::bigint[])', '$4', '$5', '$6')} RETURNING o.id, o.aggregate_type, o.aggregate_id, NULL AS chained),
+               ${promote}`,
+        values: [streamName, [dead.id], claimLeaseMs, dead.attempts, dead.reason, dead.entryId],
+      });
       return successorsIn(rows);
     },
 

@@ -1,5 +1,6 @@
 import { DelayedError, type Job, type Telemetry, UnrecoverableError } from 'bullmq';
 import type { Redis } from 'ioredis';
+import pLimit from 'p-limit';
 import { type Attempt, brief, type InTurn, type OutboxEvent, type Run } from '../event.ts';
 import { succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
@@ -11,6 +12,8 @@ import { closeWorker, PatientWorker, reportErrors, WORKER_OPTIONS } from './work
 const POSTPONE_MS = 1_000;
 /** How soon one whose turn has not come; then twice that, and so on. */
 const WAIT_MS = 50;
+/** Failures that are written at once: each takes a connection of the pool, and claims and receipts need some as well. */
+const WRITTEN_AT_ONCE = 4;
 
 export type PublishOptions = Readonly<{
   queuePrefix: string;
@@ -61,6 +64,9 @@ export function createPublishWorker(deps: {
 }): PublishWorker {
   const { options, suspects, logger } = deps;
   const handlers = new Set<Promise<void>>();
+  const writing = pLimit(WRITTEN_AT_ONCE);
+  /** Resolves when the failures before are written, or just being: no more events fail than can be written. */
+  const turnToFail = () => writing(() => {});
   const report = reportPostponed(logger);
 
   async function process(job: Job<OutboxEvent>, token?: string): Promise<void> {
@@ -112,8 +118,10 @@ export function createPublishWorker(deps: {
         throw new DelayedError();
       }
       case 'give-up':
+        await turnToFail();
         throw new UnrecoverableError(outcome.reason);
       case 'retry':
+        await turnToFail();
         throw new Error(outcome.reason);
     }
   }
@@ -165,7 +173,7 @@ export function createPublishWorker(deps: {
   worker.on('failed', (job, error) => {
     // A handler that rejects would end the process.
     if (!job) return;
-    const handled = onFailed(job, error).finally(() => handlers.delete(handled));
+    const handled = writing(() => onFailed(job, error)).finally(() => handlers.delete(handled));
     handlers.add(handled);
   });
 

@@ -1,3 +1,4 @@
+import { setTimeout as delay } from 'node:timers/promises';
 import type { Redis } from 'ioredis';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { Attempt, OutboxEvent, Run } from '../../src/event.ts';
@@ -329,6 +330,31 @@ describe('when too many retries wait in Redis', () => {
     await long.addPublishJobs([event]);
     await waitFor(async () => (await stateOf(event)) === 'delayed', { what: 'the job to wait' });
   });
+});
+
+test('of many that fail at once a few are written at a time, and no more fail than can be written', async () => {
+  const [MANY, PLACES, AT_ONCE, WRITING_MS] = [80, 10, 4, 20];
+  let [failed, begun, now, most, mostAhead] = [0, 0, 0, 0, 0];
+  const write = async () => {
+    begun++;
+    most = Math.max(most, ++now);
+    await delay(WRITING_MS);
+    now--;
+  };
+  startWorker(
+    async ({ id }) => {
+      mostAhead = Math.max(mostAhead, ++failed - begun);
+      return { kind: Number(id) % 2 === 0 ? 'give-up' : 'retry', reason: 'x' };
+    },
+    { concurrency: PLACES, maxDelayed: MANY },
+    { recordFailure: write, deadLetter: write },
+  );
+  const long = createQueues(redis, { ...QUEUE, retryBaseDelayMs: 60_000, maxRetryAttempts: 3 }, silent);
+  await long.addPublishJobs(Array.from({ length: MANY }, (_, id) => aClaimedEvent({ id: String(id) })));
+  await waitFor(() => begun === MANY, { what: 'all to be written' });
+  expect(most).toBe(AT_ONCE);
+  // Each place has one that has failed, and one whose place was taken may wait to be written.
+  expect(mostAhead).toBeLessThanOrEqual(2 * PLACES);
 });
 
 describe('a worker', () => {
