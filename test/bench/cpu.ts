@@ -1,5 +1,6 @@
 /** CPU time of the processes that share the machine. */
 import { readdir, readFile } from 'node:fs/promises';
+import { cpus } from 'node:os';
 import type { Servers } from './servers.ts';
 
 export type CpuMicros = Readonly<{ contender: number; redis: number; postgres: number }>;
@@ -23,6 +24,13 @@ export function cpuBetween(before: CpuMicros, after: CpuMicros): CpuMicros {
     redis: after.redis - before.redis,
     postgres: after.postgres - before.postgres,
   };
+}
+
+/** Time that the cores of this machine have been busy with whatever there is, and in all, so far. */
+export function coresSoFar(): Readonly<{ busyMs: number; allMs: number }> {
+  const times = cpus().map((it) => it.times);
+  const allMs = times.reduce((sum, it) => sum + it.user + it.nice + it.sys + it.irq + it.idle, 0);
+  return { busyMs: allMs - times.reduce((sum, it) => sum + it.idle, 0), allMs };
 }
 
 type ProcessTimes = { pid: number; parent: number; micros: number };
