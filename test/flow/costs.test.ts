@@ -145,8 +145,8 @@ describe('of a hot aggregate, which is read ahead,', () => {
   test('events do not wait for the acknowledgement of the one before, which are gathered', () => {
     const { claim, acknowledge } = hot.counts.statements;
     expect(claim).toBeLessThanOrEqual(HOT_EVENTS / BATCH_SIZE + 5);
-    // 53, where this was written: one for each twenty.
-    expect(acknowledge).toBeLessThanOrEqual(HOT_EVENTS / 8);
+    // 53, where this was written: one for each twenty. 132 beside three other test files, 205 when none waits for another.
+    expect(acknowledge).toBeLessThanOrEqual(HOT_EVENTS / 6);
   });
 
   test('eight events get their jobs together, with one look at the row of the first', () => {
