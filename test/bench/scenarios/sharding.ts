@@ -7,7 +7,7 @@ import { createRandom } from '../../chaos/random.ts';
 import type { Figure, Scenario } from '../scenario.ts';
 
 /** What one event costs, as measured by `drain`: CPU in microseconds. Replace it with what your machine says. */
-const COST_MICROS = { pod: 157, redis: 121, postgres: 75 } as const;
+const COST_MICROS = { pod: 184, redis: 104, postgres: 64 } as const;
 /** Cores that each may use. A pod and a Redis have one; so have we given a table, though PostgreSQL would take more. */
 const CORES = { pod: 1, redis: 1, postgres: 1 } as const;
 /** Beyond this share of a core a queue grows faster than it gets served in bursts. */
