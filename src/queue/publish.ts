@@ -84,7 +84,8 @@ export function createPublishWorker(deps: {
       attempt: event.attempts + job.attemptsMade + 1,
     };
     const startedAt = performance.now();
-    const expiresAt = Date.now() + options.publishTimeoutMs;
+    const beganAt = Date.now();
+    const expiresAt = beganAt + options.publishTimeoutMs;
     const run: Run = {
       isFirst: job.attemptsStarted === 1,
       // Half of it, since another pod's clock may differ.
@@ -102,7 +103,17 @@ export function createPublishWorker(deps: {
         }),
       ),
     );
-    deps.onAttempted?.(event, outcome, (performance.now() - startedAt) / 1_000);
+    const tookMs = performance.now() - startedAt;
+    deps.onAttempted?.(event, outcome, tookMs / 1_000);
+    if (tookMs > options.publishTimeoutMs / 2) {
+      if (worker.narrow(beganAt)) {
+        const seconds = Math.round(tookMs / 100) / 10;
+        logger.warn(
+          { seconds, atOnce: worker.places },
+          'attempts take long; fewer events are published at once',
+        );
+      }
+    } else if (outcome.kind === 'done' && tookMs < options.publishTimeoutMs / 4) worker.widen();
     switch (outcome.kind) {
       case 'done':
         logger.debug(about, 'event published');

@@ -28,6 +28,8 @@ export const WORKER_OPTIONS = {
 /** Jobs that are asked for at once, at most: of those that were announced, and of others, which may not be there. */
 const MOST_AT_ONCE = 32;
 const MOST_ON_SPEC = 8;
+/** However long jobs take, so many at once: receipts are written together. */
+const FEWEST_PLACES = 8;
 
 /**
  * A BullMQ worker for many short jobs at once.
@@ -42,8 +44,10 @@ const MOST_ON_SPEC = 8;
  *   job again at once, 10,000 times a second, measured.
  */
 export class PatientWorker<T = unknown> extends Worker<T> {
-  /** Jobs that it works on at once, at most. */
-  readonly places: number;
+  readonly #most: number;
+  /** Jobs that it works on at once, at most: as many as it may, or fewer while they take too long. */
+  #places: number;
+  #narrowedAt = 0;
   readonly #runs = new Set<Promise<void>>();
   readonly #takenAt = new Map<Job<T>, number>();
   #lastTakenAt = Date.now();
@@ -64,7 +68,34 @@ export class PatientWorker<T = unknown> extends Worker<T> {
   ) {
     // The main loop has one job at a time, and gives it away.
     super(name, process, { ...options, concurrency: 1 });
-    this.places = concurrency;
+    this.#most = concurrency;
+    this.#places = concurrency;
+  }
+
+  get places(): number {
+    return this.#places;
+  }
+
+  /**
+   * A job that it began then, ms since the epoch, took so long that it was nearly given up, or was: half as many at
+   * once. Those that it had in hand by then tell nothing new. Without this, a pod that gets too little of a processor
+   * would give up most of what it begins, and publish next to nothing for a minute (measured). Returns whether there
+   * are fewer now.
+   */
+  narrow(beganAt: number): boolean {
+    if (beganAt < this.#narrowedAt) return false;
+    this.#narrowedAt = Date.now();
+    const places = Math.max(Math.min(FEWEST_PLACES, this.#most), Math.floor(this.#places / 2));
+    const areFewer = places < this.#places;
+    this.#places = Math.min(places, this.#places);
+    return areFewer;
+  }
+
+  /** A job was quick: one more at once, up to all. So they double while they take their turns. */
+  widen(): void {
+    if (this.#places >= this.#most) return;
+    this.#places++;
+    this.#onRoom();
   }
 
   override get maximumBlockTimeout(): number {
@@ -116,7 +147,7 @@ export class PatientWorker<T = unknown> extends Worker<T> {
 
   /** The job was begun when it came. Resolves, without another one, when there is room for that. */
   override async processJob(): Promise<void> {
-    if (this.#runs.size >= this.places) {
+    while (this.#runs.size >= this.places) {
       await new Promise<void>((resolve) => {
         this.#onRoom = resolve;
       });

@@ -4,6 +4,7 @@ import { expect, onTestFinished, test } from 'vitest';
 import type { Status } from '../../src/operate/status.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
+import { deferred } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const ACKNOWLEDGED = { RELAY_STREAM_TRIM: 'acknowledged', RELAY_POLL_INTERVAL: '0.2' };
@@ -12,7 +13,7 @@ const ACKNOWLEDGED = { RELAY_STREAM_TRIM: 'acknowledged', RELAY_POLL_INTERVAL: '
  * A consumer as one in Python would be: XREADGROUP in a loop, json.loads of the payload, the event ids that it has
  * had in a set. It acknowledges a batch when it is through with it.
  */
-async function startConsumer(stage: Stage, group: string, pauseMs: number) {
+async function startConsumer(stage: Stage, group: string, pause: (seen: number) => Promise<void>) {
   const redis = new Redis(stage.server.url);
   redis.on('error', () => {});
   await redis.xgroup('CREATE', STREAM, group, '0', 'MKSTREAM');
@@ -41,7 +42,7 @@ async function startConsumer(stage: Stage, group: string, pauseMs: number) {
           seen.add(fields.event_id ?? '');
         }
         await redis.xack(STREAM, group, ...entries.map(([entryId]) => entryId));
-        await delay(pauseMs);
+        await pause(seen.size);
       }
     }
   })();
@@ -55,16 +56,20 @@ async function startConsumer(stage: Stage, group: string, pauseMs: number) {
 
 test('a consumer that lags misses nothing of a stream that is trimmed as soon as all have acknowledged', async () => {
   const stage = await setStage({ env: ACKNOWLEDGED });
-  const slow = await startConsumer(stage, 'slow', 20);
-  const quick = await startConsumer(stage, 'quick', 0);
+  const quickIsDone = deferred();
+  const slow = await startConsumer(stage, 'slow', (seen) =>
+    seen < 1_000 ? Promise.resolve() : quickIsDone.promise.then(() => delay(20)),
+  );
+  const quick = await startConsumer(stage, 'quick', async () => {});
   await stage.pod();
   const events = someEvents(1_500, 100);
   await insertEvents(stage.pool, events);
   await waitFor(() => quick.seen.size === events.length, { what: 'the quick one to have read everything' });
-  expect(slow.seen.size).toBeLessThan(events.length);
-  await waitFor(async () => slow.seen.size < events.length && (await stage.redis.xlen(STREAM)) < 1_200, {
+  await waitFor(async () => (await stage.redis.xlen(STREAM)) < 1_200, {
     what: 'the stream to be trimmed while the slow one still reads',
   });
+  expect(slow.seen.size).toBeLessThan(events.length);
+  quickIsDone.resolve();
   await waitFor(() => slow.seen.size === events.length, { what: 'the slow one to have read everything' });
   for (const { seen } of [slow, quick]) expect(seen).toEqual(new Set(events.map((it) => it.eventId)));
   await waitFor(async () => (await stage.redis.xlen(STREAM)) <= 100, { what: 'the rest to be trimmed' });

@@ -260,6 +260,27 @@ describe('an attempt', () => {
   });
 });
 
+test('attempts that take the longer the more are made at once are made fewer at a time, and none for ever', async () => {
+  // One server for all, which does not know what was given up meanwhile: 200 at once take a second.
+  const SERVED_IN_MS = 5;
+  let served = Promise.resolve();
+  let attempts = 0;
+  const { worker } = startWorker(
+    () => {
+      attempts++;
+      served = served.then(() => delay(SERVED_IN_MS));
+      return served.then((): Attempt => ({ kind: 'done' }));
+    },
+    { concurrency: 200, publishTimeoutMs: 200 },
+  );
+  const events = Array.from({ length: 300 }, () => aClaimedEvent());
+  await queues.addPublishJobs(events);
+  const left = async () => (await queues.inFlight()).total;
+  await waitFor(async () => (await left()) === 0, { what: 'all to be done', timeoutMs: 25_000 });
+  expect(attempts).toBeGreaterThan(events.length);
+  expect(worker.worker.places).toBeLessThan(200);
+}, 40_000);
+
 describe('a job that is listed as active, and nobody works on it,', () => {
   test('is found and done', async () => {
     const event = aClaimedEvent();

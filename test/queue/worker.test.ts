@@ -154,6 +154,40 @@ describe('in hand', () => {
     await waitFor(() => worker.inHand() === 0, { what: 'it to hear of that' });
   });
 
+  test('are fewer once jobs took too long, and as many as before when they are quick again', async () => {
+    const held = new Map<number, ReturnType<typeof deferred<void>>>();
+    const worker = aWorker(async ({ data }) => {
+      const one = deferred();
+      held.set(data, one);
+      await one.promise;
+    }, 40);
+    const finishAll = () => {
+      for (const [data, one] of held) {
+        held.delete(data);
+        one.resolve();
+      }
+    };
+    void worker.run();
+    const beganAt = Date.now();
+    await addJobs(200);
+    await waitFor(() => held.size === 40, { what: 'all places to be taken' });
+    worker.narrow(Date.now());
+    // Told of all that was in hand with it.
+    for (let i = 0; i < 40; i++) worker.narrow(beganAt);
+    expect(worker.places).toBe(20);
+    finishAll();
+    await waitFor(() => held.size === 20, { what: 'half of the places to be taken' });
+    await waitFor(async () => (await queue.getActiveCount()) === 20, { what: 'the others to be left free' });
+    expect(held.size).toBe(20);
+    for (let i = 0; i < 100; i++) worker.widen();
+    expect(worker.places).toBe(40);
+    await waitFor(() => held.size === 40, { what: 'all places to be taken again' });
+    for (let i = 1; i <= 10; i++) worker.narrow(Date.now() + i * 60_000);
+    expect(worker.places).toBe(8);
+    const finishing = setInterval(finishAll, 5);
+    await isDone().finally(() => clearInterval(finishing));
+  });
+
   test.each([5, 10])('%i of 10 when it pauses are finished first; no more are taken', async (jobs) => {
     const held = deferred();
     const worker = aWorker(async () => held.promise, 10);

@@ -16,8 +16,8 @@ import { waitFor } from './wait.ts';
 export const STREAM = 'identity.user.v1';
 export const DLQ = 'identity.user.v1.dlq';
 
-/** How long a relay that is not disturbed may take over anything, on a machine that is busy with other things. */
-export const PATIENCE_MS = 60_000;
+/** How long a relay that is not disturbed may take over anything, on a machine that gives it a fifth of a core. */
+export const PATIENCE_MS = 180_000;
 
 export type Entry = Readonly<{ entryId: string; fields: Readonly<Record<string, string>> }>;
 
