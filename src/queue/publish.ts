@@ -84,8 +84,7 @@ export function createPublishWorker(deps: {
       attempt: event.attempts + job.attemptsMade + 1,
     };
     const startedAt = performance.now();
-    const beganAt = Date.now();
-    const expiresAt = beganAt + options.publishTimeoutMs;
+    const expiresAt = Date.now() + options.publishTimeoutMs;
     const run: Run = {
       isFirst: job.attemptsStarted === 1,
       // Half of it, since another pod's clock may differ.
@@ -106,7 +105,7 @@ export function createPublishWorker(deps: {
     const tookMs = performance.now() - startedAt;
     deps.onAttempted?.(event, outcome, tookMs / 1_000);
     if (tookMs > options.publishTimeoutMs / 2) {
-      if (worker.narrow(beganAt)) {
+      if (worker.narrow(startedAt)) {
         const seconds = Math.round(tookMs / 100) / 10;
         logger.warn(
           { seconds, atOnce: worker.places },

@@ -47,6 +47,7 @@ export class PatientWorker<T = unknown> extends Worker<T> {
   readonly #most: number;
   /** Jobs that it works on at once, at most: as many as it may, or fewer while they take too long. */
   #places: number;
+  /** By `performance.now()`. */
   #narrowedAt = 0;
   readonly #runs = new Set<Promise<void>>();
   readonly #takenAt = new Map<Job<T>, number>();
@@ -77,18 +78,17 @@ export class PatientWorker<T = unknown> extends Worker<T> {
   }
 
   /**
-   * A job that it began then, ms since the epoch, took so long that it was nearly given up, or was: half as many at
+   * A job that it began then, by `performance.now()`, took so long that it was nearly given up, or was: half as many at
    * once. Those that it had in hand by then tell nothing new. Without this, a pod that gets too little of a processor
    * would give up most of what it begins, and publish next to nothing for a minute (measured). Returns whether there
    * are fewer now.
    */
   narrow(beganAt: number): boolean {
-    if (beganAt < this.#narrowedAt) return false;
-    this.#narrowedAt = Date.now();
-    const places = Math.max(Math.min(FEWEST_PLACES, this.#most), Math.floor(this.#places / 2));
-    const areFewer = places < this.#places;
-    this.#places = Math.min(places, this.#places);
-    return areFewer;
+    const fewer = Math.max(FEWEST_PLACES, Math.floor(this.#places / 2));
+    if (beganAt < this.#narrowedAt || fewer >= this.#places) return false;
+    this.#narrowedAt = performance.now();
+    this.#places = fewer;
+    return true;
   }
 
   /** A job was quick: one more at once, up to all. So they double while they take their turns. */

@@ -60,6 +60,7 @@ test('a consumer that lags misses nothing of a stream that is trimmed as soon as
   const slow = await startConsumer(stage, 'slow', (seen) =>
     seen < 1_000 ? Promise.resolve() : quickIsDone.promise.then(() => delay(20)),
   );
+  onTestFinished(() => quickIsDone.resolve());
   const quick = await startConsumer(stage, 'quick', async () => {});
   await stage.pod();
   const events = someEvents(1_500, 100);

@@ -168,10 +168,10 @@ describe('in hand', () => {
       }
     };
     void worker.run();
-    const beganAt = Date.now();
+    const beganAt = performance.now();
     await addJobs(200);
     await waitFor(() => held.size === 40, { what: 'all places to be taken' });
-    worker.narrow(Date.now());
+    worker.narrow(performance.now());
     // Told of all that was in hand with it.
     for (let i = 0; i < 40; i++) worker.narrow(beganAt);
     expect(worker.places).toBe(20);
@@ -182,7 +182,7 @@ describe('in hand', () => {
     for (let i = 0; i < 100; i++) worker.widen();
     expect(worker.places).toBe(40);
     await waitFor(() => held.size === 40, { what: 'all places to be taken again' });
-    for (let i = 1; i <= 10; i++) worker.narrow(Date.now() + i * 60_000);
+    for (let i = 1; i <= 10; i++) worker.narrow(performance.now() + i * 60_000);
     expect(worker.places).toBe(8);
     const finishing = setInterval(finishAll, 5);
     await isDone().finally(() => clearInterval(finishing));
