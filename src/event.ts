@@ -34,27 +34,14 @@ export type OutboxEvent = Readonly<{
    * payload's metadata say; then that of each step on its way. Absent from jobs of a pod that did not know of it yet.
    */
   trace?: TraceContext | null;
-  /** Absent where nothing was read ahead. */
-  chain?: Chain;
+  /**
+   * `event_id` of the live row right before this one in its aggregate when its job was made, or null: the gate lets
+   * this event pass when that one is in its stream. Absent from jobs of a build that did not know the gate.
+   */
+  after?: string | null;
+  /** Epoch in which its job was made (streams/epoch.ts). Absent as `after` is. */
+  epoch?: string;
 }>;
-
-/** The job belongs to events of one aggregate that were read together, after the first of them was leased. */
-export type Chain = Readonly<{
-  /** Of that reading, by one pod: what it read behind an event is good for the job that has the same. */
-  reading: string;
-  /** Of what was appended, one after the other, before this event's job was added; the rows may not say so yet. */
-  receipts: readonly Receipt[];
-  /** In which these were appended. */
-  epoch: string;
-  /** What comes after those and before this event, and had its jobs together with it or just before. */
-  after: readonly EventName[];
-  /** What comes behind this event and had its jobs together with it. */
-  rest: readonly EventName[];
-  /** The first of those that had their jobs together: it brings the next ones along. */
-  leads: boolean;
-}>;
-
-export type EventName = Pick<OutboxEvent, 'id' | 'eventId'>;
 
 /** W3C Trace Context. */
 export type TraceContext = Readonly<{
@@ -64,38 +51,34 @@ export type TraceContext = Readonly<{
   tracestate?: string;
 }>;
 
-/** Where one event's entry is, after it was appended. */
-export type Receipt = Readonly<{
-  id: string;
-  /** Stream id that Redis answered, e.g. `1700000000000-0`. */
-  entryId: string;
-  /**
-   * `after`: its job was added before those before it in its aggregate had their receipts, which come with it.
-   * `before`: such a one; it may have its receipt by now.
-   */
-  chained?: 'after' | 'before';
-}>;
+/** An aggregate's name: events of one aggregate are published in the order of their rows. */
+export type Aggregate = Readonly<{ aggregateType: string; aggregateId: string }>;
 
-/** Whether any of some rows waits for something, and whether that is its next attempt after one that failed. */
-export type Waiting = 'none' | 'some' | 'for-retry';
+/** Map key of an aggregate. */
+export const aggregateKey = ({ aggregateType, aggregateId }: Aggregate): string =>
+  `${aggregateId} ${aggregateType}`;
 
 /** What became of one append to a stream. Every reply of Redis ends in exactly one of these. */
 export type AppendOutcome =
-  /**
-   * `epoch`: the entry is good for as long as Redis loses nothing, which would end its epoch. `preceding`: of what the
-   * event's chain has before it, in that order; the rows may not say so yet.
-   */
-  | { status: 'appended'; entryId: string; epoch: string; preceding: readonly Receipt[] }
+  /** Its entry is good for as long as Redis loses nothing, which would end the epoch. */
+  | { status: 'appended'; entryId: string; epoch: string }
   /** An earlier run of the same job had appended it: nothing was written now. */
-  | { status: 'already-appended'; entryId: string; epoch: string; preceding: readonly Receipt[] }
-  /** The job's own hash is gone: finished elsewhere, or lost by Redis. The row decides. */
-  | { status: 'job-gone' }
+  | { status: 'remembered'; entryId: string; epoch: string }
+  /** Its job is gone: finished elsewhere, or lost by Redis. The row decides. */
+  | { status: 'gone' }
+  /** The rows say that nothing is to be published: the event is published, discarded or gone. */
+  | { status: 'over' }
+  /** The rows must say whether an earlier event of the aggregate is still to be published. */
+  | { status: 'ask-rows' }
+  /** The event before it in its aggregate is not in its stream yet. */
+  | { status: 'early' }
+  /**
+   * The event before it waits for a retry, or for another one. The job is released: no run of it appends any more.
+   * `failedBefore`: the event right before it has failed, which its row may not say yet.
+   */
+  | { status: 'behind'; failedBefore: boolean }
   /** Redis refused this very event (wrong type, no permission): it takes the retry road. */
   | { status: 'refused'; reason: string }
-  /** What comes before it in its aggregate is not in its stream yet. */
-  | { status: 'early' }
-  /** The same, and it will not be for long: it was refused, and waits to be tried again. */
-  | { status: 'behind-retry' }
   /** Redis can take nothing now (unreachable, loading, read-only, full): not the event's fault. */
   | { status: 'unavailable'; reason: string };
 
@@ -103,25 +86,19 @@ export type AppendOutcome =
 export type Attempt =
   /** Nothing is left to do for the job. */
   | { kind: 'done' }
+  /** The job ends without an append, and then its row is parked. */
+  | { kind: 'release'; failedBefore: boolean }
   /** Refused: BullMQ's backoff, and after the last attempt the dead-letter stream. */
   | { kind: 'retry'; reason: string }
   /** Nobody can publish now: again soon, at no cost to the event's attempts. */
   | { kind: 'postpone'; reason: string }
-  /** Its turn has not come: very soon, then less and less often, at no cost. */
+  /** The event before it is on its way: very soon, then less and less often, at no cost. */
   | { kind: 'wait' }
   /** No attempt can ever succeed: the dead-letter stream at once. */
   | { kind: 'give-up'; reason: string };
 
-/** One run of a job. */
-export type Run = Readonly<{
-  /** None of this job was ever begun before. */
-  isFirst: boolean;
-  /** Since its job was added, an attempt with the same event, or one before it, may have failed and been made again. */
-  isLate: boolean;
-}>;
-
-/** Runs `work` when its turn has come; throws what it throws, or without running it when it may not run. */
-export type InTurn = <T>(work: () => Promise<T>) => Promise<T>;
+/** An event that is given up, and why. */
+export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
 
 /** A text of the row, which may be of any length, as it may stand in a log line, a reason or the name of a job. */
 export const brief = (text: string): string => (text.length > 200 ? `${text.slice(0, 200)}...` : text);

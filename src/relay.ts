@@ -1,13 +1,19 @@
 import type { Redis } from 'ioredis';
-import { assemble, VERSION } from './assemble.ts';
+import { createClaiming } from './claim/claiming.ts';
 import type { RelayConfig } from './config.ts';
-import { succeedsWithin } from './lifecycle.ts';
+import { type Context, createContext, secondsSince } from './context.ts';
+import { createLifecycle, type Lifecycle, succeedsWithin } from './lifecycle.ts';
 import { createLogger, type Logger } from './logger.ts';
+import { createFleetReader, waitForOtherProtocols } from './operate/heartbeat.ts';
 import type { Pool } from './outbox/database.ts';
 import { waitForServers } from './preflight.ts';
+import { createPublishing } from './publish/publishing.ts';
 import { openQueues } from './queue/queues.ts';
+import { createRecovery } from './recovery/recovery.ts';
 import { openServers, type Servers } from './servers.ts';
 import { type Tracing, untraced } from './tracing/tracing.ts';
+import { VERSION } from './version.ts';
+import { createHttp } from './web/http.ts';
 
 /** What an embedding team may bring along. The relay never closes what it was given. */
 export type RelayDeps = Readonly<{
@@ -42,6 +48,87 @@ async function tracingOf(config: RelayConfig): Promise<Tracing> {
   return createTracing(VERSION, config.dlqStreamName);
 }
 
+type Running = Readonly<{
+  lifecycle: Lifecycle;
+  beginStop: () => void;
+  httpPort: () => number | undefined;
+  metrics: () => Promise<string>;
+}>;
+
+/** The parts of a relay, in the order in which they start. */
+function assemble(context: Context, http: boolean): Running {
+  const { config, servers, queues, state, heartbeat, epoch, jobEpoch, scheduler, logger } = context;
+  const publishing = createPublishing(context);
+  const recovery = createRecovery(context);
+  const claiming = createClaiming(context, recovery.maintain);
+  const workers = { publish: publishing.workers, claim: claiming.workers };
+  const { server, progress, metrics } = createHttp(context, workers);
+
+  const beat = () =>
+    heartbeat.start(() => ({
+      version: VERSION,
+      phase: state.phase,
+      upSeconds: secondsSince(context.startedAt),
+      inHand: workers.publish.inProgress(),
+      concurrency: config.concurrency,
+      tickSecondsAgo: state.tickedAt === undefined ? null : secondsSince(state.tickedAt),
+    }));
+  const waitForOthers = () =>
+    waitForOtherProtocols({
+      fleet: createFleetReader(servers.queueRedis, context.keyPrefix),
+      onWaiting(reason) {
+        state.waitsFor = reason;
+      },
+      stopped: () => state.phase === 'stopping',
+      logger,
+    });
+
+  const lifecycle = createLifecycle([
+    { name: 'HTTP server', ...(http && { start: server.start, stop: server.stop }) },
+    { name: 'queues', stop: queues.close },
+    { name: 'heartbeat', start: beat, stop: heartbeat.stop },
+    { name: 'pods of another build', start: waitForOthers },
+    {
+      name: 'epoch',
+      // Most of the time it is known at once; a long comparison, by this or another pod, is not waited for.
+      async start() {
+        epoch.start();
+        await epoch.known();
+      },
+      stop: epoch.stop,
+    },
+    {
+      name: 'epoch of the jobs',
+      ...(context.hasTwoServers && { start: jobEpoch.start, stop: jobEpoch.stop }),
+    },
+    { name: 'refill', stop: context.refiller.stop },
+    { name: 'acknowledgements', stop: context.acknowledger.drain },
+    { name: 'publish workers', start: publishing.start, stop: publishing.stop },
+    { name: 'wake-up', ...claiming.wakeup },
+    { name: 'upkeep', stop: context.upkeep.stop },
+    { name: 'claim worker', start: claiming.start, stop: claiming.stop },
+    { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
+    { name: 'progress watch', start: progress.start, stop: progress.stop },
+    { name: 'first claim', start: scheduler.wake },
+    {
+      name: 'readiness',
+      start() {
+        state.phase = 'running';
+        heartbeat.beat();
+      },
+    },
+  ]);
+
+  return {
+    lifecycle,
+    beginStop() {
+      state.phase = 'stopping';
+    },
+    httpPort: () => (http ? server.port() : undefined),
+    metrics: metrics.render,
+  };
+}
+
 const CLOSE_TIMEOUT_MS = 1_000;
 /** Of the time to stop, this much is for finishing what runs; the rest is for closing. */
 const DRAINING_SHARE = 0.8;
@@ -51,7 +138,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
   let starting: Promise<void> | undefined;
   let stopping: Promise<void> | undefined;
   let servers: Servers | undefined;
-  let running: ReturnType<typeof assemble> | undefined;
+  let running: Running | undefined;
 
   async function start(): Promise<void> {
     servers = openServers(config, deps, logger);
@@ -63,7 +150,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
     if (stopping !== undefined) return;
     const tracing = deps.tracing === false ? untraced : await tracingOf(config);
     const queues = await openQueues(queueRedis, config, logger, config.startupTimeoutMs);
-    running = assemble(config, servers, queues, logger, deps.http !== false, tracing);
+    running = assemble(createContext(config, servers, queues, tracing, logger), deps.http !== false);
     await running.lifecycle.start();
   }
 

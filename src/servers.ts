@@ -6,11 +6,11 @@ import type { Pool } from './outbox/database.ts';
 import { distrustful } from './outbox/distrust.ts';
 import { createPool } from './outbox/pool.ts';
 import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION } from './queue/queues.ts';
-import { WORKER_CONNECTION } from './queue/worker.ts';
+import { WORKER_CONNECTION } from './queue/workers.ts';
 import { isCluster, type RedisPlace, streamPlace } from './redis-places.ts';
 import { redisNodes, redisOptions, sentinelOptions } from './redis-urls.ts';
 import { inCluster } from './slot-connector.ts';
-import { APPEND_CONNECTION } from './stream/append.ts';
+import { APPEND_CONNECTION } from './streams/append.ts';
 import { slotOf } from './topics.ts';
 
 /** Every connection of a pod: what it is for, and how long it is waited for. */
@@ -96,9 +96,9 @@ export function openServers(
   const connections: Redis[] = [];
   const connect = (role: string, options: RedisOptions, place: RelayConfig = config): Redis => {
     const all: RedisOptions = {
+      socketTimeout: ANSWER_TIMEOUT_MS,
       ...options,
       lazyConnect: false,
-      socketTimeout: ANSWER_TIMEOUT_MS,
       connectTimeout: CONNECT_TIMEOUT_MS,
       connectionName: `relay-${role}`,
       retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),

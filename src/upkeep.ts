@@ -1,4 +1,3 @@
-import { streamOptionsOf } from './comparison.ts';
 import type { RelayConfig } from './config.ts';
 import { type Chore, createChore } from './lifecycle.ts';
 import type { Logger } from './logger.ts';
@@ -7,8 +6,9 @@ import type { Pool } from './outbox/database.ts';
 import { createPruner } from './outbox/prune.ts';
 import type { Schedule } from './queue/scheduler.ts';
 import type { Servers } from './servers.ts';
-import { isComparing } from './stream/epoch.ts';
-import { createTrimmer } from './stream/trim.ts';
+import { isComparing } from './streams/epoch.ts';
+import { createTrimmer } from './streams/trim.ts';
+import { streamOptionsOf } from './streams-config.ts';
 
 /**
  * What no event waits for: old rows are deleted, streams trimmed. Each has a schedule of its own in the claim queue.
@@ -36,6 +36,18 @@ export const createRetentionOf = (
     resyncWindowMs: config.resyncWindowMs,
   });
 
+/** The schedules that this configuration asks for, and those that an earlier one may have left behind. */
+export function schedulesOf(config: RelayConfig): { schedules: Schedule[]; retired: string[] } {
+  const schedules = [
+    ...(config.streamTrim === 'acknowledged'
+      ? [{ name: TRIM, everyMs: Math.min(TRIM_EVERY_MS, config.pollIntervalMs) }]
+      : []),
+    ...(config.publishedRetentionMs > 0 ? [{ name: PRUNE, everyMs: PRUNE_EVERY_MS }] : []),
+  ];
+  const retired = [PRUNE, TRIM].filter((name) => !schedules.some((it) => it.name === name));
+  return { schedules, retired };
+}
+
 export function createUpkeep(deps: {
   config: RelayConfig;
   servers: Servers;
@@ -44,7 +56,7 @@ export function createUpkeep(deps: {
   logger: Logger;
 }) {
   const { config, servers, logger } = deps;
-  const chores = new Map<string, Chore & { everyMs: number }>();
+  const chores = new Map<string, Chore>();
 
   const trimmer = createTrimmer(servers.appendRedis, {
     streamMaxLen: config.streamMaxLen,
@@ -54,7 +66,7 @@ export function createUpkeep(deps: {
     logger,
   });
   if (config.streamTrim === 'acknowledged') {
-    add(TRIM, Math.min(TRIM_EVERY_MS, config.pollIntervalMs), async (goesOn) => {
+    add(TRIM, async (goesOn) => {
       const trimmed = await trimmer.run(goesOn);
       if (trimmed > 0)
         logger.debug({ entries: trimmed }, 'trimmed what every consumer group has acknowledged');
@@ -62,25 +74,22 @@ export function createUpkeep(deps: {
   }
   if (config.publishedRetentionMs > 0) {
     const retention = createRetentionOf(config, servers.pool, servers.streamRedis, deps.statementTimeoutMs);
-    add(PRUNE, PRUNE_EVERY_MS, async (goesOn) => {
+    add(PRUNE, async (goesOn) => {
       const rows = await retention.run(config.publishedRetentionMs, goesOn);
       if (rows > 0) logger.info({ rows }, 'deleted old published rows');
     });
   }
 
-  function add(name: string, everyMs: number, run: (goesOn: () => boolean) => Promise<void>): void {
+  function add(name: string, run: (goesOn: () => boolean) => Promise<void>): void {
     const chore = createChore((goesOn) =>
       run(goesOn).catch((error) =>
         logger.warn({ err: error, duty: name }, 'a duty beside the claims failed; it is tried again'),
       ),
     );
-    chores.set(name, { ...chore, everyMs });
+    chores.set(name, chore);
   }
 
   return {
-    schedules: [...chores].map(([name, { everyMs }]): Schedule => ({ name, everyMs })),
-    /** Schedules that this configuration does without. */
-    retired: [PRUNE, TRIM].filter((name) => !chores.has(name)),
     /** Starts the work of that name; false when there is none. */
     kick(name: string): boolean {
       const chore = chores.get(name);

@@ -1,5 +1,4 @@
 import type { Command } from 'commander';
-import { VERSION } from '../assemble.ts';
 import { ConfigError, describeVariables, openBoard, type RelayConfig } from '../config.ts';
 import { dashboardOf } from '../dashboard.ts';
 import { succeedsWithin } from '../lifecycle.ts';
@@ -8,6 +7,7 @@ import { createBacklog } from '../outbox/backlog.ts';
 import { inspectRedis, waitForServers } from '../preflight.ts';
 import { openQueues, type Queues } from '../queue/queues.ts';
 import { openServers } from '../servers.ts';
+import { VERSION } from '../version.ts';
 import { createHealth } from '../web/health.ts';
 import { createWebServer, type WebServer } from '../web/server.ts';
 import { EXIT, signalled, warnOfUnknownVariables, withConfig } from './command.ts';

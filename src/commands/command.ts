@@ -7,7 +7,7 @@ import type { Pool } from '../outbox/database.ts';
 import { createPool } from '../outbox/pool.ts';
 import { waitForServers } from '../preflight.ts';
 import { openBoth } from '../servers.ts';
-import { APPEND_CONNECTION } from '../stream/append.ts';
+import { APPEND_CONNECTION } from '../streams/append.ts';
 
 /** What all commands share: configuration, connections, options, exit codes. */
 

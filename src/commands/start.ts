@@ -1,11 +1,11 @@
 import { setFlagsFromString } from 'node:v8';
 import type { Command } from 'commander';
-import { VERSION } from '../assemble.ts';
 import { describeVariables, type RelayConfig } from '../config.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { createLogger, type Logger } from '../logger.ts';
 import { createRelay } from '../relay.ts';
 import { tracesWanted } from '../tracing/tracing.ts';
+import { VERSION } from '../version.ts';
 import { fail, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
 
 /**

@@ -11,8 +11,8 @@ import { createBacklog } from '../outbox/backlog.ts';
 import { createPool } from '../outbox/pool.ts';
 import { createQueues } from '../queue/queues.ts';
 import { openBoth } from '../servers.ts';
-import { APPEND_CONNECTION } from '../stream/append.ts';
-import { createStreamInspector } from '../stream/inspect.ts';
+import { APPEND_CONNECTION } from '../streams/append.ts';
+import { createStreamInspector } from '../streams/inspect.ts';
 import { EXIT, print, withConfig } from './command.ts';
 
 type StatusOptions = Readonly<{ json?: boolean; watch?: number | true }>;

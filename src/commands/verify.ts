@@ -1,11 +1,15 @@
 import { SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
-import { createComparison, streamOptionsOf } from '../comparison.ts';
 import type { RelayConfig } from '../config.ts';
-import { createReceipts } from '../outbox/receipts.ts';
-import { createRestorer, notesOf } from '../stream/restore.ts';
-import { type Found, totals } from '../triage/resync.ts';
-import { barOptions } from './act.ts';
+import { createOutbox } from '../outbox/outbox.ts';
+import type { FinalizedRow } from '../outbox/published.ts';
+import { createQueues } from '../queue/queues.ts';
+import { createScheduler } from '../queue/scheduler.ts';
+import { createCompare, type Found, totals } from '../recovery/lost-data.ts';
+import { endEpoch } from '../streams/epoch.ts';
+import { createLookup } from '../streams/lookup.ts';
+import { streamOptionsOf } from '../streams-config.ts';
+import { barOptions, untilInterrupted } from './act.ts';
 import { EXIT, print, time, when, withConfig, withServers } from './command.ts';
 
 type VerifyOptions = Readonly<{
@@ -14,13 +18,17 @@ type VerifyOptions = Readonly<{
   until?: Date;
   /** Only this stream. */
   topic?: string;
-  /** Append again what is missing. */
+  /** Have published again what is missing. */
   repair?: boolean;
   json?: boolean;
 }>;
 
-/** Held by the epoch's key where no relay has been yet: the first one compares by itself. */
-const NO_EPOCH = 'checking:verify';
+/** Rows whose entries are missing are held until so many have come; then they change their state together. */
+const HELD_ROWS = 20_000;
+/** Rows in one step of the repair. */
+const STEP_ROWS = 1_000;
+/** Another process that compares table and streams is waited for so long. */
+const EPOCH_TIMEOUT_MS = 60_000;
 
 export function addVerify(program: Command): void {
   program
@@ -33,7 +41,7 @@ export function addVerify(program: Command): void {
     )
     .option('--until <time>', 'up to then (default: now)', time)
     .option('--topic <stream>', 'only this stream')
-    .option('--repair', 'append again what is missing, in order; entries that were trimmed are not')
+    .option('--repair', 'have the relay publish again what is missing, in order; not what was trimmed')
     .option('--json', 'print the result as JSON')
     .addHelpText('after', '\nExits 0 if nothing is missing (any more), else 1.')
     .action((options: VerifyOptions) =>
@@ -42,74 +50,146 @@ export function addVerify(program: Command): void {
 }
 
 /**
- * Compares what the table says is published, or dead, with what is in the streams; with `repair` appends again what is
- * missing. Prints a line for each stream.
- * @returns whether nothing is missing, any more
+ * Compares what the table says is published, or dead, with what is in the streams; with `repair` makes unpublished what
+ * is missing, so that the relay publishes it again. Prints a line for each stream.
+ * @returns whether nothing is missing, or all of it is to be published again
  * @throws {NotReadyError} when a server cannot be reached
  */
 const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =>
-  withServers(config, 'relay-verify', async ({ pool, streamRedis: redis, logger }) => {
-    const receipts = createReceipts(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
-    const streamOptions = streamOptionsOf(config);
-    const compare = createComparison(
-      createRestorer(redis, streamOptions),
-      receipts,
-      config.dlqStreamName,
-      logger,
-    );
+  withServers(config, 'relay-verify', async ({ pool, redis: queueRedis, streamRedis: redis, logger }) => {
+    const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+    const { epochKey, dlqStreamName } = streamOptionsOf(config);
+    const lookup = createLookup(redis, { epochKey, dlqStreamName });
+    const compare = createCompare({ published: outbox, lookup, dlqStreamName });
     const since =
       typeof options.since === 'number'
-        ? await receipts.comparedFrom(options.since, null)
+        ? await outbox.comparedFrom(options.since, null)
         : options.since.toISOString();
-    const until = options.until?.toISOString() ?? (await receipts.time());
-    if (options.repair) await redis.set(streamOptions.epochKey, NO_EPOCH, 'NX');
-    const guard = options.repair ? await redis.get(streamOptions.epochKey) : null;
+    const until = options.until?.toISOString() ?? (await outbox.databaseTime());
+
+    /**
+     * The pods append nothing meanwhile, so this is short: what was missing is looked for once more. In the order of
+     * the entries, so that an interruption leaves the later ones missing.
+     */
+    const repair = async (rows: readonly FinalizedRow[]): Promise<number> => {
+      let unpublished = 0;
+      const recover = async () => {
+        await outbox.epochsEnded();
+        for (let i = 0; i < rows.length; i += STEP_ROWS) {
+          for (const [stream, some] of byStream(rows.slice(i, i + STEP_ROWS), dlqStreamName)) {
+            const { lost } = await lookup.absent(stream, some, true);
+            if (lost.length > 0) unpublished += await outbox.unpublish(lost);
+          }
+        }
+        await outbox.expireAllLeases();
+      };
+      await endEpoch({
+        ...{ redis, key: epochKey, databaseTime: outbox.databaseTime, recover, timeoutMs: EPOCH_TIMEOUT_MS },
+      });
+      return unpublished;
+    };
 
     const bar = progressBar(since, until);
-    const found = await compare({
-      since,
-      until,
-      ...(options.topic !== undefined && { stream: options.topic }),
-      ...(guard !== null && { guard }),
-      onProgress: (at, sofar) => bar.update(at, totals(sofar)),
+    const held: FinalizedRow[] = [];
+    let unpublished = 0;
+    const repairHeld = async () => {
+      if (held.length > 0) unpublished += await repair(held.splice(0));
+    };
+    const { result: found, interrupted } = await untilInterrupted(async (stopped) => {
+      const comparison = await compare({
+        ...{ since, until, stopped },
+        ...(options.topic !== undefined && { stream: options.topic }),
+        ...(options.repair && {
+          async onLost(rows) {
+            held.push(...rows);
+            if (held.length >= HELD_ROWS) await repairHeld();
+            return 0;
+          },
+        }),
+        onProgress: (at, sofar) => bar.update(at, { ...totals(sofar), unpublished }),
+      });
+      await repairHeld();
+      return comparison;
     }).finally(() => bar.stop());
-    if (guard !== null) await redis.del(notesOf(streamOptions.epochKey));
+    if (unpublished > 0) await wakeRelay(config, queueRedis, logger);
 
-    const all = totals(found);
-    if (options.json) print(JSON.stringify({ since, until, streams: Object.fromEntries(found), total: all }));
-    else report(found, since, until, options.repair === true);
-    return all.lost === all.restored && all.refused === 0;
+    const all = { ...totals(found), unpublished };
+    if (options.json) {
+      const streams = Object.fromEntries(
+        [...found].map(([stream, { unpublished: _, ...counts }]) => [stream, counts]),
+      );
+      print(JSON.stringify({ since, until, streams, total: all, interrupted }));
+    } else report(found, all, since, until, options.repair === true);
+    if (interrupted && !options.json) print('Interrupted: the rest of the time was not compared.');
+    return !interrupted && all.lost === unpublished && all.unreadable === 0;
   });
+
+function byStream(rows: readonly FinalizedRow[], dlqStreamName: string): Map<string, FinalizedRow[]> {
+  const streams = new Map<string, FinalizedRow[]>();
+  for (const row of rows) {
+    const stream = row.topic ?? dlqStreamName;
+    const some = streams.get(stream);
+    if (some) some.push(row);
+    else streams.set(stream, [row]);
+  }
+  return streams;
+}
+
+/** The next tick would claim the rows as well. */
+async function wakeRelay(...[config, redis, logger]: Parameters<typeof createWaker>): Promise<void> {
+  const { queues, scheduler } = createWaker(config, redis, logger);
+  await scheduler.wake();
+  await queues.close();
+}
+
+function createWaker(
+  config: RelayConfig,
+  redis: Parameters<typeof createQueues>[0],
+  logger: Parameters<typeof createScheduler>[0]['logger'],
+) {
+  const queues = createQueues(redis, config, logger);
+  const { pollIntervalMs } = config;
+  return { queues, scheduler: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }) };
+}
 
 /** Advances by the time of the rows. */
 function progressBar(since: string, until: string) {
   const [from, to] = [Date.parse(since), Date.parse(until)];
   const bar = new SingleBar(
     ...barOptions(
-      ' {percentage}% | {bar} | {rows} rows, {lost} missing, {restored} restored | {eta_formatted} left',
+      ' {percentage}% | {bar} | {rows} rows, {lost} missing, {unpublished} to be published again | {eta_formatted} left',
     ),
   );
-  bar.start(Math.max(1, to - from), 0, { rows: 0, lost: 0, restored: 0 });
+  bar.start(Math.max(1, to - from), 0, { rows: 0, lost: 0, unpublished: 0 });
   return {
-    update: (at: string, { rows, lost, restored }: Found) =>
-      bar.update(Math.max(0, Date.parse(at) - from), { rows, lost, restored }),
+    update: (at: string, { rows, lost, unpublished }: Found) =>
+      bar.update(Math.max(0, Date.parse(at) - from), { rows, lost, unpublished }),
     stop: () => bar.stop(),
   };
 }
 
-function report(found: ReadonlyMap<string, Found>, since: string, until: string, repair: boolean): void {
-  const columns = ['rows', 'there', 'trimmed', 'missing', 'restored', 'refused', 'stream'];
+function report(
+  found: ReadonlyMap<string, Found>,
+  { rows, lost, unpublished, unreadable }: Found,
+  since: string,
+  until: string,
+  repair: boolean,
+): void {
+  const columns = ['rows', 'there', 'trimmed', 'missing', 'unreadable', 'stream'];
   const line = (cells: readonly (string | number)[]) =>
-    print(cells.map((cell, i) => (i < 6 ? String(cell).padStart(9) : `  ${cell}`)).join(''));
+    print(cells.map((cell, i) => (i < 5 ? String(cell).padStart(10) : `  ${cell}`)).join(''));
   print(`Rows published or given up from ${since} to ${until}:`);
   line(columns);
-  for (const [stream, { rows, lost, trimmed, restored, refused }] of found) {
-    const unreadable = lost === 0 ? refused : 0;
-    line([rows, rows - lost - trimmed - unreadable, trimmed, lost, restored, refused, stream]);
+  for (const [stream, it] of found) {
+    const there = it.rows - it.lost - it.trimmed - it.unreadable;
+    line([it.rows, there, it.trimmed, it.lost, it.unreadable, stream]);
   }
-  const { rows, lost, restored, refused } = totals(found);
-  if (rows === 0) print('No row has a receipt in this time.');
-  else if (lost === 0 && refused === 0) print('Nothing is missing.');
-  else if (!repair) print(`${lost} entries are missing: "relay verify --repair" appends them again.`);
-  else print(`${restored} of ${lost} missing entries were appended again; ${refused} were refused.`);
+  if (rows === 0) print('No row has an entry id in this time.');
+  else if (lost === 0 && unreadable === 0) print('Nothing is missing.');
+  else if (!repair) print(`${lost} entries are missing: "relay verify --repair" has them published again.`);
+  else print(`${unpublished} of ${lost} missing entries are published again, in order, by the relay.`);
+  if (unreadable > 0)
+    print(
+      `Of ${unreadable} rows nothing can be said: the keys of their streams hold something else, or may not be read.`,
+    );
 }

@@ -1,3 +1,4 @@
+import type { RemoveJobs } from '../finalize/job-removal.ts';
 import { errorText, type Logger } from '../logger.ts';
 import type {
   AggregatePlace,
@@ -7,8 +8,11 @@ import type {
   DeadRows,
   LockedRow,
 } from '../outbox/dead-rows.ts';
+import type { Outbox } from '../outbox/outbox.ts';
 import type { Queues } from '../queue/queues.ts';
-import type { DeadEntries, DeadEntry } from '../stream/dead-entries.ts';
+import type { Scheduler } from '../queue/scheduler.ts';
+import type { DeadEntries, DeadEntry } from '../streams/dead-entries.ts';
+import type { Lookup } from '../streams/lookup.ts';
 import { fromCursor, toCursor } from './cursor.ts';
 import { createInspection, isUuid } from './inspection.ts';
 
@@ -73,20 +77,14 @@ const UNCLEAR = 'its job is being worked on, or has appended it: try again, or r
 export function createDeadLetters(deps: {
   rows: DeadRows;
   entries: DeadEntries;
-  jobs: Pick<Queues, 'takeAway' | 'remove' | 'view'>;
-  /** Field of a job's hash in which its append is remembered. */
-  memory: string;
-  /** Those of the events that are among the latest entries of that stream. */
-  inStream: (stream: string, eventIds: readonly string[]) => Promise<ReadonlyMap<string, unknown>>;
-  /** Lets the aggregates go on, where nothing holds them any more. */
-  release: (
-    aggregates: readonly Readonly<{ aggregateType: string; aggregateId: string }>[],
-  ) => Promise<unknown>;
-  /** Asks for a claim. Never throws. */
-  wake: () => Promise<void>;
+  queues: Pick<Queues, 'view'>;
+  removeJobs: RemoveJobs;
+  lookup: Pick<Lookup, 'find'>;
+  outbox: Pick<Outbox, 'refill'>;
+  scheduler: Pick<Scheduler, 'wake'>;
   logger: Logger;
 }) {
-  const { rows, entries, jobs, memory, logger } = deps;
+  const { rows, entries, removeJobs, scheduler, logger } = deps;
   const inspection = createInspection(deps);
 
   /** What comes after a commit: it is done, whatever becomes of this. */
@@ -114,23 +112,22 @@ export function createDeadLetters(deps: {
   /** One transaction: dead rows become fresh, in the order of their aggregates. Answers how many did. */
   async function replayRows(batch: readonly DeadRow[]): Promise<number> {
     const entryIds = await entries.idsOf(eventIdsOf(batch));
-    const { locked, closed, appended } = await rows.transaction(async (tx) => {
+    const { locked, closed } = await rows.transaction(async (tx) => {
       const held = await rows.lock(tx, idsOf(batch));
-      if (held.length === 0) return { locked: held, closed: [], appended: [] };
-      const unclear = await jobs.takeAway(eventIdsOf(held), memory);
-      const clear = held.filter((row) => !unclear.has(row.eventId));
-      const asked = held.filter((row) => unclear.has(row.eventId));
-      await rows.revive(tx, idsOf(held), idsOf(asked));
+      if (held.length === 0) return { locked: held, closed: [] };
+      // The rows of jobs that were left expire: the lease reaper asks what became of these.
+      const left = await removeJobs(held);
+      await rows.revive(tx, idsOf(held), idsOf(held.filter((row) => left.has(row.eventId))));
       return {
         locked: held,
-        closed: closedBy(clear, entryIds),
-        appended: eventIdsOf(asked.filter((row) => unclear.get(row.eventId) === 'appended')),
+        closed: closedBy(
+          held.filter((row) => !left.has(row.eventId)),
+          entryIds,
+        ),
       };
     });
-    // Its failed job would have it dead again. Without one, it is looked for in its stream.
-    for (const eventId of appended) await afterwards(() => jobs.remove(eventId));
     await afterwards(() => entries.remove(closed));
-    if (locked.length > 0) await deps.wake();
+    if (locked.length > 0) await scheduler.wake();
     return locked.length;
   }
 
@@ -144,16 +141,16 @@ export function createDeadLetters(deps: {
     const entryIds = await entries.idsOf(eventIdsOf(batch));
     const { gone, closed } = await rows.transaction(async (tx) => {
       const held = await rows.lock(tx, idsOf(batch));
-      const unclear = await jobs.takeAway(eventIdsOf(held), memory);
-      const clear = held.filter((row) => !unclear.has(row.eventId));
-      for (const eventId of unclear.keys()) refuse(eventId, UNCLEAR);
+      const left = await removeJobs(held);
+      const clear = held.filter((row) => !left.has(row.eventId));
+      for (const eventId of left.keys()) refuse(eventId, UNCLEAR);
       await rows.discard(tx, idsOf(clear), reason, by);
       return { gone: clear, closed: closedBy(clear, entryIds) };
     });
     await afterwards(() => entries.remove(closed));
     if (gone.length > 0) {
-      await afterwards(() => deps.release(gone));
-      await deps.wake();
+      await afterwards(() => deps.outbox.refill(gone));
+      await scheduler.wake();
     }
     return gone.length;
   }
@@ -176,7 +173,7 @@ export function createDeadLetters(deps: {
     // Somebody may have replayed it by other roads, and its row was pruned after that.
     if (isInStream) return no('it is in its stream already');
     // Its failed job, which the row did not take along, would swallow the new one.
-    if ((await jobs.takeAway([eventId], memory)).size > 0) return no(UNCLEAR);
+    if ((await removeJobs([entry])).size > 0) return no(UNCLEAR);
     try {
       if (!(await rows.insert(entry))) return no('it has a row by now');
     } catch (error) {
@@ -192,7 +189,7 @@ export function createDeadLetters(deps: {
     const there = new Set<string>();
     for (const topic of new Set(batch.map((entry) => entry.topic))) {
       const ofTopic = batch.filter((entry) => entry.topic === topic);
-      for (const eventId of (await deps.inStream(topic, eventIdsOf(ofTopic))).keys()) there.add(eventId);
+      for (const eventId of (await deps.lookup.find(topic, eventIdsOf(ofTopic))).keys()) there.add(eventId);
     }
     let done = 0;
     for (const entry of batch) {
@@ -331,7 +328,7 @@ export function createDeadLetters(deps: {
       const result = await through(selection, options, { rows: replayRows, entries: replayEntries });
       const { done, refused, next } = result;
       if (!options.dryRun) {
-        if (done > 0) await deps.wake();
+        if (done > 0) await scheduler.wake();
         logger.info(
           { by: options.by, events: done, refused, more: next !== null },
           'dead letters were replayed',

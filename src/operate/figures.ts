@@ -4,7 +4,7 @@ import { withDeadline } from '../lifecycle.ts';
 import { errorText } from '../logger.ts';
 import type { Backlog } from '../outbox/backlog.ts';
 import type { QueueFigures } from '../queue/queues.ts';
-import type { StreamFigures } from '../stream/inspect.ts';
+import type { StreamFigures } from '../streams/inspect.ts';
 import type { Fleet } from './heartbeat.ts';
 
 /**

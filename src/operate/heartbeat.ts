@@ -7,6 +7,11 @@ export type PodFacts = Readonly<{
   /** Host name and process id. */
   pod: string;
   version: string;
+  /**
+   * Pods of one number may work at the same time. Absent from builds before 2, which know no gate: they append without
+   * asking for what comes before.
+   */
+  protocol?: number;
   phase: 'starting' | 'running' | 'stopping';
   upSeconds: number;
   /** Publish jobs that it works on, of at most `concurrency`. */
@@ -26,6 +31,9 @@ export type Fleet = Readonly<{
   /** Clock of Redis, ms since the epoch. */
   redisTime: number;
 }>;
+
+/** Raised by a build whose pods must not work beside those of the build before. */
+export const PROTOCOL = 2;
 
 const INTERVAL_MS = 5_000;
 /** A pod that has missed two beats is likely to be gone. */
@@ -88,8 +96,45 @@ export function createFleetReader(redis: Redis, prefix: string): () => Promise<F
   };
 }
 
+/** Between two looks at pods of another protocol. */
+const OTHERS_RETRY_MS = 500;
+
+/**
+ * Waits until no pod of another protocol is heard of any more.
+ * @param onWaiting told why, each time; undefined when there is none
+ */
+export async function waitForOtherProtocols(deps: {
+  fleet: () => Promise<Fleet>;
+  onWaiting: (reason: string | undefined) => void;
+  stopped: () => boolean;
+  logger: Logger;
+}): Promise<void> {
+  let isReported = false;
+  while (!deps.stopped()) {
+    try {
+      const { pods } = await deps.fleet();
+      const others = pods.filter(
+        (it) => it.protocol !== PROTOCOL && it.heardSecondsAgo < SILENT_AFTER_SECONDS,
+      );
+      if (others.length === 0) break;
+      const names = others.map((it) => `${it.pod} (version ${it.version})`).join(', ');
+      deps.onWaiting(`pods of another build are at work, beside which this one must not be: ${names}`);
+      if (!isReported)
+        deps.logger.warn(
+          { pods: others.map((it) => it.pod) },
+          'pods of another build are at work; this one waits until they have ended: stop the old ones first',
+        );
+      isReported = true;
+    } catch (error) {
+      deps.logger.debug({ err: error }, 'cannot read the heartbeats of other pods');
+    }
+    await new Promise((resolve) => setTimeout(resolve, OTHERS_RETRY_MS));
+  }
+  deps.onWaiting(undefined);
+}
+
 export type Heartbeat = Readonly<{
-  start(): void;
+  start(facts: () => Omit<PodFacts, 'pod' | 'protocol'>): void;
   stop(): Promise<void>;
   /** Tells it now as well; for news. */
   beat(): void;
@@ -101,18 +146,14 @@ export type Heartbeat = Readonly<{
  * Tells Redis every 5 s that this pod is there: who may not ask for the list of connections (CLIENT LIST is a
  * dangerous command) still knows the pods, and which streams there are.
  */
-export function createHeartbeat(deps: {
-  redis: Redis;
-  prefix: string;
-  facts: () => Omit<PodFacts, 'pod'>;
-  logger: Logger;
-}): Heartbeat {
+export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Logger }): Heartbeat {
   const { redis, logger } = deps;
   redis.defineCommand('beat', { numberOfKeys: 2, lua: BEAT });
   const keys = keysOf(deps.prefix);
   // An embedding process may run several relays.
   const pod = `${hostname()}/${process.pid}${instances++ === 0 ? '' : `/${instances}`}`;
   const streams = new Set<string>();
+  let facts: (() => Omit<PodFacts, 'pod' | 'protocol'>) | undefined;
   let stopped = true;
   let timer: NodeJS.Timeout | undefined;
   let beating: Promise<void> = Promise.resolve();
@@ -120,9 +161,9 @@ export function createHeartbeat(deps: {
   async function beat(): Promise<void> {
     const noted = [...streams];
     streams.clear();
-    const facts = JSON.stringify({ pod, ...deps.facts() });
+    const told = JSON.stringify({ pod, protocol: PROTOCOL, ...facts?.() });
     try {
-      await redis.beat(...keys, Date.now(), pod, facts, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...noted);
+      await redis.beat(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...noted);
     } catch (error) {
       // Redis is away, of which others tell.
       for (const stream of noted) note(stream);
@@ -141,9 +182,10 @@ export function createHeartbeat(deps: {
   }
 
   return {
-    start() {
+    start(whatToTell) {
       if (!stopped) return;
       stopped = false;
+      facts = whatToTell;
       beatAgain();
     },
     async stop() {

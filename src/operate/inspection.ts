@@ -7,7 +7,7 @@ import type {
   RowState,
 } from '../outbox/dead-rows.ts';
 import type { JobView, Queues } from '../queue/queues.ts';
-import type { DeadEntries, DeadEntry } from '../stream/dead-entries.ts';
+import type { DeadEntries, DeadEntry } from '../streams/dead-entries.ts';
 import { fromCursor, toCursor } from './cursor.ts';
 
 /** Dead letters, looked at: rows where they are there, entries of the dead-letter stream where they are gone. */
@@ -38,8 +38,12 @@ export type DeadLetterDetails = Readonly<{
 }>;
 
 /** Reads alone; changes nothing. */
-export function createInspection(deps: { rows: DeadRows; entries: DeadEntries; jobs: Pick<Queues, 'view'> }) {
-  const { rows, entries, jobs } = deps;
+export function createInspection(deps: {
+  rows: DeadRows;
+  entries: DeadEntries;
+  queues: Pick<Queues, 'view'>;
+}) {
+  const { rows, entries, queues } = deps;
 
   async function list(
     filter: DeadLetterFilter,
@@ -101,7 +105,7 @@ export function createInspection(deps: { rows: DeadRows; entries: DeadEntries; j
   async function show(eventId: string): Promise<DeadLetterDetails | null> {
     const [row, job, entry] = await Promise.all([
       rows.details(eventId),
-      jobs.view(eventId),
+      queues.view(eventId),
       entries.read(eventId),
     ]);
     const dlqEntryId = entry?.entryId ?? null;

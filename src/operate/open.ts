@@ -1,35 +1,20 @@
 import type { Redis } from 'ioredis';
-import { streamOptionsOf } from '../comparison.ts';
 import type { RelayConfig } from '../config.ts';
+import { createJobRemoval } from '../finalize/job-removal.ts';
 import type { Logger } from '../logger.ts';
 import type { Pool } from '../outbox/database.ts';
 import { createDeadRows } from '../outbox/dead-rows.ts';
 import { createOutbox } from '../outbox/outbox.ts';
-import { createReceipts } from '../outbox/receipts.ts';
+import { createPublished } from '../outbox/published.ts';
 import { createQueues, type Queues } from '../queue/queues.ts';
 import { createScheduler } from '../queue/scheduler.ts';
-import { ENTRY } from '../stream/append.ts';
-import { createDeadEntries } from '../stream/dead-entries.ts';
-import { createRepublisher } from '../stream/republish.ts';
-import { createRestorer } from '../stream/restore.ts';
+import { createDeadEntries } from '../streams/dead-entries.ts';
+import { createLookup } from '../streams/lookup.ts';
+import { createMemory } from '../streams/memory.ts';
+import { createRepublisher } from '../streams/republish.ts';
+import { streamOptionsOf } from '../streams-config.ts';
 import { createDeadLetters, type DeadLetters } from './dead-letters.ts';
 import { createRepublish, type Republish } from './republish.ts';
-
-/** Takes failed jobs away, but for those whose append is remembered: by the jobs themselves, or beside the streams. */
-function takingAway(
-  queues: Queues,
-  streamRedis: Redis,
-  markerKey: ((eventId: string) => string) | undefined,
-): Queues['takeAway'] {
-  if (markerKey === undefined) return queues.takeAway;
-  return async (eventIds, memory) => {
-    const marked = await Promise.all(eventIds.map((eventId) => streamRedis.exists(markerKey(eventId))));
-    const unmarked = eventIds.filter((_, i) => marked[i] === 0);
-    const appended = eventIds.filter((_, i) => marked[i] === 1);
-    const unclear = await queues.takeAway(unmarked, memory);
-    return new Map([...unclear, ...appended.map((eventId) => [eventId, 'appended'] as const)]);
-  };
-}
 
 export type Operations = Readonly<{
   deadLetters: DeadLetters;
@@ -50,22 +35,25 @@ export function openOperations(
   const { pool, redis, streamRedis, logger } = servers;
   const options = { ...config, statementTimeoutMs: config.publishTimeoutMs };
   const streamOptions = streamOptionsOf(config);
-  const restorer = createRestorer(streamRedis, streamOptions);
+  const lookup = createLookup(streamRedis, streamOptions);
   const queues = servers.queues ?? createQueues(redis, config, logger);
   const { pollIntervalMs } = config;
   return {
     deadLetters: createDeadLetters({
       rows: createDeadRows(pool, options),
-      entries: createDeadEntries(streamRedis, config.dlqStreamName, restorer.findAll),
-      jobs: { ...queues, takeAway: takingAway(queues, streamRedis, streamOptions.markerKey) },
-      memory: ENTRY,
-      inStream: restorer.find,
-      release: createOutbox(pool, options).releaseOrphans,
-      wake: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }).wake,
+      entries: createDeadEntries(streamRedis, config.dlqStreamName, lookup.findAll),
+      queues,
+      removeJobs: createJobRemoval({
+        queues,
+        memory: createMemory(streamRedis, streamOptions, streamRedis !== redis),
+      }),
+      lookup,
+      outbox: createOutbox(pool, options),
+      scheduler: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }),
       logger,
     }),
     republish: createRepublish({
-      receipts: createReceipts(pool, options),
+      published: createPublished(pool, options),
       republisher: createRepublisher(streamRedis, streamOptions),
       logger,
     }),

@@ -1,13 +1,12 @@
 import { inSteps, type OutboxEvent } from '../event.ts';
 import { errorText, type Logger } from '../logger.ts';
-import type { PublishedFilter, PublishedRow, Receipts, SettledPlace } from '../outbox/receipts.ts';
-import type { Republisher } from '../stream/republish.ts';
-import { NotOurEpochError } from '../stream/restore.ts';
+import type { FinalizedPlace, Published, PublishedFilter, PublishedRow } from '../outbox/published.ts';
+import { NotOurEpochError, type Republisher } from '../streams/republish.ts';
 import { fromCursor, toCursor } from './cursor.ts';
 
 /**
  * Appending once more what was published before, for a consumer that is new, or was broken. The entries are marked
- * with `replayed_at`; rows and receipts stay as they are.
+ * with `replayed_at`; rows stay as they are.
  */
 
 export type RepublishRange = Readonly<{
@@ -67,7 +66,7 @@ type Row = PublishedRow & Readonly<{ turn: number }>;
 const PAGE_ROWS = 1_000;
 /**
  * Rows held, to be appended in the order of their entries: they come by the time of their acknowledgement, which may
- * be after that of a successor. See resync.ts.
+ * be after that of a successor.
  */
 const HELD_ROWS = 5_000;
 /** Events read at once: not too many, nor too many stored bytes. */
@@ -78,11 +77,11 @@ const EPOCH_TIMEOUT_MS = 15_000;
 export type Republish = ReturnType<typeof createRepublish>;
 
 export function createRepublish(deps: {
-  receipts: Pick<Receipts, 'published' | 'events'>;
+  published: Pick<Published, 'publishedRows' | 'finalizedEvents'>;
   republisher: Republisher;
   logger: Logger;
 }) {
-  const { receipts, republisher, logger } = deps;
+  const { published, republisher, logger } = deps;
 
   /** Appends, in whichever epoch it is; a comparison of table and streams is waited for. */
   function createAppend(replayedAt: Date) {
@@ -114,10 +113,10 @@ export function createRepublish(deps: {
       let after =
         options.after === undefined
           ? { settledAt: since, id: '-1' }
-          : fromCursor<SettledPlace>(options.after, ['settledAt', 'id']);
+          : fromCursor<FinalizedPlace>(options.after, ['settledAt', 'id']);
       for (let left = limit; ; ) {
         const size = Math.min(PAGE_ROWS, left);
-        const page = await receipts.published(filter, after, until, size);
+        const page = await published.publishedRows(filter, after, until, size);
         for (const { topic } of page) streams.set(topic, (streams.get(topic) ?? 0) + 1);
         const last = page.at(-1);
         if (last === undefined || page.length < size) return { streams, next: null };
@@ -156,10 +155,10 @@ export function createRepublish(deps: {
       const work = async (): Promise<RepublishResult> => {
         let turn = 0;
         let held: Row[] = [];
-        let read: SettledPlace = { settledAt: began.settledAt, id: began.id };
+        let read: FinalizedPlace = { settledAt: began.settledAt, id: began.id };
         let mark: Mark = { settledUs: began.lateUs, id: began.lateId };
         for (;;) {
-          const page = await receipts.published(filter, read, until, PAGE_ROWS);
+          const page = await published.publishedRows(filter, read, until, PAGE_ROWS);
           const isLast = page.length < PAGE_ROWS;
           const last = page.at(-1);
           if (last !== undefined) read = { settledAt: last.settledAt, id: last.id };
@@ -205,7 +204,7 @@ export function createRepublish(deps: {
       /** Answers whether it came to their end. */
       async function appendAll(rows: readonly Row[], placeOf: (row: Row) => Place): Promise<boolean> {
         for (const step of inSteps(rows, STEP_ROWS, STEP_BYTES)) {
-          const found = await receipts.events(step.map((row) => row.id));
+          const found = await published.finalizedEvents(step.map((row) => row.id));
           const events = new Map(found.map((it) => [it.id, it]));
           for (const row of step) {
             if (seen >= limit || stopped()) return false;

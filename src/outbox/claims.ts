@@ -1,84 +1,109 @@
-import type { OutboxEvent } from '../event.ts';
+import type { Aggregate, OutboxEvent } from '../event.ts';
 import { errorText } from '../logger.ts';
-import { type Aggregate, byId, MS, type OutboxOptions, orderOf } from './conditions.ts';
+import { byId, MS, type OutboxOptions } from './conditions.ts';
 import { GENERIC, type Pool, type Queryable, transaction } from './database.ts';
 import { isNoAnswer } from './distrust.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
+import { orderOf } from './order.ts';
 
 /** Fresh rows become leased, or parked behind an earlier one of their aggregate. */
 
+/** A leased row: it needs its publish job. */
+export type LeasedEvent = OutboxEvent &
+  Readonly<{
+    after: string | null;
+    /** It failed, was replayed or published before: a job of an earlier time may still be there. */
+    mayHaveJob: boolean;
+  }>;
+
 export type Claim = Readonly<{
-  /** Leased rows, in order of id: each needs its publish job. */
-  leased: OutboxEvent[];
+  /** In order of id. */
+  leased: LeasedEvent[];
   /** Aggregates of rows that were parked behind an earlier row. */
   parked: Aggregate[];
+  /** Rows that changed. */
+  rows: number;
   /** There may be more: this claim had as many rows as it may, or as many bytes. */
   more: boolean;
 }>;
 
-type AddJobs = (leased: OutboxEvent[]) => Promise<void>;
-
 /** Spells "rlay", "clai". */
 const CLAIMING = '1919705465, 1668047209';
 /**
- * A turn lasts 2 s and a round. One that lasts longer hangs, or its pod is gone without a word: the database ends its
- * transaction, and somebody else claims.
+ * A claim job lasts 2 s and a round. One that lasts longer hangs, or its pod is gone without a word: the database ends
+ * its transaction, and another pod claims.
  */
-const CLAIM_TURN_LIMIT_MS = 8_000;
-
-/** Waits before the tries to have the rows of a failed claim looked at. */
-const LOOK_RETRY_DELAYS_MS = [0, 100, 400, 1_000, 2_000];
+const CLAIM_LOCK_LIMIT_MS = 8_000;
 
 /** Rows that are remembered to have been printed in vain, at most. */
 const UNANSWERED_KEPT = 1_000;
 
+type Only =
+  | { kind: 'batch' }
+  | { kind: 'alone'; id: string }
+  /** Printed without a look at its numbers, for which a deeply nested payload may need too much stack. */
+  | { kind: 'unasked'; id: string }
+  | { kind: 'withheld'; id: string; reason: string };
+
 export function createClaims(pool: Pool, options: OutboxOptions) {
   const { streamName, claimLeaseMs, statementTimeoutMs, maxEventBytes } = options;
-  const printMs = printDeadlineMs(maxEventBytes);
-  const { behind } = orderOf(options);
+  const order = orderOf(options);
 
-  async function claim(
-    tx: Queryable,
-    limit: number,
-    only: { kind: 'batch' | 'alone' | 'unasked' | 'withheld'; values: string[] } = {
-      kind: 'batch',
-      values: [],
-    },
-  ): Promise<Claim> {
+  async function claim(tx: Queryable, limit: number, only: Only): Promise<Claim> {
     const { kind } = only;
-    const { rows } = await tx.query<OutboxEvent & { parked: boolean; seen: number }>({
-      name: `relay-claim-${kind}-${options.ordering}-${options.deadLetterPolicy}-${maxEventBytes}`,
+    const isBatch = kind === 'batch';
+    const ordered = `
+      SELECT w.* FROM (SELECT aggregate_type, aggregate_id, array_agg(id ORDER BY id) AS taken FROM fresh GROUP BY 1, 2) a
+      CROSS JOIN LATERAL (${order.leasable('a', 'a.taken', `, ${WEIGHT_COLUMNS('n')}`, isBatch)}) w`;
+    const { rows } = await tx.query<
+      LeasedEvent & { parked: boolean; seen: number; leasable: number; leasedRows: number }
+    >({
+      name: `relay-claim-${kind}-${options.ordering}-${options.deadLetterPolicy}-${order.window}-${maxEventBytes}`,
       text: `WITH fresh AS MATERIALIZED (
-         SELECT o.id, o.aggregate_type, o.aggregate_id, ${WEIGHT_COLUMNS('o')} FROM identity.outbox o
-         WHERE NOT o.published AND o.next_attempt_at IS NULL ${kind === 'batch' ? '' : 'AND o.id = $4'}
+         SELECT o.id, o.aggregate_type, o.aggregate_id, NULL::uuid AS after, ${WEIGHT_COLUMNS('o')}
+         FROM identity.outbox o
+         WHERE NOT o.published AND o.next_attempt_at IS NULL ${isBatch ? '' : 'AND o.id = $4'}
          ORDER BY o.id LIMIT $2 FOR UPDATE SKIP LOCKED
-       ), judged AS MATERIALIZED (
-         SELECT fresh.*, ${behind('fresh')} AS parked FROM fresh
-       ), taken AS MATERIALIZED (
-         ${kind === 'batch' ? weighed('judged', maxEventBytes) : 'SELECT id, parked FROM judged'}
+       ), leasable AS MATERIALIZED (
+         ${order.ordered ? ordered : 'SELECT * FROM fresh'}
+       ), leased AS MATERIALIZED (
+         ${isBatch ? weighed('(SELECT * FROM leasable ORDER BY id LIMIT $2)', maxEventBytes) : 'SELECT id, after FROM leasable'}
        ), claimed AS (
          UPDATE identity.outbox o
-         SET next_attempt_at = CASE WHEN taken.parked THEN 'infinity' ELSE now() + $3 ${MS} END,
-             dead_lettered_at = NULL
-         FROM taken WHERE o.id = taken.id
-         RETURNING taken.parked, o.*
+         SET next_attempt_at = CASE WHEN c.parked THEN 'infinity' ELSE now() + $3 ${MS} END, dead_lettered_at = NULL
+         FROM (
+           SELECT id, after, false AS parked FROM leased
+           UNION ALL SELECT id, NULL, true FROM fresh WHERE id NOT IN (SELECT id FROM leasable)
+         ) c
+         WHERE o.id = c.id AND CASE WHEN o.published THEN false
+           ELSE o.next_attempt_at IS NULL OR o.next_attempt_at = 'infinity' AND o.dead_lettered_at IS NULL END
+         RETURNING c.parked, c.after, o.*
        ) ${eventsOf('claimed', maxEventBytes, {
-         columns: 'o.parked, (SELECT count(*) FROM fresh)::int AS seen,',
+         columns: `o.parked, o.after, (SELECT count(*) FROM fresh)::int AS seen,
+           (SELECT count(*) FROM leasable)::int AS leasable, (SELECT count(*) FROM leased)::int AS "leasedRows",
+           (o.attempts > 0 OR o.replayed_at IS NOT NULL OR o.published_at IS NOT NULL) AS "mayHaveJob",`,
          ...(kind === 'withheld'
            ? { printed: 'false', otherwise: '$5::text' }
            : { printed: 'NOT o.parked', unasked: kind === 'unasked' }),
        })}`,
-      values: [streamName, limit, claimLeaseMs, ...only.values],
+      values: [
+        ...[streamName, limit, claimLeaseMs],
+        ...(isBatch ? [] : [only.id]),
+        ...(kind === 'withheld' ? [only.reason] : []),
+      ],
     });
-    const leased = rows
-      .filter((row) => !row.parked)
-      .map(({ parked: _, seen: __, ...event }): OutboxEvent => event);
-    leased.sort(byId);
-    const seen = rows[0]?.seen ?? 0;
+    const leased: LeasedEvent[] = [];
+    const parked = new Map<string, Aggregate>();
+    for (const { parked: isParked, seen: _, leasable: __, leasedRows: ___, ...event } of rows) {
+      if (isParked) parked.set(`${event.aggregateId} ${event.aggregateType}`, event);
+      else leased.push(event);
+    }
+    const [first] = rows;
     return {
-      leased,
-      parked: rows.filter((row) => row.parked),
-      more: seen === limit || seen > rows.length,
+      leased: leased.sort(byId),
+      parked: [...parked.values()],
+      rows: rows.length,
+      more: first !== undefined && (first.seen === limit || first.leasable > first.leasedRows),
     };
   }
 
@@ -86,7 +111,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
   const unanswered = new Map<string, number>();
 
   async function claimLocked(tx: Queryable, id: string): Promise<Claim> {
-    const withhold = (reason: string) => claim(tx, 1, { kind: 'withheld', values: [id, reason] });
+    const withhold = (reason: string) => claim(tx, 1, { kind: 'withheld', id, reason });
     // Twice, each time right after the lock was answered: a server or a network that hangs does not hang by the row.
     if ((unanswered.get(id) ?? 0) >= 2) return withhold('PostgreSQL does not print the payload in time');
     // The lock on the row is older than the savepoint and outlives the way back to it.
@@ -96,108 +121,58 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
       await tx.query('ROLLBACK TO SAVEPOINT alone');
       return `PostgreSQL cannot print the payload: ${errorText(error)}`;
     };
-    // Twice in a row: a server that hung, or was out of memory, for a moment must not cost an event. The second
-    // time without the look at its numbers, for which a deeply nested payload may need too much stack.
-    return claim(tx, 1, { kind: 'alone', values: [id] })
-      .catch((error) => backFrom(error).then(() => claim(tx, 1, { kind: 'unasked', values: [id] })))
+    // Twice in a row: a server that hung, or was out of memory, for a moment must not cost an event.
+    return claim(tx, 1, { kind: 'alone', id })
+      .catch((error) => backFrom(error).then(() => claim(tx, 1, { kind: 'unasked', id })))
       .catch(async (error) => withhold(await backFrom(error)));
-  }
-
-  /**
-   * Takes rows and adds their jobs, in one transaction. If it fails after that, their events may be in the stream all the
-   * same, and a claim would not know: the rows become due instead of fresh, so that somebody looks.
-   */
-  async function claimAndAdd(
-    deadlineMs: number,
-    take: (tx: Queryable) => Promise<Claim>,
-    add: AddJobs,
-    options: Parameters<typeof transaction>[4] = {},
-  ): Promise<Claim> {
-    let withJobs: OutboxEvent[] = [];
-    const work = async (tx: Queryable) => {
-      const claimed = await take(tx);
-      if (claimed.leased.length > 0) await add(claimed.leased);
-      withJobs = claimed.leased;
-      return claimed;
-    };
-    try {
-      return await transaction(pool, deadlineMs, 'durable', work, options);
-    } catch (error) {
-      if (withJobs.length > 0) await haveLookedAt(withJobs.map((it) => it.id));
-      throw error;
-    }
-  }
-
-  /**
-   * Fresh rows become due. Whatever made the claim fail may be over in a moment; this pod claims nothing meanwhile. If it
-   * is not, they stay fresh.
-   */
-  async function haveLookedAt(ids: readonly string[]): Promise<void> {
-    for (const delay of LOOK_RETRY_DELAYS_MS) {
-      await new Promise((resolve) => setTimeout(resolve, delay));
-      const isDone = await pool
-        .query(
-          `UPDATE identity.outbox SET next_attempt_at = now(), dead_lettered_at = NULL
-           WHERE id = ANY ($1::bigint[]) AND NOT published AND next_attempt_at IS NULL`,
-          [ids],
-        )
-        .then(
-          () => true,
-          () => false,
-        );
-      if (isDone) return;
-    }
   }
 
   return {
     /**
-     * Runs `turn` while no other pod is claiming, or says so. The turn is a lock in a transaction of its own that
-     * does nothing else: it ends with its connection, so a pod that dies holds up nobody.
+     * Runs `work` while no other pod claims, or answers `busy`. The claim lock is that of a transaction which does
+     * nothing else: it ends with its connection, so a pod that dies holds up nobody.
      */
-    async inClaimTurn<T>(turn: () => Promise<T>): Promise<T | 'busy'> {
+    async withClaimLock<T>(work: () => Promise<T>): Promise<T | 'busy'> {
       const take = async (tx: Queryable): Promise<T | 'busy'> => {
         const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${CLAIMING}) AS mine`);
-        return rows[0].mine ? turn() : 'busy';
+        return rows[0].mine ? work() : 'busy';
       };
-      return transaction(pool, statementTimeoutMs, 'repeatable', take, { idleMs: CLAIM_TURN_LIMIT_MS });
+      return transaction(pool, statementTimeoutMs, 'repeatable', take, { idleMs: CLAIM_LOCK_LIMIT_MS });
     },
 
     /**
-     * Takes up to `limit` fresh rows by id, skipping those another pod has in hand: leases each that is
-     * first in its aggregate, parks every other. The caller adds the jobs before the transaction commits.
+     * Takes up to `limit` fresh rows by id, skipping those that another transaction has locked, and leases as many
+     * rows at most: of each aggregate those that its window has room for, parked ones among them. It parks the
+     * other rows that it took. The caller adds the jobs before the transaction commits.
      */
-    claimFresh: (tx: Queryable, limit: number): Promise<Claim> => claim(tx, limit),
-
-    /** The same in a transaction of its own, which adds the jobs. */
-    claimBatch: (limit: number, add: AddJobs): Promise<Claim> =>
-      claimAndAdd(statementTimeoutMs, (tx) => claim(tx, limit), add, GENERIC),
+    claimFresh: (tx: Queryable, limit: number): Promise<Claim> => claim(tx, limit, { kind: 'batch' }),
 
     /**
      * Takes the first fresh row alone, after a claim failed by what may be a payload that PostgreSQL cannot print:
      * if it is this one's, the row is taken all the same, its payload withheld.
      */
-    async claimAlone(add: AddJobs): Promise<Claim> {
-      let id: string | undefined;
-      const takeFirst = async (tx: Queryable): Promise<Claim> => {
-        const { rows } = await tx.query<{ id: string }>(
-          `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
-           ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
-        );
-        if (rows[0] === undefined) return { leased: [], parked: [], more: false };
-        id = rows[0].id;
-        return claimLocked(tx, id);
-      };
+    async claimFirst(tx: Queryable): Promise<Claim> {
+      const { rows } = await tx.query<{ id: string }>(
+        `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
+         ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+      );
+      const id = rows[0]?.id;
+      if (id === undefined) return { leased: [], parked: [], rows: 0, more: false };
       try {
-        const claimed = await claimAndAdd(printMs, takeFirst, add);
-        if (id !== undefined) unanswered.delete(id);
+        const claimed = await claimLocked(tx, id);
+        unanswered.delete(id);
         return claimed;
       } catch (error) {
-        if (id !== undefined && isNoAnswer(error)) {
+        if (isNoAnswer(error)) {
           if (unanswered.size >= UNANSWERED_KEPT) unanswered.clear();
           unanswered.set(id, (unanswered.get(id) ?? 0) + 1);
         }
         throw error;
       }
     },
+
+    /** Deadline of the statements of `claimFirst`. */
+    printDeadlineMs: printDeadlineMs(maxEventBytes),
+    claimOptions: GENERIC,
   };
 }

@@ -54,8 +54,8 @@ export type DeadLetterGroup = Readonly<{
 /** A dead row on its way back, or out. */
 export type DeadRow = Readonly<{ id: string; eventId: string; aggregateType: string; aggregateId: string }>;
 
-/** The same with the id of its last dead letter. */
-export type LockedRow = DeadRow & Readonly<{ entryId: string | null }>;
+/** The same with the stream that it was for, and the id of its last dead letter. */
+export type LockedRow = DeadRow & Readonly<{ topic: string; entryId: string | null }>;
 
 /** Place of a row in the order of aggregates: within each, that of its rows. */
 export type AggregatePlace = Readonly<{ aggregateType: string; aggregateId: string; id: string }>;
@@ -254,16 +254,17 @@ export function createDeadRows(
      */
     async lock(tx: Queryable, ids: readonly string[]): Promise<LockedRow[]> {
       const { rows } = await tx.query<LockedRow>(
-        `SELECT ${DEAD_ROW}, o.stream_entry_id AS "entryId" FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_DEAD('o')}
+        `SELECT ${DEAD_ROW}, coalesce(o.topic, $2) AS "topic", o.stream_entry_id AS "entryId"
+         FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_DEAD('o')}
          ORDER BY o.aggregate_type, o.aggregate_id, o.id FOR UPDATE`,
-        [ids],
+        [ids, streamName],
       );
       return rows;
     },
 
     /**
-     * Dead rows are fresh again, with all their attempts. Those in `asked` are due instead: somebody looks first what
-     * became of their jobs.
+     * Dead rows are fresh again, with all their attempts. Those in `asked` expire instead: the lease reaper asks first
+     * what became of their jobs.
      */
     async revive(tx: Queryable, ids: readonly string[], asked: readonly string[]): Promise<void> {
       await tx.query(

@@ -7,7 +7,7 @@ import { isNoAnswer } from './distrust.ts';
  * the event says why.
  */
 
-/** Events of one claim, as text: a few times as much in the pod, in each of its lanes. The first is always taken. */
+/** Events of one claim, as text: a few times as much in the pod. The first is always taken. */
 const CLAIM_BYTES = 8 * 1024 * 1024;
 /** A payload of so few bytes in the table need not be unpacked to be weighed. */
 const SMALL_BYTES = 1_000;
@@ -146,19 +146,19 @@ export const WEIGHT_COLUMNS = (row: string) =>
   `${row}.payload, pg_column_size(${row}.payload) AS stored_bytes, ${TEXT_BYTES(row)} AS text_bytes`;
 
 /**
- * The first rows of `source`, by id, that together are no more than a claim may fetch; one at least. Parked rows
- * weigh nothing, they are not fetched. First by what they take in the table, which needs no unpacking; of those
- * only, by what they are unpacked: a payload of 10 MB may take 100 kB in the table.
+ * The first rows of `source`, by id, that together are no more than a claim may fetch; one at least. First by what they
+ * take in the table, which needs no unpacking; of those only, by what they are unpacked: a payload of 10 MB may take
+ * 100 kB in the table.
  */
 export const weighed = (source: string, maxEventBytes: number) => {
   const within = (rows: string) =>
     `SELECT * FROM (SELECT r.*, sum(bytes) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - bytes AS bytes_before
                     FROM (${rows}) r) ranked WHERE bytes_before < ${CLAIM_BYTES}`;
   const weights = (payloadBytes: string) =>
-    `CASE WHEN parked OR text_bytes > ${maxEventBytes} THEN 0 ELSE text_bytes + ${payloadBytes} END AS bytes`;
+    `CASE WHEN text_bytes > ${maxEventBytes} THEN 0 ELSE text_bytes + ${payloadBytes} END AS bytes`;
   const stored = `SELECT s.*, ${weights('stored_bytes')} FROM ${source} s`;
   return within(`
-    SELECT id, parked,
+    SELECT id, after,
       ${weights(`CASE WHEN stored_bytes <= ${SMALL_BYTES} THEN stored_bytes ELSE ${unpacked('payload')} END`)}
     FROM (${within(stored)}) s`);
 };

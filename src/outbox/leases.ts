@@ -1,31 +1,43 @@
-import type { Waiting } from '../event.ts';
-import {
-  type Aggregate,
-  FIRST,
-  LIVE,
-  MS,
-  OF_AGGREGATE,
-  type OutboxOptions,
-  orderOf,
-  STILL_LIVE,
-} from './conditions.ts';
-import { type Pool, type Queryable, transaction } from './database.ts';
+import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
+import type { Pool, Queryable } from './database.ts';
 
-/** Leased rows become due, and somebody looks what became of their jobs. */
+/** Leases that have ended, and what the lease reaper makes of their rows. */
 
-/** A due row: nothing was heard of its job until its lease ended. A replayed one has its dead letter's receipt yet. */
-export type DueRow = Readonly<{ id: string; eventId: string; topic: string; entryId: string | null }>;
+/**
+ * A row whose lease has ended: nothing was heard of its job. `isDead`: its dead letter is to be written once more.
+ * `knownLetter`: the dead letter of before its replay.
+ */
+export type ExpiredRow = Readonly<{
+  id: string;
+  eventId: string;
+  aggregateType: string;
+  aggregateId: string;
+  topic: string;
+  isDead: boolean;
+  knownLetter: string | null;
+  attempts: number;
+}>;
 
 export function createLeases(pool: Pool, options: OutboxOptions) {
-  const { streamName, claimLeaseMs, statementTimeoutMs } = options;
-  const { ordered } = orderOf(options);
+  const { streamName, claimLeaseMs } = options;
+
+  async function expireLeases(db: Pick<Queryable, 'query'>, eventIds: readonly string[]): Promise<void> {
+    await db.query(
+      `UPDATE identity.outbox o SET next_attempt_at = now()
+       WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}
+         AND o.next_attempt_at > now() AND o.next_attempt_at < 'infinity'`,
+      [eventIds],
+    );
+  }
 
   return {
     /** Rows whose lease has ended, the longest overdue first; locked until the transaction ends. */
-    async lockDue(tx: Queryable, limit: number): Promise<DueRow[]> {
-      const { rows } = await tx.query<DueRow>(
-        `SELECT id::text AS "id", event_id AS "eventId", coalesce(topic, $1) AS "topic",
-                stream_entry_id AS "entryId" FROM identity.outbox
+    async lockExpired(tx: Queryable, limit: number): Promise<ExpiredRow[]> {
+      const { rows } = await tx.query<ExpiredRow>(
+        `SELECT id::text AS "id", event_id AS "eventId", aggregate_type AS "aggregateType",
+                aggregate_id AS "aggregateId", coalesce(topic, $1) AS "topic",
+                dead_lettered_at IS NOT NULL AS "isDead", stream_entry_id AS "knownLetter", attempts AS "attempts"
+         FROM identity.outbox
          WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at <= now()
          ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED`,
         [streamName, limit],
@@ -33,52 +45,47 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       return rows;
     },
 
-    /** The job of each of these rows is gone: the next claim takes them again, in their order. */
-    async returnToFresh(tx: Queryable, ids: readonly string[]): Promise<void> {
+    /** The job of each of these rows is gone: the claim takes them again, in their order. */
+    async returnToFresh(tx: Queryable, eventIds: readonly string[]): Promise<void> {
       await tx.query(
-        `UPDATE identity.outbox o SET next_attempt_at = NULL WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')}`,
-        [ids],
-      );
-    },
-
-    /** The job of each of these rows is alive: look again after another lease. */
-    async extendLease(tx: Queryable, ids: readonly string[]): Promise<void> {
-      await tx.query(
-        `UPDATE identity.outbox o SET next_attempt_at = now() + $2 ${MS}
-         WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')}`,
-        [ids, claimLeaseMs],
+        `UPDATE identity.outbox o SET next_attempt_at = NULL
+         WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}`,
+        [eventIds],
       );
     },
 
     /**
-     * The jobs of these events are gone, or that of what follows them never was there, since a pod died before it added
-     * it: somebody has to look, so their leases end now, and in order that of the first row of each of their aggregates.
+     * The job of each of these rows is there: the reaper asks again after another lease. Failures that a pod could not
+     * mirror before it died are mirrored now.
      */
-    async endLeasesOf(events: readonly (Aggregate & Readonly<{ id: string }>)[]): Promise<void> {
-      const heads = `
-        UNION ALL SELECT head.id, false FROM unnest($2::text[], $3::uuid[]) AS a (aggregate_type, aggregate_id)
-        CROSS JOIN LATERAL (
-          SELECT n.id, n.aggregate_id FROM identity.outbox n WHERE ${LIVE('n')} AND ${OF_AGGREGATE('n', 'a')} ${FIRST('n')}
-        ) head`;
-      await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
-        tx.query(
-          `UPDATE identity.outbox o SET next_attempt_at = now()
-           FROM (SELECT unnest($1::bigint[]) AS id, true AS is_meant ${ordered ? heads : ''}) jobless
-           WHERE o.id = jobless.id AND ${STILL_LIVE('o')} AND (o.attempts = 0 OR is_meant)
-             AND o.next_attempt_at > now() AND o.next_attempt_at < 'infinity'`,
-          [
-            events.map((it) => it.id),
-            ...(ordered ? [events.map((it) => it.aggregateType), events.map((it) => it.aggregateId)] : []),
-          ],
-        ),
+    async extendLeases(
+      tx: Queryable,
+      jobs: readonly Readonly<{ eventId: string; attempts: number; reason: string }>[],
+    ): Promise<void> {
+      await tx.query(
+        `UPDATE identity.outbox o
+         SET next_attempt_at = now() + $4 ${MS}, attempts = greatest(o.attempts, j.attempts),
+             error_message = CASE WHEN j.attempts > o.attempts THEN j.reason ELSE o.error_message END
+         FROM unnest($1::uuid[], $2::int[], $3::text[]) AS j (event_id, attempts, reason)
+         WHERE o.event_id = j.event_id AND NOT o.published`,
+        [
+          jobs.map((it) => it.eventId),
+          jobs.map((it) => it.attempts),
+          jobs.map((it) => it.reason),
+          claimLeaseMs,
+        ],
       );
     },
 
+    /** These leases end now, so that the reaper asks what became of the jobs. */
+    expireLeases,
+    expireLeasesOf: (eventIds: readonly string[]): Promise<void> => expireLeases(pool, eventIds),
+
     /**
-     * Redis may have lost jobs: every lease ends now, so that somebody looks. What waits for a retry goes on waiting:
-     * its time comes. Returns how many leases ended.
+     * Redis may have lost jobs: every lease ends now. Rows that wait for a retry go on waiting: their time comes.
+     * @returns how many leases ended
      */
-    async endLeases(): Promise<number> {
+    async expireAllLeases(): Promise<number> {
       const { rowCount } = await pool.query(
         `UPDATE identity.outbox SET next_attempt_at = now()
          WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at > now() AND attempts = 0`,
@@ -86,25 +93,14 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       return rowCount ?? 0;
     },
 
-    /** Of these events, those whose row waits for something yet: neither published, nor dead, nor gone. */
-    async unsettled(eventIds: readonly string[]): Promise<string[]> {
+    /** Of these events, those whose row is live: neither published, nor dead, nor gone. */
+    async liveOf(eventIds: readonly string[]): Promise<string[]> {
       const { rows } = await pool.query<{ eventId: string }>(
-        `SELECT o.event_id AS "eventId" FROM identity.outbox o WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}`,
+        `SELECT o.event_id AS "eventId" FROM identity.outbox o
+         WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}`,
         [eventIds],
       );
       return rows.map((row) => row.eventId);
-    },
-
-    /** Whether any of these rows waits for something, neither published, nor dead, nor gone; and whether for a retry. */
-    async waiting(ids: readonly string[]): Promise<Waiting> {
-      const { rows } = await pool.query<{ retrying: boolean | null }>(
-        `SELECT bool_or(o.attempts > 0) AS retrying FROM identity.outbox o
-         WHERE o.id = ANY ($1::bigint[]) AND ${STILL_LIVE('o')}`,
-        [ids],
-      );
-      const { retrying = null } = rows[0] ?? {};
-      if (retrying === null) return 'none';
-      return retrying ? 'for-retry' : 'some';
     },
   };
 }

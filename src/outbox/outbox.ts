@@ -1,26 +1,52 @@
 import { createClaims } from './claims.ts';
 import type { OutboxOptions } from './conditions.ts';
 import { type Durability, GENERIC, type Pool, type Queryable, transaction } from './database.ts';
+import { createFinalize } from './finalize.ts';
 import { createLeases } from './leases.ts';
 import { createParked } from './parked.ts';
-import { createSettlement } from './settlement.ts';
+import { createPublished } from './published.ts';
 
-export type { Claim } from './claims.ts';
-export type { Aggregate, OutboxOptions } from './conditions.ts';
+export type { Claim, LeasedEvent } from './claims.ts';
+export type { OutboxOptions } from './conditions.ts';
 
 export type Outbox = ReturnType<typeof createOutbox>;
 
+/** Spells "rlay", "setl". */
+const COMPARING = '1919705465, 1936028780';
+
 /**
- * Every statement that takes events through `identity.outbox`. A state change is a named function with its precondition in the
- * WHERE; the states are described in table.ts. The database clock (`now()`) alone decides leases.
+ * Every statement that takes events through `identity.outbox`. A state change is a named function with its precondition
+ * in the WHERE; the states are described in table.ts. The database clock (`now()`) alone decides leases.
  */
 export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
   // biome-ignore lint/nursery/noMisusedPromises: it is no promise
   ...createClaims(pool, options),
-  ...createSettlement(pool, options),
+  ...createFinalize(pool, options),
   ...createLeases(pool, options),
   // biome-ignore lint/nursery/noMisusedPromises: it is no promise
   ...createParked(pool, options),
+  // biome-ignore lint/nursery/noMisusedPromises: it is no promise
+  ...createPublished(pool, options),
+
+  /**
+   * A transaction that rests on entries or jobs in Redis: its owner confirms the epoch before it returns. A comparison
+   * of table and streams waits until all of these have ended.
+   */
+  inEpoch: <T>(
+    work: (tx: Queryable) => Promise<T>,
+    { deadlineMs = options.statementTimeoutMs, generic = false } = {},
+  ): Promise<T> =>
+    transaction(pool, deadlineMs, 'durable', work, {
+      lock: `pg_advisory_xact_lock_shared(${COMPARING})`,
+      generic,
+    }),
+
+  /** Resolves when every transaction of `inEpoch` that has begun is committed, and can be seen, or undone. */
+  async epochsEnded(): Promise<void> {
+    await transaction(pool, options.statementTimeoutMs, 'repeatable', (tx) =>
+      tx.query(`SELECT pg_advisory_xact_lock(${COMPARING})`),
+    );
+  },
 
   transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
     transaction(pool, options.statementTimeoutMs, durability, work, GENERIC),

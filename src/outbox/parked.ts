@@ -1,84 +1,87 @@
-import type { OutboxEvent } from '../event.ts';
-import {
-  type Aggregate,
-  byId,
-  FIRST,
-  IS_FREE,
-  LIVE,
-  OF_AGGREGATE,
-  type OutboxOptions,
-  orderOf,
-  STILL_LIVE,
-} from './conditions.ts';
+import type { Aggregate } from '../event.ts';
+import { LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, STILL_LIVE } from './conditions.ts';
 import { type Pool, transaction } from './database.ts';
-import { eventsOf } from './event-of-row.ts';
+import { orderOf } from './order.ts';
 
-/** Rows that wait behind others of their aggregate: read ahead, and found when there is nobody left to wait for. */
+/** Parked rows wait behind an earlier row of their aggregate; here they are freed, and asked about. */
+
+/**
+ * What the rows say of an event that has a job.
+ * - `over`: published, discarded or gone
+ * - `first`: no earlier event of its aggregate is to be published
+ * - `early`: those that are have their jobs
+ * - `behind`: one of them has none, or waits for a retry
+ */
+export type Standing = 'over' | 'first' | 'early' | 'behind';
 
 export function createParked(pool: Pool, options: OutboxOptions) {
-  const { streamName, statementTimeoutMs, maxEventBytes } = options;
-  const { behind } = orderOf(options);
+  const { statementTimeoutMs } = options;
+  const order = orderOf(options);
+  const variant = `${options.deadLetterPolicy}-${order.window}`;
 
   return {
     /**
-     * What comes after each of these in its aggregate and waits, the next few: `limit` of them and `maxBytes` at most.
-     * Only read.
+     * Frees the first parked row of each aggregate whose window has room, so that the next claim leases what the window
+     * has room for. Whoever parks a row, or takes one out of the way, calls it after its commit: of two transactions
+     * that do not see each other, the one that commits last sees both.
+     *
+     * @returns how many rows became fresh, and how many of the aggregates have parked rows
      */
-    async readAhead(
-      after: readonly (Aggregate & Readonly<{ id: string }>)[],
-      limit: number,
-      maxBytes: number,
-    ): Promise<OutboxEvent[]> {
+    async refill(aggregates: readonly Aggregate[]): Promise<{ fresh: number; waiting: number }> {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rows } = await tx.query<OutboxEvent>({
-          name: `relay-ahead-${maxEventBytes}`,
-          text: `WITH ahead AS (
-            SELECT o.* FROM unnest($2::text[], $3::uuid[], $4::bigint[]) AS a (aggregate_type, aggregate_id, id)
-            CROSS JOIN LATERAL (
-              SELECT n.id, sum(n.bytes) OVER ahead AS bytes, bool_and(${IS_FREE('n')} AND n.attempts = 0) OVER ahead AS free
-              FROM (
-                SELECT n.id, n.aggregate_id, n.next_attempt_at, n.attempts, pg_column_size(n.payload) AS bytes
-                FROM identity.outbox n WHERE ${LIVE('n')} AND ${OF_AGGREGATE('n', 'a')} AND n.id > a.id
-                ORDER BY n.aggregate_id, n.id LIMIT $5
-              ) n
-              WINDOW ahead AS (ORDER BY n.aggregate_id, n.id)
-            ) ranked
-            JOIN identity.outbox o ON o.id = ranked.id
-            WHERE ranked.free AND ranked.bytes <= $6
-          ) ${eventsOf('ahead', maxEventBytes)}`,
-          values: [
-            ...[streamName, after.map((it) => it.aggregateType), after.map((it) => it.aggregateId)],
-            ...[after.map((it) => it.id), limit, maxBytes],
-          ],
+        const { rows } = await tx.query<{ fresh: number; waiting: number }>({
+          name: `relay-refill-${variant}`,
+          // Most aggregates have no parked row, which their own index says at once.
+          text: `WITH waiting AS MATERIALIZED (
+             SELECT a.* FROM unnest($1::text[], $2::uuid[]) AS a (aggregate_type, aggregate_id)
+             WHERE EXISTS (SELECT FROM identity.outbox p WHERE ${LIVE('p')} AND ${PARKED('p')} AND ${OF_AGGREGATE('p', 'a')})
+           ), freed AS (
+             UPDATE identity.outbox o SET next_attempt_at = NULL
+             FROM (
+               SELECT locked.id FROM waiting a CROSS JOIN LATERAL (${order.refillable('a')}) first
+               CROSS JOIN LATERAL (
+                 SELECT l.id FROM identity.outbox l WHERE l.id = first.id FOR UPDATE SKIP LOCKED
+               ) locked
+             ) first
+             WHERE o.id = first.id AND ${STILL_LIVE('o')} AND ${PARKED('o')} RETURNING 1
+           ) SELECT (SELECT count(*) FROM freed)::int AS fresh, (SELECT count(*) FROM waiting)::int AS waiting`,
+          values: [aggregates.map((it) => it.aggregateType), aggregates.map((it) => it.aggregateId)],
         });
-        return rows.sort(byId);
+        return rows[0] ?? { fresh: 0, waiting: 0 };
       });
     },
 
     /**
-     * Un-parks the first row of each given aggregate where nothing is left for it to wait for. Needed since
-     * a row may be parked behind another at the very moment when that one is acknowledged, each transaction
-     * blind to the other: whichever commits second finds it here. Returns how many rows became fresh.
+     * What the rows say of these events. `before` is the event right before in its aggregate, where it is known that
+     * no earlier one became live since: when that one is published, there is none.
      */
-    async releaseOrphans(aggregates: readonly Aggregate[]): Promise<number> {
+    async standingOf(
+      events: readonly Readonly<{ eventId: string; before: string | null }>[],
+    ): Promise<ReadonlyMap<string, Standing>> {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rowCount } = await tx.query({
-          name: `relay-release-${options.ordering}-${options.deadLetterPolicy}`,
-          // Most aggregates have no parked row, which their own index says at once.
-          text: `UPDATE identity.outbox o SET next_attempt_at = NULL
-           FROM (
-             SELECT parked.id
-             FROM unnest($1::text[], $2::uuid[]) AS a (aggregate_type, aggregate_id)
-             CROSS JOIN LATERAL (
-               SELECT n.id, n.aggregate_type, n.aggregate_id FROM identity.outbox n
-               WHERE ${LIVE('n')} AND n.next_attempt_at = 'infinity' AND ${OF_AGGREGATE('n', 'a')} ${FIRST('n')}
-             ) parked
-             WHERE NOT (${behind('parked')})
-           ) orphan
-           WHERE o.id = orphan.id AND ${STILL_LIVE('o')} AND o.next_attempt_at = 'infinity'`,
-          values: [aggregates.map((it) => it.aggregateType), aggregates.map((it) => it.aggregateId)],
+        const { rows } = await tx.query<{ eventId: string; standing: Standing }>({
+          name: `relay-standing-${options.ordering}-${variant}`,
+          text: `WITH own AS MATERIALIZED (
+             SELECT o.*, coalesce((
+                 SELECT CASE WHEN b.published THEN b.dead_lettered_at IS NULL AND b.stream_entry_id IS NOT NULL END
+                 FROM identity.outbox b WHERE b.event_id = a.before), false) AS is_next
+             FROM unnest($1::uuid[], $2::uuid[]) AS a (event_id, before) CROSS JOIN LATERAL (
+               SELECT o.id, o.event_id, o.published, o.aggregate_type, o.aggregate_id
+               FROM identity.outbox o WHERE o.event_id = a.event_id LIMIT 1
+             ) o
+           ), heads AS MATERIALIZED (
+             SELECT a.aggregate_type, a.aggregate_id, h.first_id, h.blocking_id
+             FROM (SELECT DISTINCT aggregate_type, aggregate_id FROM own WHERE NOT published AND NOT is_next) a
+             CROSS JOIN LATERAL (${order.ordered ? order.heads('a') : 'SELECT NULL::bigint AS first_id, NULL::bigint AS blocking_id'}) h
+           )
+           SELECT own.event_id AS "eventId",
+             CASE WHEN own.published THEN 'over' WHEN own.is_next THEN 'first' WHEN h.blocking_id < own.id THEN 'behind'
+                  WHEN h.first_id < own.id THEN 'early' ELSE 'first' END AS "standing"
+           FROM own LEFT JOIN heads h ON h.aggregate_type = own.aggregate_type AND h.aggregate_id = own.aggregate_id`,
+          values: [events.map((it) => it.eventId), events.map((it) => it.before)],
         });
-        return rowCount ?? 0;
+        const found = new Map(rows.map(({ eventId, standing }) => [eventId, standing]));
+        return new Map(events.map(({ eventId }) => [eventId, found.get(eventId) ?? 'over']));
       });
     },
 
@@ -90,7 +93,7 @@ export function createParked(pool: Pool, options: OutboxOptions) {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
         const next = (from: string) => `
           SELECT p.aggregate_type, p.aggregate_id FROM identity.outbox p
-          WHERE ${LIVE('p')} AND p.next_attempt_at = 'infinity' AND (p.aggregate_type, p.aggregate_id) > ${from}
+          WHERE ${LIVE('p')} AND ${PARKED('p')} AND (p.aggregate_type, p.aggregate_id) > ${from}
           ORDER BY p.aggregate_type, p.aggregate_id LIMIT 1`;
         const { rows } = await tx.query<Aggregate>(
           `WITH RECURSIVE walk AS (
@@ -105,11 +108,11 @@ export function createParked(pool: Pool, options: OutboxOptions) {
       });
     },
 
-    /** Without ordering nothing waits for anything: un-parks rows that an earlier configuration parked. */
+    /** Without ordering nothing waits for anything: frees rows that an earlier configuration parked. */
     async unparkAll(limit: number): Promise<number> {
       const { rowCount } = await pool.query(
         `UPDATE identity.outbox o SET next_attempt_at = NULL
-         FROM (SELECT p.id FROM identity.outbox p WHERE ${LIVE('p')} AND p.next_attempt_at = 'infinity'
+         FROM (SELECT p.id FROM identity.outbox p WHERE ${LIVE('p')} AND ${PARKED('p')}
                LIMIT $1 FOR UPDATE SKIP LOCKED) parked
          WHERE o.id = parked.id`,
         [limit],

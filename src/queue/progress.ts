@@ -1,16 +1,16 @@
 import type { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
 import { repeating } from '../lifecycle.ts';
-import type { PatientWorker } from './worker.ts';
+import type { Workers } from './workers.ts';
 
 /** Between two looks. */
 const LOOK_INTERVAL_MS = 2_000;
 /** Jobs that wait so long beside a worker with nothing to do, or a job so long in hand beyond its deadline, prove it. */
 const STUCK_AFTER_MS = 30_000;
 
-/** A worker and the queue that it works on. */
+/** The workers of a queue. */
 export type Workplace = Readonly<{
-  worker: Pick<PatientWorker, 'lastTakenAt' | 'inHand' | 'oldestTakenAt' | 'places'>;
+  workers: Pick<Workers, 'lastStartedAt' | 'inProgress' | 'oldestStartedAt' | 'slots'>;
   queue: Queue;
   /** No job is in hand for longer, as long as Redis and database answer or refuse. */
   deadlineMs: number;
@@ -44,15 +44,15 @@ export function createProgressWatch(deps: {
   const { redis, assertWritable, stuckAfterMs = STUCK_AFTER_MS, lookIntervalMs = LOOK_INTERVAL_MS } = deps;
   const watches = deps.workplaces.map(watch);
 
-  function watch({ worker, queue, deadlineMs, oneByOne }: Workplace) {
+  function watch({ workers, queue, deadlineMs, oneByOne }: Workplace) {
     /** Since when every look has found that; and the job that would be next, then. */
     let idleSince: number | undefined;
     let overdueSince: number | undefined;
     let next: string | null = null;
 
-    /** The job that this worker should take now, or null when it has no reason to take any. */
+    /** The job that these workers should take now, or null when it has no reason to take any. */
     async function nextJob(): Promise<string | null> {
-      if (worker.inHand() >= worker.places) return null;
+      if (workers.inProgress() >= workers.slots()) return null;
       const [paused, maxed, limitedForMs] = await Promise.all([
         queue.isPaused(),
         queue.isMaxed(),
@@ -64,8 +64,8 @@ export function createProgressWatch(deps: {
 
     async function look(): Promise<void> {
       const now = Date.now();
-      const isOverdue = now - (worker.oldestTakenAt() ?? now) > deadlineMs;
-      const isIdle = now - worker.lastTakenAt() > lookIntervalMs;
+      const isOverdue = now - (workers.oldestStartedAt() ?? now) > deadlineMs;
+      const isIdle = now - workers.lastStartedAt() > lookIntervalMs;
       let waiting: string | null = null;
       // A worker that takes jobs is asked nothing: under load this costs Redis no command.
       if (isOverdue || isIdle) {
@@ -78,7 +78,7 @@ export function createProgressWatch(deps: {
         }
       }
       overdueSince = isOverdue ? (overdueSince ?? now) : undefined;
-      const isTheSame = idleSince !== undefined && worker.lastTakenAt() < idleSince;
+      const isTheSame = idleSince !== undefined && workers.lastStartedAt() < idleSince;
       if (waiting === null) idleSince = undefined;
       else if (!isTheSame || (oneByOne && waiting !== next)) idleSince = now;
       next = waiting;

@@ -1,6 +1,6 @@
 import { Queue, QueueKeys } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
-import { brief, type OutboxEvent, type TraceContext } from '../event.ts';
+import { brief, type Failure, type OutboxEvent, type TraceContext } from '../event.ts';
 import { NotReadyError, succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../logger.ts';
 
@@ -32,14 +32,17 @@ export type QueueFigures = Readonly<{
 
 /**
  * What BullMQ knows of an event's job.
- * - `alive`: waiting, delayed, or active with somebody working on it (or soon found to be stalled)
+ * - `alive`: waiting, delayed, or active with somebody working on it (or soon found to be stalled); with the failed
+ *   attempts of the event so far, and why the last one failed
  * - `failed`: its retries are spent
  * - `missing`: done, or lost
  */
-export type JobFate = 'alive' | 'failed' | 'missing';
+export type JobFate =
+  | Readonly<{ state: 'alive'; attempts: number; reason: string }>
+  | Readonly<{ state: 'failed' | 'missing' }>;
 
-/** A publish job whose retries are spent, as its dead letter needs it. */
-export type FailedJob = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
+/** A publish job whose retries are spent, as its dead letter needs it. `madeAt`: when the job was made, ms since the epoch. */
+export type FailedJob = Failure & Readonly<{ madeAt: number }>;
 
 /** An event's job, as an operator sees it. Times are ISO 8601. */
 export type JobView = Readonly<{
@@ -116,13 +119,6 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
      * @throws when any of them could not be added (others may have been)
      */
     async addPublishJobs(events: readonly OutboxEvent[]): Promise<void> {
-      const retried = events.filter((event) => event.attempts > 0);
-      // A row that somebody made fresh again may still have its failed job, whose id would shadow the new one.
-      await Promise.all(
-        retried.map(async (event) => {
-          if ((await publish.getJobState(event.eventId)) === 'failed') await publish.remove(event.eventId);
-        }),
-      );
       const jobs = events.map((event) => ({
         name: brief(event.eventType),
         data: event,
@@ -160,11 +156,18 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
 
     async jobFate(eventId: string): Promise<JobFate> {
       const state = await publish.getJobState(eventId);
-      if (state === 'failed') return 'failed';
-      if (state !== 'unknown') return (await redis.exists(publish.toKey(eventId))) ? 'alive' : 'missing';
-      // A hash in no list (Redis came back with half of the truth): out of the way of the job to come.
-      await redis.del(publish.toKey(eventId));
-      return 'missing';
+      const key = publish.toKey(eventId);
+      if (state === 'failed') return { state };
+      if (state === 'unknown') {
+        // A hash in no list (Redis came back with half of the truth): out of the way of the job to come.
+        await redis.del(key);
+        return { state: 'missing' };
+      }
+      const [madeAt, failures, reason] = await redis.hmget(key, 'timestamp', 'atm', 'failedReason');
+      if (!madeAt) return { state: 'missing' };
+      if (Number(failures ?? 0) === 0) return { state: 'alive', attempts: 0, reason: '' };
+      const { attempts } = JSON.parse((await redis.hget(key, 'data')) ?? '{"attempts":0}') as OutboxEvent;
+      return { state: 'alive', attempts: attempts + Number(failures), reason: reason ?? '' };
     },
 
     async failedJob(eventId: string): Promise<FailedJob | null> {
@@ -175,50 +178,36 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
         attempts: job.data.attempts + job.attemptsMade,
         reason: job.failedReason,
         failedAt: new Date(job.finishedOn),
+        madeAt: job.timestamp,
       };
     },
 
-    /** When the event's job was made, and when it ended if it has; ms since the epoch. Null when there is none. */
-    async times(eventId: string): Promise<{ madeAt: number; endedAt: number | null } | null> {
-      const [madeAt, endedAt] = await redis.hmget(publish.toKey(eventId), 'timestamp', 'finishedOn');
-      if (!madeAt) return null;
-      return { madeAt: Number(madeAt), endedAt: endedAt ? Number(endedAt) : null };
+    /** What the gate asks of jobs where the streams are on another server; see JobFacts in streams/append.ts. */
+    async jobFacts(
+      eventIds: readonly string[],
+    ): Promise<(readonly [madeAt: string, hasEnded: boolean, failures: number] | null)[]> {
+      const asked = redis.pipeline();
+      for (const eventId of eventIds) asked.hmget(publish.toKey(eventId), 'timestamp', 'finishedOn', 'atm');
+      return ((await asked.exec()) ?? []).map(([error, reply]) => {
+        if (error) throw error;
+        const [madeAt, endedAt, failures] = reply as (string | null)[];
+        return madeAt ? [madeAt, Boolean(endedAt), Number(failures ?? 0)] : null;
+      });
     },
 
     /** Failed jobs beyond the newest `kept`, at most `limit` of them. */
-    async failedBeyond(kept: number, limit: number): Promise<string[]> {
+    async failedBeyond(kept: number, limit: number): Promise<{ eventId: string; topic: string }[]> {
       const excess = (await publish.getJobCountByTypes('failed')) - kept;
       if (excess <= 0) return [];
       const jobs = await publish.getFailed(kept, kept + Math.min(excess, limit) - 1);
-      return jobs.flatMap((job) => job?.id ?? []);
-    },
-
-    /** Removes an event's job, unless somebody works on it. */
-    async remove(eventId: string): Promise<void> {
-      await publish.remove(eventId);
+      return jobs.flatMap((job) => (job?.id ? [{ eventId: job.id, topic: job.data?.topic ?? '' }] : []));
     },
 
     /**
-     * Takes away the failed jobs of events that get new ones: their ids would shadow these. One that remembers an
-     * append stays: whoever asks again has to get the same answer.
-     * @param memory field of the job's hash in which an append is remembered
-     * @returns the events whose job is worked on, or remembers an append: somebody has to look what became of them
-     * @throws when Redis does not answer
+     * Removes an event's job, unless a worker has it.
+     * @returns whether the event has no job now
      */
-    async takeAway(
-      eventIds: readonly string[],
-      memory: string,
-    ): Promise<ReadonlyMap<string, 'busy' | 'appended'>> {
-      const unclear = await Promise.all(
-        eventIds.map(async (eventId): Promise<['busy' | 'appended'] | []> => {
-          if ((await redis.hexists(publish.toKey(eventId), memory)) === 1) return ['appended'];
-          return (await publish.remove(eventId)) === 1 ? [] : ['busy'];
-        }),
-      );
-      return new Map(
-        eventIds.flatMap((eventId, i) => (unclear[i] ?? []).map((why) => [eventId, why] as const)),
-      );
-    },
+    remove: async (eventId: string): Promise<boolean> => (await publish.remove(eventId)) === 1,
 
     /** The event's job, or null. */
     async view(eventId: string): Promise<JobView | null> {

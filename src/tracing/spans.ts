@@ -12,7 +12,7 @@ import {
 } from '@opentelemetry/api';
 import type { Telemetry } from 'bullmq';
 import { BullMQOtel } from 'bullmq-otel';
-import { type AppendOutcome, type Attempt, brief, type OutboxEvent, type TraceContext } from '../event.ts';
+import { type Attempt, brief, type OutboxEvent, type TraceContext } from '../event.ts';
 import { namedAfter } from './trace-ids.ts';
 import { type Tracing, untraced } from './tracing.ts';
 
@@ -136,10 +136,13 @@ function concludeAttempt(span: Span, attempt: Attempt): void {
   if ('reason' in attempt) fail(span, attempt.reason);
 }
 
-function concludeAppend(span: Span, outcome: AppendOutcome): void {
+function concludeAppend(
+  span: Span,
+  outcome: Readonly<{ status: string; entryId?: string; reason?: string }>,
+): void {
   span.setAttribute('relay.outcome', outcome.status);
-  if ('entryId' in outcome) span.setAttribute('relay.entry.id', outcome.entryId);
-  if ('reason' in outcome) fail(span, outcome.reason);
+  if (outcome.entryId !== undefined) span.setAttribute('relay.entry.id', outcome.entryId);
+  if (outcome.reason !== undefined) fail(span, outcome.reason);
 }
 
 /** How Redis begins what it refuses: `WRONGTYPE Operation against a key …`. */

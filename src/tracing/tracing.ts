@@ -18,11 +18,11 @@ export type Tracing = Readonly<{
     work: (traced: OutboxEvent) => Promise<Attempt>,
   ): Promise<Attempt>;
   append(event: OutboxEvent, work: (traced: OutboxEvent) => Promise<AppendOutcome>): Promise<AppendOutcome>;
-  deadLetter(
+  deadLetter<T extends Readonly<{ status: string }>>(
     event: OutboxEvent,
     failure: Readonly<{ reason: string; attempts: number }>,
-    work: (traced: OutboxEvent) => Promise<AppendOutcome>,
-  ): Promise<AppendOutcome>;
+    work: (traced: OutboxEvent) => Promise<T>,
+  ): Promise<T>;
   /** BullMQ's own spans of the publish jobs. */
   jobs?: Telemetry;
 }>;

@@ -3,7 +3,6 @@ import { NotReadyError } from '../lifecycle.ts';
 import type { DashboardOptions } from './dashboard.ts';
 import type { createHealth } from './health.ts';
 import { overall } from './health.ts';
-import type { Metrics } from './metrics.ts';
 
 export type WebServer = Readonly<{
   start(): Promise<void>;
@@ -25,10 +24,12 @@ export function createWebServer(deps: {
   version: string;
   health: ReturnType<typeof createHealth>;
   /** Left out where nothing is published: no `/metrics` then. */
-  metrics?: Pick<Metrics, 'contentType' | 'render'>;
+  metrics?: Readonly<{ contentType: string; render: () => Promise<string> }>;
   /** What keeps this process from making progress; empty when nothing does. */
   stuck: () => string[];
   phase: () => 'starting' | 'running' | 'stopping';
+  /** Why it is still starting, where that takes long. */
+  waitsFor?: () => string | undefined;
   /** Added in a scope of its own; no dashboard without. */
   dashboard?: DashboardOptions | undefined;
   /** Path that the browser sees in front of every path here; a proxy may take it away or leave it. */
@@ -63,7 +64,10 @@ export function createWebServer(deps: {
   });
 
   app.get('/readyz', async (_request, reply) => {
-    if (phase() !== 'running') return reply.code(503).send({ status: phase() });
+    if (phase() !== 'running') {
+      const reason = deps.waitsFor?.();
+      return reply.code(503).send({ status: phase(), ...(reason !== undefined && { reason }) });
+    }
     const checks = await health.ready();
     const ready = overall(checks) !== 'unhealthy';
     return reply.code(ready ? 200 : 503).send({ status: ready ? 'ready' : 'not ready', checks });

@@ -1,4 +1,4 @@
-/** Each event once and in order, as the table and the stream show it; for contenders other than the relay. */
+/** Each event once, and in order where it is promised, by table and stream; for contenders other than the relay. */
 import type { Redis } from 'ioredis';
 
 const PAGE_ENTRIES = 5_000;
@@ -8,9 +8,14 @@ export type Written = Readonly<{ eventId: string; aggregate: string; done: boole
 /**
  * @param written in the order in which they were
  * @param entries event ids, in the order of the stream
- * @throws unless each event that is done has its entry, nobody has two, and none stands before an earlier one of its aggregate
+ * @throws unless each event that is done has its entry, nobody has two, and, where order is promised, none stands before
+ *   an earlier one of its aggregate
  */
-export function auditEntries(written: readonly Written[], entries: readonly string[]): void {
+export function auditEntries(
+  written: readonly Written[],
+  entries: readonly string[],
+  { ordered = true }: Readonly<{ ordered?: boolean }> = {},
+): void {
   const place = new Map(written.map((it, i) => [it.eventId, i]));
   const seen = new Set<string>();
   const latest = new Map<string, number>();
@@ -20,7 +25,7 @@ export function auditEntries(written: readonly Written[], entries: readonly stri
     if (seen.has(eventId)) throw new Error(`doubled: ${eventId}`);
     seen.add(eventId);
     const { aggregate } = written[at] as Written;
-    if ((latest.get(aggregate) ?? -1) > at) throw new Error(`out of order: ${eventId}`);
+    if (ordered && (latest.get(aggregate) ?? -1) > at) throw new Error(`out of order: ${eventId}`);
     latest.set(aggregate, at);
   }
   const lost = written.find((it) => it.done && !seen.has(it.eventId));

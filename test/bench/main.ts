@@ -68,7 +68,7 @@ const options = new Command('npm run bench --')
       ({ name, describe, minutes }) => `  ${name.padEnd(12)} ${String(minutes).padStart(3)}  ${describe}`,
     ).join(
       '\n',
-    )}\n\nWithout --scenario: ${USUAL.map((it) => it.name).join(', ')}. BENCH_CLI is the path of another build's cli.js.`,
+    )}\n\nWithout --scenario: ${USUAL.map((it) => it.name).join(', ')}. BENCH_CLI is the path of another build's cli.js.\nBENCH_CLI_BEFORE is the path of one more, which drain and hot measure in turns with it.`,
   )
   .parse()
   .opts<ScenarioOptions & { scenario?: readonly Scenario[]; out: string; fail: boolean }>();

@@ -125,6 +125,12 @@ export function cpuFigures(name: string, runs: readonly Drained[]): Figure[] {
   }));
 }
 
+/** What a process spends of the CPU on an event, against another one in the same round. */
+export function cpuRatio(name: string, runs: readonly Drained[], others: readonly Drained[]): Figure {
+  const micros = (run: Drained | undefined) => (run?.cpu?.contender ?? Number.NaN) / (run?.events ?? 1);
+  return { name, unit: 'ratio', values: runs.map((run, i) => micros(run) / micros(others[i])) };
+}
+
 export function median(values: readonly number[]): number {
   const sorted = [...values].sort((a, b) => a - b);
   const middle = Math.floor(sorted.length / 2);

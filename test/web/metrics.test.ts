@@ -3,7 +3,7 @@ import { setFlagsFromString } from 'node:v8';
 import { runInNewContext } from 'node:vm';
 import { expect, test } from 'vitest';
 import type { OutboxEvent } from '../../src/event.ts';
-import { createMetrics } from '../../src/web/metrics.ts';
+import { createMetrics } from '../../src/telemetry/metrics.ts';
 import { familiesOf, valueIn } from '../support/promql.ts';
 import { aClaimedEvent } from '../support/stages.ts';
 

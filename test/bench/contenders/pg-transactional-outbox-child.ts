@@ -1,7 +1,7 @@
 /** The polling listener, with a handler that appends. Listens from the request `start` until `stop`. */
 import { Redis } from 'ioredis';
 import pgTransactionalOutbox from 'pg-transactional-outbox';
-import { envelopeFields } from '../../../src/stream/envelope.ts';
+import { envelopeFields } from '../../../src/streams/envelope.ts';
 import { answerParent, childConfig } from '../contender.ts';
 import type { PgTransactionalOutboxConfig } from './pg-transactional-outbox.ts';
 

@@ -3,7 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { Redis } from 'ioredis';
 import pg from 'pg';
 import type { OutboxEvent } from '../../../src/event.ts';
-import { envelopeFields } from '../../../src/stream/envelope.ts';
+import { envelopeFields } from '../../../src/streams/envelope.ts';
 import { answerParent, childConfig } from '../contender.ts';
 import type { PollerConfig } from './poller.ts';
 

@@ -1,7 +1,7 @@
 /** Appends entries in pipelines and checks every reply. Answers `{events}` with `{seconds}`. */
 import { randomUUID } from 'node:crypto';
 import { Redis } from 'ioredis';
-import { envelopeFields } from '../../../src/stream/envelope.ts';
+import { envelopeFields } from '../../../src/streams/envelope.ts';
 import { answerParent, childConfig } from '../contender.ts';
 import type { RawXaddConfig } from './raw-xadd.ts';
 

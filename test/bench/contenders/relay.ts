@@ -1,16 +1,22 @@
 /** The relay: one pod or several, built, with a database, a stream and queues of its own on the shared servers. */
+import { execFile } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
 import { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
-import pg from 'pg';
+import type pg from 'pg';
 import { gradeLedger, violationsOf } from '../../../src/demo/ledger.ts';
-import { type Pod, startPod } from '../../../src/demo/pod.ts';
-import { migrate } from '../../../src/outbox/migrate.ts';
+import { cleanEnvironment, type Pod, startPod } from '../../../src/demo/pod.ts';
 import { auditEntries, eventIds, type Written } from '../audit.ts';
 import type { Contender } from '../contender.ts';
 import { cpuBetween, cpuSoFar } from '../cpu.ts';
-import { pause, type Servers, silent, type Undo } from '../servers.ts';
+import { pause, type Servers, type Undo } from '../servers.ts';
 import { fillOutbox, type Workload } from '../workload.ts';
+
+/** The build that is measured. */
+const CLI = process.env.BENCH_CLI || fileURLToPath(new URL('../../../dist/cli.js', import.meta.url));
+/** Another build, which the scenarios `drain` and `hot` measure beside it. */
+export const CLI_BEFORE = process.env.BENCH_CLI_BEFORE || undefined;
 
 const DRAIN_DEADLINE_MS = 1_800_000;
 const LOOK_EVERY_MS = 50;
@@ -61,35 +67,33 @@ export async function openRelay(
     pods?: number;
     /** Rows that are published before a drain stay in the table. */
     keepsRows?: boolean;
+    /** The `cli.js` of its build, if it is not the one that is measured. */
+    cli?: string | undefined;
     /** What is done to the table before its pods start. */
     prepare?: (pool: pg.Pool) => Promise<void>;
   }>,
   undo: Undo,
 ): Promise<Relay> {
   const { redis, redisServer } = servers;
-  const { name, describe = 'one pod', env = {}, pods: podCount = 1, keepsRows = false } = options;
+  const { name, describe = 'one pod', pods: podCount = 1, keepsRows = false, cli = CLI } = options;
   const id = name.replaceAll(/[^a-z0-9]+/gi, '-').toLowerCase();
   const stream = `bench.${id}.v1`;
   const dlqStream = `bench.${id}.dlq`;
   const queueName = `relay-${id}`;
   const { pool, url } = await servers.database(id);
-  const client = new pg.Client(url);
-  await client.connect();
-  await migrate(client, true, silent).finally(() => client.end());
+  const env: Record<string, string> = {
+    ...{ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: redisServer.url, RELAY_LOG_LEVEL: 'warn' },
+    ...{ RELAY_STREAM_NAME: stream, RELAY_DLQ_STREAM_NAME: dlqStream, RELAY_QUEUE_NAME: queueName },
+    RELAY_STREAM_MAXLEN: '0',
+    ...options.env,
+  };
+  // By the build itself: its table may be another one than ours.
+  await promisify(execFile)(process.execPath, [cli, 'migrate'], { env: { ...cleanEnvironment(), ...env } });
   await options.prepare?.(pool);
   const pods: Pod[] = [];
   undo.push(() => Promise.all(pods.map((pod) => pod.kill('SIGKILL'))));
   for (let i = 0; i < podCount; i++) {
-    const pod = await startPod({
-      // Another build than this one, to compare the two.
-      cli: process.env.BENCH_CLI ?? fileURLToPath(new URL('../../../dist/cli.js', import.meta.url)),
-      env: {
-        ...{ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: redisServer.url, RELAY_LOG_LEVEL: 'warn' },
-        ...{ RELAY_STREAM_NAME: stream, RELAY_DLQ_STREAM_NAME: dlqStream, RELAY_QUEUE_NAME: queueName },
-        RELAY_STREAM_MAXLEN: '0',
-        ...env,
-      },
-    });
+    const pod = await startPod({ cli, env });
     pods.push(pod);
     await pod.waitReady();
   }

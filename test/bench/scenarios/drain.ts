@@ -1,10 +1,11 @@
 /** A backlog of 20,000 events drained by each contender: the relay between its limits and what others use. */
+import { openCard } from '../contenders/card.ts';
 import { openNoop } from '../contenders/noop.ts';
 import { openPgTransactionalOutbox } from '../contenders/pg-transactional-outbox.ts';
 import { openPoller } from '../contenders/poller.ts';
 import { openRawXadd } from '../contenders/raw-xadd.ts';
-import { openRelay } from '../contenders/relay.ts';
-import { cpuFigures, inTurns, rateFigures, type Scenario, SLOW_MOST } from '../scenario.ts';
+import { CLI_BEFORE, openRelay } from '../contenders/relay.ts';
+import { cpuFigures, cpuRatio, inTurns, rateFigures, type Scenario, SLOW_MOST } from '../scenario.ts';
 
 export const DRAIN: Scenario = {
   name: 'drain',
@@ -18,10 +19,22 @@ export const DRAIN: Scenario = {
     const servers = await context.open();
     const relay = await openRelay(servers, { name: 'relay', describe: 'one pod, ordered' }, undo);
     const sample = await relay.sampleJob(workload);
+    const before =
+      CLI_BEFORE === undefined
+        ? []
+        : [
+            await openRelay(
+              servers,
+              { name: 'relay before', describe: `one pod of ${CLI_BEFORE}`, cli: CLI_BEFORE },
+              undo,
+            ),
+          ];
     const payload = JSON.stringify(sample.data.payload ?? 'x'.repeat(250));
     const contenders = [
       relay,
+      ...before,
       await openNoop(servers, sample, undo),
+      await openCard(servers, undo),
       await openPoller(servers, undo),
       await openRawXadd(servers, payload, undo),
       await openPgTransactionalOutbox(servers, 'as documented', undo),
@@ -31,13 +44,26 @@ export const DRAIN: Scenario = {
       context,
       contenders.map((contender) => ({ contender, workload })),
     );
-    const others = contenders.slice(1).map(({ name }) => ['relay', name] as const);
+    const runsOf = (name: string) => drained.get(name) ?? [];
+    const ratios = [
+      ...contenders.slice(1).map(({ name }) => ['relay', name] as const),
+      // Those whose sides were not both measured are left out.
+      ...['card', 'relay before'].map((name) => [name, 'no-op queue'] as const),
+    ];
     return {
       about: `${events.toLocaleString('en')} events of ${workload.aggregates.toLocaleString('en')} aggregates`,
-      figures: [...rateFigures(drained, others), ...cpuFigures('relay', drained.get('relay') ?? [])],
+      figures: [
+        ...rateFigures(drained, ratios),
+        ...cpuFigures('relay', runsOf('relay')),
+        cpuRatio("CPU of a pod / CPU of the no-op queue's process", runsOf('relay'), runsOf('no-op queue')),
+        ...before.flatMap(({ name }) => [
+          ...cpuFigures(name, runsOf(name)),
+          cpuRatio('CPU of a pod / CPU of a pod before', runsOf('relay'), runsOf(name)),
+        ]),
+      ],
       verified:
         'every event of the relay, the poller and pg-transactional-outbox once, in the order of its aggregate, in every ' +
-        'run; of raw XADD and the no-op queue, that as many came out as went in',
+        'run; every event of card once; of raw XADD and the no-op queue, that as many came out as went in',
       notes: [
         ...contenders.map(({ name, describe }) => `${name}: ${describe}`),
         ...(events > SLOW_MOST ? [`pg-transactional-outbox was given a backlog of ${SLOW_MOST} events`] : []),

@@ -1,7 +1,7 @@
 /** The relay against itself: the same backlog, drained in turns by pods that differ in one thing. */
 import type { Contender } from '../contender.ts';
 import { openNoop } from '../contenders/noop.ts';
-import { openRelay } from '../contenders/relay.ts';
+import { CLI_BEFORE, openRelay, type Relay } from '../contenders/relay.ts';
 import { inTurns, ONCE_IN_ORDER, rateFigures, type Scenario } from '../scenario.ts';
 import type { Workload } from '../workload.ts';
 
@@ -10,7 +10,7 @@ type Variant = Readonly<{
   env?: Readonly<Record<string, string>>;
   pods?: number;
   workload?: Partial<Workload>;
-  /** What it is compared with; left out: the first. */
+  /** What it is compared with; left out: the first, or the no-op queue alone. */
   against?: string;
 }>;
 
@@ -20,7 +20,7 @@ function variants(of: {
   minutes: number;
   /** The first is what the others are compared with. */
   list: readonly Variant[];
-  /** Beside a no-op queue of the same number of jobs. */
+  /** Beside a no-op queue, and the build of before if one is given. */
   besideNoop?: true;
   events?: number;
 }): Scenario {
@@ -32,44 +32,68 @@ function variants(of: {
       progress.now('starting servers and pods');
       const servers = await context.open();
       const entries: { contender: Contender; workload: Workload }[] = [];
-      for (const { name, env = {}, pods = 1, workload = {} } of of.list) {
-        const relay = await openRelay(servers, { name, env, pods }, undo);
-        entries.push({ contender: relay, workload: { events, aggregates: events, ...workload } });
-        if (of.besideNoop && entries.length === of.list.length) {
-          const sample = await relay.sampleJob({ events, aggregates: events });
-          entries.push({
-            contender: await openNoop(servers, sample, undo),
-            // Faster, so more of them for a time that can be measured.
-            workload: { events: 4 * events, aggregates: events },
-          });
+      const relays = new Map<string, Relay>();
+      for (const variant of of.list) {
+        const { name, workload: ofVariant } = variant;
+        const workload = { events, aggregates: events, ...ofVariant };
+        entries.push({ contender: { ...(await relayOf(variant)), name }, workload });
+        if (of.besideNoop && CLI_BEFORE !== undefined) {
+          const relay = await relayOf(variant, CLI_BEFORE);
+          entries.push({ contender: { ...relay, name: before(name) }, workload });
         }
       }
-      const [first = ''] = of.list.map(({ name }) => name);
+      const [firstRelay] = relays.values();
+      if (of.besideNoop && firstRelay) {
+        const sample = await firstRelay.sampleJob({ events, aggregates: events });
+        entries.push({
+          contender: await openNoop(servers, sample, undo),
+          // Faster, so more of them for a time that can be measured.
+          workload: { events: 2 * events, aggregates: events },
+        });
+      }
       const drained = await inTurns(context, entries);
-      const ratios = of.besideNoop
-        ? of.list.map(({ name }) => [name, 'no-op queue'] as const)
-        : of.list.slice(1).map(({ name, against = first }) => [name, against] as const);
+      const first = of.besideNoop ? undefined : of.list[0]?.name;
+      const ratios = [
+        // Those whose sides were not both measured are left out.
+        ...of.list.flatMap(({ name }) => [[name, 'no-op queue'] as const, [name, before(name)] as const]),
+        ...of.list
+          .slice(1)
+          .flatMap(({ name, against = first }) => (against ? [[name, against] as const] : [])),
+      ];
       return {
         about: `${events} events`,
         figures: rateFigures(drained, ratios),
         verified: of.list.some((it) => it.env?.RELAY_ORDERING === 'none')
           ? 'every event once, in every run; in the order of its aggregate where that is promised'
           : ONCE_IN_ORDER,
-        notes: [],
+        notes: of.besideNoop && CLI_BEFORE !== undefined ? [`relay before: ${CLI_BEFORE}`] : [],
       };
+
+      /** Variants of different workloads have the same pods: each pod that idles takes CPU from those that are measured. */
+      async function relayOf({ env = {}, pods = 1 }: Variant, cli?: string): Promise<Relay> {
+        const key = JSON.stringify([env, pods, cli]);
+        const name = `relay ${relays.size + 1}`;
+        const relay = relays.get(key) ?? (await openRelay(servers, { name, env, pods, cli }, undo));
+        relays.set(key, relay);
+        return relay;
+      }
     },
   };
 }
 
+const before = (name: string) => `relay before, ${name}`;
+
 export const HOT = variants({
   name: 'hot',
-  describe: 'all events of 10 aggregates, or of one',
+  describe: 'all events of 10 aggregates, or of one, by one pod and by two',
   minutes: 3,
-  events: 5_000,
+  events: 10_000,
   besideNoop: true,
   list: [
     { name: '10 aggregates', workload: { aggregates: 10 } },
     { name: '1 aggregate', workload: { aggregates: 1 } },
+    { name: '10 aggregates, 2 pods', pods: 2, workload: { aggregates: 10 }, against: '10 aggregates' },
+    { name: '1 aggregate, 2 pods', pods: 2, workload: { aggregates: 1 }, against: '1 aggregate' },
   ],
 });
 

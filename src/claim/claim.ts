@@ -1,0 +1,120 @@
+import type { OutboxEvent } from '../event.ts';
+import type { RemoveJobs } from '../finalize/job-removal.ts';
+import type { Refiller } from '../finalize/refiller.ts';
+import type { Logger } from '../logger.ts';
+import type { Queryable } from '../outbox/database.ts';
+import { payloadMayBeAtFault } from '../outbox/event-of-row.ts';
+import type { Claim, LeasedEvent, Outbox } from '../outbox/outbox.ts';
+import type { InFlight, Queues } from '../queue/queues.ts';
+import { type Epoch, epochId } from '../streams/epoch.ts';
+import type { Metrics } from '../telemetry/metrics.ts';
+import type { Tracing } from '../tracing/tracing.ts';
+
+/**
+ * What one claim found.
+ * - `more`: as much as it could take, so there may be more
+ * - `all`: everything that is fresh, `events` of it (perhaps none)
+ * - `no-room`: as many jobs in Redis as are allowed, or it is not known whether Redis lost anything
+ */
+export type ClaimOutcome = { kind: 'more' | 'all'; events: number } | { kind: 'no-room' };
+
+export type ClaimOptions = Readonly<{
+  maxInFlight: number;
+  /** Rows to begin with; while there are more, twice as many each time, up to `maxBatchSize`. */
+  batchSize: number;
+  maxBatchSize: number;
+}>;
+
+/**
+ * How many jobs may be added so that there are never more than `maxInFlight`; 0 when too few to be worth a
+ * transaction.
+ */
+export function roomFor(inFlight: Pick<InFlight, 'total'>, batchSize: number, maxInFlight: number): number {
+  const room = maxInFlight - inFlight.total;
+  // A quarter of the places at most is taken by retries: then there is always enough for another quarter.
+  const worthwhile = Math.min(batchSize, Math.max(1, Math.floor(maxInFlight / 4)));
+  return room < worthwhile ? 0 : Math.min(room, batchSize);
+}
+
+/**
+ * Makes one claim after the other: fresh rows are leased or parked, and each leased one gets its job before the
+ * transaction commits. One at a time per relay: the caller has the claim lock.
+ */
+export function createClaim(deps: {
+  outbox: Outbox;
+  queues: Pick<Queues, 'inFlight' | 'addPublishJobs'>;
+  epoch: Pick<Epoch, 'known' | 'confirm'>;
+  removeJobs: RemoveJobs;
+  refiller: Pick<Refiller, 'request'>;
+  metrics: Pick<Metrics, 'claimed'>;
+  tracing: Pick<Tracing, 'claim'>;
+  options: ClaimOptions;
+  logger: Logger;
+}): () => Promise<ClaimOutcome> {
+  const { outbox, queues, epoch: epochs, options, logger } = deps;
+  // No more than there is soon room for: a large batch that waits for room leaves the workers without jobs.
+  const largest = Math.max(
+    options.batchSize,
+    Math.min(options.maxBatchSize, Math.floor(options.maxInFlight / 4)),
+  );
+  let batchSize = options.batchSize;
+
+  return async function claim() {
+    const limit = roomFor(await queues.inFlight(), batchSize, options.maxInFlight);
+    if (limit === 0) return { kind: 'no-room' };
+    // Before the rows are read: what a later epoch made of them must not get jobs of this one unseen.
+    const epoch = await epochs.known();
+    if (epoch === undefined) return { kind: 'no-room' };
+    const { leased, parked, rows, more } = await claimBatch(limit, epoch).catch((error) => {
+      if (!payloadMayBeAtFault(error)) throw error;
+      logger.warn({ err: error }, 'the payload of an event may be unprintable; claiming one by one');
+      return claimOneByOne(limit, epoch);
+    });
+    deps.refiller.request(parked);
+    if (rows > 0) deps.metrics.claimed(rows);
+    batchSize = more ? Math.min(2 * batchSize, largest) : options.batchSize;
+    return { kind: more ? 'more' : 'all', events: leased.length };
+  };
+
+  function claimBatch(limit: number, epoch: string): Promise<Claim> {
+    return outbox.inEpoch((tx) => lease(tx, epoch, () => outbox.claimFresh(tx, limit)), { generic: true });
+  }
+
+  /** Until the event is found that cannot be printed: its job exists then, and the next claim is as any other. */
+  async function claimOneByOne(limit: number, epoch: string): Promise<Claim> {
+    const all: Claim = { leased: [], parked: [], rows: 0, more: true };
+    const deadlineMs = outbox.printDeadlineMs;
+    for (let rows = 0; rows < limit; rows++) {
+      const one = await outbox.inEpoch((tx) => lease(tx, epoch, () => outbox.claimFirst(tx)), { deadlineMs });
+      if (one.rows === 0) break;
+      all.leased.push(...one.leased);
+      all.parked.push(...one.parked);
+      if (one.leased[0]?.withheld) break;
+    }
+    return { ...all, rows: all.leased.length + all.parked.length };
+  }
+
+  /** Takes rows and adds their jobs, under the rows' locks. */
+  async function lease(tx: Queryable, epoch: string, take: () => Promise<Claim>): Promise<Claim> {
+    const claimed = await take();
+    if (claimed.leased.length === 0) return claimed;
+    const events = await withoutAppended(tx, claimed.leased);
+    if (events.length > 0)
+      await deps.tracing.claim(
+        events.map(({ mayHaveJob: _, ...event }): OutboxEvent => ({ ...event, epoch: epochId(epoch) })),
+        queues.addPublishJobs,
+      );
+    await epochs.confirm(epoch);
+    return claimed;
+  }
+
+  /** An earlier job of an event would shadow the new one. Where it remembers an append, the lease reaper asks. */
+  async function withoutAppended(tx: Queryable, leased: readonly LeasedEvent[]): Promise<LeasedEvent[]> {
+    const again = leased.filter((it) => it.mayHaveJob);
+    if (again.length === 0) return [...leased];
+    const left = await deps.removeJobs(again);
+    const appended = again.filter((it) => left.get(it.eventId) === 'appended').map((it) => it.eventId);
+    if (appended.length > 0) await outbox.expireLeases(tx, appended);
+    return leased.filter((it) => !appended.includes(it.eventId));
+  }
+}

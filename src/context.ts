@@ -1,0 +1,139 @@
+import type { RelayConfig } from './config.ts';
+import { createAcknowledger } from './finalize/acknowledger.ts';
+import { createDeadLetters } from './finalize/dead-letter.ts';
+import { createJobRemoval } from './finalize/job-removal.ts';
+import { createRefiller } from './finalize/refiller.ts';
+import type { Logger } from './logger.ts';
+import { createHeartbeat } from './operate/heartbeat.ts';
+import { createBacklog } from './outbox/backlog.ts';
+import { createOutbox } from './outbox/outbox.ts';
+import { createWriteProbe } from './preflight.ts';
+import type { Queues } from './queue/queues.ts';
+import { createScheduler } from './queue/scheduler.ts';
+import { createCompare, createRecoverLostData } from './recovery/lost-data.ts';
+import type { Servers } from './servers.ts';
+import { createStreams } from './streams/append.ts';
+import { createEpoch } from './streams/epoch.ts';
+import { createLookup } from './streams/lookup.ts';
+import { createMemory } from './streams/memory.ts';
+import { streamOptionsOf } from './streams-config.ts';
+import { createMetrics } from './telemetry/metrics.ts';
+import type { Tracing } from './tracing/tracing.ts';
+import { createUpkeep, schedulesOf } from './upkeep.ts';
+import { VERSION } from './version.ts';
+
+/** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
+const STATEMENT_TIMEOUT_MS = 4_000;
+
+export type Context = ReturnType<typeof createContext>;
+
+type State = {
+  phase: 'starting' | 'running' | 'stopping';
+  /** When this pod last ran a tick, ms since the epoch. */
+  tickedAt: number | undefined;
+  /** Why it does not begin to work yet. */
+  waitsFor: string | undefined;
+};
+
+/** What the parts of a relay share: the stores, and what brings an event to its end. Nothing runs yet. */
+export function createContext(
+  config: RelayConfig,
+  servers: Servers,
+  queues: Queues,
+  tracing: Tracing,
+  logger: Logger,
+) {
+  const { pool, queueRedis, streamRedis, appendRedis } = servers;
+  const keyPrefix = `${config.queuePrefix}:${config.queueName}`;
+  const hasTwoServers = streamRedis !== queueRedis;
+  const statementTimeoutMs = Math.min(config.publishTimeoutMs, STATEMENT_TIMEOUT_MS);
+  const startedAt = Date.now();
+  const state: State = { phase: 'starting', tickedAt: undefined, waitsFor: undefined };
+
+  const queuesWritable = createWriteProbe(queueRedis, `${keyPrefix}:probe`);
+  const streamsWritable = hasTwoServers
+    ? createWriteProbe(streamRedis, `${keyPrefix}:probe`)
+    : queuesWritable;
+
+  const heartbeat = createHeartbeat({ redis: queueRedis, prefix: keyPrefix, logger });
+  const metrics = createMetrics({ ...config, prefixed: config.metricsPrefix, version: VERSION });
+  const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
+  const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
+  const { schedules, retired } = schedulesOf(config);
+  const scheduler = createScheduler({
+    queue: queues.claim,
+    redis: queueRedis,
+    pollIntervalMs: config.pollIntervalMs,
+    others: schedules,
+    retired,
+    logger,
+  });
+
+  const streamOptions = streamOptionsOf(config);
+  const lookup = createLookup(appendRedis, streamOptions);
+  const epoch = createEpoch({
+    redis: appendRedis,
+    key: streamOptions.epochKey,
+    databaseTime: outbox.databaseTime,
+    recover: createRecoverLostData({
+      outbox,
+      compare: createCompare({ published: outbox, lookup, dlqStreamName: config.dlqStreamName }),
+      windowMs: config.resyncWindowMs,
+      onRecovered(found) {
+        metrics.recovered(found);
+        void scheduler.wake();
+      },
+      logger,
+    }),
+    logger,
+  });
+  /** Where the queues have a server of their own, its losses are jobs; the streams have their own epochs. */
+  const jobEpoch = createEpoch({
+    redis: queueRedis,
+    key: `${keyPrefix}:jobs`,
+    databaseTime: outbox.databaseTime,
+    async recover() {
+      await outbox.expireAllLeases();
+      void scheduler.wake();
+    },
+    recovering: 'asking which jobs are there',
+    logger,
+  });
+  const upkeep = createUpkeep({ config, servers, statementTimeoutMs, epoch: epoch.current, logger });
+  const streams = createStreams({
+    redis: appendRedis,
+    epoch,
+    options: streamOptions,
+    jobFacts: hasTwoServers ? queues.jobFacts : undefined,
+    onFirstEntry: upkeep.met,
+  });
+
+  const refiller = createRefiller({ outbox, scheduler, options: config, logger });
+  const acknowledger = createAcknowledger({ outbox, epoch, refiller, logger });
+  const deadLetters = createDeadLetters({
+    ...{ streams, outbox, queues, epoch, acknowledger, refiller, metrics, tracing, logger },
+  });
+  const removeJobs = createJobRemoval({
+    queues,
+    memory: createMemory(appendRedis, streamOptions, hasTwoServers),
+  });
+
+  return {
+    ...{ config, servers, queues, tracing, logger, keyPrefix, hasTwoServers, statementTimeoutMs },
+    ...{
+      startedAt,
+      state,
+      queuesWritable,
+      streamsWritable,
+      heartbeat,
+      metrics,
+      outbox,
+      backlog,
+      upkeep,
+      scheduler,
+    },
+    ...{ lookup, epoch, jobEpoch, streams, refiller, acknowledger, deadLetters, removeJobs },
+  };
+}
+
+export const secondsSince = (time: number): number => (Date.now() - time) / 1_000;

@@ -1,0 +1,86 @@
+import { brief, type Failure } from '../event.ts';
+import type { Logger } from '../logger.ts';
+import type { Outbox } from '../outbox/outbox.ts';
+import type { FailedJob, Queues } from '../queue/queues.ts';
+import type { Streams } from '../streams/append.ts';
+import type { Epoch } from '../streams/epoch.ts';
+import type { Metrics } from '../telemetry/metrics.ts';
+import type { Tracing } from '../tracing/tracing.ts';
+import type { Acknowledger } from './acknowledger.ts';
+import type { Refiller } from './refiller.ts';
+
+export type DeadLetters = ReturnType<typeof createDeadLetters>;
+
+/**
+ * Gives events up: one entry in the dead-letter stream, then the row is dead and its aggregate goes on (or is held).
+ * Both halves are idempotent and the failed job stays until both are done, so that whoever finds it (the failed-event
+ * handler, or the lease reaper after a crash) may run it again.
+ */
+export function createDeadLetters(deps: {
+  streams: Pick<Streams, 'deadLetter'>;
+  outbox: Pick<Outbox, 'inEpoch' | 'markDead'>;
+  queues: Pick<Queues, 'remove'>;
+  epoch: Pick<Epoch, 'confirm'>;
+  acknowledger: Pick<Acknowledger, 'acknowledge'>;
+  refiller: Pick<Refiller, 'request'>;
+  metrics: Pick<Metrics, 'deadLettered'>;
+  tracing: Pick<Tracing, 'deadLetter'>;
+  logger: Logger;
+}) {
+  const { streams, outbox, queues, epoch: epochs, acknowledger, refiller, logger } = deps;
+
+  /** @param madeAt of the failed job; null where a dead row has lost its letter */
+  async function write(failure: Failure, madeAt: number | null): Promise<void> {
+    const { event, attempts, reason } = failure;
+    const { id, eventId } = event;
+    const about = { eventId, topic: brief(event.topic), eventType: brief(event.eventType), attempts };
+    const outcome = await deps.tracing.deadLetter(event, failure, (traced) =>
+      streams.deadLetter({ ...failure, event: traced }, madeAt),
+    );
+    switch (outcome.status) {
+      case 'appended':
+      case 'remembered': {
+        const { entryId, epoch } = outcome;
+        await outbox.inEpoch(async (tx) => {
+          await outbox.markDead(tx, { id, eventId, attempts, reason, entryId });
+          await epochs.confirm(epoch);
+        });
+        if (outcome.status === 'appended') deps.metrics.deadLettered(event);
+        logger.warn({ ...about, reason, dlqEntryId: entryId }, 'event moved to the dead-letter stream');
+        refiller.request([event]);
+        return;
+      }
+      case 'published':
+        await acknowledger.acknowledge({ event, entryId: outcome.entryId, epoch: outcome.epoch });
+        await queues.remove(eventId);
+        logger.warn(
+          { ...about, reason, entryId: outcome.entryId },
+          'the failed job of an event remembers its entry; the event is published',
+        );
+        return;
+      case 'gone':
+        logger.warn(
+          about,
+          'the failed job was removed before its dead letter was written; its row will be tried again',
+        );
+        return;
+      case 'refused':
+      case 'unavailable':
+        logger.error(
+          { ...about, reason: outcome.reason },
+          'cannot write the dead-letter entry; the event stays in the outbox and this is tried again when its lease ends',
+        );
+        return;
+      default:
+        throw new Error(`a dead letter is not "${outcome.status}"`);
+    }
+  }
+
+  return {
+    /** The event's job has failed for good. */
+    bury: ({ madeAt, ...failure }: FailedJob): Promise<void> => write(failure, madeAt),
+
+    /** The row is dead, and its dead letter is lost. */
+    writeAgain: (failure: Failure): Promise<void> => write(failure, null),
+  };
+}

@@ -1,0 +1,100 @@
+import { type Aggregate, aggregateKey } from '../event.ts';
+import type { Logger } from '../logger.ts';
+import type { Outbox } from '../outbox/outbox.ts';
+import type { Scheduler } from '../queue/scheduler.ts';
+
+/** Aggregates in one statement, at most. */
+const BATCH_MAX = 1_000;
+/** While aggregates have parked rows: their speed depends on it. */
+const PROMPT_MS = 2;
+/** While none has: long enough to ask about many aggregates in one statement. */
+const CALM_MS = 20;
+/** The same under load, where each statement counts: when more than one aggregate a millisecond has come. */
+const CALM_UNDER_LOAD_MS = 200;
+
+export type Refiller = ReturnType<typeof createRefiller>;
+
+/**
+ * Frees parked rows when there is room for them, and asks for a claim. Requests are coalesced: one statement at a time,
+ * for all aggregates that have come meanwhile.
+ */
+export function createRefiller(deps: {
+  outbox: Pick<Outbox, 'refill' | 'parkedAggregates' | 'unparkAll'>;
+  scheduler: Pick<Scheduler, 'wake'>;
+  options: Readonly<{ ordering: 'aggregate' | 'none'; maxInFlight: number }>;
+  logger: Logger;
+}) {
+  const { outbox, scheduler, options, logger } = deps;
+  const ordered = options.ordering === 'aggregate';
+  let requested = new Map<string, Aggregate>();
+  let timer: NodeJS.Timeout | undefined;
+  let running: Promise<void> | undefined;
+  let stopped = false;
+  let isPrompt = false;
+  let isUnderLoad = false;
+  let sweptTo: Aggregate | null = null;
+
+  async function refill(aggregates: readonly Aggregate[]): Promise<void> {
+    const { fresh, waiting } = await outbox.refill(aggregates);
+    isPrompt = waiting > 0;
+    if (fresh > 0) await scheduler.wake();
+  }
+
+  async function refillRequested(): Promise<void> {
+    const aggregates = [...requested.values()];
+    requested = new Map();
+    isUnderLoad = aggregates.length > CALM_MS;
+    for (let i = 0; i < aggregates.length; i += BATCH_MAX) {
+      const some = aggregates.slice(i, i + BATCH_MAX);
+      try {
+        await refill(some);
+      } catch (error) {
+        logger.warn(
+          { err: error, aggregates: some.length },
+          'cannot refill aggregates; their parked rows are freed by the sweep of a later tick',
+        );
+      }
+    }
+  }
+
+  function schedule(): void {
+    if (stopped || timer || running || requested.size === 0) return;
+    const ms = isPrompt ? PROMPT_MS : isUnderLoad ? CALM_UNDER_LOAD_MS : CALM_MS;
+    timer = setTimeout(() => {
+      timer = undefined;
+      running = refillRequested().finally(() => {
+        running = undefined;
+        schedule();
+      });
+    }, ms);
+  }
+
+  return {
+    /** To be called after the commit of whatever parked a row of these, or took one out of the way. */
+    request(aggregates: readonly Aggregate[]): void {
+      if (!ordered || stopped) return;
+      for (const { aggregateType, aggregateId } of aggregates) {
+        const aggregate = { aggregateType, aggregateId };
+        requested.set(aggregateKey(aggregate), aggregate);
+      }
+      schedule();
+    },
+
+    /** Refills the next aggregates with parked rows, some at a time: for what a dead pod missed. */
+    async sweep(): Promise<void> {
+      if (!ordered) {
+        if ((await outbox.unparkAll(options.maxInFlight)) > 0) await scheduler.wake();
+        return;
+      }
+      const aggregates = await outbox.parkedAggregates(sweptTo, BATCH_MAX);
+      sweptTo = aggregates.length < BATCH_MAX ? null : (aggregates.at(-1) ?? null);
+      if (aggregates.length > 0) await refill(aggregates);
+    },
+
+    async stop(): Promise<void> {
+      stopped = true;
+      clearTimeout(timer);
+      await running;
+    },
+  };
+}

@@ -1,0 +1,83 @@
+import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
+import { type Pool, type Queryable, transaction } from './database.ts';
+
+/**
+ * Rows become published or dead, or wait for another attempt. Each statement names its rows by `id` and `event_id`: ids
+ * are given out again after a failover or TRUNCATE ... RESTART IDENTITY.
+ */
+
+/** A row, and the event that it must hold. */
+export type RowName = Readonly<{ id: string; eventId: string }>;
+
+/** An event that was appended. `entryId`: its place in the stream, e.g. `1700000000000-0`. */
+export type PublishedEvent = RowName & Readonly<{ entryId: string }>;
+
+/** An event that is given up. `entryId`: of its dead letter. */
+export type DeadEvent = RowName & Readonly<{ attempts: number; reason: string; entryId: string }>;
+
+export function createFinalize(pool: Pool, options: OutboxOptions) {
+  return {
+    /**
+     * Marks rows published, in the order of their ids: two overlapping acknowledgements lock them alike. A row that is
+     * published already gets this entry id; a discarded one stays as it is, and so does one that holds another event.
+     */
+    async markPublished(tx: Queryable, events: readonly PublishedEvent[]): Promise<void> {
+      await tx.query({
+        name: 'relay-publish',
+        // The clock's time, not the transaction's: one that began early may have waited.
+        text: `UPDATE identity.outbox o
+               SET published = true, published_at = coalesce(CASE WHEN o.published THEN o.published_at END, clock_timestamp()),
+                   next_attempt_at = NULL, stream_entry_id = r.entry_id, dead_lettered_at = NULL
+               FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS r (id, event_id, entry_id)
+               WHERE o.id = r.id AND o.event_id = r.event_id
+                 AND CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE true END`,
+        values: [events.map((it) => it.id), events.map((it) => it.eventId), events.map((it) => it.entryId)],
+      });
+    },
+
+    /** Marks a row dead. Nothing happens to a row that is published or discarded, or has its dead letter. */
+    async markDead(tx: Queryable, dead: DeadEvent): Promise<void> {
+      await tx.query(
+        `UPDATE identity.outbox o
+         SET dead_lettered_at = coalesce(o.dead_lettered_at, now()), next_attempt_at = 'infinity',
+             attempts = $3, error_message = $4, stream_entry_id = $5
+         WHERE o.id = $1 AND o.event_id = $2 AND NOT o.published
+           AND (o.dead_lettered_at IS NULL OR o.stream_entry_id IS NULL)`,
+        [dead.id, dead.eventId, dead.attempts, dead.reason, dead.entryId],
+      );
+    },
+
+    /** Mirrors a failed attempt on its row: how many there were, why, and when the next one comes. */
+    async recordFailure(
+      failure: RowName & Readonly<{ attempts: number; reason: string; retryInMs: number }>,
+    ): Promise<void> {
+      await pool.query(
+        `UPDATE identity.outbox o
+         SET attempts = $3, error_message = $4, next_attempt_at = now() + $5 ${MS}
+         -- Not "and leased": an attempt may fail before the lease that started it is committed.
+         WHERE o.id = $1 AND o.event_id = $2 AND ${STILL_LIVE('o')} AND o.attempts <= $3`,
+        [failure.id, failure.eventId, failure.attempts, failure.reason, failure.retryInMs],
+      );
+    },
+
+    /**
+     * Parks rows whose jobs have ended since an earlier event of their aggregate waits. `failed` are events that have
+     * failed before: their rows say so from now on, or refill would free at once what is parked behind them.
+     */
+    async park(eventIds: readonly string[], failed: readonly string[]): Promise<void> {
+      await transaction(pool, options.statementTimeoutMs, 'repeatable', async (tx) => {
+        await tx.query(
+          `WITH locked AS MATERIALIZED (
+             SELECT o.id, o.event_id = ANY ($2::uuid[]) AS failed FROM identity.outbox o
+             WHERE o.event_id = ANY ($1::uuid[] || $2::uuid[]) ORDER BY o.id FOR UPDATE
+           )
+           UPDATE identity.outbox o
+           SET attempts = CASE WHEN locked.failed THEN greatest(o.attempts, 1) ELSE o.attempts END,
+               next_attempt_at = CASE WHEN o.event_id = ANY ($1::uuid[]) THEN 'infinity' ELSE o.next_attempt_at END
+           FROM locked WHERE o.id = locked.id AND ${STILL_LIVE('o')} AND o.next_attempt_at < 'infinity'`,
+          [eventIds, failed],
+        );
+      });
+    },
+  };
+}

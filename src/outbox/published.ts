@@ -1,0 +1,181 @@
+import type { OutboxEvent } from '../event.ts';
+import { byId, type OutboxOptions } from './conditions.ts';
+import { type Pool, type Queryable, transaction } from './database.ts';
+import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
+
+/**
+ * Rows whose entry is in Redis, as `stream_entry_id` says: published ones in their stream, dead ones in the dead-letter
+ * stream. Should Redis lose entries, these tell which, and the rows change their state.
+ */
+
+/** A row that was published or given up, and its entry. */
+export type FinalizedRow = Readonly<{
+  id: string;
+  eventId: string;
+  /** Key of its stream; null for the dead-letter stream. */
+  topic: string | null;
+  entryId: string;
+  /** When it was published or given up, as the database prints it. */
+  settledAt: string;
+}>;
+
+/** A row whose entry is in the stream of its topic; with the time of `settledAt` in microseconds, to compare. */
+export type PublishedRow = FinalizedRow &
+  Readonly<{
+    topic: string;
+    settledUs: string;
+    /** Stored bytes of the payload. */
+    bytes: number;
+  }>;
+
+/** An event that was appended; of a dead row with what its dead letter says. */
+export type FinalizedEvent = OutboxEvent &
+  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null; entryId: string | null }>;
+
+/** Which published events are meant; what is left out does not matter. */
+export type PublishedFilter = Readonly<{
+  topic?: string;
+  eventType?: string;
+  aggregateType?: string;
+  /** uuid */
+  aggregateId?: string;
+}>;
+
+/** Place of a row in the order of time. */
+export type FinalizedPlace = Readonly<{ settledAt: string; id: string }>;
+
+export type Published = ReturnType<typeof createPublished>;
+
+/** The database's clock may step back this far, e.g. when a replica takes over, and nothing is overlooked. */
+const CLOCK_STEP_MS = 5_000;
+
+const SETTLED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
+
+export function createPublished(
+  pool: Pool,
+  options: Pick<OutboxOptions, 'streamName' | 'maxEventBytes' | 'statementTimeoutMs'>,
+) {
+  const { streamName, maxEventBytes, statementTimeoutMs } = options;
+  const read = <T>(work: (tx: Queryable) => Promise<T>) =>
+    transaction(pool, statementTimeoutMs, 'repeatable', work);
+
+  const select = (ids: readonly string[], condition: string, printing: boolean): Promise<FinalizedEvent[]> =>
+    read(async (tx) => {
+      const { rows } = await tx.query<FinalizedEvent>(
+        `WITH finalized AS (
+           SELECT * FROM identity.outbox WHERE id = ANY ($2::bigint[]) AND ${condition}
+         ) ${eventsOf('finalized', maxEventBytes, {
+           columns: `o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",
+                     o.stream_entry_id AS "entryId",`,
+           ...(!printing && { printed: 'false', otherwise: 'o.error_message' }),
+         })}`,
+        [streamName, ids],
+      );
+      return rows.sort(byId);
+    });
+
+  /** Of a row that cannot be printed (it is dead for that) the payload is withheld, as it was the first time. */
+  async function eventsWhere(ids: readonly string[], condition: string): Promise<FinalizedEvent[]> {
+    try {
+      return await select(ids, condition, true);
+    } catch (error) {
+      if (!payloadMayBeAtFault(error)) throw error;
+      if (ids.length === 1) return select(ids, condition, false);
+      const found: FinalizedEvent[] = [];
+      for (const id of ids) found.push(...(await eventsWhere([id], condition)));
+      return found;
+    }
+  }
+
+  return {
+    /** The database's time, to the microsecond. */
+    async databaseTime(): Promise<string> {
+      const { rows } = await pool.query<{ now: string }>('SELECT clock_timestamp()::text AS now');
+      return (rows[0] as { now: string }).now;
+    },
+
+    /** Where a comparison begins: `windowMs` ago, or at `intactUntil` if that is later. */
+    async comparedFrom(windowMs: number, intactUntil: string | null): Promise<string> {
+      const { rows } = await pool.query<{ since: string }>(
+        `SELECT greatest(now() - $1 * interval '1 millisecond',
+                         $2::timestamptz - $3 * interval '1 millisecond')::text AS since`,
+        [windowMs, intactUntil, CLOCK_STEP_MS],
+      );
+      return (rows[0] as { since: string }).since;
+    },
+
+    /** The rows after that place up to `until`, in the order in which they were published or given up. */
+    finalizedRows: (after: FinalizedPlace, until: string, limit: number): Promise<FinalizedRow[]> =>
+      read(async (tx) => {
+        const { rows } = await tx.query<FinalizedRow>(
+          `SELECT o.id::text AS "id", o.event_id AS "eventId",
+                  CASE WHEN o.dead_lettered_at IS NULL THEN coalesce(o.topic, $1) END AS "topic",
+                  o.stream_entry_id AS "entryId", ${SETTLED_AT}::text AS "settledAt"
+           FROM identity.outbox o
+           WHERE o.stream_entry_id IS NOT NULL AND (${SETTLED_AT}, o.id) > ($2::timestamptz, $3::bigint)
+             AND ${SETTLED_AT} <= $4::timestamptz
+           ORDER BY ${SETTLED_AT}, o.id LIMIT $5`,
+          [streamName, after.settledAt, after.id, until, limit],
+        );
+        return rows;
+      }),
+
+    /** Of the same rows, those that are in the stream of their topic and match. */
+    publishedRows: (
+      filter: PublishedFilter,
+      after: FinalizedPlace,
+      until: string,
+      limit: number,
+    ): Promise<PublishedRow[]> =>
+      read(async (tx) => {
+        const { rows } = await tx.query<PublishedRow>(
+          `SELECT o.id::text AS "id", o.event_id AS "eventId", coalesce(o.topic, $1) AS "topic",
+                  o.stream_entry_id AS "entryId",
+                  ${SETTLED_AT}::text AS "settledAt", pg_column_size(o.payload) AS "bytes",
+                  round(extract(epoch FROM ${SETTLED_AT}) * 1000000)::bigint::text AS "settledUs"
+           FROM identity.outbox o
+           WHERE o.stream_entry_id IS NOT NULL AND (${SETTLED_AT}, o.id) > ($2::timestamptz, $3::bigint)
+             AND ${SETTLED_AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL
+             AND ($6::text IS NULL OR coalesce(o.topic, $1) = $6) AND ($7::text IS NULL OR o.event_type = $7)
+             AND ($8::text IS NULL OR o.aggregate_type = $8) AND ($9::uuid IS NULL OR o.aggregate_id = $9)
+           ORDER BY ${SETTLED_AT}, o.id LIMIT $5`,
+          [
+            ...[streamName, after.settledAt, after.id, until, limit],
+            ...[filter.topic, filter.eventType, filter.aggregateType, filter.aggregateId],
+          ],
+        );
+        return rows;
+      }),
+
+    /** The events of those of these rows that are published or dead and have an entry id, in order of id. */
+    finalizedEvents: (ids: readonly string[]): Promise<FinalizedEvent[]> =>
+      eventsWhere(ids, 'stream_entry_id IS NOT NULL AND (published OR dead_lettered_at IS NOT NULL)'),
+
+    /** The events of those of these rows that are dead and have no dead letter, in order of id. */
+    deadEvents: (ids: readonly string[]): Promise<FinalizedEvent[]> =>
+      eventsWhere(ids, 'NOT published AND dead_lettered_at IS NOT NULL'),
+
+    /**
+     * Redis has lost the entries of these rows. Published rows are fresh again, as if they were new (`published_at`
+     * stays: the claim knows by it that there may be a job); dead rows have no dead letter, and the lease reaper
+     * writes one. A row that has another entry by now stays as it is.
+     */
+    async unpublish(lost: readonly FinalizedRow[]): Promise<number> {
+      return transaction(pool, statementTimeoutMs, 'durable', async (tx) => {
+        const { rowCount } = await tx.query({
+          name: 'relay-unpublish',
+          text: `UPDATE identity.outbox o
+                 SET published = false, stream_entry_id = NULL,
+                     next_attempt_at = CASE WHEN o.dead_lettered_at IS NOT NULL THEN now() END,
+                     attempts = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.attempts ELSE 0 END,
+                     error_message = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.error_message END
+                 FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS l (id, event_id, entry_id)
+                 WHERE o.id = l.id AND o.event_id = l.event_id AND o.stream_entry_id = l.entry_id
+                   AND CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE o.dead_lettered_at IS NOT NULL END`,
+          values: [lost.map((it) => it.id), lost.map((it) => it.eventId), lost.map((it) => it.entryId)],
+        });
+        return rowCount ?? 0;
+      });
+    },
+  };
+}

@@ -1,0 +1,71 @@
+import type { Context } from '../context.ts';
+import type { OutboxEvent } from '../event.ts';
+import { succeedsWithin } from '../lifecycle.ts';
+import { publishQueueName } from '../queue/queues.ts';
+import { createWorkers } from '../queue/workers.ts';
+import { isCluster, streamPlace } from '../redis-places.ts';
+import { createValidator } from '../streams/validate.ts';
+import { createTopicCheck } from '../topics.ts';
+import { createEventCheck } from './event-check.ts';
+import { createParker } from './parker.ts';
+import { createPoisonGuard } from './poison-guard.ts';
+import { createPublish, type Released } from './publish.ts';
+import { createRowQuestions } from './row-questions.ts';
+
+export type Publishing = ReturnType<typeof createPublishing>;
+
+/** The publish stage: its workers, and what an attempt needs besides the stores. */
+export function createPublishing(context: Context) {
+  const { config, servers, queues, outbox, logger } = context;
+  const { queuePrefix, concurrency, publishTimeoutMs } = config;
+
+  const check = createEventCheck({
+    topicProblem: createTopicCheck({
+      ...config,
+      queueKeyPrefix: `${queuePrefix}:`,
+      neighbour: isCluster(streamPlace(config)) ? config.streamName : undefined,
+    }),
+    violations: config.validation === 'off' ? () => [] : createValidator(),
+    strict: config.validation === 'strict',
+    assertPermitted: ({ eventId }) =>
+      Promise.all([
+        context.queuesWritable(),
+        context.streamsWritable(),
+        servers.queueRedis.exists(queues.jobKey(eventId)),
+      ]),
+    logger,
+  });
+  const guard = createPoisonGuard({
+    redis: servers.queueRedis,
+    jobKey: queues.jobKey,
+    maxCrashes: config.maxCrashes,
+  });
+  const parker = createParker({ outbox, refiller: context.refiller, logger });
+  const publish = createPublish({
+    ...context,
+    ...{ check, guard, parker, onPublished: context.heartbeat.appendedTo, options: config },
+    rows: createRowQuestions(outbox),
+  });
+  const workers = createWorkers<OutboxEvent, Released | null>({
+    ...{ queuePrefix, concurrency, logger, timeoutMs: publishTimeoutMs },
+    queueName: publishQueueName(config.queueName),
+    connection: servers.workerRedis,
+    process: publish.process,
+    onCompleted: publish.onCompleted,
+    onFailed: publish.onFailed,
+    telemetry: context.tracing.jobs,
+  });
+  workers.onStalled((eventId) => logger.warn({ eventId }, 'took over an event from a pod that stopped'));
+
+  return {
+    workers,
+    start: workers.start,
+    /** Takes no more jobs, waits for those in progress until the deadline, then leaves them to the other pods. */
+    async stop(deadlineMs: number): Promise<void> {
+      await workers.stop(deadlineMs);
+      await succeedsWithin(deadlineMs, publish.drain());
+      await succeedsWithin(deadlineMs, parker.drain());
+      guard.stop();
+    },
+  };
+}

@@ -1,0 +1,261 @@
+import { DelayedError, type Job, type Telemetry, UnrecoverableError, Worker } from 'bullmq';
+import type { Redis, RedisOptions } from 'ioredis';
+import { succeedsWithin } from '../lifecycle.ts';
+import type { Logger } from '../logger.ts';
+
+/** BullMQ's workers, several of them for one queue in a pod. */
+
+/** A worker waits up to 10 s for a job while a delayed one is far off; then an answer is due. */
+const BLOCKING_ANSWER_TIMEOUT_MS = 15_000;
+
+/**
+ * BullMQ's own connections for its workers: commands wait until Redis is back, and are sent again on the next
+ * connection. One that was executed twice finds its lock gone, or leaves a job that nobody works on: the stalled check
+ * finds both.
+ */
+export const WORKER_CONNECTION: RedisOptions = {
+  maxRetriesPerRequest: null,
+  enableOfflineQueue: true,
+  socketTimeout: BLOCKING_ANSWER_TIMEOUT_MS,
+};
+
+/** A killed pod's jobs are taken over after this and a stalled check or two. */
+const LOCK_DURATION_MS = 5_000;
+/**
+ * Workers of one queue in a pod, at most. A worker fetches one job after the other and begins none while there are
+ * more, up to its concurrency: one with 300 places takes 300 ms for that, eight with 38 each 40 ms (measured).
+ */
+const WORKERS_MAX = 8;
+/** However long jobs take, so many at once: rows are acknowledged together. */
+const FEWEST_SLOTS = 8;
+/** A worker that Redis refuses asks again after so long. BullMQ asks at once, 10,000 times a second, measured. */
+const REFUSED_PAUSE_MS = 1_000;
+/** The same error of a worker is reported once in so long: an outage makes one a second. */
+const REPEAT_AFTER_MS = 10_000;
+const CLOSE_TIMEOUT_MS = 2_000;
+
+/** What becomes of a job whose processor has ended. */
+export type Fate<R> =
+  | Readonly<{ kind: 'completed'; result: R }>
+  /** Again after so long, at no cost to its attempts. */
+  | Readonly<{ kind: 'delayed'; ms: number }>
+  /** An attempt failed: BullMQ's backoff, or after the last one the failed jobs. */
+  | Readonly<{ kind: 'failed'; reason: string; isFinal: boolean }>;
+
+/** One run of a job. */
+export type Run<T> = Readonly<{
+  id: string;
+  name: string;
+  /** Null when Redis lost the job's hash and kept its id in a list, or somebody else made the job. */
+  data: T | null;
+  /** ms since the epoch */
+  madeAt: number;
+  /** Attempts that failed before. */
+  failures: number;
+  /** How often it was begun, this run included. */
+  starts: number;
+  /** How often it was found without its worker. */
+  stalls: number;
+}>;
+
+/** An attempt that failed. */
+export type FailedRun<T> = Run<T> &
+  Readonly<{
+    error: Error;
+    /** When the last attempt failed; null while there are more. */
+    failedForGoodAt: Date | null;
+    /** Until the next attempt. */
+    retryInMs: number;
+  }>;
+
+export type Workers = ReturnType<typeof createWorkers>;
+
+/**
+ * Workers of one queue; together they work on `concurrency` jobs at once.
+ *
+ * @param deps.onCompleted told after the job has ended in Redis, if it was this worker that ended it
+ * @param deps.onFailed told after each failed attempt; must not throw
+ */
+export function createWorkers<T, R = void>(deps: {
+  queueName: string;
+  queuePrefix: string;
+  connection: Redis;
+  concurrency: number;
+  process: (run: Run<T>) => Promise<Fate<R>>;
+  onCompleted?: (run: Run<T>, result: R) => void;
+  onFailed?: (run: FailedRun<T>) => void;
+  telemetry?: Telemetry | undefined;
+  /**
+   * Time after which a job is given up. When one takes more than half of it, half as many are in progress at once from
+   * then on, and one more for each that takes less than a quarter. Putting a job off may take as long as well: then
+   * its lock ends, and the stalled check finds it.
+   */
+  timeoutMs: number;
+  logger: Logger;
+}) {
+  const { queueName, concurrency, logger } = deps;
+  const count = Math.min(WORKERS_MAX, concurrency);
+  let slots = concurrency;
+  let shrunkAt = Number.NEGATIVE_INFINITY;
+  let lastStartedAt = Date.now();
+  let isStopping = false;
+  const startedAt = new Map<Job<T>, number>();
+  const reportedAt = new Map<string, number>();
+  const pauses = new Set<NodeJS.Timeout>();
+
+  async function process(job: Job<T, R>, token?: string): Promise<R> {
+    lastStartedAt = Date.now();
+    startedAt.set(job, lastStartedAt);
+    const beganAt = performance.now();
+    try {
+      const fate = await deps.process(runOf(job));
+      fitSlots(beganAt, fate.kind === 'completed');
+      switch (fate.kind) {
+        case 'completed':
+          return fate.result;
+        case 'delayed':
+          // If not even that is possible, the job stays where it is and its lock ends: found by the stalled check, at no
+          // cost to its attempts. Waiting for it would renew the lock for ever.
+          await succeedsWithin(deps.timeoutMs, job.moveToDelayed(Date.now() + fate.ms, token));
+          throw new DelayedError();
+        case 'failed':
+          throw fate.isFinal ? new UnrecoverableError(fate.reason) : new Error(fate.reason);
+      }
+    } finally {
+      startedAt.delete(job);
+    }
+  }
+
+  function createOne(index: number): Worker<T, R> {
+    const worker = new Worker<T, R>(queueName, process, {
+      connection: deps.connection,
+      prefix: deps.queuePrefix,
+      autorun: false,
+      concurrency: shareOf(slots, index),
+      lockDuration: LOCK_DURATION_MS,
+      stalledInterval: LOCK_DURATION_MS / 2,
+      // How long a worker waits after an error of the connection before it asks again.
+      runRetryDelay: 1_000,
+      // Of what has no options of ours: a job whose hash Redis lost, or somebody else's.
+      removeOnComplete: { count: 0 },
+      // A stall is no crash, and a crash not the fault of all jobs that were in progress.
+      maxStalledCount: 1_000_000,
+      ...(deps.telemetry && { telemetry: deps.telemetry }),
+    });
+    worker.on('error', (error) => {
+      report(error);
+      if (error.name === 'ReplyError') pauseAWhile(worker);
+    });
+    worker.on('completed', (job, result) => deps.onCompleted?.(runOf(job), result));
+    worker.on('failed', (job, error) => {
+      if (!job) return;
+      deps.onFailed?.({
+        ...runOf(job),
+        error,
+        failedForGoodAt: job.finishedOn ? new Date(job.finishedOn) : null,
+        retryInMs: job.delay,
+      });
+    });
+    return worker;
+  }
+
+  const shareOf = (all: number, index: number): number =>
+    Math.max(1, Math.floor(all / count) + (index < all % count ? 1 : 0));
+
+  /** Redis refuses everybody (OOM, READONLY, NOPERM). */
+  function pauseAWhile(worker: Worker<T, R>): void {
+    if (isStopping || worker.isPaused()) return;
+    void worker.pause(true);
+    const timer = setTimeout(() => {
+      pauses.delete(timer);
+      if (!isStopping) void worker.resume();
+    }, REFUSED_PAUSE_MS);
+    pauses.add(timer);
+  }
+
+  function report(error: Error): void {
+    if (Date.now() - (reportedAt.get(error.message) ?? 0) < REPEAT_AFTER_MS) return;
+    if (reportedAt.size >= 100) reportedAt.clear();
+    reportedAt.set(error.message, Date.now());
+    logger.warn({ err: error, queue: queueName }, 'a worker met an error; it goes on');
+  }
+
+  const workers = Array.from({ length: count }, (_, index) => createOne(index));
+
+  function setSlots(wanted: number): void {
+    slots = wanted;
+    workers.forEach((worker, index) => {
+      worker.concurrency = shareOf(wanted, index);
+    });
+  }
+
+  /**
+   * Without this, a pod that gets too little of a processor would give up most of what it begins, and publish next to
+   * nothing for a minute (measured). Jobs that had begun by the time of a change tell nothing new.
+   */
+  function fitSlots(beganAt: number, isCompleted: boolean): void {
+    const tookMs = performance.now() - beganAt;
+    const fewer = Math.max(FEWEST_SLOTS, Math.floor(slots / 2));
+    if (tookMs > deps.timeoutMs / 2) {
+      if (beganAt < shrunkAt || fewer >= slots) return;
+      shrunkAt = performance.now();
+      setSlots(fewer);
+      logger.warn(
+        { queue: queueName, seconds: Math.round(tookMs / 100) / 10, atOnce: slots },
+        'attempts take long; fewer events are published at once',
+      );
+    } else if (isCompleted && tookMs < deps.timeoutMs / 4 && slots < concurrency) setSlots(slots + 1);
+  }
+
+  return {
+    start(): void {
+      for (const worker of workers)
+        worker.run().catch((error) => logger.error({ err: error, queue: queueName }, 'a worker ended'));
+    },
+
+    /** Takes no more jobs and waits for those in progress; what is left at the deadline goes to other pods. */
+    async stop(deadlineMs: number): Promise<void> {
+      isStopping = true;
+      for (const timer of pauses) clearTimeout(timer);
+      const endsAt = Date.now() + deadlineMs;
+      await Promise.all(
+        workers.map(async (worker) => {
+          const finished = await succeedsWithin(Math.max(1, endsAt - Date.now()), worker.pause());
+          await succeedsWithin(CLOSE_TIMEOUT_MS, worker.close(!finished));
+        }),
+      );
+    },
+
+    isRunning: (): boolean =>
+      !isStopping && workers.every((worker) => worker.isRunning() || worker.isPaused()),
+
+    /** Jobs that they work on at once, at most. */
+    slots: (): number => slots,
+
+    /** When they last began to work on a job, or on nothing yet; ms since the epoch. */
+    lastStartedAt: (): number => lastStartedAt,
+
+    inProgress: (): number => startedAt.size,
+
+    /** When they began the job that has been in progress for the longest time. */
+    oldestStartedAt(): number | undefined {
+      // A Map keeps the order in which they were begun.
+      for (const at of startedAt.values()) return at;
+      return undefined;
+    },
+
+    onStalled(listener: (jobId: string) => void): void {
+      for (const worker of workers) worker.on('stalled', listener);
+    },
+  };
+}
+
+const runOf = <T>(job: Job<T>): Run<T> => ({
+  id: job.id ?? '',
+  name: job.name,
+  data: (job.data as T | null | undefined) ?? null,
+  madeAt: job.timestamp,
+  failures: job.attemptsMade,
+  starts: job.attemptsStarted,
+  stalls: job.stalledCounter,
+});

@@ -1,0 +1,123 @@
+import type { Logger } from '../logger.ts';
+import type { FinalizedPlace, FinalizedRow, Published } from '../outbox/published.ts';
+import type { Lookup } from '../streams/lookup.ts';
+
+/** Rows compared in one step. */
+const PAGE_ROWS = 1_000;
+
+/** Rows with an entry id, by what was found in their stream. */
+export type Found = {
+  rows: number;
+  /** Not in the stream, though they should be. */
+  lost: number;
+  /** Of these, made unpublished: the relay publishes them again. */
+  unpublished: number;
+  /** Before the stream's first entry: trimmed on purpose. */
+  trimmed: number;
+  /** Their stream's key holds something else, or must not be read: nothing can be said of them. */
+  unreadable: number;
+};
+
+const NOTHING: Found = { rows: 0, lost: 0, unpublished: 0, trimmed: 0, unreadable: 0 };
+
+/** By stream, in the order in which they were met. */
+export type Comparison = ReadonlyMap<string, Found>;
+
+/** Of all streams together. */
+export function totals(comparison: Comparison): Found {
+  const sum = { ...NOTHING };
+  for (const found of comparison.values()) {
+    for (const what of Object.keys(sum) as (keyof Found)[]) sum[what] += found[what];
+  }
+  return sum;
+}
+
+export type ComparisonRange = Readonly<{
+  /** Times of the database. */
+  since: string;
+  until: string;
+  /** Only this stream. */
+  stream?: string;
+  /** What to do with the rows of a page whose entries are lost; returns how many of them were changed. */
+  onLost?: (rows: readonly FinalizedRow[]) => Promise<number>;
+  /** Whether streams are noted as they are now; see gate-script.ts. */
+  noting?: boolean;
+  onProgress?: (at: string, found: Comparison) => void;
+  /** Asked between two pages: end here. */
+  stopped?: () => boolean;
+}>;
+
+export type Compare = ReturnType<typeof createCompare>;
+
+/** Compares rows with streams, in bounded steps. */
+export function createCompare(deps: {
+  published: Pick<Published, 'finalizedRows'>;
+  lookup: Pick<Lookup, 'absent'>;
+  dlqStreamName: string;
+}) {
+  const streamOf = (row: FinalizedRow) => row.topic ?? deps.dlqStreamName;
+
+  return async function compare(range: ComparisonRange): Promise<Comparison> {
+    const found = new Map<string, Found>();
+    let after: FinalizedPlace = { settledAt: range.since, id: '-1' };
+    for (;;) {
+      const page = await deps.published.finalizedRows(after, range.until, PAGE_ROWS);
+      await comparePage(page, range, found);
+      range.onProgress?.(page.at(-1)?.settledAt ?? after.settledAt, found);
+      const last = page.at(-1);
+      if (last === undefined || page.length < PAGE_ROWS || range.stopped?.()) return found;
+      after = last;
+    }
+  };
+
+  async function comparePage(
+    page: readonly FinalizedRow[],
+    range: ComparisonRange,
+    found: Map<string, Found>,
+  ): Promise<void> {
+    const streams = [...new Set(page.map(streamOf))];
+    await Promise.all(
+      streams.map(async (stream) => {
+        if (range.stream !== undefined && stream !== range.stream) return;
+        const rows = page.filter((row) => streamOf(row) === stream);
+        const absent = await deps.lookup.absent(stream, rows, range.noting === true);
+        const sum = found.get(stream) ?? { ...NOTHING };
+        found.set(stream, sum);
+        sum.rows += rows.length;
+        sum.trimmed += absent.trimmed;
+        if (absent.unreadable) sum.unreadable += rows.length;
+        sum.lost += absent.lost.length;
+        if (absent.lost.length > 0 && range.onLost) sum.unpublished += await range.onLost(absent.lost);
+      }),
+    );
+  }
+}
+
+/**
+ * Redis may have lost entries and jobs. The epoch is over, so nothing is appended and no row is marked meanwhile: rows
+ * whose entries are missing become unpublished, leases end, and the road does the rest, in order.
+ */
+export const createRecoverLostData =
+  (deps: {
+    outbox: Pick<Published, 'comparedFrom' | 'unpublish'> &
+      Readonly<{ epochsEnded: () => Promise<void>; expireAllLeases: () => Promise<number> }>;
+    compare: Compare;
+    /** How far back, at most. */
+    windowMs: number;
+    onRecovered: (found: Found) => void;
+    logger: Logger;
+  }) =>
+  async ({ intactUntil }: Readonly<{ intactUntil: string | null }>): Promise<void> => {
+    const { outbox, logger } = deps;
+    const startedAt = Date.now();
+    await outbox.epochsEnded();
+    const since = await outbox.comparedFrom(deps.windowMs, intactUntil);
+    const found = totals(
+      await deps.compare({ since, until: 'infinity', noting: true, onLost: outbox.unpublish }),
+    );
+    const leases = await outbox.expireAllLeases();
+    const about = { since, ...found, leases, ms: Date.now() - startedAt };
+    if (found.lost + found.unreadable === 0) logger.info(about, 'nothing that was published is missing');
+    else logger.warn(about, 'Redis had lost entries; their events are published again');
+    deps.onRecovered(found);
+  };

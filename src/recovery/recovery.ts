@@ -1,0 +1,34 @@
+import type { Context } from '../context.ts';
+import { createLeaseReaper } from './lease-reaper.ts';
+
+/** Failed jobs looked through in one round of trimming. */
+const TRIM_LIMIT = 1_000;
+
+export type Recovery = ReturnType<typeof createRecovery>;
+
+/** The recovery stage: what each tick does besides claiming. */
+export function createRecovery(context: Context) {
+  const { config, outbox, queues, removeJobs, refiller, state, logger } = context;
+  const reapLeases = createLeaseReaper(context);
+
+  /** Failed jobs are kept for the dashboard, so many; never one whose dead letter is not written yet. */
+  async function trimFailedJobs(): Promise<void> {
+    const excess = await queues.failedBeyond(config.failedJobsKept, TRIM_LIMIT);
+    if (excess.length === 0) return;
+    const live = new Set(await outbox.liveOf(excess.map((it) => it.eventId)));
+    await removeJobs(excess.filter((it) => !live.has(it.eventId)));
+  }
+
+  return {
+    async maintain(): Promise<void> {
+      state.tickedAt = Date.now();
+      for (const [duty, run] of Object.entries({ reapLeases, sweep: refiller.sweep, trimFailedJobs })) {
+        try {
+          await run();
+        } catch (error) {
+          logger.warn({ err: error, duty }, 'a duty of the tick failed; the next tick does it');
+        }
+      }
+    },
+  };
+}

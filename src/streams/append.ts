@@ -1,0 +1,354 @@
+import type { Redis, RedisOptions, Result } from 'ioredis';
+import { Packr } from 'msgpackr';
+import { type AppendOutcome, type Failure, inSteps, type OutboxEvent } from '../event.ts';
+import { deadLetterFields, envelopeFields } from './envelope.ts';
+import { type Epoch, epochId } from './epoch.ts';
+import { GATE, type Gate, gateScript, letterScript, MEMORY_TTL_S } from './gate-script.ts';
+
+export type { Gate } from './gate-script.ts';
+
+const packr = new Packr({ useRecords: false });
+
+/** What one call takes at most: Redis does nothing else meanwhile. */
+const CALL_ENTRIES = 64;
+const CALL_BYTES = 256 * 1024;
+/** Streams that are known to be there, at most; then they are learnt anew. */
+const KNOWN_STREAMS_MAX = 10_000;
+/** Events that are remembered to be in their stream, at most; the oldest go first. */
+const KNOWN_EVENTS_MAX = 8_000;
+/** Between the question about a job and the append no more time passes than this, or nothing is appended. */
+const FACTS_TRUE_FOR_MS = 5_000;
+
+declare module 'ioredis' {
+  interface RedisCommander<Context> {
+    appendInOrder(
+      numberOfKeys: number,
+      ...keysAndArgs: (string | Buffer)[]
+    ): Result<(string | string[])[], Context>;
+    appendLetter(...keysAndArgs: (string | Buffer)[]): Result<string, Context>;
+  }
+}
+
+/**
+ * What another server says of an event's job: when it was made, whether it has ended, and how many of its attempts have
+ * failed. Null when there is none.
+ */
+export type JobFacts = readonly [madeAt: string, hasEnded: boolean, failures: number] | null;
+
+export type StreamOptions = Readonly<{
+  dlqStreamName: string;
+  /** Approximate length at which a stream is trimmed; 0 = never. */
+  streamMaxLen: number;
+  dlqMaxLen: number;
+  /** Redis key of an event's publish job. */
+  jobKey: (eventId: string) => string;
+  /** Prefix of the idempotency keys, where the jobs are on another server. */
+  memoryPrefix: string;
+  /** Redis key of the epoch's name. */
+  epochKey: string;
+}>;
+
+/** Redis key that remembers an event's entry, where the jobs are on another server. */
+export const memoryKeyOf =
+  ({ memoryPrefix }: Pick<StreamOptions, 'memoryPrefix'>) =>
+  (eventId: string): string =>
+    `${memoryPrefix}:entry:${eventId}`;
+
+/** Where the last entry of each stream is noted, for an epoch. */
+export const notesKeyOf = (epochKey: string): string => `${epochKey}:notes`;
+
+/**
+ * What the append connection must be: it neither queues nor resends across a reconnect, so that an append of
+ * unknown fate is asked again instead of overtaking what came after it.
+ */
+export const APPEND_CONNECTION: RedisOptions = {
+  enableOfflineQueue: false,
+  autoResendUnfulfilledCommands: false,
+  maxRetriesPerRequest: 0,
+};
+
+/** How an event is to be appended. */
+export type Appending = Readonly<{
+  epoch: string;
+  gate: Gate;
+  /** When the job that this run belongs to was made, ms since the epoch. */
+  madeAt: number;
+}>;
+
+/** An entry on its way to Redis. */
+type Request = Appending &
+  Readonly<{
+    event: OutboxEvent;
+    xadd: readonly string[];
+    bytes: number;
+    resolve: (answer: string) => void;
+    reject: (error: Error) => void;
+  }>;
+
+export type Streams = ReturnType<typeof createStreams>;
+
+export function createStreams(deps: {
+  redis: Redis;
+  epoch: Epoch;
+  options: StreamOptions;
+  /** Asks another server about the jobs of these events, where the jobs are on another server. */
+  jobFacts?: ((eventIds: readonly string[]) => Promise<JobFacts[]>) | undefined;
+  /** Told of each stream of events at its first entry in an epoch. */
+  onFirstEntry?: (stream: string) => void;
+}) {
+  const { redis, epoch: epochs, options, jobFacts } = deps;
+  const hasTwoServers = jobFacts !== undefined;
+  redis.defineCommand('appendInOrder', { lua: gateScript(hasTwoServers) });
+  redis.defineCommand('appendLetter', { numberOfKeys: 6, lua: letterScript(hasTwoServers) });
+  const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
+  const letterKey = (eventId: string, madeAt: number): string =>
+    hasTwoServers ? `${options.memoryPrefix}:dead:${eventId}:${madeAt}` : options.jobKey(eventId);
+
+  /** Good for one epoch: what was appended then is there as long as it lasts. */
+  let known = { epoch: '', streams: new Set<string>(), events: new Set<string>() };
+  /** Who waits for the append of an event, by its id. */
+  const waiting = new Map<string, (() => void)[]>();
+  /** By the epoch that they belong to. */
+  let requested = new Map<string, Request[]>();
+
+  function knownIn(epoch: string): typeof known {
+    if (known.epoch !== epoch || known.streams.size >= KNOWN_STREAMS_MAX)
+      known = { epoch, streams: new Set(), events: new Set() };
+    return known;
+  }
+
+  /** The event is in its stream: the one behind it may go on. */
+  function noteAppended(epoch: string, eventId: string): void {
+    const { events } = knownIn(epoch);
+    events.add(eventId);
+    if (events.size > KNOWN_EVENTS_MAX)
+      for (const oldest of events) {
+        events.delete(oldest);
+        break;
+      }
+    wakeUp(eventId);
+  }
+
+  function wakeUp(eventId: string): void {
+    const callbacks = waiting.get(eventId);
+    if (callbacks === undefined) return;
+    waiting.delete(eventId);
+    for (const resume of callbacks) resume();
+  }
+
+  /** What is requested in one turn of the loop goes to Redis together. */
+  function request(event: OutboxEvent, appending: Appending, xadd: readonly string[]): Promise<string> {
+    return new Promise((resolve, reject) => {
+      if (requested.size === 0) setImmediate(callAll);
+      const bytes = xadd.reduce((sum, it) => sum + it.length, 0);
+      const one = { ...appending, event, xadd, bytes, resolve, reject };
+      const others = requested.get(appending.epoch);
+      if (others) others.push(one);
+      else requested.set(appending.epoch, [one]);
+    });
+  }
+
+  function callAll(): void {
+    const all = requested;
+    requested = new Map();
+    for (const [epoch, ofEpoch] of all) {
+      // Their jobs may have begun in another order.
+      ofEpoch.sort(
+        ({ event: a }, { event: b }) => a.id.length - b.id.length || (a.id < b.id ? -1 : a.id > b.id ? 1 : 0),
+      );
+      for (const some of inSteps(ofEpoch, CALL_ENTRIES, CALL_BYTES)) void call(epoch, some);
+    }
+  }
+
+  async function call(epoch: string, some: readonly Request[]): Promise<void> {
+    try {
+      const facts = await factsOf(some);
+      const keys = [
+        options.epochKey,
+        notesKeyOf(options.epochKey),
+        ...some.flatMap(({ event }) => [event.topic, memoryKey(event.eventId)]),
+      ];
+      const entries = some.map(({ event, madeAt, gate, xadd }) => [
+        event.eventId,
+        String(madeAt),
+        GATE[gate],
+        event.after ? memoryKey(event.after) : '',
+        facts?.get(event.eventId) ?? false,
+        (event.after && facts?.get(event.after)) || false,
+        hasTwoServers && letterKey(event.eventId, madeAt),
+        ...xadd,
+      ]);
+      const args = [epoch, epochId(epoch), options.dlqStreamName, packr.pack(entries)];
+      const answers = await redis.appendInOrder(keys.length, ...keys, ...args);
+      const cascaded = answers[some.length] as string[];
+      for (let i = 0; i < cascaded.length; i += 2) noteAppended(epoch, cascaded[i] as string);
+      some.forEach((it, i) => {
+        it.resolve(String(answers[i]));
+      });
+    } catch (error) {
+      // One that may not be appended can stop the whole call. Who was appended all the same is remembered.
+      if (some.length > 1 && outcomeOfError(error as Error).status === 'refused') {
+        for (const one of some) void call(epoch, [one]);
+      } else for (const it of some) it.reject(error as Error);
+    }
+  }
+
+  async function factsOf(some: readonly Request[]): Promise<ReadonlyMap<string, JobFacts> | undefined> {
+    if (jobFacts === undefined) return undefined;
+    const askedAt = Date.now();
+    const eventIds = [...new Set(some.flatMap(({ event }) => [event.eventId, event.after ?? []].flat()))];
+    const facts = await jobFacts(eventIds);
+    if (Date.now() - askedAt > FACTS_TRUE_FOR_MS) throw new Error('what is known of the jobs is out of date');
+    return new Map(eventIds.map((eventId, i) => [eventId, facts[i] as JobFacts]));
+  }
+
+  /** An answer that is no success. */
+  function outcomeOf(answer: string, epoch: string): AppendOutcome {
+    switch (answer) {
+      case '':
+        return { status: 'gone' };
+      case '*':
+        return { status: 'ask-rows' };
+      case '~':
+        return { status: 'early' };
+      case '<':
+      case '<!':
+        return { status: 'behind', failedBefore: answer === '<!' };
+      case '?':
+        epochs.endFor(epoch);
+        return NOT_KNOWN;
+      case '!':
+        epochs.doubt();
+        return NOT_KNOWN;
+      default:
+        if (answer.startsWith('-')) return outcomeOfError(refusal(answer.slice(1)));
+        return { status: 'refused', reason: 'Redis gave no stream id in answer to the append' };
+    }
+  }
+
+  /** A reply that is not a stream id must never pass for success. */
+  const entryIdOf = (answer: string): string | undefined => /^[+=^](\d+-\d+)$/.exec(answer)?.[1];
+
+  function failed(error: Error): AppendOutcome {
+    if (DEMOTED.test(error.message)) epochs.doubt();
+    return outcomeOfError(error);
+  }
+
+  return {
+    /**
+     * Appends the event to the stream of its topic, once and in its order. Never throws.
+     * The fields are those of the envelope; see envelope.ts.
+     */
+    async publish(event: OutboxEvent, appending: Appending): Promise<AppendOutcome> {
+      const { epoch } = appending;
+      try {
+        const xadd = [...trimmedTo(options.streamMaxLen), '*', ...envelopeFields(event)];
+        const answer = await request(event, appending, xadd);
+        const entryId = entryIdOf(answer);
+        if (entryId === undefined) return outcomeOf(answer, epoch);
+        const { streams } = knownIn(epoch);
+        if (!streams.has(event.topic)) {
+          deps.onFirstEntry?.(event.topic);
+          streams.add(event.topic);
+        }
+        noteAppended(epoch, event.eventId);
+        return { status: answer.startsWith('=') ? 'remembered' : 'appended', entryId, epoch };
+      } catch (error) {
+        return failed(error as Error);
+      }
+    },
+
+    /** Whether this pod knows that the event was appended in this epoch. */
+    isAppended: (eventId: string, epoch: string): boolean =>
+      known.epoch === epoch && known.events.has(eventId),
+
+    /** Resolves when this pod learns that the event was appended, or after `ms`. */
+    appendOf(eventIds: readonly string[], ms: number): Promise<void> {
+      return new Promise((resolve) => {
+        const resume = () => {
+          clearTimeout(timer);
+          resolve();
+        };
+        const timer = setTimeout(() => {
+          for (const eventId of eventIds) {
+            const left = waiting.get(eventId)?.filter((it) => it !== resume) ?? [];
+            if (left.length === 0) waiting.delete(eventId);
+            else waiting.set(eventId, left);
+          }
+          resolve();
+        }, ms);
+        for (const eventId of eventIds) {
+          const others = waiting.get(eventId);
+          if (others) others.push(resume);
+          else waiting.set(eventId, [resume]);
+        }
+      });
+    },
+
+    /**
+     * Appends the event to the dead-letter stream, once for each job. Never throws. Answers `published` with its entry
+     * when the job remembers that it was appended: it is not dead.
+     *
+     * @param madeAt of the failed job; null where the row says that the letter is lost, and there may be no job
+     */
+    async deadLetter(failure: Failure, madeAt: number | null): Promise<AppendOutcome | PublishedAfterAll> {
+      const { event } = failure;
+      const epoch = await epochs.known();
+      if (epoch === undefined) return NOT_KNOWN;
+      try {
+        const [facts] = (await jobFacts?.([event.eventId])) ?? [];
+        const answer = await redis.appendLetter(
+          ...[options.epochKey, notesKeyOf(options.epochKey), options.dlqStreamName],
+          ...[memoryKey(event.eventId), event.topic, letterKey(event.eventId, madeAt ?? 0)],
+          ...[epoch, epochId(epoch), event.eventId, madeAt === null ? '0' : '1', String(madeAt)],
+          packr.pack(facts ?? false),
+          ...[...trimmedTo(options.dlqMaxLen), '*', ...deadLetterFields(event, failure)],
+        );
+        const entryId = entryIdOf(answer);
+        if (entryId === undefined) return outcomeOf(answer, epoch);
+        if (answer.startsWith('^')) return { status: 'published', entryId, epoch };
+        return { status: answer.startsWith('=') ? 'remembered' : 'appended', entryId, epoch };
+      } catch (error) {
+        return failed(error as Error);
+      }
+    },
+
+    /** Whether a job that was made then may be older than what is remembered of it: row and stream are asked first. */
+    mayHaveForgotten: (madeAt: number): boolean =>
+      hasTwoServers && Date.now() - madeAt > (MEMORY_TTL_S - MARGIN_S) * 1_000,
+  };
+}
+
+/** The event has an entry in its stream: it must not be given up. */
+export type PublishedAfterAll = { status: 'published'; entryId: string; epoch: string };
+
+/** Clocks of pods differ by less. */
+const MARGIN_S = 300;
+
+/** XADD's argument that keeps a stream at about `maxLen` entries; 0 = never trim. */
+export const trimmedTo = (maxLen: number): string[] => (maxLen === 0 ? [] : ['MAXLEN', '~', String(maxLen)]);
+
+export const NOT_KNOWN: AppendOutcome = {
+  status: 'unavailable',
+  reason: 'Redis may have lost entries; nothing is appended until table and streams were compared',
+};
+
+/** As ioredis has what Redis answers instead of a reply. */
+const refusal = (message: string) => Object.assign(new Error(message), { name: 'ReplyError' });
+
+/** The server is no master any more: it may come back with another one's data. */
+const DEMOTED = /\b(READONLY|MASTERDOWN)\b/;
+
+/** Replies by which Redis refuses everybody, whatever the event. */
+const NOBODY_NOW =
+  /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED|NOAUTH|WRONGPASS)/;
+
+export function outcomeOfError(error: Error): AppendOutcome & { status: 'refused' | 'unavailable' } {
+  // Redis says where in the script it refused: before the refusal up to version 6, after it since 7.
+  const reason = error.message
+    .replace(/^ERR Error running script.*?@user_script:\s*\d+:\s*-?/, '')
+    .replace(/ script: [0-9a-f]{40}, on @user_script:\d+\.?$/, '')
+    .slice(0, 500);
+  const answered = error.name === 'ReplyError';
+  return { status: answered && !NOBODY_NOW.test(reason) ? 'refused' : 'unavailable', reason };
+}

@@ -1,0 +1,247 @@
+/**
+ * The append script: memory of appends and gate of the order. It is the only way into a stream of events, but for
+ * marked copies (republish.ts).
+ *
+ * Atomically, for some entries in the order of their ids: another epoch refuses all of them. A job that is gone, or was
+ * made again since, appends nothing: the row decides. A job that remembers its entry gets that as its answer. What was
+ * released is never appended. An event passes the gate when the event right before it in its aggregate is in its stream,
+ * or the rows have said that there is none; else it is early, or behind one that has failed.
+ *
+ * The memory is `<epoch> <entry id>`. Of this epoch it is good; of an earlier one only if this very entry is in the
+ * stream now, and is the event's. On one server it is a field of the job's hash, so it lives and dies with the job; where
+ * the streams have a server of their own it is a key beside the stream, the idempotency key.
+ *
+ * A stream that had an entry in this epoch and is gone, or is another one of that name (a consumer's
+ * `XGROUP CREATE ... MKSTREAM` makes an empty one), was lost with its entries. The notes hold the last entry of each.
+ *
+ * Cascade: an early entry is kept with the job that it waits for, and whoever appends that one appends this one.
+ * Without it ten hot aggregates on two pods reach 880 events/s instead of 2,480 or more.
+ *
+ * KEYS: epoch, notes, then of each entry its stream and the key of its memory.
+ * ARGV: epoch, its id, dead-letter stream, then the entries as MessagePack: of each event id, time at which its job was
+ * made, gate (see GATE), key of the memory of the event before, facts about own job and about that of the event before
+ * (where these are on another server), key of the memory of a dead letter, then what XADD takes after the key.
+ *
+ * Answers for each entry `+id` when it was appended, `=id` when it was remembered, nothing when the job is gone, `!` in
+ * another epoch, `?` when its stream is lost, `*` when the rows have to be asked, `~` when it is early, `<` when it is
+ * behind, `<!` when it is behind an event that has failed, or `-` and the reason why Redis refused it. After these a
+ * list of what the cascade appended: event id, entry id, and so on.
+ *
+ * One call for many entries, with one argument: a call for each costs this process 25 µs and Redis 8 µs more per
+ * entry, and an argument for each field 3 µs and 5 kB of garbage more.
+ */
+
+/** How an entry is let through. */
+export const GATE = {
+  /** Not before the rows were asked. */
+  ask: 0,
+  /** When the event before it is in its stream. */
+  after: 1,
+  /** At once. */
+  open: 2,
+  /** Not at all: the rows say that it is behind. */
+  release: 3,
+} as const;
+export type Gate = keyof typeof GATE;
+
+/** Fields of the job's hash that are ours. BullMQ keeps and ignores them. */
+export const ENTRY_FIELD = 'relay:entry';
+const RELEASED_FIELD = 'relay:released';
+const NEXT_FIELD = 'relay:next';
+export const LETTER_FIELD = 'relay:dlq';
+
+/** Lifetime of an idempotency key, renewed whenever it is asked for. About 150 bytes of Redis for each event. */
+export const MEMORY_TTL_S = 3_600;
+/** Entries that the cascade appends in one call, at most: Redis does nothing else meanwhile. */
+const CASCADE_MAX = 64;
+/** Streams that are noted, at most. */
+const NOTED_STREAMS_MAX = 10_000;
+
+/** Needs ARGV[1] = epoch, ARGV[2] = its id, KEYS[2] = notes. */
+const MEMORY_AND_NOTES = `
+local function below(a, b)
+  local ams, aseq = string.match(a, '(%d+)-(%d+)')
+  local bms, bseq = string.match(b, '(%d+)-(%d+)')
+  if not ams or not bms then return false end
+  if ams ~= bms then return tonumber(ams) < tonumber(bms) end
+  return tonumber(aseq) < tonumber(bseq)
+end
+local function entryOf(memory, stream, event)
+  if not memory then return nil end
+  local made, id = string.match(memory, '^(%S+) (%d+%-%d+)$')
+  if made == ARGV[2] then return id end
+  local found = redis.pcall('XRANGE', stream, id or memory, id or memory)[1]
+  if found and found[2][1] == 'event_id' and found[2][2] == event then return found[1] end
+  return nil
+end
+local lost, last = {}, {}
+local function isLost(stream)
+  if lost[stream] ~= nil then return lost[stream] end
+  lost[stream] = false
+  local note = redis.call('HGET', KEYS[2], stream)
+  if note and redis.pcall('XLEN', stream) == 0 then
+    local latest, info = '0-0', redis.pcall('XINFO', 'STREAM', stream)
+    for i = 1, #info, 2 do
+      if info[i] == 'last-generated-id' then latest = info[i + 1] end
+    end
+    lost[stream] = below(latest, note)
+  end
+  return lost[stream]
+end
+local function note()
+  for stream, id in pairs(last) do
+    if redis.call('HEXISTS', KEYS[2], stream) == 1 or redis.call('HLEN', KEYS[2]) < ${NOTED_STREAMS_MAX} then
+      redis.call('HSET', KEYS[2], stream, id)
+    end
+  end
+end`;
+
+/** The memory in the job's hash. */
+const IN_JOB = `
+local function look(job)
+  local it = redis.call('HMGET', job, '${ENTRY_FIELD}', 'timestamp', 'finishedOn', 'atm', '${RELEASED_FIELD}', '${NEXT_FIELD}', '${LETTER_FIELD}')
+  return {entry = it[1], made = it[2], ended = it[3], failures = tonumber(it[4] or '0'), released = it[5], next = it[6], letter = it[7]}
+end
+local function remember(job, memory) redis.call('HSET', job, '${ENTRY_FIELD}', memory) end
+local function release(job) redis.call('HSET', job, '${RELEASED_FIELD}', '1') end
+local function forgetLetter(job) redis.call('HDEL', job, '${LETTER_FIELD}') end`;
+
+/** The memory in an idempotency key; what is asked of jobs was asked before, of the other server. */
+const IN_KEY = `
+local function look(key, job, letterKey)
+  local it = job and {made = job[1], ended = job[2], failures = job[3]} or {}
+  local value = redis.call('GET', key)
+  local released = value and string.match(value, '^released (.*)$')
+  if released then it.released = released == it.made
+  elseif value then
+    it.entry = value
+    redis.call('EXPIRE', key, ${MEMORY_TTL_S})
+  end
+  if letterKey and it.failures and it.failures > 0 then it.letter = redis.call('GET', letterKey) end
+  return it
+end
+local function remember(key, memory) redis.call('SET', key, memory, 'EX', ${MEMORY_TTL_S}) end
+local function release(key, made) redis.call('SET', key, 'released ' .. made, 'EX', ${MEMORY_TTL_S}) end
+local function forgetLetter(_, letterKey) redis.call('DEL', letterKey) end`;
+
+/** @param hasTwoServers the jobs are on another server than the streams: no cascade reaches them */
+export const gateScript = (hasTwoServers: boolean) => `
+local entries = cmsgpack.unpack(ARGV[4])
+local answers, cascaded = {}, {}
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  for n = 1, #entries do answers[n] = '!' end
+  answers[#entries + 1] = cascaded
+  return answers
+end
+${MEMORY_AND_NOTES}
+${hasTwoServers ? IN_KEY : IN_JOB}
+local function append(stream, key, xadd, from)
+  local id = redis.pcall('XADD', stream, unpack(xadd, from))
+  if type(id) == 'table' then return nil, id.err end
+  remember(key, ARGV[2] .. ' ' .. id)
+  last[stream] = id
+  return id
+end
+local function cascade(kept)
+  for i = 1, ${CASCADE_MAX} do
+    local waiting = kept and cmsgpack.unpack(kept)
+    if not waiting or waiting[1] ~= ARGV[2] or isLost(waiting[2]) then return end
+    local it = look(waiting[3])
+    if it.made ~= waiting[5] or it.entry or it.released or it.ended then return end
+    local id = append(waiting[2], waiting[3], waiting, 6)
+    if not id then return end
+    cascaded[#cascaded + 1] = waiting[4]
+    cascaded[#cascaded + 1] = id
+    kept = it.next
+  end
+end
+local function pass(stream, key, entry)
+  local event, made, gate, before, job, jobBefore, letterKey = unpack(entry, 1, 7)
+  local it = look(key, job, letterKey)
+  if it.made ~= made or it.ended then return '' end
+  local id = entryOf(it.entry, stream, event)
+  if id then
+    if it.entry ~= ARGV[2] .. ' ' .. id then remember(key, ARGV[2] .. ' ' .. id) end
+    return '=' .. id
+  end
+  if it.released then return '<' end
+  if gate == ${GATE.release} then
+    release(key, made)
+    return '<'
+  end
+  if gate == ${GATE.ask} then return '*' end
+  if isLost(stream) then return '?' end
+  if gate == ${GATE.after} then
+    local other = look(before, jobBefore)
+    if not (other.entry and string.find(other.entry, ARGV[2] .. ' ', 1, true) == 1) then
+      if not other.made or other.ended then return '*' end
+      if other.failures > 0 then
+        release(key, made)
+        return '<!'
+      end
+      ${
+        hasTwoServers
+          ? ''
+          : `local kept = other.next and cmsgpack.unpack(other.next)
+      if not kept or kept[1] ~= ARGV[2] or kept[4] ~= event or kept[5] ~= made then
+        redis.call('HSET', before, '${NEXT_FIELD}', cmsgpack.pack({ARGV[2], stream, key, event, made, unpack(entry, 8)}))
+      end`
+      }
+      return '~'
+    end
+  end
+  local appended, refusal = append(stream, key, entry, 8)
+  if not appended then return '-' .. refusal end
+  if it.letter then
+    redis.pcall('XDEL', ARGV[3], string.match(it.letter, '%d+%-%d+$'))
+    forgetLetter(key, letterKey)
+  end
+  ${hasTwoServers ? '' : 'cascade(it.next)'}
+  return '+' .. appended
+end
+for n, entry in ipairs(entries) do answers[n] = pass(KEYS[2 * n + 1], KEYS[2 * n + 2], entry) end
+note()
+answers[#entries + 1] = cascaded
+return answers`;
+
+/**
+ * Appends the dead letter of a job that has failed for good, once. A job that remembers an entry is never
+ * dead-lettered.
+ *
+ * KEYS: epoch, notes, dead-letter stream, key of the memory, stream of the event, key of the dead letter's memory.
+ * ARGV: epoch, its id, event id, 1 if the job must be there and have ended, time at which it was made, facts about it as
+ * MessagePack, then what XADD takes after the key.
+ * Answers as above; `^id` is the entry that the job remembers.
+ */
+export const letterScript = (hasTwoServers: boolean) => `
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return '!' end
+${MEMORY_AND_NOTES}
+${hasTwoServers ? IN_KEY : IN_JOB}
+local facts = cmsgpack.unpack(ARGV[6])
+local it = look(KEYS[4], facts, KEYS[6])
+if ARGV[4] == '1' then
+  if it.made ~= ARGV[5] or not it.ended then return '' end
+  local entry = entryOf(it.entry, KEYS[5], ARGV[3])
+  if entry then return '^' .. entry end
+  local letter = entryOf(it.letter, KEYS[3], ARGV[3])
+  if letter then return '=' .. letter end
+end
+if isLost(KEYS[3]) then return '?' end
+local id = redis.pcall('XADD', KEYS[3], unpack(ARGV, 7))
+if type(id) == 'table' then return '-' .. id.err end
+if ARGV[4] == '1' then
+  ${
+    hasTwoServers
+      ? `redis.call('SET', KEYS[6], ARGV[2] .. ' ' .. id, 'EX', ${MEMORY_TTL_S})`
+      : `redis.call('HSET', KEYS[4], '${LETTER_FIELD}', ARGV[2] .. ' ' .. id)`
+  }
+end
+last[KEYS[3]] = id
+note()
+return '+' .. id`;
+
+/** KEYS: stream, key of the memory. ARGV: event id, epoch's id. Answers the entry that is remembered and good, or ''. */
+export const RECALL = (hasTwoServers: boolean) => `
+${MEMORY_AND_NOTES}
+${hasTwoServers ? IN_KEY : IN_JOB}
+return entryOf(look(KEYS[2]).entry, KEYS[1], ARGV[1]) or ''`;

@@ -1,0 +1,200 @@
+import type { Redis, Result } from 'ioredis';
+import { notesKeyOf, outcomeOfError, type StreamOptions } from './append.ts';
+
+/** Which entries are there. Reads, but for the notes of streams (gate-script.ts). */
+
+/**
+ * Answers the type of the stream's key, the id before which everything was trimmed on purpose, and the places of the
+ * entries that are not there, or are another event's.
+ *
+ * What was trimmed ends at the stream's first entry; where it has none, which XTRIM and XDEL leave behind, at its
+ * last one ever; nothing was where the stream is gone. The last one ever is noted: should the stream be gone later, it
+ * is missed though nothing was appended since.
+ *
+ * KEYS: stream, notes. ARGV: 1 to take a note, else 0, then pairs of entry id and event id.
+ */
+const ABSENT = `
+local kind = redis.call('TYPE', KEYS[1]).ok
+if kind ~= 'stream' and kind ~= 'none' then return {kind, '0-0'} end
+local trimmed = '0-0'
+if kind == 'stream' then
+  local latest, info = '0-0', redis.call('XINFO', 'STREAM', KEYS[1])
+  for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then latest = info[i + 1] end
+  end
+  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+  trimmed = first and first[1] or '(' .. latest
+  if ARGV[1] == '1' and latest ~= '0-0' then redis.call('HSET', KEYS[2], KEYS[1], latest) end
+end
+local answer = {kind, trimmed}
+for i = 2, #ARGV, 2 do
+  local entry = redis.pcall('XRANGE', KEYS[1], ARGV[i], ARGV[i])[1]
+  if not entry or entry[2][1] ~= 'event_id' or entry[2][2] ~= ARGV[i + 1] then
+    answer[#answer + 1] = tostring(i / 2)
+  end
+end
+return answer`;
+
+/**
+ * One step back through a stream. KEYS: stream. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how
+ * many entries, then the event ids wanted. Answers the last id it came to, then pairs of event id and entry id.
+ */
+const FIND = `
+if redis.call('TYPE', KEYS[1]).ok ~= 'stream' then return {''} end
+local wanted = {}
+for i = 3, #ARGV do wanted[ARGV[i]] = true end
+local answer = {''}
+for _, entry in ipairs(redis.call('XREVRANGE', KEYS[1], ARGV[1], '-', 'COUNT', ARGV[2])) do
+  answer[1] = entry[1]
+  if entry[2][1] == 'event_id' and wanted[entry[2][2]] then
+    answer[#answer + 1] = entry[2][2]
+    answer[#answer + 1] = entry[1]
+  end
+end
+return answer`;
+
+/**
+ * Entries in one step, which Redis copies whole: 0.2 ms for small ones, 10 MB of 100 kB each. And how far back a search
+ * goes.
+ */
+const FIND_STEP = 100;
+const FIND_LIMIT = 50_000;
+
+declare module 'ioredis' {
+  interface RedisCommander<Context> {
+    absentEntries(stream: string, notes: string, ...args: string[]): Result<string[], Context>;
+    findEntries(
+      stream: string,
+      from: string,
+      count: number,
+      ...eventIds: string[]
+    ): Result<string[], Context>;
+  }
+}
+
+/** An entry as a row has it. */
+export type NamedEntry = Readonly<{ entryId: string; eventId: string }>;
+
+/** Of some entries of one stream, those that are not there. */
+export type Absent<T> = Readonly<{
+  /** Lost: they should be there. */
+  lost: T[];
+  /** Before the stream's first entry: trimmed on purpose. */
+  trimmed: number;
+  /** The key holds something else, or must not be read: nothing can be said. */
+  unreadable: boolean;
+}>;
+
+export type Lookup = ReturnType<typeof createLookup>;
+
+export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStreamName' | 'epochKey'>) {
+  redis.defineCommand('absentEntries', { numberOfKeys: 2, lua: ABSENT });
+  redis.defineCommand('findEntries', { numberOfKeys: 1, lua: FIND });
+  const notes = notesKeyOf(options.epochKey);
+
+  /** From the stream's end back, until `take` has seen enough. */
+  async function search(
+    stream: string,
+    eventIds: readonly string[],
+    take: (eventId: string, entryId: string) => boolean,
+  ): Promise<void> {
+    let from = '+';
+    let goOn = true;
+    for (let looked = 0; looked < FIND_LIMIT && goOn; looked += FIND_STEP) {
+      const answer = await orRefusal(redis.findEntries(stream, from, FIND_STEP, ...eventIds));
+      if (!Array.isArray(answer)) return;
+      const [last, ...pairs] = answer;
+      for (let i = 0; i < pairs.length; i += 2) goOn = take(pairs[i] as string, pairs[i + 1] as string);
+      if (!last) return;
+      from = `(${last}`;
+    }
+  }
+
+  /**
+   * Looks for the entries of these events among the stream's latest.
+   * @returns the id of each one's last entry, of those that are there
+   * @throws when Redis does not answer
+   */
+  async function find(stream: string, eventIds: readonly string[]): Promise<Map<string, string>> {
+    const found = new Map<string, string>();
+    const take = (eventId: string, entryId: string) => {
+      if (!found.has(eventId)) found.set(eventId, entryId);
+      return found.size < eventIds.length;
+    };
+    if (eventIds.length > 0) await search(stream, eventIds, take);
+    return found;
+  }
+
+  return {
+    find,
+
+    /**
+     * Which of these entries are not in the stream. `noting`: see ABSENT.
+     * @throws when Redis does not answer
+     */
+    async absent<T extends NamedEntry>(
+      stream: string,
+      entries: readonly T[],
+      noting: boolean,
+    ): Promise<Absent<T>> {
+      const pairs = entries.flatMap(({ entryId, eventId }) => [entryId, eventId]);
+      const answer = await orRefusal(redis.absentEntries(stream, notes, noting ? '1' : '0', ...pairs));
+      const [kind, before = '0-0', ...places] = Array.isArray(answer) ? answer : [];
+      if (kind !== 'stream' && kind !== 'none') return { lost: [], trimmed: 0, unreadable: true };
+      const missing = places.map((place) => entries[Number(place) - 1] as T);
+      const lost = missing.filter(({ entryId }) => !isTrimmed(entryId, before));
+      return { lost, trimmed: missing.length - lost.length, unreadable: false };
+    },
+
+    /** The entries of each event, the last one first. */
+    async findAll(stream: string, eventIds: readonly string[]): Promise<Map<string, string[]>> {
+      const found = new Map<string, string[]>();
+      const take = (eventId: string, entryId: string) => {
+        found.set(eventId, [...(found.get(eventId) ?? []), entryId]);
+        return true;
+      };
+      if (eventIds.length > 0) await search(stream, eventIds, take);
+      return found;
+    },
+
+    /**
+     * The dead letters of these events, with what they say.
+     * @param known dead letters that are not meant, by event id: a replayed event has its old one
+     * @throws when Redis does not answer
+     */
+    async findDeadLetters(eventIds: readonly string[], known: ReadonlyMap<string, string | null>) {
+      const found = new Map<string, { entryId: string; attempts: number; reason: string }>();
+      for (const [eventId, entryId] of await find(options.dlqStreamName, eventIds)) {
+        if (entryId === known.get(eventId)) continue;
+        const [entry] = await redis.xrange(options.dlqStreamName, entryId, entryId);
+        const field = (name: string) => entry?.[1][entry[1].indexOf(name) + 1] ?? '';
+        found.set(eventId, { entryId, attempts: Number(field('attempts')), reason: field('error_message') });
+      }
+      return found;
+    },
+  };
+}
+
+/** The reply, or why Redis refused; rejects when it refuses everybody, or does not answer. */
+async function orRefusal<T>(reply: Promise<T>): Promise<T | { status: 'refused'; reason: string }> {
+  try {
+    return await reply;
+  } catch (error) {
+    const outcome = outcomeOfError(error as Error);
+    if (outcome.status === 'refused') return outcome;
+    throw error;
+  }
+}
+
+/** Whether `id` lies before `first`; of `(last`, whether it lies at or before `last`. */
+function isTrimmed(id: string, first: string): boolean {
+  const including = first.startsWith('(');
+  const [ms = 0n, seq = 0n] = numbersOf(id);
+  const [firstMs = 0n, firstSeq = 0n] = numbersOf(first.replace('(', ''));
+  if (ms !== firstMs) return ms < firstMs;
+  return including ? seq <= firstSeq : seq < firstSeq;
+}
+
+/** What is no entry id names no entry that was trimmed. */
+const numbersOf = (id: string): bigint[] =>
+  /^\d+-\d+$/.test(id) ? id.split('-').map(BigInt) : [1n << 80n, 0n];

@@ -1,0 +1,39 @@
+import type { Redis, Result } from 'ioredis';
+import { memoryKeyOf, type StreamOptions } from './append.ts';
+import { epochId } from './epoch.ts';
+import { RECALL } from './gate-script.ts';
+
+declare module 'ioredis' {
+  interface RedisCommander<Context> {
+    recallEntry(stream: string, memory: string, ...args: string[]): Result<string, Context>;
+  }
+}
+
+export type Memory = ReturnType<typeof createMemory>;
+
+/** What is remembered of appends, asked beside them: before a job is removed. */
+export function createMemory(
+  redis: Redis,
+  options: Pick<StreamOptions, 'memoryPrefix' | 'jobKey' | 'epochKey'>,
+  hasTwoServers: boolean,
+) {
+  redis.defineCommand('recallEntry', { numberOfKeys: 2, lua: RECALL(hasTwoServers) });
+  const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
+
+  return {
+    /**
+     * Of these events, those whose entry is remembered, and is there.
+     * @throws when Redis does not answer
+     */
+    async appendedOf(
+      events: readonly Readonly<{ eventId: string; topic: string }>[],
+    ): Promise<ReadonlySet<string>> {
+      if (events.length === 0) return new Set();
+      const epoch = epochId((await redis.get(options.epochKey)) ?? '');
+      const entryIds = await Promise.all(
+        events.map(({ eventId, topic }) => redis.recallEntry(topic, memoryKey(eventId), eventId, epoch)),
+      );
+      return new Set(events.filter((_, i) => entryIds[i] !== '').map(({ eventId }) => eventId));
+    },
+  };
+}

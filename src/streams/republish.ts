@@ -1,0 +1,90 @@
+import type { Redis, Result } from 'ioredis';
+import type { OutboxEvent } from '../event.ts';
+import { NotReadyError } from '../lifecycle.ts';
+import { outcomeOfError, type StreamOptions, trimmedTo } from './append.ts';
+import { replayedFields } from './envelope.ts';
+
+/** Appending what was published before once more, on demand. No receipt and no job knows of it. */
+
+/**
+ * KEYS: stream, epoch. ARGV: what the epoch's key must hold, then what XADD takes after the key. Answers the id, `!` in
+ * another epoch, `?` when the stream is not there: made anew, it would look as if all that it had was trimmed.
+ */
+const REPUBLISH = `
+if redis.call('GET', KEYS[2]) ~= ARGV[1] then return '!' end
+return redis.call('XADD', KEYS[1], 'NOMKSTREAM', unpack(ARGV, 2)) or '?'`;
+
+/** KEYS: epoch. Answers its name if it was begun on this very server; else nothing. See epoch.ts. */
+const CURRENT_EPOCH = `
+local epoch = redis.call('GET', KEYS[1])
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+if not epoch or string.find(epoch, run .. '/' .. history .. ':', 1, true) ~= 1 then return '' end
+return epoch`;
+
+declare module 'ioredis' {
+  interface RedisCommander<Context> {
+    republishEntry(stream: string, epochKey: string, ...args: string[]): Result<string, Context>;
+    currentEpoch(epochKey: string): Result<string, Context>;
+  }
+}
+
+const LOOK_AGAIN_MS = 200;
+
+/** The epoch is over: nothing was appended. */
+export class NotOurEpochError extends Error {
+  override readonly name = 'NotOurEpochError';
+  constructor() {
+    super('Redis may have lost entries since this epoch began; nothing was appended');
+  }
+}
+
+export type Republisher = ReturnType<typeof createRepublisher>;
+
+export function createRepublisher(redis: Redis, options: StreamOptions) {
+  redis.defineCommand('republishEntry', { numberOfKeys: 2, lua: REPUBLISH });
+  redis.defineCommand('currentEpoch', { numberOfKeys: 1, lua: CURRENT_EPOCH });
+
+  return {
+    /**
+     * The epoch to append in, waited for while table and streams are being compared.
+     * @throws {NotReadyError} when none has begun within `timeoutMs`
+     */
+    async epoch(timeoutMs: number): Promise<string> {
+      const endsAt = Date.now() + timeoutMs;
+      for (;;) {
+        const epoch = await redis.currentEpoch(options.epochKey);
+        if (epoch !== '') return epoch;
+        if (Date.now() >= endsAt)
+          throw new NotReadyError(
+            'Redis may have lost entries, and no relay has compared it with the table yet: start one, then try again',
+          );
+        await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN_MS));
+      }
+    },
+
+    /**
+     * Appends the event's entry once more, with `replayed_at`.
+     * @returns why Redis refuses this very entry, or null
+     * @throws {NotOurEpochError} when the epoch is over: nothing was appended
+     * @throws when Redis can take nothing now, or does not answer
+     */
+    async append(event: OutboxEvent, replayedAt: Date, epoch: string): Promise<string | null> {
+      try {
+        const reply = await redis.republishEntry(
+          event.topic,
+          options.epochKey,
+          ...[epoch, ...trimmedTo(options.streamMaxLen), '*', ...replayedFields(event, replayedAt)],
+        );
+        if (reply === '!') throw new NotOurEpochError();
+        if (reply === '?') return 'the stream is not there: relay verify --repair first';
+        if (!/^\d+-\d+$/.test(reply)) throw new Error('Redis gave no stream id in answer to an append');
+        return null;
+      } catch (error) {
+        const outcome = outcomeOfError(error as Error);
+        if (outcome.status === 'refused') return outcome.reason;
+        throw error;
+      }
+    },
+  };
+}
