@@ -84,16 +84,20 @@ export class NotReadyError extends Error {
  * @returns what `work` resolves to
  * @throws DeadlineError when it has not settled within `ms`; it goes on, but nobody waits for it
  */
-export async function withDeadline<T>(ms: number, work: Promise<T>): Promise<T> {
-  let timer: NodeJS.Timeout | undefined;
-  const deadline = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new DeadlineError(ms)), ms);
+export function withDeadline<T>(ms: number, work: Promise<T>): Promise<T> {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => reject(new DeadlineError(ms)), ms);
+    work.then(
+      (result) => {
+        clearTimeout(timer);
+        resolve(result);
+      },
+      (error) => {
+        clearTimeout(timer);
+        reject(error);
+      },
+    );
   });
-  try {
-    return await Promise.race([work, deadline]);
-  } finally {
-    clearTimeout(timer);
-  }
 }
 
 export class DeadlineError extends Error {
@@ -136,29 +140,4 @@ export function repeating(work: () => Promise<unknown>, intervalMs: number) {
       await running;
     },
   };
-}
-
-/**
- * Work that is wished for often: it begins so long after the first wish, one run at a time; a wish in the meantime is for
- * one more. `work` owns its errors.
- */
-export function gathered(afterMs: number, work: () => Promise<void>): Readonly<{ soon(): void }> {
-  let state: 'idle' | 'waiting' | 'running' | 'wished' = 'idle';
-
-  function soon(): void {
-    if (state === 'running') state = 'wished';
-    if (state !== 'idle') return;
-    state = 'waiting';
-    setTimeout(run, afterMs).unref();
-  }
-
-  async function run(): Promise<void> {
-    state = 'running';
-    await work();
-    const again = (state as string) === 'wished';
-    state = 'idle';
-    if (again) soon();
-  }
-
-  return { soon };
 }

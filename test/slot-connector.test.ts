@@ -1,9 +1,9 @@
 /** Connections to a slot of a cluster, while the slot moves: what waits is answered, what must not wait fails. */
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { loadConfig, type RelayConfig } from '../src/config.ts';
-import { WORKER_CONNECTION } from '../src/queue/worker.ts';
+import { WORKER_CONNECTION } from '../src/queue/workers.ts';
 import { openRedis } from '../src/servers.ts';
-import { APPEND_CONNECTION, outcomeOfError } from '../src/stream/append.ts';
+import { APPEND_CONNECTION, outcomeOfError } from '../src/streams/append.ts';
 import { slotOf } from '../src/topics.ts';
 import { createCluster, type TestCluster } from './support/redis-cluster.ts';
 import { waitFor } from './support/wait.ts';

@@ -71,7 +71,8 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
      * The pods append nothing meanwhile, so this is short: what was missing is looked for once more. In the order of
      * the entries, so that an interruption leaves the later ones missing.
      */
-    const repair = async (rows: readonly FinalizedRow[]): Promise<number> => {
+    const repair = async (missing: readonly FinalizedRow[]): Promise<number> => {
+      const rows = missing.toSorted(byEntry);
       let unpublished = 0;
       const recover = async () => {
         await outbox.epochsEnded();
@@ -123,6 +124,15 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
     if (interrupted && !options.json) print('Interrupted: the rest of the time was not compared.');
     return !interrupted && all.lost === unpublished && all.unreadable === 0;
   });
+
+/** Rows are published in another order than their entries were appended; what is no entry id comes first. */
+function byEntry(a: FinalizedRow, b: FinalizedRow): number {
+  const numbersOf = ({ entryId }: FinalizedRow) =>
+    /^\d+-\d+$/.test(entryId) ? entryId.split('-').map(BigInt) : [0n, 0n];
+  const [[ms = 0n, sequence = 0n], [otherMs = 0n, otherSequence = 0n]] = [numbersOf(a), numbersOf(b)];
+  if (ms !== otherMs) return ms < otherMs ? -1 : 1;
+  return sequence < otherSequence ? -1 : Number(sequence > otherSequence);
+}
 
 function byStream(rows: readonly FinalizedRow[], dlqStreamName: string): Map<string, FinalizedRow[]> {
   const streams = new Map<string, FinalizedRow[]>();
@@ -177,7 +187,7 @@ function report(
 ): void {
   const columns = ['rows', 'there', 'trimmed', 'missing', 'unreadable', 'stream'];
   const line = (cells: readonly (string | number)[]) =>
-    print(cells.map((cell, i) => (i < 5 ? String(cell).padStart(10) : `  ${cell}`)).join(''));
+    print(cells.map((cell, i) => (i < 5 ? String(cell).padStart(11) : `  ${cell}`)).join(''));
   print(`Rows published or given up from ${since} to ${until}:`);
   line(columns);
   for (const [stream, it] of found) {

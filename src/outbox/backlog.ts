@@ -62,7 +62,8 @@ const LIMIT = 100_000;
 
 const ROWS = 'identity.outbox o';
 const FRESH = 'NOT o.published AND o.next_attempt_at IS NULL';
-const IN_HAND = `NOT o.published AND o.next_attempt_at < 'infinity'`;
+/** A dead row has a time as well while its dead letter is lost. */
+const IN_HAND = `NOT o.published AND o.next_attempt_at < 'infinity' AND o.dead_lettered_at IS NULL`;
 const PARKED = `${LIVE('o')} AND o.next_attempt_at = 'infinity'`;
 const DEAD = 'NOT o.published AND o.dead_lettered_at IS NOT NULL';
 /** Any order would do: this one is that of the relay's own indexes, beside which the platform's look as good. */

@@ -41,8 +41,8 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
         `UPDATE identity.outbox o
          SET dead_lettered_at = coalesce(o.dead_lettered_at, now()), next_attempt_at = 'infinity',
              attempts = $3, error_message = $4, stream_entry_id = $5
-         WHERE o.id = $1 AND o.event_id = $2 AND NOT o.published
-           AND (o.dead_lettered_at IS NULL OR o.stream_entry_id IS NULL)`,
+         WHERE o.id = $1 AND o.event_id = $2
+           AND CASE WHEN o.published THEN false ELSE o.dead_lettered_at IS NULL OR o.stream_entry_id IS NULL END`,
         [dead.id, dead.eventId, dead.attempts, dead.reason, dead.entryId],
       );
     },
@@ -67,14 +67,23 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
     async park(eventIds: readonly string[], failed: readonly string[]): Promise<void> {
       await transaction(pool, options.statementTimeoutMs, 'repeatable', async (tx) => {
         await tx.query(
-          `WITH locked AS MATERIALIZED (
-             SELECT o.id, o.event_id = ANY ($2::uuid[]) AS failed FROM identity.outbox o
-             WHERE o.event_id = ANY ($1::uuid[] || $2::uuid[]) ORDER BY o.id FOR UPDATE
+          // Whether it is leased, the locked row says: a job may be released before the claim that leased its row has
+          // committed, and this statement, which waits for that, began with a fresh one.
+          `WITH named AS MATERIALIZED (
+             SELECT o.id FROM unnest($1::uuid[] || $2::uuid[]) AS a (event_id)
+             CROSS JOIN LATERAL (SELECT o.id FROM identity.outbox o WHERE o.event_id = a.event_id LIMIT 1) o
+             ORDER BY o.id
+           ), locked AS MATERIALIZED (
+             SELECT l.* FROM named CROSS JOIN LATERAL (
+               SELECT o.id, o.event_id = ANY ($2::uuid[]) AS failed,
+                 ${STILL_LIVE('o')} AND o.next_attempt_at < 'infinity' AS is_leased
+               FROM identity.outbox o WHERE o.id = named.id FOR UPDATE
+             ) l
            )
            UPDATE identity.outbox o
            SET attempts = CASE WHEN locked.failed THEN greatest(o.attempts, 1) ELSE o.attempts END,
                next_attempt_at = CASE WHEN o.event_id = ANY ($1::uuid[]) THEN 'infinity' ELSE o.next_attempt_at END
-           FROM locked WHERE o.id = locked.id AND ${STILL_LIVE('o')} AND o.next_attempt_at < 'infinity'`,
+           FROM locked WHERE o.id = locked.id AND locked.is_leased`,
           [eventIds, failed],
         );
       });

@@ -1,7 +1,10 @@
 import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
-import type { Pool, Queryable } from './database.ts';
+import { type Pool, type Queryable, transaction } from './database.ts';
 
 /** Leases that have ended, and what the lease reaper makes of their rows. */
+
+/** Leases that one statement ends, at most: 5,000 take the database about 0.3 s. */
+const EXPIRED_AT_ONCE = 5_000;
 
 /**
  * A row whose lease has ended: nothing was heard of its job. `isDead`: its dead letter is to be written once more.
@@ -19,7 +22,7 @@ export type ExpiredRow = Readonly<{
 }>;
 
 export function createLeases(pool: Pool, options: OutboxOptions) {
-  const { streamName, claimLeaseMs } = options;
+  const { streamName, claimLeaseMs, statementTimeoutMs } = options;
 
   async function expireLeases(db: Pick<Queryable, 'query'>, eventIds: readonly string[]): Promise<void> {
     await db.query(
@@ -29,6 +32,24 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       [eventIds],
     );
   }
+
+  /** In the order of their ids, as acknowledgements lock them. */
+  const expireSomeLeases = () =>
+    transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+      const { rows } = await tx.query<{ leased: number; rows: number }>(
+        `WITH leased AS MATERIALIZED (
+           SELECT o.id FROM identity.outbox o
+           WHERE NOT o.published AND o.next_attempt_at < 'infinity' AND o.next_attempt_at > now() AND o.attempts = 0
+           ORDER BY o.next_attempt_at LIMIT ${EXPIRED_AT_ONCE}
+         ), expired AS (
+           UPDATE identity.outbox o SET next_attempt_at = now() FROM (SELECT id FROM leased ORDER BY id) l
+           WHERE o.id = l.id AND CASE WHEN o.published THEN false
+             ELSE o.next_attempt_at < 'infinity' AND o.next_attempt_at > now() AND o.attempts = 0 END
+           RETURNING 1
+         ) SELECT (SELECT count(*) FROM leased)::int AS leased, (SELECT count(*) FROM expired)::int AS rows`,
+      );
+      return rows[0] ?? { leased: 0, rows: 0 };
+    });
 
   return {
     /** Rows whose lease has ended, the longest overdue first; locked until the transaction ends. */
@@ -67,7 +88,7 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
          SET next_attempt_at = now() + $4 ${MS}, attempts = greatest(o.attempts, j.attempts),
              error_message = CASE WHEN j.attempts > o.attempts THEN j.reason ELSE o.error_message END
          FROM unnest($1::uuid[], $2::int[], $3::text[]) AS j (event_id, attempts, reason)
-         WHERE o.event_id = j.event_id AND NOT o.published`,
+         WHERE o.event_id = j.event_id AND CASE WHEN o.published THEN false ELSE true END`,
         [
           jobs.map((it) => it.eventId),
           jobs.map((it) => it.attempts),
@@ -86,11 +107,11 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
      * @returns how many leases ended
      */
     async expireAllLeases(): Promise<number> {
-      const { rowCount } = await pool.query(
-        `UPDATE identity.outbox SET next_attempt_at = now()
-         WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at > now() AND attempts = 0`,
-      );
-      return rowCount ?? 0;
+      for (let expired = 0; ; ) {
+        const { leased, rows } = await expireSomeLeases();
+        expired += rows;
+        if (leased < EXPIRED_AT_ONCE) return expired;
+      }
     },
 
     /** Of these events, those whose row is live: neither published, nor dead, nor gone. */

@@ -76,13 +76,13 @@ export function orderOf(options: Pick<OutboxOptions, 'ordering' | 'deadLetterPol
       WHERE ${PARKED('w')} AND NOT w.blocked AND w.place <= ${refillPlace} ORDER BY w.place LIMIT 1`,
 
     /**
-     * Of `aggregate`: the first live row, `first_id`, and `blocking_id`, the first that keeps the ones behind it
-     * waiting for longer than an append takes: it has no job, or waits for a retry. Each null where there is none.
+     * Of `aggregate`: the first live row, `first_id`; `unclaimed_id`, the first that has no job; and `failed_id`, the
+     * first that waits for a retry, or is dead where dead rows hold their aggregate. Each null where there is none.
      */
     heads: (aggregate: string) => `
-      SELECT min(w.id) AS first_id,
-        ${holds ? `least(${firstDead(aggregate)}, ` : ''}min(w.id) FILTER (WHERE ${WAITS_FOR_RETRY('w')} OR ${FRESH('w')} OR ${PARKED('w')})${holds ? ')' : ''}
-          AS blocking_id
+      SELECT min(w.id) AS first_id, min(w.id) FILTER (WHERE ${FRESH('w')} OR ${PARKED('w')}) AS unclaimed_id,
+        ${holds ? `least(${firstDead(aggregate)}, ` : ''}min(w.id) FILTER (WHERE ${WAITS_FOR_RETRY('w')})${holds ? ')' : ''}
+          AS failed_id
       FROM (${walk(aggregate, () => 'false')}) w`,
   };
 }

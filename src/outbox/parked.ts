@@ -1,5 +1,5 @@
 import type { Aggregate } from '../event.ts';
-import { LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, STILL_LIVE } from './conditions.ts';
+import { FIRST, LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, STILL_LIVE } from './conditions.ts';
 import { type Pool, transaction } from './database.ts';
 import { orderOf } from './order.ts';
 
@@ -10,9 +10,10 @@ import { orderOf } from './order.ts';
  * - `over`: published, discarded or gone
  * - `first`: no earlier event of its aggregate is to be published
  * - `early`: those that are have their jobs
- * - `behind`: one of them has none, or waits for a retry
+ * - `unclaimed`: one of them has none, or none that is committed
+ * - `behind`: one of them waits for a retry, or is dead where dead rows hold their aggregate
  */
-export type Standing = 'over' | 'first' | 'early' | 'behind';
+export type Standing = 'over' | 'first' | 'early' | 'unclaimed' | 'behind';
 
 export function createParked(pool: Pool, options: OutboxOptions) {
   const { statementTimeoutMs } = options;
@@ -31,10 +32,14 @@ export function createParked(pool: Pool, options: OutboxOptions) {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
         const { rows } = await tx.query<{ fresh: number; waiting: number }>({
           name: `relay-refill-${variant}`,
-          // Most aggregates have no parked row, which their own index says at once.
+          // Most aggregates have no parked row, which their own index says at once. Asked one by one: EXISTS became a
+          // join with all parked rows (100 aggregates beside 100,000 parked rows: 4 s instead of 1 ms).
           text: `WITH waiting AS MATERIALIZED (
              SELECT a.* FROM unnest($1::text[], $2::uuid[]) AS a (aggregate_type, aggregate_id)
-             WHERE EXISTS (SELECT FROM identity.outbox p WHERE ${LIVE('p')} AND ${PARKED('p')} AND ${OF_AGGREGATE('p', 'a')})
+             CROSS JOIN LATERAL (
+               SELECT p.id FROM identity.outbox p
+               WHERE ${LIVE('p')} AND ${PARKED('p')} AND ${OF_AGGREGATE('p', 'a')} ${FIRST('p')}
+             ) parked
            ), freed AS (
              UPDATE identity.outbox o SET next_attempt_at = NULL
              FROM (
@@ -70,13 +75,14 @@ export function createParked(pool: Pool, options: OutboxOptions) {
                FROM identity.outbox o WHERE o.event_id = a.event_id LIMIT 1
              ) o
            ), heads AS MATERIALIZED (
-             SELECT a.aggregate_type, a.aggregate_id, h.first_id, h.blocking_id
+             SELECT a.aggregate_type, a.aggregate_id, h.first_id, h.unclaimed_id, h.failed_id
              FROM (SELECT DISTINCT aggregate_type, aggregate_id FROM own WHERE NOT published AND NOT is_next) a
-             CROSS JOIN LATERAL (${order.ordered ? order.heads('a') : 'SELECT NULL::bigint AS first_id, NULL::bigint AS blocking_id'}) h
+             CROSS JOIN LATERAL (${order.ordered ? order.heads('a') : 'SELECT NULL::bigint AS first_id, NULL::bigint AS unclaimed_id, NULL::bigint AS failed_id'}) h
            )
            SELECT own.event_id AS "eventId",
-             CASE WHEN own.published THEN 'over' WHEN own.is_next THEN 'first' WHEN h.blocking_id < own.id THEN 'behind'
-                  WHEN h.first_id < own.id THEN 'early' ELSE 'first' END AS "standing"
+             CASE WHEN own.published THEN 'over' WHEN own.is_next THEN 'first' WHEN h.failed_id < own.id THEN 'behind'
+                  WHEN h.unclaimed_id < own.id THEN 'unclaimed' WHEN h.first_id < own.id THEN 'early'
+                  ELSE 'first' END AS "standing"
            FROM own LEFT JOIN heads h ON h.aggregate_type = own.aggregate_type AND h.aggregate_id = own.aggregate_id`,
           values: [events.map((it) => it.eventId), events.map((it) => it.before)],
         });
@@ -110,14 +116,16 @@ export function createParked(pool: Pool, options: OutboxOptions) {
 
     /** Without ordering nothing waits for anything: frees rows that an earlier configuration parked. */
     async unparkAll(limit: number): Promise<number> {
-      const { rowCount } = await pool.query(
-        `UPDATE identity.outbox o SET next_attempt_at = NULL
-         FROM (SELECT p.id FROM identity.outbox p WHERE ${LIVE('p')} AND ${PARKED('p')}
-               LIMIT $1 FOR UPDATE SKIP LOCKED) parked
-         WHERE o.id = parked.id`,
-        [limit],
-      );
-      return rowCount ?? 0;
+      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+        const { rowCount } = await tx.query(
+          `UPDATE identity.outbox o SET next_attempt_at = NULL
+           FROM (SELECT p.id FROM identity.outbox p WHERE ${LIVE('p')} AND ${PARKED('p')}
+                 ORDER BY p.aggregate_type, p.aggregate_id, p.id LIMIT $1 FOR UPDATE SKIP LOCKED) parked
+           WHERE o.id = parked.id`,
+          [limit],
+        );
+        return rowCount ?? 0;
+      });
     },
   };
 }

@@ -149,11 +149,17 @@ export function createPublished(
 
     /** The events of those of these rows that are published or dead and have an entry id, in order of id. */
     finalizedEvents: (ids: readonly string[]): Promise<FinalizedEvent[]> =>
-      eventsWhere(ids, 'stream_entry_id IS NOT NULL AND (published OR dead_lettered_at IS NOT NULL)'),
+      eventsWhere(
+        ids,
+        'CASE WHEN stream_entry_id IS NULL THEN false ELSE published OR dead_lettered_at IS NOT NULL END',
+      ),
 
     /** The events of those of these rows that are dead and have no dead letter, in order of id. */
     deadEvents: (ids: readonly string[]): Promise<FinalizedEvent[]> =>
-      eventsWhere(ids, 'NOT published AND dead_lettered_at IS NOT NULL'),
+      eventsWhere(
+        ids,
+        'CASE WHEN published THEN false ELSE dead_lettered_at IS NOT NULL AND stream_entry_id IS NULL END',
+      ),
 
     /**
      * Redis has lost the entries of these rows. Published rows are fresh again, as if they were new (`published_at`
@@ -170,7 +176,8 @@ export function createPublished(
                      attempts = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.attempts ELSE 0 END,
                      error_message = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.error_message END
                  FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS l (id, event_id, entry_id)
-                 WHERE o.id = l.id AND o.event_id = l.event_id AND o.stream_entry_id = l.entry_id
+                 -- Not "equal", by which the index of rows with an entry seems to answer, and is read from end to end.
+                 WHERE o.id = l.id AND o.event_id = l.event_id AND o.stream_entry_id IS NOT DISTINCT FROM l.entry_id
                    AND CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE o.dead_lettered_at IS NOT NULL END`,
           values: [lost.map((it) => it.id), lost.map((it) => it.eventId), lost.map((it) => it.entryId)],
         });

@@ -20,14 +20,14 @@ const instant = (name: string) => timestamp(name, { withTimezone: true });
  * |-----------|----------------------------------------------------------------------------------|
  * | fresh     | not published, `next_attempt_at` null                                            |
  * | leased    | not published, `next_attempt_at` in the future: its job is in BullMQ             |
- * | due       | not published, `next_attempt_at` has passed: nothing was heard, look again       |
- * | parked    | not published, `next_attempt_at` infinity: behind an earlier row of its aggregate |
- * | published | `published`, with `published_at` and the receipt `stream_entry_id`               |
- * | dead      | not published, `dead_lettered_at` set, `next_attempt_at` infinity; the receipt is its dead letter's |
+ * | expired   | not published, `next_attempt_at` has passed: the lease reaper asks what became of its job |
+ * | parked    | not published, `next_attempt_at` infinity: behind an earlier row of its aggregate, without a job |
+ * | published | `published`, with `published_at` and `stream_entry_id`                           |
+ * | dead      | not published, `dead_lettered_at` set, `next_attempt_at` infinity; the entry id is its dead letter's |
  * | discarded | `published` and `dead_lettered_at` set: an operator gave it up for good; it never was in its stream |
  *
  * The relay's indexes are partial on unpublished rows, so that published rows cost nothing; but for
- * `relay_outbox_settled`, which finds receipts by the time of their row, should Redis lose its last entries, and
+ * `relay_outbox_settled`, which finds entry ids by the time of their row, should Redis lose its last entries, and
  * `relay_outbox_unreceipted`, which finds published rows that have none. By these two, old rows are found to be deleted.
  */
 export const outbox = pgSchema('identity').table(
@@ -48,7 +48,7 @@ export const outbox = pgSchema('identity').table(
     errorMessage: text('error_message'),
     topic: text('topic').default('identity.user.v1'),
     deadLetteredAt: instant('dead_lettered_at'),
-    /** The receipt: the id that Redis answered to the append (of a dead row: to that of its dead letter). */
+    /** The id that Redis answered to the append (of a dead row: to that of its dead letter). */
     streamEntryId: text('stream_entry_id'),
     /** When an operator last replayed it. */
     replayedAt: instant('replayed_at'),

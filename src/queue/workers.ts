@@ -46,7 +46,7 @@ export type Fate<R> =
 export type Run<T> = Readonly<{
   id: string;
   name: string;
-  /** Null when Redis lost the job's hash and kept its id in a list, or somebody else made the job. */
+  /** Null where somebody else made the job. An empty object where Redis lost the job's hash and kept its id in a list. */
   data: T | null;
   /** ms since the epoch */
   madeAt: number;
@@ -220,7 +220,9 @@ export function createWorkers<T, R = void>(deps: {
       const endsAt = Date.now() + deadlineMs;
       await Promise.all(
         workers.map(async (worker) => {
-          const finished = await succeedsWithin(Math.max(1, endsAt - Date.now()), worker.pause());
+          // To pause one that pauses already, since Redis refused it, waits for nothing.
+          const quiet = worker.isPaused() ? worker.close() : worker.pause();
+          const finished = await succeedsWithin(Math.max(1, endsAt - Date.now()), quiet);
           await succeedsWithin(CLOSE_TIMEOUT_MS, worker.close(!finished));
         }),
       );

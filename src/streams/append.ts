@@ -1,7 +1,7 @@
 import type { Redis, RedisOptions, Result } from 'ioredis';
 import { Packr } from 'msgpackr';
 import { type AppendOutcome, type Failure, inSteps, type OutboxEvent } from '../event.ts';
-import { deadLetterFields, envelopeFields } from './envelope.ts';
+import { deadLetterFields, pushEnvelope } from './envelope.ts';
 import { type Epoch, epochId } from './epoch.ts';
 import { GATE, type Gate, gateScript, letterScript, MEMORY_TTL_S } from './gate-script.ts';
 
@@ -14,8 +14,8 @@ const CALL_ENTRIES = 64;
 const CALL_BYTES = 256 * 1024;
 /** Streams that are known to be there, at most; then they are learnt anew. */
 const KNOWN_STREAMS_MAX = 10_000;
-/** Events that are remembered to be in their stream, at most; the oldest go first. */
-const KNOWN_EVENTS_MAX = 8_000;
+/** Events that are remembered to be in their stream: the latest so many at least, and twice as many at most. */
+const KNOWN_EVENTS = 4_000;
 /** Between the question about a job and the append no more time passes than this, or nothing is appended. */
 const FACTS_TRUE_FOR_MS = 5_000;
 
@@ -76,14 +76,21 @@ export type Appending = Readonly<{
 }>;
 
 /** An entry on its way to Redis. */
-type Request = Appending &
-  Readonly<{
-    event: OutboxEvent;
-    xadd: readonly string[];
-    bytes: number;
-    resolve: (answer: string) => void;
-    reject: (error: Error) => void;
-  }>;
+type Request = Readonly<{
+  event: OutboxEvent;
+  epoch: string;
+  /** What the script takes for it. */
+  entry: (string | number | JobFacts | false)[];
+  bytes: number;
+  resolve: (answer: string) => void;
+  reject: (error: Error) => void;
+}>;
+
+/** Places in an entry that are filled in when it is sent; see gate-script.ts. */
+const STREAM_AT = 0;
+const FACTS_AT = 5;
+/** An entry without its payload has no more bytes, about. */
+const ENVELOPE_BYTES = 600;
 
 export type Streams = ReturnType<typeof createStreams>;
 
@@ -101,11 +108,18 @@ export function createStreams(deps: {
   redis.defineCommand('appendInOrder', { lua: gateScript(hasTwoServers) });
   redis.defineCommand('appendLetter', { numberOfKeys: 6, lua: letterScript(hasTwoServers) });
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
+  const notesKey = notesKeyOf(options.epochKey);
+  const trimming = trimmedTo(options.streamMaxLen);
   const letterKey = (eventId: string, madeAt: number): string =>
     hasTwoServers ? `${options.memoryPrefix}:dead:${eventId}:${madeAt}` : options.jobKey(eventId);
 
   /** Good for one epoch: what was appended then is there as long as it lasts. */
-  let known = { epoch: '', streams: new Set<string>(), events: new Set<string>() };
+  let known = {
+    epoch: '',
+    streams: new Set<string>(),
+    events: new Set<string>(),
+    olderEvents: new Set<string>(),
+  };
   /** Who waits for the append of an event, by its id. */
   const waiting = new Map<string, (() => void)[]>();
   /** By the epoch that they belong to. */
@@ -113,19 +127,18 @@ export function createStreams(deps: {
 
   function knownIn(epoch: string): typeof known {
     if (known.epoch !== epoch || known.streams.size >= KNOWN_STREAMS_MAX)
-      known = { epoch, streams: new Set(), events: new Set() };
+      known = { epoch, streams: new Set(), events: new Set(), olderEvents: new Set() };
     return known;
   }
 
   /** The event is in its stream: the one behind it may go on. */
   function noteAppended(epoch: string, eventId: string): void {
-    const { events } = knownIn(epoch);
-    events.add(eventId);
-    if (events.size > KNOWN_EVENTS_MAX)
-      for (const oldest of events) {
-        events.delete(oldest);
-        break;
-      }
+    const now = knownIn(epoch);
+    now.events.add(eventId);
+    if (now.events.size >= KNOWN_EVENTS) {
+      now.olderEvents = now.events;
+      now.events = new Set();
+    }
     wakeUp(eventId);
   }
 
@@ -137,14 +150,18 @@ export function createStreams(deps: {
   }
 
   /** What is requested in one turn of the loop goes to Redis together. */
-  function request(event: OutboxEvent, appending: Appending, xadd: readonly string[]): Promise<string> {
+  function request(event: OutboxEvent, { epoch, gate, madeAt }: Appending): Promise<string> {
     return new Promise((resolve, reject) => {
       if (requested.size === 0) setImmediate(callAll);
-      const bytes = xadd.reduce((sum, it) => sum + it.length, 0);
-      const one = { ...appending, event, xadd, bytes, resolve, reject };
-      const others = requested.get(appending.epoch);
+      const letter = hasTwoServers && letterKey(event.eventId, madeAt);
+      const entry = [0, event.eventId, String(madeAt), GATE[gate], event.after ?? '', false, false, letter];
+      entry.push(...trimming, '*');
+      pushEnvelope(event, entry);
+      const bytes = ENVELOPE_BYTES + event.payload.length;
+      const one: Request = { event, epoch, entry: entry as Request['entry'], bytes, resolve, reject };
+      const others = requested.get(epoch);
       if (others) others.push(one);
-      else requested.set(appending.epoch, [one]);
+      else requested.set(epoch, [one]);
     });
   }
 
@@ -162,24 +179,18 @@ export function createStreams(deps: {
 
   async function call(epoch: string, some: readonly Request[]): Promise<void> {
     try {
-      const facts = await factsOf(some);
-      const keys = [
-        options.epochKey,
-        notesKeyOf(options.epochKey),
-        ...some.flatMap(({ event }) => [event.topic, memoryKey(event.eventId)]),
-      ];
-      const entries = some.map(({ event, madeAt, gate, xadd }) => [
-        event.eventId,
-        String(madeAt),
-        GATE[gate],
-        event.after ? memoryKey(event.after) : '',
-        facts?.get(event.eventId) ?? false,
-        (event.after && facts?.get(event.after)) || false,
-        hasTwoServers && letterKey(event.eventId, madeAt),
-        ...xadd,
-      ]);
-      const args = [epoch, epochId(epoch), options.dlqStreamName, packr.pack(entries)];
-      const answers = await redis.appendInOrder(keys.length, ...keys, ...args);
+      if (jobFacts !== undefined) await fillInFacts(some, jobFacts);
+      const streams: string[] = [];
+      for (const { event, entry } of some) {
+        const known = streams.indexOf(event.topic);
+        entry[STREAM_AT] = known < 0 ? streams.push(event.topic) : known + 1;
+      }
+      const entries = packr.pack(some.map((it) => it.entry));
+      const answers = await redis.appendInOrder(
+        2 + streams.length,
+        ...[options.epochKey, notesKey, ...streams],
+        ...[epoch, epochId(epoch), options.dlqStreamName, memoryKey(''), entries],
+      );
       const cascaded = answers[some.length] as string[];
       for (let i = 0; i < cascaded.length; i += 2) noteAppended(epoch, cascaded[i] as string);
       some.forEach((it, i) => {
@@ -193,13 +204,16 @@ export function createStreams(deps: {
     }
   }
 
-  async function factsOf(some: readonly Request[]): Promise<ReadonlyMap<string, JobFacts> | undefined> {
-    if (jobFacts === undefined) return undefined;
+  async function fillInFacts(some: readonly Request[], ask: NonNullable<typeof jobFacts>): Promise<void> {
     const askedAt = Date.now();
     const eventIds = [...new Set(some.flatMap(({ event }) => [event.eventId, event.after ?? []].flat()))];
-    const facts = await jobFacts(eventIds);
+    const facts = await ask(eventIds);
     if (Date.now() - askedAt > FACTS_TRUE_FOR_MS) throw new Error('what is known of the jobs is out of date');
-    return new Map(eventIds.map((eventId, i) => [eventId, facts[i] as JobFacts]));
+    const known = new Map(eventIds.map((eventId, i) => [eventId, facts[i] as JobFacts]));
+    for (const { event, entry } of some) {
+      entry[FACTS_AT] = known.get(event.eventId) ?? false;
+      entry[FACTS_AT + 1] = known.get(event.after ?? '') ?? false;
+    }
   }
 
   /** An answer that is no success. */
@@ -221,7 +235,7 @@ export function createStreams(deps: {
         epochs.doubt();
         return NOT_KNOWN;
       default:
-        if (answer.startsWith('-')) return outcomeOfError(refusal(answer.slice(1)));
+        if (answer.startsWith('-')) return failed(refusal(answer.slice(1)));
         return { status: 'refused', reason: 'Redis gave no stream id in answer to the append' };
     }
   }
@@ -242,8 +256,7 @@ export function createStreams(deps: {
     async publish(event: OutboxEvent, appending: Appending): Promise<AppendOutcome> {
       const { epoch } = appending;
       try {
-        const xadd = [...trimmedTo(options.streamMaxLen), '*', ...envelopeFields(event)];
-        const answer = await request(event, appending, xadd);
+        const answer = await request(event, appending);
         const entryId = entryIdOf(answer);
         if (entryId === undefined) return outcomeOf(answer, epoch);
         const { streams } = knownIn(epoch);
@@ -260,7 +273,7 @@ export function createStreams(deps: {
 
     /** Whether this pod knows that the event was appended in this epoch. */
     isAppended: (eventId: string, epoch: string): boolean =>
-      known.epoch === epoch && known.events.has(eventId),
+      known.epoch === epoch && (known.events.has(eventId) || known.olderEvents.has(eventId)),
 
     /** Resolves when this pod learns that the event was appended, or after `ms`. */
     appendOf(eventIds: readonly string[], ms: number): Promise<void> {
@@ -298,7 +311,7 @@ export function createStreams(deps: {
       try {
         const [facts] = (await jobFacts?.([event.eventId])) ?? [];
         const answer = await redis.appendLetter(
-          ...[options.epochKey, notesKeyOf(options.epochKey), options.dlqStreamName],
+          ...[options.epochKey, notesKey, options.dlqStreamName],
           ...[memoryKey(event.eventId), event.topic, letterKey(event.eventId, madeAt ?? 0)],
           ...[epoch, epochId(epoch), event.eventId, madeAt === null ? '0' : '1', String(madeAt)],
           packr.pack(facts ?? false),

@@ -3,9 +3,9 @@ import type { OutboxEvent } from '../event.ts';
 const NO_TENANT = '00000000-0000-0000-0000-000000000000';
 const SCHEMA_VERSION = '1';
 
-/** The event's stream entry: one flat field per member of the envelope, all strings, as XADD takes them. */
-export function envelopeFields(event: OutboxEvent): string[] {
-  const fields = [
+/** Adds the event's stream entry to `fields`: one flat field per member of the envelope, all strings, as XADD takes them. */
+export function pushEnvelope(event: OutboxEvent, fields: unknown[]): void {
+  fields.push(
     'event_id',
     event.eventId,
     'event_type',
@@ -24,12 +24,18 @@ export function envelopeFields(event: OutboxEvent): string[] {
     event.aggregateType,
     'payload',
     event.payload,
-  ];
+  );
   if (event.correlationId !== null) fields.push('correlation_id', event.correlationId);
   if (event.trace) {
     fields.push('traceparent', event.trace.traceparent);
     if (event.trace.tracestate) fields.push('tracestate', event.trace.tracestate);
   }
+}
+
+/** The event's stream entry by itself. */
+export function envelopeFields(event: OutboxEvent): string[] {
+  const fields: string[] = [];
+  pushEnvelope(event, fields);
   return fields;
 }
 

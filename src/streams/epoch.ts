@@ -269,6 +269,13 @@ export function createEpoch(deps: EpochDeps): Epoch {
     if (found?.startsWith(`${server}:`)) return take(found);
     const isChecker = await redis.set(keys.checker, randomUUID(), 'PX', CHECKER_TTL_MS, 'NX');
     if (!isChecker) return;
+    // The checker before this one may have begun the next epoch since.
+    const begun = await redis.get(key);
+    if (begun?.startsWith(`${server}:`)) {
+      await redis.del(keys.checker);
+      if (connection === mine) take(begun);
+      return;
+    }
     logger.info(
       { known: found !== null },
       `Redis is new here, or was restarted, replaced or emptied: ${recovering}`,

@@ -4,7 +4,7 @@ import { NotReadyError } from '../lifecycle.ts';
 import { outcomeOfError, type StreamOptions, trimmedTo } from './append.ts';
 import { replayedFields } from './envelope.ts';
 
-/** Appending what was published before once more, on demand. No receipt and no job knows of it. */
+/** Appending what was published before once more, on demand. No row and no job remembers the entry. */
 
 /**
  * KEYS: stream, epoch. ARGV: what the epoch's key must hold, then what XADD takes after the key. Answers the id, `!` in

@@ -10,8 +10,7 @@ import type { Logger } from '../logger.ts';
  * loss does not take for trimmed what was lost; so a group's last entry is there unless somebody else has trimmed; and
  * the stream never becomes empty. A stream without groups is not touched.
  *
- * Nothing is trimmed unless the epoch lasts: what a comparison has restored would be read and trimmed, and what it has
- * yet to restore be taken for trimmed with it.
+ * Nothing is trimmed unless the epoch lasts: while table and streams are compared, the streams stay as they are.
  *
  * KEYS: stream, list of streams, epoch. ARGV: epoch, cap (entries; 0 = none), entries to trim at most, time (ms), time
  * between two warnings (ms). The list holds for each stream its first entry when we last looked, and when we last

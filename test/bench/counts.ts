@@ -114,6 +114,8 @@ function kindOf(query: string): 'claim' | 'acknowledge' | 'other' | 'control' | 
   if (/^\s*(BEGIN|START|SET|RESET|ROLLBACK|SAVEPOINT|RELEASE)\b/i.test(query)) return 'control';
   if (/^\s*SELECT set_config\(/i.test(query)) return 'control';
   if (/\bpublished = (true|\$\d+), published_at\b/i.test(query)) return 'acknowledge';
+  // The relay's refill frees parked rows for the next claim.
+  if (/\bfreed AS\b/i.test(query)) return 'other';
   if (/\bUPDATE\b/i.test(query) && /\bSKIP LOCKED\b/i.test(query)) return 'claim';
   return 'other';
 }

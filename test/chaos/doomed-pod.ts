@@ -39,14 +39,14 @@ function watched(pool: pg.Pool): pg.Pool {
       if (commits && acknowledged) at('acknowledge-before-completion');
       if (commits || text === 'ROLLBACK') claimed = acknowledged = false;
       if (name.startsWith('relay-claim-')) claimed = result.rows.some((row) => !row.parked);
-      if (name.startsWith('relay-publish-')) acknowledged = true;
+      if (name === 'relay-publish') acknowledged = true;
       return result;
     }) as unknown as typeof client.query;
   });
   return pool;
 }
 
-type Append = (this: unknown, keys: number, ...keysAndArgs: (string | Buffer)[]) => Promise<unknown>;
+type Command = (this: unknown, ...args: unknown[]) => Promise<string | (string | string[])[]>;
 
 /** Tells the appends of the connection that makes them; the relay makes its own connections from this one. */
 function watchedRedis(redis: Redis): Redis {
@@ -55,20 +55,18 @@ function watchedRedis(redis: Redis): Redis {
   const define = redis.defineCommand.bind(redis);
   redis.defineCommand = (name, definition) => {
     define(name, definition);
-    if (name !== 'appendOnce') return;
-    const commands = redis as unknown as { appendOnce: Append };
-    const append = commands.appendOnce;
-    commands.appendOnce = async function (keys, ...args) {
+    if (name !== 'appendInOrder' && name !== 'appendLetter') return;
+    const isLetter = name === 'appendLetter';
+    const commands = redis as unknown as Record<string, Command>;
+    const append = commands[name] as Command;
+    commands[name] = async function (...args) {
       // ioredis puts the command into its pipelines as well.
-      if (this !== redis) return append.call(this, keys, ...args);
-      // After the epoch's key, stream and job of each entry: one call appends many.
-      const streams = args.slice(1, keys).filter((_, i) => i % 2 === 0);
-      const isDeadLetter = (stream: unknown) => stream === config.dlqStreamName;
-      for (const _ of streams.filter(isDeadLetter)) at('failure-before-dead-letter');
-      const reply = await append.call(this, keys, ...args);
-      for (const stream of streams)
-        at(isDeadLetter(stream) ? 'dead-letter-before-row' : 'append-before-acknowledge');
-      return reply;
+      if (this !== redis) return append.call(this, ...args);
+      if (isLetter) at('failure-before-dead-letter');
+      const answer = await append.call(this, ...args);
+      for (const it of [answer].flat(2))
+        if (it.startsWith('+')) at(isLetter ? 'dead-letter-before-row' : 'append-before-acknowledge');
+      return answer;
     };
   };
   return redis;

@@ -11,7 +11,7 @@ export async function takeEvidence(world: World): Promise<string> {
   const looks = {
     rows: () =>
       sql(`SELECT CASE WHEN next_attempt_at IS NULL THEN 'fresh' WHEN next_attempt_at = 'infinity' THEN 'parked'
-                       WHEN next_attempt_at > now() THEN 'leased' ELSE 'due' END AS state, count(*)
+                       WHEN next_attempt_at > now() THEN 'leased' ELSE 'expired' END AS state, count(*)
              FROM identity.outbox WHERE NOT published AND dead_lettered_at IS NULL GROUP BY 1`),
     sessions: () =>
       sql(`SELECT pid, client_port, state, wait_event, now() - xact_start AS transaction, now() - state_change AS since,

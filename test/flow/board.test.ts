@@ -72,7 +72,7 @@ test('Retry on a failed job publishes its event, closes its dead letter and lets
   expect(await eventIds(stage, topic)).toEqual([first.eventId, second.eventId]);
   expect(await eventIds(stage, DLQ)).toEqual([]);
   await stage.expectPromisesHeld();
-  // The receipt is that of the entry: nothing is taken for lost.
+  // The entry id is that of the entry: nothing is taken for lost.
   expect((await stage.command(['verify', '--since', '1h'])).code).toBe(0);
   expect(await jobState(stage, first.eventId)).toBe('unknown');
   expect(pod.logs()).toContainEqual(

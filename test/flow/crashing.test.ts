@@ -8,7 +8,7 @@ import { waitFor } from '../support/wait.ts';
 
 const poisoned = () => anEvent({ eventType: 'WordAdded', payload: { word: POISON } });
 
-/** Claims everything while nobody publishes, so that all of it is in hand at once afterwards. */
+/** Claims everything while nobody publishes, so that all of it is in progress at once afterwards. */
 async function heapUp(stage: Stage): Promise<() => Promise<void>> {
   const publish = stage.queue('publish');
   await publish.pause();
@@ -23,7 +23,7 @@ async function heapUp(stage: Stage): Promise<() => Promise<void>> {
 
 test('an event that kills its pod is dead after three pods, and the events beside it arrive unharmed', async () => {
   const stage = await setStage();
-  const pod = await superviseAPod(stage, await poisonable(STREAM));
+  const pod = await superviseAPod(stage, await poisonable());
   const begin = await heapUp(stage);
   const bad = poisoned();
   const events = someEvents(300, 150);
@@ -49,8 +49,8 @@ test('an event that kills its pod is dead after three pods, and the events besid
 
 test('several events that kill their pods condemn themselves and nobody else', async () => {
   const stage = await setStage({ env: { RELAY_MAX_CRASHES: '2' } });
-  const pod = await superviseAPod(stage, await poisonable(STREAM));
-  await superviseAPod(stage, await poisonable(STREAM));
+  const pod = await superviseAPod(stage, await poisonable());
+  await superviseAPod(stage, await poisonable());
   const begin = await heapUp(stage);
   const bad = [poisoned(), poisoned(), poisoned()];
   await insertEvents(stage.pool, [...someEvents(100), ...bad, ...someEvents(100)]);
@@ -63,7 +63,7 @@ test('several events that kill their pods condemn themselves and nobody else', a
 }, 200_000);
 
 test('pods that are killed at random and a Redis that hangs longer than locks last condemn nobody', async () => {
-  // The default limit. With a limit of 1, one kill that happens to hit a suspect while it is published alone condemns
+  // The default limit. With a limit of 1, one kill that happens to hit an event while it is published alone condemns
   // it: nobody can tell that from a crash.
   const stage = await setStage({ env: { RELAY_CONCURRENCY: '50' } });
   const pods = await Promise.all([superviseAPod(stage, {}), superviseAPod(stage, {})]);

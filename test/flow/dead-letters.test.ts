@@ -1,6 +1,6 @@
 /** Dead letters as their operators meet them: `relay dlq` and `relay republish` beside relays at work. */
 import { expect, test } from 'vitest';
-import { deadLetterFields } from '../../src/stream/envelope.ts';
+import { deadLetterFields } from '../../src/streams/envelope.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
 import { aClaimedEvent } from '../support/stages.ts';
@@ -243,7 +243,7 @@ test('relay republish appends what was published again, marked, in order, and ve
   );
   expect(await relay(stage, 'verify', '--since', '1h')).toContain('Nothing is missing.');
 
-  // Nor is a receipt changed: after a loss the stream is what it was at first.
+  // Nor is an entry id changed: after a loss the stream is what it was at first.
   await stage.redis.flushall();
   await waitFor(async () => (await stage.redis.xlen(STREAM)) === 60, { what: 'the entries to be restored' });
   expect((await eventIds(stage)).toSorted()).toEqual(first.toSorted());

@@ -5,9 +5,9 @@ import { appendEvent, createRelay } from '../../src/app.ts';
 import { loadConfig } from '../../src/config.ts';
 import { databaseGrants } from '../../src/operate/grants.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
+import type { RowName } from '../../src/outbox/finalize.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE } from '../../src/outbox/prune.ts';
-import { createReceipts } from '../../src/outbox/receipts.ts';
 import { anEvent, createOldTable, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
 import {
@@ -192,7 +192,6 @@ test('each right in PostgreSQL is needed', async () => {
   const producer = await openPool(asRelay(database.url, PRODUCER_ROLE), { max: 1 }).connect();
   const options = { ...loadConfig(EVERYTHING), statementTimeoutMs: 5_000 };
   const outbox = createOutbox(relay, options);
-  const receipts = createReceipts(relay, options);
   const pruner = createPruner(relay, options);
   const deadRows = createDeadRows(operators, options);
   const operatorsPruner = createPruner(operators, options);
@@ -206,20 +205,26 @@ test('each right in PostgreSQL is needed', async () => {
         expect(code, message).toBe('42501');
         reasons.push(message);
       });
-    const [one = '0', two = '0', three = '0'] = await insertEvents(admin, someEvents(3));
+    const events = someEvents(3);
+    const ids = await insertEvents(admin, events);
+    const [one, two, three] = events.map(({ eventId }, i) => ({ id: ids[i] as string, eventId })) as [
+      RowName,
+      RowName,
+      RowName,
+    ];
     await attempt(appendEvent(producer, { eventType: 'X', aggregateId: anEvent().aggregateId, payload: {} }));
     await attempt(outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, 10)));
-    await attempt(outbox.recordFailure({ id: two, attempts: 1, reason: 'x', retryInMs: 1_000 }));
-    await attempt(receipts.giving((tx) => outbox.markPublished(tx, [{ id: one, entryId: '1-1' }])));
-    const dead = { id: three, attempts: 6, reason: 'x', entryId: '1-1' };
-    await attempt(receipts.giving((tx) => outbox.markDead(tx, dead)));
+    await attempt(outbox.recordFailure({ ...two, attempts: 1, reason: 'x', retryInMs: 1_000 }));
+    await attempt(outbox.inEpoch((tx) => outbox.markPublished(tx, [{ ...one, entryId: '1-1' }])));
+    const dead = { ...three, attempts: 6, reason: 'x', entryId: '1-1' };
+    await attempt(outbox.inEpoch((tx) => outbox.markDead(tx, dead)));
     await attempt(pruner.step({ kind: 'receipted', after: FIRST_PLACE, before: 'now', limit: 10 }));
     const lost = { eventId: randomUUID(), eventType: 'X', aggregateType: 'user', aggregateId: randomUUID() };
     await attempt(
       deadRows.insert({ ...lost, topic: STREAM, payload: '{}', occurredAt: new Date().toISOString() }),
     );
-    await attempt(deadRows.transaction((tx) => deadRows.discard(tx, [three], 'x', 'x')));
-    await attempt(deadRows.transaction((tx) => deadRows.revive(tx, [three], [])));
+    await attempt(deadRows.transaction((tx) => deadRows.discard(tx, [three.id], 'x', 'x')));
+    await attempt(deadRows.transaction((tx) => deadRows.revive(tx, [three.id], [])));
     await attempt(operatorsPruner.step({ kind: 'receipted', after: FIRST_PLACE, before: 'now', limit: 10 }));
     return reasons;
   }

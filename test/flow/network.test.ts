@@ -91,7 +91,7 @@ for (const server of ['Redis', 'PostgreSQL'] as const) {
   }, 120_000);
 }
 
-test('a pod that is cut off from PostgreSQL in the midst of its turn to claim holds up the others no longer than 15 s', async () => {
+test('a pod that is cut off from PostgreSQL while it has the claim lock holds up the others no longer than 15 s', async () => {
   const stage = await setStage();
   const proxy = await startProxy(Number(new URL(stage.databaseUrl).port));
   onTestFinished(proxy.close);

@@ -12,7 +12,7 @@ const SHORT_TIMEOUTS = { RELAY_PUBLISH_TIMEOUT: '1', RELAY_CLAIM_LEASE: '5', REL
 /** Two pods under load, an outage in its midst, and the load going on after it. */
 async function suffer(stage: Stage, outage: () => Promise<void>): Promise<void> {
   await Promise.all([stage.pod(), stage.pod()]);
-  // So many that the outage meets some in hand.
+  // So many that the outage meets some in progress.
   await insertEvents(stage.pool, someEvents(3_000, 1_000));
   const load = startLoad(stage.pool);
   await waitFor(async () => (await stage.redis.xlen(STREAM)) > 200, { what: 'the load to flow' });

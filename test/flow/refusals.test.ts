@@ -7,11 +7,11 @@ import { RELAY_USER, redisRules } from '../support/least-privilege.ts';
 import { startLoad } from '../support/load.ts';
 import { waitFor } from '../support/wait.ts';
 
-/** Long enough for every event in hand to fail all its attempts, if they counted. */
+/** Long enough for every event in progress to fail all its attempts, if they counted. */
 const FAULT_MS = 6_000;
 /** 10 s with the machine to itself, as `npm run chaos -- --each` measures it; here four test files share two cores. */
 const RECOVERY_MS = 30_000;
-/** Each event in hand may be refused once or twice a second; without a breath in between it would be thousands. */
+/** Each event in progress may be refused once or twice a second; without a breath in between it would be thousands. */
 const MAX_REFUSALS_PER_SECOND = 500;
 const FEW_ATTEMPTS = { RELAY_RETRY_BASE_DELAY: '0.2', RELAY_MAX_RETRY_ATTEMPTS: '2' };
 

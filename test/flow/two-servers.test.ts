@@ -93,6 +93,7 @@ test('events flow from the one to the other, each command and endpoint looks whe
 
   await stage.redis.del(STREAM);
   expect((await stage.command(['verify', '--since', '1h', '--repair'])).code).toBe(0);
+  await stage.rested();
   expect(await stage.redis.xlen(STREAM)).toBe(300);
   for (const redis of [stage.redis, stage.queueRedis]) expect(await redis.call('ACL', 'LOG')).toEqual([]);
 }, 90_000);

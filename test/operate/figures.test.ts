@@ -7,7 +7,7 @@ import { createFleetReader } from '../../src/operate/heartbeat.ts';
 import { createBacklog } from '../../src/outbox/backlog.ts';
 import type { Pool } from '../../src/outbox/database.ts';
 import { createQueues, QUEUE_CONNECTION } from '../../src/queue/queues.ts';
-import { createStreamInspector } from '../../src/stream/inspect.ts';
+import { createStreamInspector } from '../../src/streams/inspect.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
 import { openPool, openRedis, silent } from '../support/stages.ts';
 

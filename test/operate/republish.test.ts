@@ -6,8 +6,8 @@ import { CursorError, toCursor } from '../../src/operate/cursor.ts';
 import { openOperations } from '../../src/operate/open.ts';
 import { createRepublish, type Republish } from '../../src/operate/republish.ts';
 import type { Pool } from '../../src/outbox/database.ts';
-import { createReceipts } from '../../src/outbox/receipts.ts';
-import { APPEND_CONNECTION } from '../../src/stream/append.ts';
+import { createPublished } from '../../src/outbox/published.ts';
+import { APPEND_CONNECTION } from '../../src/streams/append.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
@@ -82,13 +82,13 @@ async function published(
 const again = async (stream = STREAM) =>
   (await readStream(redis, stream)).filter((it) => it.replayed_at !== undefined);
 const idsOf = (events: readonly { eventId: string }[]) => events.map((event) => event.eventId);
-const receipts = async () =>
+const entryIds = async () =>
   (await pool.query('SELECT id, stream_entry_id, published_at FROM identity.outbox ORDER BY id')).rows;
 
 test('entries come again in the order of their stream, whole and marked; rows stay as they are', async () => {
   const events = someEvents(6, 2);
   await published(events, '2026-01-31T12:00:00Z', [0, 1, 3, 2, 5, 4]);
-  const before = await receipts();
+  const before = await entryIds();
   expect(await republish.count(ALL)).toEqual({ streams: new Map([[STREAM, 6]]), next: null });
   expect(await republish.run(ALL, BY)).toEqual({
     ...{ appended: 6, refused: 0, reason: null, error: null, next: null },
@@ -98,7 +98,7 @@ test('entries come again in the order of their stream, whole and marked; rows st
   expect(entries[0]).toMatchObject({ event_type: 'UserCreated', topic: STREAM, schema_version: '1' });
   expect(JSON.parse(entries[0]?.payload ?? '')).toEqual(events[0]?.payload);
   expect(Date.parse(entries[0]?.replayed_at ?? '')).toBeGreaterThan(Date.now() - 60_000);
-  expect(await receipts()).toEqual(before);
+  expect(await entryIds()).toEqual(before);
 });
 
 test('only what was published in that time and matches: neither dead, nor discarded, nor waiting', async () => {
@@ -163,7 +163,7 @@ test('a count goes on where it ended, too', async () => {
 /** Beside the table, with a stream that takes everything, or fails. */
 const besideTable = (append: (event: OutboxEvent) => Promise<null>) =>
   createRepublish({
-    receipts: createReceipts(relayPool, {
+    published: createPublished(relayPool, {
       streamName: STREAM,
       maxEventBytes: 1e6,
       statementTimeoutMs: 15_000,

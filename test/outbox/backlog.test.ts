@@ -34,6 +34,7 @@ const RETRYING = `${LEASED}, attempts = 2, error_message = 'WRONGTYPE it is a st
 const DUE = `next_attempt_at = now() - interval '1 minute'`;
 const PARKED = `next_attempt_at = 'infinity'`;
 const PUBLISHED = `published = true, published_at = now(), next_attempt_at = NULL, stream_entry_id = '1-1'`;
+const DEAD_WITHOUT_LETTER = 'dead_lettered_at = now(), stream_entry_id = NULL';
 const DEAD = `dead_lettered_at = now(), next_attempt_at = 'infinity', stream_entry_id = '1-1'`;
 
 test('the backlog counts the rows of each state', async () => {
@@ -42,6 +43,21 @@ test('the backlog counts the rows of each state', async () => {
   for (const [at, assignment] of assignments.entries()) await set(at + 1, assignment);
   const counts = { fresh: 2, leased: 3, retrying: 1, due: 2, parked: 1, dead: 1 };
   expect(await backlog.count()).toMatchObject(counts);
+});
+
+test('a dead row whose dead letter is lost is dead and nothing else', async () => {
+  await insertEvents(pool, someEvents(2));
+  await set(1, `${DEAD_WITHOUT_LETTER}, ${DUE}`);
+  await set(2, `${DEAD_WITHOUT_LETTER}, ${RETRYING}`);
+  expect(await backlog.count()).toMatchObject({
+    fresh: 0,
+    leased: 0,
+    retrying: 0,
+    due: 0,
+    parked: 0,
+    dead: 2,
+  });
+  expect(await backlog.oldest()).toEqual([]);
 });
 
 test('an event waits from its creation, one in backoff, parked or dead has an age of its own', async () => {

@@ -7,8 +7,9 @@ import pg from 'pg';
 import { beforeAll, expect, test } from 'vitest';
 import type { Pool } from '../../src/outbox/database.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
+import { OUTBOX_OPTIONS } from '../support/outbox-table.ts';
 import { createDatabase } from '../support/servers.ts';
-import { type AdminPool, aClaimedEvent, openAdminPool, openPool } from '../support/stages.ts';
+import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
 
 const PUBLISHED_ROWS = 20_000;
 const PARKED_ROWS = 1_000;
@@ -18,31 +19,57 @@ const EXECUTIONS = 7;
 const FIRST_LEASED = PUBLISHED_ROWS + 1;
 const HOT_HEAD = FIRST_LEASED + BATCH;
 const HOT = { aggregateType: 'user', aggregateId: randomUUID() };
-const A_HOT_EVENT = aClaimedEvent({ ...HOT, id: String(HOT_HEAD) });
+const SOME_AGGREGATES = [
+  HOT,
+  ...Array.from({ length: BATCH - 1 }, () => ({ aggregateType: 'user', aggregateId: randomUUID() })),
+];
+/** Each row's event id is its id. */
+const eventIdOf = (id: number): string => `00000000-0000-0000-0000-${id.toString(16).padStart(12, '0')}`;
+const nameOf = (id: number) => ({ id: String(id), eventId: eventIdOf(id) });
+const namesFrom = (id: number) => Array.from({ length: BATCH }, (_, i) => nameOf(id + i));
 
 const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
-  ['a claim', (it) => it.claimBatch(BATCH, async () => {}), 10 * BATCH],
+  ['a claim', (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)), 20 * BATCH],
+  ['expired rows', (it) => it.transaction('repeatable', (tx) => it.lockExpired(tx, BATCH)), 3 * BATCH],
   [
     'an acknowledgement',
     (it) =>
-      it.transaction('durable', (tx) =>
+      it.inEpoch((tx) =>
         it.markPublished(
           tx,
-          Array.from({ length: BATCH }, (_, i) => ({ id: String(FIRST_LEASED + i), entryId: `1-${i}` })),
+          namesFrom(FIRST_LEASED).map((name) => ({ ...name, entryId: '1-1' })),
         ),
       ),
-    15 * BATCH,
+    5 * BATCH,
   ],
   [
     'a dead letter',
     (it) =>
-      it.transaction('durable', (tx) =>
-        it.markDead(tx, { id: String(HOT_HEAD), attempts: 6, reason: 'x', entryId: '1-1' }),
-      ),
+      it.inEpoch((tx) => it.markDead(tx, { ...nameOf(HOT_HEAD), attempts: 6, reason: 'x', entryId: '1-1' })),
     20,
   ],
-  ['reading ahead', (it) => it.readAhead([A_HOT_EVENT], BATCH, 1_000_000), 10 * BATCH],
-  ['the release of orphans', (it) => it.releaseOrphans(Array(BATCH).fill(HOT)), 10 * BATCH],
+  ['refill', (it) => it.refill(SOME_AGGREGATES), 10 * BATCH],
+  [
+    'the question where events stand',
+    (it) =>
+      it.standingOf(namesFrom(HOT_HEAD).map(({ eventId }, i) => ({ eventId, before: eventIdOf(i + 1) }))),
+    10 * BATCH,
+  ],
+  [
+    'the release of jobs',
+    (it) =>
+      it.park(
+        namesFrom(HOT_HEAD).map((it) => it.eventId),
+        [eventIdOf(HOT_HEAD)],
+      ),
+    5 * BATCH,
+  ],
+  [
+    'the loss of entries',
+    (it) =>
+      it.unpublish(namesFrom(1).map((name) => ({ ...name, topic: 'x', entryId: '1-1', settledAt: '' }))),
+    5 * BATCH,
+  ],
 ];
 
 let admin: AdminPool;
@@ -56,24 +83,22 @@ beforeAll(async () => {
   relay = openPool(url, { max: 1 });
   await admin.query('ALTER TABLE identity.outbox SET (autovacuum_enabled = off)');
   const rows: number[] = [];
-  const outbox = createOutbox(countingRows(relay, rows), {
-    ...{
-      ordering: 'aggregate',
-      deadLetterPolicy: 'continue',
-      claimLeaseMs: 60_000,
-      maxEventBytes: 1_048_576,
-    },
-    ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
-  });
+  const outbox = createOutbox(countingRows(relay, rows), { ...OUTBOX_OPTIONS, statementTimeoutMs: 20_000 });
   for (let i = 0; i < EXECUTIONS; i++) for (const [, run] of statements) await run(outbox);
+  const eventId = (id: string) => `lpad(to_hex(${id}), 32, '0')::uuid`;
   await admin.query(`
-    INSERT INTO identity.outbox (event_type, aggregate_id, payload, published, published_at)
-    SELECT 'UserCreated', gen_random_uuid(), '{}', true, now() FROM generate_series(1, ${PUBLISHED_ROWS});
-    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
-    SELECT 'UserCreated', gen_random_uuid(), '{}', now() + interval '1 minute' FROM generate_series(1, ${BATCH});
-    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
-    SELECT 'UserUpdated', '${HOT.aggregateId}', '{}', CASE WHEN n = 0 THEN now() + interval '1 minute' ELSE 'infinity' END
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, published, published_at, stream_entry_id)
+    SELECT 'UserCreated', ${eventId('n')}, gen_random_uuid(), '{}', true, now(), '1-1'
+      FROM generate_series(1, ${PUBLISHED_ROWS}) n;
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserCreated', ${eventId(`n + ${FIRST_LEASED}`)}, gen_random_uuid(), '{}', now() + interval '1 minute'
+      FROM generate_series(0, ${BATCH - 1}) n;
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserUpdated', ${eventId(`n + ${HOT_HEAD}`)}, '${HOT.aggregateId}', '{}',
+           CASE n WHEN 0 THEN now() + interval '1 minute' WHEN ${PARKED_ROWS} THEN NULL ELSE 'infinity' END
       FROM generate_series(0, ${PARKED_ROWS}) n;
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserCreated', gen_random_uuid(), '{}', now() - interval '1 minute' FROM generate_series(1, ${2 * BATCH});
     INSERT INTO identity.outbox (event_type, aggregate_id, payload)
     SELECT 'UserCreated', gen_random_uuid(), '{}' FROM generate_series(1, ${2 * BATCH});`);
   for (const [name, run] of statements) {
@@ -93,8 +118,13 @@ test('these plans are kept ones', async () => {
   const { rows } = await relay.query<{ name: string }>(
     'SELECT name FROM pg_prepared_statements WHERE generic_plans > 1 ORDER BY name',
   );
-  // What is read ahead depends on two limits, which PostgreSQL likes to know.
-  expect(rows.map((it) => it.name.split('-')[1])).toEqual(['bury', 'claim', 'publish', 'release']);
+  expect(rows.map((it) => it.name.split('-')[1])).toEqual([
+    'claim',
+    'publish',
+    'refill',
+    'standing',
+    'unpublish',
+  ]);
 });
 
 /** The pool, which notes how many rows of the table each transaction has read by the time it commits. */

@@ -6,27 +6,43 @@ import { randomUUID } from 'node:crypto';
 import pg from 'pg';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { type BacklogReader, createBacklog } from '../../src/outbox/backlog.ts';
-import type { Pool } from '../../src/outbox/database.ts';
+import type { Pool, Queryable } from '../../src/outbox/database.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/prune.ts';
 import { asRelay, OPERATOR_ROLE } from '../support/least-privilege.ts';
+import { OUTBOX_OPTIONS } from '../support/outbox-table.ts';
 import { createDatabase } from '../support/servers.ts';
-import { type AdminPool, aClaimedEvent, openAdminPool, openPool } from '../support/stages.ts';
+import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
 
 const PUBLISHED_ROWS = 1_000_000;
+/** Published rows that have an entry. */
+const WITH_ENTRY = 100_000;
 const PARKED_ROWS = 100_000;
+const EXPIRED_ROWS = 2_000;
 const FRESH_ROWS = 20_000;
-const HOT = { aggregateType: 'user', aggregateId: randomUUID() };
-/** Of hot aggregate: its first row, leased; the rest is parked behind it. */
-const HOT_HEAD = PUBLISHED_ROWS + 1;
 const BATCH = 100;
-/** One of the platform's is as good as ours for rows that are due. */
+const HOT = { aggregateType: 'user', aggregateId: randomUUID() };
+/** Of the hot aggregate: its first row, leased; the others are parked behind it, but for the last, which is fresh. */
+const HOT_HEAD = PUBLISHED_ROWS + 1;
+const HOT_FRESH = HOT_HEAD + PARKED_ROWS;
+const FIRST_EXPIRED = HOT_FRESH + 1;
+/** One of the platform's is as good as ours for rows that are expired. */
 const GOOD_INDEX = /^(relay_outbox_\w+|outbox_pkey|outbox_event_id_unique|ix_outbox_next_attempt_at)$/;
-const SETUP_LIMIT_MS = 120_000;
+const SETUP_LIMIT_MS = 180_000;
 /** An update of a row writes to a dozen indexes, three levels each. All rows that are published fill 15,000. */
 const MOST_BUFFERS_PER_ROW = 100;
-const DUE_IDS = Array.from({ length: BATCH }, (_, i) => String(HOT_HEAD + PARKED_ROWS + 1 + i));
+/** The rows of a window are weighed in the order of their ids. */
+const MOST_ROWS_SORTED = 400;
+
+/** Each row's event id is its id: that index is filled in a third of the time, and rows are named without a question. */
+const eventIdOf = (id: number): string => {
+  const hex = id.toString(16).padStart(32, '0');
+  return [hex.slice(0, 8), hex.slice(8, 12), hex.slice(12, 16), hex.slice(16, 20), hex.slice(20)].join('-');
+};
+const nameOf = (id: number) => ({ id: String(id), eventId: eventIdOf(id) });
+const namesFrom = (id: number) => Array.from({ length: BATCH }, (_, i) => nameOf(id + i));
+const eventIdsFrom = (id: number) => namesFrom(id).map((it) => it.eventId);
 
 /** One step of a plan, as EXPLAIN tells it. */
 type Step = {
@@ -59,20 +75,23 @@ beforeAll(async () => {
   pool = openAdminPool(adminUrl);
   relay = openPool(url);
   operators = openPool(asRelay(url, OPERATOR_ROLE));
+  const eventId = (id: string) => `lpad(to_hex(${id}), 32, '0')::uuid`;
   await pool.query(`
     ALTER TABLE identity.outbox SET (autovacuum_enabled = off);
-    -- Ids that ascend: their index is filled in a third of the time.
-    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, published, published_at)
-    SELECT 'UserCreated', id, id, '{"tenant_id": "x"}', true, now()
-      FROM generate_series(1, ${PUBLISHED_ROWS}) n, LATERAL (SELECT lpad(to_hex(n), 32, '0')::uuid AS id);
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, published, published_at, stream_entry_id)
+    SELECT 'UserCreated', ${eventId('n')}, ${eventId('n')}, '{"tenant_id": "x"}', true, now() - interval '1 hour',
+           CASE WHEN n <= ${WITH_ENTRY} THEN '1-' || n END
+      FROM generate_series(1, ${PUBLISHED_ROWS}) n;
     ANALYZE identity.outbox;
-    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
-    SELECT 'UserUpdated', '${HOT.aggregateId}', '{}', CASE WHEN n = 0 THEN now() + interval '1 minute' ELSE 'infinity' END
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserUpdated', ${eventId(`n + ${HOT_HEAD}`)}, '${HOT.aggregateId}', '{}',
+           CASE n WHEN 0 THEN now() + interval '1 minute' WHEN ${PARKED_ROWS} THEN NULL ELSE 'infinity' END
       FROM generate_series(0, ${PARKED_ROWS}) n;
-    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
-    SELECT 'UserUpdated', gen_random_uuid(), '{}', now() - n * interval '1 second' FROM generate_series(1, 2000) n;
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, next_attempt_at)
+    SELECT 'UserUpdated', ${eventId(`n + ${FIRST_EXPIRED}`)}, gen_random_uuid(), '{}', now() - n * interval '1 second'
+      FROM generate_series(0, ${EXPIRED_ROWS - 1}) n;
     INSERT INTO identity.outbox (event_type, aggregate_id, payload)
-    SELECT 'UserUpdated', gen_random_uuid(), '{}' FROM generate_series(1, ${FRESH_ROWS});
+    SELECT 'UserUpdated', gen_random_uuid(), '{}' FROM generate_series(1, ${FRESH_ROWS - 1});
   `);
 }, SETUP_LIMIT_MS);
 
@@ -84,63 +103,105 @@ const deadRows = (pool: Pool) =>
     ...{ streamName: 'identity.user.v1', maxEventBytes: 1_048_576, statementTimeoutMs: 20_000 },
   });
 const FILTER = { eventType: 'UserUpdated', topic: 'x', aggregateId: HOT.aggregateId, error: 'x' };
-const A_HOT_EVENT = aClaimedEvent({ ...HOT, id: String(HOT_HEAD) });
 const SOME_TIME = '2026-01-31T12:00:00Z';
+const BEGINNING = { settledAt: '-infinity', id: '-1' };
+const IN_EPOCH =
+  (work: (outbox: Outbox, tx: Queryable) => Promise<unknown>): Run =>
+  (outbox) =>
+    outbox.inEpoch((tx) => work(outbox, tx));
+/** The hot aggregate among others that have no parked rows: an aggregate is named once in a statement. */
+const SOME_AGGREGATES = [
+  HOT,
+  ...Array.from({ length: BATCH - 1 }, () => ({ aggregateType: 'user', aggregateId: randomUUID() })),
+];
+/** Events of the hot aggregate, and some that are published. */
+const SOME_QUESTIONS = [...eventIdsFrom(HOT_HEAD).slice(BATCH / 2), ...eventIdsFrom(1).slice(BATCH / 2)].map(
+  (eventId, i) => ({ eventId, before: i % 3 === 0 ? eventIdOf(1) : null }),
+);
 
 const statements: [string, Run, number][] = [
-  ['a claim', (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)), 10 * BATCH],
-  ['due rows', (it) => it.transaction('repeatable', (tx) => it.lockDue(tx, BATCH)), 3 * BATCH],
+  [
+    'a claim, also of an aggregate with 100,000 parked rows',
+    (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)),
+    10 * BATCH,
+  ],
+  [
+    'a claim of the first row alone',
+    (it) => it.transaction('repeatable', (tx) => it.claimFirst(tx)),
+    10 * BATCH,
+  ],
+  ['expired rows', (it) => it.transaction('repeatable', (tx) => it.lockExpired(tx, BATCH)), 3 * BATCH],
   [
     'an acknowledgement, with 100,000 rows waiting behind it',
-    (it) =>
-      it.transaction('durable', (tx) =>
-        it.markPublished(
-          tx,
-          Array.from({ length: BATCH }, (_, i) => ({ id: String(HOT_HEAD + i), entryId: `1-${i}` })),
-        ),
+    IN_EPOCH((it, tx) =>
+      it.markPublished(
+        tx,
+        namesFrom(HOT_HEAD).map((name) => ({ ...name, entryId: '1-1' })),
       ),
-    15 * BATCH,
+    ),
+    3 * BATCH,
   ],
-  [
-    'an acknowledgement of some that came along',
-    (it) =>
-      it.transaction('durable', (tx) =>
-        it.markPublished(tx, [
-          { id: String(HOT_HEAD), entryId: '1-0', chained: 'before' },
-          { id: String(HOT_HEAD + 1), entryId: '1-1', chained: 'after' },
-        ]),
-      ),
-    BATCH,
-  ],
-  ['reading ahead of 100,000 rows', (it) => it.readAhead([A_HOT_EVENT], BATCH, 1_000_000), 5 * BATCH],
-  ['the jobs of rows that are live', (it) => it.whileLive([A_HOT_EVENT], async () => {}), 10],
-  ['the question what rows wait for', (it) => it.waiting([String(HOT_HEAD), '1', '-1']), 10],
   [
     'a dead letter, with 100,000 rows waiting behind it',
-    (it) =>
-      it.transaction('durable', (tx) =>
-        it.markDead(tx, { id: String(HOT_HEAD), attempts: 6, reason: 'x', entryId: '1-1' }),
-      ),
+    IN_EPOCH((it, tx) => it.markDead(tx, { ...nameOf(HOT_HEAD), attempts: 6, reason: 'x', entryId: '1-1' })),
     20,
   ],
-  ['the release of orphans', (it) => it.releaseOrphans(Array(BATCH).fill(HOT)), 10 * BATCH],
+  ['refill of an aggregate with 100,000 parked rows', (it) => it.refill(SOME_AGGREGATES), 10 * BATCH],
+  ['the question where events stand', (it) => it.standingOf(SOME_QUESTIONS), 10 * BATCH],
+  [
+    'the release of jobs',
+    (it) => it.park(eventIdsFrom(HOT_HEAD), eventIdsFrom(FIRST_EXPIRED).slice(BATCH / 2)),
+    5 * BATCH,
+  ],
   [
     'a failed attempt',
-    (it) => it.recordFailure({ id: String(HOT_HEAD), attempts: 1, reason: 'x', retryInMs: 1_000 }),
+    (it) => it.recordFailure({ ...nameOf(HOT_HEAD), attempts: 1, reason: 'x', retryInMs: 1_000 }),
     10,
   ],
   [
-    'the return of due rows',
-    (it) => it.transaction('repeatable', (tx) => it.returnToFresh(tx, DUE_IDS)),
+    'the return of expired rows',
+    IN_EPOCH((it, tx) => it.returnToFresh(tx, eventIdsFrom(FIRST_EXPIRED))),
     3 * BATCH,
   ],
   [
     'the extension of leases',
-    (it) => it.transaction('repeatable', (tx) => it.extendLease(tx, DUE_IDS)),
+    IN_EPOCH((it, tx) =>
+      it.extendLeases(
+        tx,
+        eventIdsFrom(FIRST_EXPIRED).map((eventId) => ({ eventId, attempts: 1, reason: 'x' })),
+      ),
+    ),
     3 * BATCH,
   ],
-  ['the end of leases', (it) => it.endLeasesOf([A_HOT_EVENT]), 20],
-  ['the question which events are settled', (it) => it.unsettled([randomUUID(), randomUUID()]), 10],
+  ['the end of leases', (it) => it.expireLeasesOf(eventIdsFrom(HOT_HEAD)), 3 * BATCH],
+  ['the end of all leases', (it) => it.expireAllLeases(), 10],
+  ['the question which events are live', (it) => it.liveOf(eventIdsFrom(HOT_HEAD)), 3 * BATCH],
+  [
+    'the loss of entries',
+    (it) =>
+      it.unpublish(
+        namesFrom(1).map((name, i) => ({ ...name, topic: 'x', entryId: `1-${i + 1}`, settledAt: SOME_TIME })),
+      ),
+    3 * BATCH,
+  ],
+  ['a page of rows with entries', (it) => it.finalizedRows(BEGINNING, 'infinity', BATCH), 3 * BATCH],
+  [
+    'a page of rows with entries, by filter',
+    (it) => it.publishedRows({ topic: 'identity.user.v1' }, BEGINNING, 'infinity', BATCH),
+    3 * BATCH,
+  ],
+  [
+    'the events of rows with entries',
+    (it) => it.finalizedEvents(namesFrom(1).map((name) => name.id)),
+    3 * BATCH,
+  ],
+  [
+    'the events of dead rows without a letter',
+    (it) => it.deadEvents(namesFrom(HOT_HEAD).map((name) => name.id)),
+    3 * BATCH,
+  ],
+  ['the list of aggregates with parked rows', (it) => it.parkedAggregates(null, BATCH), 3 * BATCH],
+  ['the end of parking, where order does not matter', (it) => it.unparkAll(BATCH), 3 * BATCH],
   ['a page of dead letters', (_, it) => deadRows(it).page({}, { at: SOME_TIME, id: '1' }, BATCH), 3 * BATCH],
   [
     'dead letters by filter',
@@ -151,7 +212,6 @@ const statements: [string, Run, number][] = [
   ['dead letters counted', (_, it) => deadRows(it).count(FILTER), 3 * BATCH],
   ['dead rows in order', (_, it) => deadRows(it).inOrder({}, { ...HOT, id: '1' }, BATCH), 3 * BATCH],
   ['dead rows of some events', (_, it) => deadRows(it).ofEvents([randomUUID(), randomUUID()]), 10],
-  ['the list of aggregates with parked rows', (it) => it.parkedAggregates(null, BATCH), 3 * BATCH],
   ...PRUNABLE_KINDS.map((kind): [string, Run, number] => [
     `the deletion of old rows (${kind})`,
     (_, them) => {
@@ -194,17 +254,17 @@ describe.each([
     async (_name, deadLetterPolicy, plan, run, limit) => {
       const costs: Cost[] = [];
       const outbox = createOutbox(explaining(relay, plan, costs), {
-        ...{ ordering: 'aggregate', deadLetterPolicy, claimLeaseMs: 60_000, maxEventBytes: 1_048_576 },
-        ...{ streamName: 'identity.user.v1', statementTimeoutMs: 20_000 },
+        ...{ ...OUTBOX_OPTIONS, deadLetterPolicy, statementTimeoutMs: 20_000 },
       });
       await run(outbox, explaining(operators, plan, costs));
-      expect(costs).toHaveLength(1);
-      const [{ rowsTouched, buffers, indexes, scans, mostRowsSorted }] = costs as [Cost];
-      expect(rowsTouched).toBeLessThanOrEqual(limit);
-      expect(buffers).toBeLessThanOrEqual(MOST_BUFFERS_PER_ROW * (limit < BATCH ? 1 : BATCH));
-      expect(scans).toEqual([]);
-      expect(indexes.filter((name) => !GOOD_INDEX.test(name))).toEqual([]);
-      expect(mostRowsSorted).toBeLessThanOrEqual(BATCH);
+      expect(costs.length).toBeGreaterThan(0);
+      for (const { rowsTouched, buffers, indexes, scans, mostRowsSorted } of costs) {
+        expect(rowsTouched).toBeLessThanOrEqual(limit);
+        expect(buffers).toBeLessThanOrEqual(MOST_BUFFERS_PER_ROW * (limit < BATCH ? 1 : BATCH));
+        expect(scans).toEqual([]);
+        expect(indexes.filter((name) => !GOOD_INDEX.test(name))).toEqual([]);
+        expect(mostRowsSorted).toBeLessThanOrEqual(MOST_ROWS_SORTED);
+      }
     },
   );
 
@@ -243,7 +303,8 @@ function explaining(real: pg.Pool, plan: PlanKind, costs: Cost[]): Pool {
         ? await query(`EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) ${text}`, values)
         : await explainGeneric(query, text, values);
     costs.push(costOf(explained.rows[0]['QUERY PLAN'][0].Plan));
-    return { rows: [], rowCount: 0 };
+    // What a statement tells the next one of the same transaction: the id of the first fresh row.
+    return { rows: text.startsWith('SELECT id FROM') ? [{ id: String(HOT_FRESH) }] : [], rowCount: 0 };
   }
   return {
     query: (async (text: string, values: unknown[]) => {
@@ -270,12 +331,13 @@ async function explainGeneric(query: pg.Client['query'], text: string, values: u
   await query(`PREPARE statement AS ${text}`);
   try {
     await query('SET LOCAL plan_cache_mode = force_generic_plan');
-    const parameters = values.map((it) => (it === null ? 'NULL' : literal(it))).join(', ');
+    const parameters = values.map((it) => (it === null || it === undefined ? 'NULL' : literal(it))).join(', ');
     return await query(
       `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE statement${parameters === '' ? '' : `(${parameters})`}`,
     );
   } finally {
-    await query('DEALLOCATE statement');
+    // Where the statement failed its transaction is aborted, and the session goes on.
+    await query('DEALLOCATE statement').catch(() => query('ROLLBACK').then(() => query('DEALLOCATE statement')));
   }
 }
 

@@ -54,6 +54,7 @@ describe('of the rows of the table', () => {
     await add('dead and skipped', { ...dead, ...published(29) });
     await add('discarded', { ...dead, published: 'true', published_at: ago(29), stream_entry_id: 'NULL' });
     await add('old and taken back', { ...published(30), published: 'false' });
+    await add('old and unpublished: its entry was lost', { published: 'false', published_at: ago(30) });
   });
 
   test('those are deleted that were published long enough ago, and are not dead', async () => {
@@ -68,6 +69,7 @@ describe('of the rows of the table', () => {
         'dead and skipped',
         'discarded',
         'old and taken back',
+        'old and unpublished: its entry was lost',
       ].toSorted(),
     );
   });
@@ -76,7 +78,7 @@ describe('of the rows of the table', () => {
     let sum = 0;
     for await (const rows of operators.byHand(24 * HOUR_MS, true)) sum += rows;
     expect(sum).toBe(3);
-    expect(await count()).toBe(11);
+    expect(await count()).toBe(12);
   });
 });
 

@@ -29,23 +29,28 @@ afterEach(async () => {
   await Promise.all(open.splice(0).map((it) => it.stop()));
 });
 
-type Hands = { lastTakenAt: number; inHand: number; oldestTakenAt: number | undefined };
+type Doing = {
+  lastStartedAt: number;
+  inProgress: number;
+  oldestStartedAt: number | undefined;
+  slots: number;
+};
 
-/** A watch over a worker whose state the test decides. */
+/** A watch over workers whose state the test decides. */
 function watch(overrides: Partial<Workplace> = {}, assertWritable = async () => {}) {
-  const hands: Hands = { lastTakenAt: Date.now(), inHand: 0, oldestTakenAt: undefined };
+  const doing: Doing = { lastStartedAt: Date.now(), inProgress: 0, oldestStartedAt: undefined, slots: 2 };
   let looks = 0;
   const progress = createProgressWatch({
     redis,
     workplaces: [
       {
-        worker: {
-          places: 2,
-          lastTakenAt: () => hands.lastTakenAt,
-          inHand: () => hands.inHand,
-          oldestTakenAt: () => {
+        workers: {
+          slots: () => doing.slots,
+          lastStartedAt: () => doing.lastStartedAt,
+          inProgress: () => doing.inProgress,
+          oldestStartedAt: () => {
             looks++;
-            return hands.oldestTakenAt;
+            return doing.oldestStartedAt;
           },
         },
         queue,
@@ -71,23 +76,23 @@ function watch(overrides: Partial<Workplace> = {}, assertWritable = async () => 
       { what: 'some looks' },
     );
   };
-  return { hands, progress, aWhile };
+  return { doing, progress, aWhile };
 }
 const isStuck = (progress: ProgressWatch) =>
   waitFor(() => progress.reasons().length > 0, { what: 'the watch to find out' });
 
-test('jobs that wait beside a worker with nothing to do are found, and forgotten when it takes one', async () => {
+test('jobs that wait beside workers with nothing to do are found, and forgotten when one is taken', async () => {
   await queue.add('job', {});
-  const { progress, hands } = watch();
+  const { progress, doing } = watch();
   await isStuck(progress);
   expect(progress.reasons()).toEqual([expect.stringMatching(/^jobs wait in work and this pod takes none/)]);
-  hands.lastTakenAt = Date.now();
+  doing.lastStartedAt = Date.now();
   await waitFor(() => progress.reasons().length === 0, { what: 'the watch to see it' });
 });
 
 test('a job that does not end is found', async () => {
-  const { progress, hands } = watch();
-  Object.assign(hands, { inHand: 1, oldestTakenAt: Date.now() - 101 });
+  const { progress, doing } = watch();
+  Object.assign(doing, { inProgress: 1, oldestStartedAt: Date.now() - 101 });
   await isStuck(progress);
   expect(progress.reasons()).toEqual([expect.stringMatching(/^a job of work does not end/)]);
 });
@@ -118,15 +123,19 @@ for (const [circumstance, make] of Object.entries(healthy)) {
   });
 }
 
-test('a pod that has its hands full, or takes one job after the other, is not stuck', async () => {
+test('a pod whose slots are taken, be they few, is not stuck, nor one that takes one job after the other', async () => {
   await queue.add('job', {});
   const full = watch();
-  full.hands.inHand = 2;
+  full.doing.inProgress = 2;
   await full.aWhile();
   expect(full.progress.reasons()).toEqual([]);
+  const shrunk = watch();
+  Object.assign(shrunk.doing, { inProgress: 1, slots: 1 });
+  await shrunk.aWhile();
+  expect(shrunk.progress.reasons()).toEqual([]);
   const busy = watch();
   await busy.aWhile(() => {
-    busy.hands.lastTakenAt = Date.now();
+    busy.doing.lastStartedAt = Date.now();
   });
   expect(busy.progress.reasons()).toEqual([]);
 });

@@ -10,7 +10,7 @@ import {
   QUEUE_CONNECTION,
   type Queues,
 } from '../../src/queue/queues.ts';
-import { WORKER_CONNECTION } from '../../src/queue/worker.ts';
+import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
 import { startProxy, through } from '../support/proxy.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
 import {
@@ -193,6 +193,7 @@ describe('a failed job', () => {
       event: { ...event, attempts: 5 },
       attempts: 6,
       reason: 'WRONGTYPE Operation',
+      madeAt: Number(await admin.hget(publishJobKey(OPTIONS, event.eventId), 'timestamp')),
     });
     expect(Math.abs((job?.failedAt.getTime() ?? 0) - Date.now())).toBeLessThan(10_000);
   });
@@ -204,11 +205,17 @@ describe('a failed job', () => {
     expect(await queues.failedJob(event.eventId)).toBeNull();
   });
 
-  test('makes way for a row that was made fresh again', async () => {
+  test('is in the way of another one for its event, silently, until it is removed', async () => {
     const event = await failed(aClaimedEvent());
-    await queues.addPublishJobs([{ ...event, attempts: 6 }]);
+    const again = { ...event, attempts: 2 };
+    for (const events of [[again], [again, aClaimedEvent()]]) {
+      await queues.addPublishJobs(events);
+      expect(await queues.publish.getJobState(event.eventId)).toBe('failed');
+    }
+    expect(await queues.remove(event.eventId)).toBe(true);
+    await queues.addPublishJobs([again]);
     expect(await queues.publish.getJobState(event.eventId)).toBe('waiting');
-    expect((await queues.publish.getJob(event.eventId))?.attemptsMade).toBe(0);
+    expect(await queues.publish.getJob(event.eventId)).toMatchObject({ attemptsMade: 0, data: again });
   });
 
   test('that is waiting or running again is left as it is', async () => {
@@ -223,19 +230,72 @@ describe('a failed job', () => {
     for (let i = 0; i < 5; i++) events.push(await failed(aClaimedEvent()));
     const ids = events.map((event) => event.eventId);
     expect(await queues.failedBeyond(5, 100)).toEqual([]);
-    expect((await queues.failedBeyond(2, 100)).sort()).toEqual(ids.slice(0, 3).sort());
+    const excess = await queues.failedBeyond(2, 100);
+    expect(excess.map((it) => it.eventId).sort()).toEqual(ids.slice(0, 3).sort());
+    expect(new Set(excess.map((it) => it.topic))).toEqual(new Set(['identity.user.v1']));
     expect(await queues.failedBeyond(2, 1)).toHaveLength(1);
-    for (const id of await queues.failedBeyond(2, 100)) await queues.remove(id);
+    for (const { eventId } of excess) expect(await queues.remove(eventId)).toBe(true);
     expect(await queues.failedBeyond(2, 100)).toEqual([]);
     expect((await queues.publish.getFailed()).map((job) => job.id).sort()).toEqual(ids.slice(3).sort());
   });
 });
 
-describe('the fate of a job', () => {
-  test('is alive while it waits, runs, or waits for its retry', async () => {
+describe('a job that is removed', () => {
+  test('is gone, whatever it waited for; to remove none is fine', async () => {
+    const [waiting, delayed, never] = [aClaimedEvent(), aClaimedEvent(), aClaimedEvent()];
+    await queues.addPublishJobs([waiting]);
+    await queues.publish.add('x', delayed, { jobId: delayed.eventId, delay: 60_000 });
+    const dead = await failed(aClaimedEvent({ attempts: 1 }));
+    for (const event of [waiting, delayed, dead, never]) {
+      expect(await queues.remove(event.eventId)).toBe(true);
+      expect(await queues.jobState(event.eventId)).toBe('unknown');
+    }
+  });
+
+  test('is none that a worker has', async () => {
     const event = aClaimedEvent();
     await queues.addPublishJobs([event]);
-    expect(await queues.jobFate(event.eventId)).toBe('alive');
+    const [started, finish] = [deferred(), deferred()];
+    await working(
+      async () => {
+        started.resolve();
+        await finish.promise;
+      },
+      async () => {
+        await started.promise;
+        expect(await queues.remove(event.eventId)).toBe(false);
+        expect(await queues.jobState(event.eventId)).toBe('active');
+        finish.resolve();
+        await waitFor(async () => (await queues.jobState(event.eventId)) === 'unknown', {
+          what: 'the job to be done',
+        });
+      },
+    );
+  });
+});
+
+test('the facts about jobs are when they were made, whether they have ended, and how often they failed', async () => {
+  const [waiting, retrying, never] = [aClaimedEvent(), aClaimedEvent(), aClaimedEvent()];
+  const dead = await failed(aClaimedEvent());
+  await queues.addPublishJobs([waiting, retrying]);
+  await admin.hset(publishJobKey(OPTIONS, retrying.eventId), 'atm', 2);
+  const madeAt = (event: OutboxEvent) => admin.hget(publishJobKey(OPTIONS, event.eventId), 'timestamp');
+  const events = [dead, never, retrying, waiting];
+  expect(await queues.jobFacts(events.map((event) => event.eventId))).toEqual([
+    [await madeAt(dead), true, 1],
+    null,
+    [await madeAt(retrying), false, 2],
+    [await madeAt(waiting), false, 0],
+  ]);
+});
+
+describe('the fate of a job', () => {
+  const ALIVE = { state: 'alive', attempts: 0, reason: '' };
+
+  test('is alive while it waits, runs, or waits for its retry', async () => {
+    const event = aClaimedEvent({ attempts: 1 });
+    await queues.addPublishJobs([event]);
+    expect(await queues.jobFate(event.eventId)).toEqual(ALIVE);
     const [started, finish] = [deferred(), deferred()];
     await working(
       async () => {
@@ -245,12 +305,13 @@ describe('the fate of a job', () => {
       },
       async () => {
         await started.promise;
-        expect(await queues.jobFate(event.eventId)).toBe('alive');
+        expect(await queues.jobFate(event.eventId)).toEqual(ALIVE);
         finish.resolve();
         await waitFor(async () => (await queues.publish.getJobState(event.eventId)) === 'delayed', {
           what: 'the job to wait for its retry',
         });
-        expect(await queues.jobFate(event.eventId)).toBe('alive');
+        // What a dead pod did not mirror on the row: with the attempt before this job was made.
+        expect(await queues.jobFate(event.eventId)).toEqual({ ...ALIVE, attempts: 2, reason: 'refused' });
       },
     );
   });
@@ -259,29 +320,29 @@ describe('the fate of a job', () => {
     const event = aClaimedEvent();
     await queues.addPublishJobs([event]);
     await queues.publish.pause();
-    expect(await queues.jobFate(event.eventId)).toBe('alive');
+    expect(await queues.jobFate(event.eventId)).toEqual(ALIVE);
   });
 
   test('is failed when its retries are spent', async () => {
     const event = await failed(aClaimedEvent());
-    expect(await queues.jobFate(event.eventId)).toBe('failed');
+    expect(await queues.jobFate(event.eventId)).toEqual({ state: 'failed' });
   });
 
   test('is missing when it is done, or never was', async () => {
     const event = aClaimedEvent();
-    expect(await queues.jobFate(event.eventId)).toBe('missing');
+    expect(await queues.jobFate(event.eventId)).toEqual({ state: 'missing' });
     await queues.addPublishJobs([event]);
     await queues.remove(event.eventId);
-    expect(await queues.jobFate(event.eventId)).toBe('missing');
+    expect(await queues.jobFate(event.eventId)).toEqual({ state: 'missing' });
   });
 
   test('is missing when only its hash is left, which is put out of the way', async () => {
     const event = aClaimedEvent();
     await queues.addPublishJobs([event]);
     await admin.lrem(queues.publish.toKey('wait'), 0, event.eventId);
-    expect(await queues.jobFate(event.eventId)).toBe('missing');
+    expect(await queues.jobFate(event.eventId)).toEqual({ state: 'missing' });
     await queues.addPublishJobs([event]);
-    expect(await queues.jobFate(event.eventId)).toBe('alive');
+    expect(await queues.jobFate(event.eventId)).toEqual(ALIVE);
     expect(await runOnce()).toEqual([event.eventId]);
   });
 
@@ -289,9 +350,9 @@ describe('the fate of a job', () => {
     const event = aClaimedEvent();
     await queues.addPublishJobs([event]);
     await admin.del(publishJobKey(OPTIONS, event.eventId));
-    expect(await queues.jobFate(event.eventId)).toBe('missing');
+    expect(await queues.jobFate(event.eventId)).toEqual({ state: 'missing' });
     await queues.addPublishJobs([event]);
-    expect(await queues.jobFate(event.eventId)).toBe('alive');
+    expect(await queues.jobFate(event.eventId)).toEqual(ALIVE);
     expect([...new Set(await runOnce())]).toEqual([event.eventId]);
   });
 

@@ -3,7 +3,7 @@ import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest
 import { withDeadline } from '../../src/lifecycle.ts';
 import { claimQueueName, QUEUE_CONNECTION } from '../../src/queue/queues.ts';
 import { createScheduler, type Scheduler, TICK } from '../../src/queue/scheduler.ts';
-import { WORKER_CONNECTION } from '../../src/queue/worker.ts';
+import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
 import { type AdminRedis, deferred, openAdminRedis, openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';

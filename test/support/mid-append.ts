@@ -9,8 +9,8 @@ const EVENTS = 60;
 const AGGREGATES = 20;
 
 /**
- * Starts a pod and catches it between append and acknowledgement: of 60 events of 20 aggregates the first of each is
- * in the stream, and no row can be marked before `release` is called, which ends the row locks that are held here.
+ * Starts a pod and catches it between append and acknowledgement: 60 events of 20 aggregates are in the stream, and no
+ * row can be marked before `release` is called, which ends the row locks that are held here.
  */
 export async function catchMidAppend(
   stage: Omit<Stage, 'server'>,
@@ -30,8 +30,8 @@ export async function catchMidAppend(
   await holder.query('BEGIN');
   await holder.query('SELECT FROM identity.outbox FOR UPDATE');
   await publish.resume();
-  await waitFor(async () => (await stage.entries()).length === AGGREGATES, {
-    what: 'the first event of each aggregate to be appended',
+  await waitFor(async () => (await stage.entries()).length === EVENTS, {
+    what: 'every event to be appended',
   });
   return {
     pod,

@@ -10,29 +10,20 @@ export const POISON = 'arsenic-7f3a';
 
 /**
  * Environment of a pod that dies each time it sends the append of a poisonous event, as by a native crash: no handler
- * runs, no connection is closed in order.
- *
- * @param stream where a poisonous event goes; its dead letter kills nobody
+ * runs, no connection is closed in order. Its dead letter kills nobody.
  */
-export async function poisonable(stream: string): Promise<Record<string, string>> {
+export async function poisonable(): Promise<Record<string, string>> {
   const file = join(await folderOfFile(), 'poison.mjs');
   await writeFile(
     file,
     `import { createRequire } from 'node:module';
-const require = createRequire(process.argv[1]);
-const { Redis } = require('ioredis');
-const { unpack } = require('msgpackr');
+const { Redis } = createRequire(process.argv[1])('ioredis');
 const send = Redis.prototype.sendCommand;
 Redis.prototype.sendCommand = function (command, stream) {
-  const [, keys, , ...rest] = command.args;
-  const entries = rest.at(-1);
-  if (/^eval/.test(command.name) && Buffer.isBuffer(entries) && rest.includes(${JSON.stringify(stream)})) {
-    // Stream and job of each entry, the epoch, the entries (see append.ts).
-    unpack(entries).forEach((entry, i) => {
-      if (rest[2 * i] === ${JSON.stringify(stream)} && entry.some((it) => String(it).includes('${POISON}')))
-        process.kill(process.pid, 'SIGKILL');
-    });
-  }
+  // The entries of an append are the script's last argument (see append.ts).
+  const entries = command.args.at(-1);
+  if (/^eval/.test(command.name) && Buffer.isBuffer(entries) && entries.includes('${POISON}'))
+    process.kill(process.pid, 'SIGKILL');
   return send.call(this, command, stream);
 };
 `,

@@ -2,7 +2,7 @@
 import { Redis, type RedisOptions } from 'ioredis';
 import pg from 'pg';
 import type { SampleEvent } from '../../src/demo/sample.ts';
-import type { Chain, OutboxEvent } from '../../src/event.ts';
+import type { OutboxEvent } from '../../src/event.ts';
 import type { Logger } from '../../src/logger.ts';
 import type { Queryable } from '../../src/outbox/database.ts';
 import { redisOptions } from '../../src/redis-urls.ts';
@@ -71,7 +71,7 @@ export const silent: Logger = {
   child: () => silent,
 };
 
-/** An event as the claim hands it on, without a row. */
+/** An event as the claim hands it on, without a row. Its job was made in no epoch: give it one where the gate asks. */
 export function aClaimedEvent(overrides: Partial<OutboxEvent> = {}): OutboxEvent {
   const { eventId, eventType, aggregateType, aggregateId, topic, payload, createdAt }: SampleEvent =
     anEvent();
@@ -79,16 +79,10 @@ export function aClaimedEvent(overrides: Partial<OutboxEvent> = {}): OutboxEvent
     ...{ id: '1', eventId, eventType, aggregateType, aggregateId, topic: topic ?? 'identity.user.v1' },
     payload: JSON.stringify(payload),
     occurredAt: createdAt.toISOString().replace('Z', '000Z'),
-    ...{ tenantId: null, correlationId: null, attempts: 0 },
+    ...{ tenantId: null, correlationId: null, attempts: 0, after: null },
     ...overrides,
   };
 }
-
-/** As the jobs of events have it that were read ahead. */
-export const aChain = (overrides: Partial<Chain> = {}): Chain => ({
-  ...{ reading: 'one', epoch: 'epoch', receipts: [], after: [], rest: [], leads: false },
-  ...overrides,
-});
 
 export type RowState = 'fresh' | 'leased' | 'due' | 'parked' | 'published' | 'dead';
 
@@ -102,7 +96,7 @@ export type Row = Readonly<{
   streamEntryId: string | null;
   publishedAt: Date | null;
   deadLetteredAt: Date | null;
-  /** Until the row is looked at again, by the database's clock; null unless leased or due. */
+  /** Until the row's lease ends, by the database's clock; null unless it is leased or due, or its dead letter is lost. */
   msLeft: number | null;
 }>;
 
@@ -118,13 +112,15 @@ export async function readRows(db: Queryable): Promise<Row[]> {
                THEN 'published'
              WHEN published THEN 'contradictory'
              WHEN dead_lettered_at IS NOT NULL AND next_attempt_at = 'infinity' THEN 'dead'
+             -- Its dead letter is lost: it expires, and the lease reaper writes another.
+             WHEN dead_lettered_at IS NOT NULL AND isfinite(next_attempt_at) AND stream_entry_id IS NULL THEN 'dead'
              WHEN dead_lettered_at IS NOT NULL THEN 'contradictory'
              WHEN next_attempt_at IS NULL THEN 'fresh'
              WHEN next_attempt_at = 'infinity' THEN 'parked'
              WHEN next_attempt_at <= clock_timestamp() THEN 'due'
              ELSE 'leased'
            END AS "state"
-      FROM identity.outbox ORDER BY id`);
+      FROM identity.outbox o ORDER BY o.id`);
   return rows;
 }
 

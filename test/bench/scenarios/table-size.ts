@@ -98,7 +98,9 @@ async function measure(
     );
     const { leased } = await outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, BATCH));
     for (let i = 0; i < leased.length; i += 100) {
-      const part = leased.slice(i, i + 100).map(({ id }) => ({ id, entryId: `1795511640759-${id}` }));
+      const part = leased
+        .slice(i, i + 100)
+        .map(({ id, eventId }) => ({ id, eventId, entryId: `1795511640759-${id}` }));
       await outbox.transaction('durable', (tx) => outbox.markPublished(tx, part));
     }
     if (variant.retention && batch % PRUNE_EVERY_BATCHES === 0) await pruneBut(KEPT_ROWS);
