@@ -68,11 +68,17 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
          ${order.ordered ? ordered : 'SELECT * FROM fresh'}
        ), leased AS MATERIALIZED (
          ${isBatch ? weighed('(SELECT * FROM leasable ORDER BY id LIMIT $2)', maxEventBytes) : 'SELECT id, after FROM leasable'}
+       ), locked AS MATERIALIZED (
+         -- A parked row that another transaction has locked stops no claim; what comes behind it waits at the gate.
+         SELECT id, after FROM leased WHERE id IN (SELECT id FROM fresh)
+         UNION ALL SELECT l.id, l.after FROM leased l CROSS JOIN LATERAL (
+           SELECT p.id FROM identity.outbox p WHERE p.id = l.id FOR UPDATE SKIP LOCKED
+         ) p WHERE l.id NOT IN (SELECT id FROM fresh)
        ), claimed AS (
          UPDATE identity.outbox o
          SET next_attempt_at = CASE WHEN c.parked THEN 'infinity' ELSE now() + $3 ${MS} END, dead_lettered_at = NULL
          FROM (
-           SELECT id, after, false AS parked FROM leased
+           SELECT id, after, false AS parked FROM locked
            UNION ALL SELECT id, NULL, true FROM fresh WHERE id NOT IN (SELECT id FROM leasable)
          ) c
          WHERE o.id = c.id AND CASE WHEN o.published THEN false

@@ -106,7 +106,7 @@ export function createStreams(deps: {
   const { redis, epoch: epochs, options, jobFacts } = deps;
   const hasTwoServers = jobFacts !== undefined;
   redis.defineCommand('appendInOrder', { lua: gateScript(hasTwoServers) });
-  redis.defineCommand('appendLetter', { numberOfKeys: 6, lua: letterScript(hasTwoServers) });
+  redis.defineCommand('appendLetter', { numberOfKeys: 5, lua: letterScript(hasTwoServers) });
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
   const notesKey = notesKeyOf(options.epochKey);
   const trimming = trimmedTo(options.streamMaxLen);
@@ -312,8 +312,8 @@ export function createStreams(deps: {
         const [facts] = (await jobFacts?.([event.eventId])) ?? [];
         const answer = await redis.appendLetter(
           ...[options.epochKey, notesKey, options.dlqStreamName],
-          ...[memoryKey(event.eventId), event.topic, letterKey(event.eventId, madeAt ?? 0)],
-          ...[epoch, epochId(epoch), event.eventId, madeAt === null ? '0' : '1', String(madeAt)],
+          ...[memoryKey(event.eventId), letterKey(event.eventId, madeAt ?? 0)],
+          ...[epoch, epochId(epoch), event.eventId, event.topic, madeAt === null ? '0' : '1', String(madeAt)],
           packr.pack(facts ?? false),
           ...[...trimmedTo(options.dlqMaxLen), '*', ...deadLetterFields(event, failure)],
         );

@@ -5,7 +5,7 @@ import { RECALL } from './gate-script.ts';
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    recallEntry(stream: string, memory: string, ...args: string[]): Result<string, Context>;
+    recallEntry(memory: string, ...args: string[]): Result<string, Context>;
   }
 }
 
@@ -17,7 +17,7 @@ export function createMemory(
   options: Pick<StreamOptions, 'memoryPrefix' | 'jobKey' | 'epochKey'>,
   hasTwoServers: boolean,
 ) {
-  redis.defineCommand('recallEntry', { numberOfKeys: 2, lua: RECALL(hasTwoServers) });
+  redis.defineCommand('recallEntry', { numberOfKeys: 1, lua: RECALL(hasTwoServers) });
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
 
   return {
@@ -31,7 +31,7 @@ export function createMemory(
       if (events.length === 0) return new Set();
       const epoch = epochId((await redis.get(options.epochKey)) ?? '');
       const entryIds = await Promise.all(
-        events.map(({ eventId, topic }) => redis.recallEntry(topic, memoryKey(eventId), eventId, epoch)),
+        events.map(({ eventId, topic }) => redis.recallEntry(memoryKey(eventId), eventId, epoch, topic)),
       );
       return new Set(events.filter((_, i) => entryIds[i] !== '').map(({ eventId }) => eventId));
     },

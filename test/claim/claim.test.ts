@@ -250,7 +250,18 @@ describe('a row that had a job before', () => {
     await stage.append(event as LeasedEvent);
     await again();
     const before = await stage.redis.hgetall(stage.keyOf(event?.eventId as string));
-    await setUp().claim();
+    const added: string[] = [];
+    const { claim } = setUp({
+      queues: {
+        ...queues,
+        addPublishJobs(events) {
+          added.push(...events.map(({ id }) => id));
+          return queues.addPublishJobs(events);
+        },
+      },
+    });
+    await claim();
+    expect(added).toEqual(['2']);
     expect(await states()).toEqual(['due', 'leased']);
     expect(await stage.redis.hgetall(stage.keyOf(event?.eventId as string))).toEqual(before);
     expect((await queues.inFlight()).total).toBe(2);

@@ -1,4 +1,4 @@
-import { beforeEach, describe, expect, test } from 'vitest';
+import { beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import type { Aggregate, OutboxEvent } from '../../src/event.ts';
 import { type Appended, createAcknowledger } from '../../src/finalize/acknowledger.ts';
 import { openContext } from '../support/context.ts';
@@ -52,17 +52,20 @@ async function transactions(): Promise<number[]> {
   return rows.map((row) => row.n);
 }
 
-/** Somebody else has these rows until `release`. */
+/** Another session has these rows until `release`, or the end of the test. */
 async function holding(condition: string) {
   const client = await pool.connect();
+  let isHeld = true;
+  const release = async () => {
+    if (!isHeld) return;
+    isHeld = false;
+    await client.query('COMMIT');
+    client.release();
+  };
+  onTestFinished(release);
   await client.query('BEGIN');
   await client.query(`SELECT FROM identity.outbox WHERE ${condition} ORDER BY id FOR UPDATE`);
-  return {
-    async release() {
-      await client.query('COMMIT');
-      client.release();
-    },
-  };
+  return { release };
 }
 
 async function blockedSessions(count: number): Promise<void> {

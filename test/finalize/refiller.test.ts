@@ -4,7 +4,7 @@ import type { Aggregate } from '../../src/event.ts';
 import { createRefiller, type Refiller } from '../../src/finalize/refiller.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { openContext } from '../support/context.ts';
-import { readStates, silent } from '../support/stages.ts';
+import { deferred, readStates, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const PATIENCE_MS = 60_000;
@@ -84,19 +84,26 @@ describe('an aggregate for which a refill is requested', () => {
     expect(await readStates(pool)).toEqual(['fresh', 'parked', 'parked']);
   });
 
-  test('is refilled even when it is requested while a statement runs', async () => {
+  test('is refilled after the statement that runs when it is requested, one statement at a time', async () => {
     const [first, second] = (await parkedRows(2)) as [Aggregate, Aggregate];
     const statements: string[][] = [];
+    const [begun, end] = [deferred(), deferred()];
     const { request } = startRefiller({
       outbox: {
         async refill(aggregates) {
           statements.push(aggregates.map((it) => it.aggregateId));
-          if (statements.length === 1) request([second]);
+          begun.resolve();
+          await end.promise;
           return outbox.refill(aggregates);
         },
       },
     });
     request([first]);
+    await begun.promise;
+    request([second]);
+    await anotherOneRefills();
+    expect(statements).toEqual([[first.aggregateId]]);
+    end.resolve();
     await noneParked('both to be freed');
     expect(statements).toEqual([[first.aggregateId], [second.aggregateId]]);
   });
@@ -207,28 +214,36 @@ describe('without ordering', () => {
 });
 
 test('a refiller that was stopped frees nothing more', async () => {
-  const { request, stop } = startRefiller();
   const aggregates = await parkedRows(1);
-  request(aggregates);
-  await stop();
-  request(aggregates);
-  await anotherOneRefills();
-  expect(await parked()).toBe(1);
-  await stop();
+  const requested = startRefiller();
+  requested.request(aggregates);
+  for (const { request, stop } of [requested, startRefiller()]) {
+    await stop();
+    request(aggregates);
+    await anotherOneRefills();
+    expect(await parked()).toBe(1);
+    await stop();
+  }
 });
 
 test('a refiller that is stopped in the middle of a statement waits for it', async () => {
-  let begun = false;
+  const [begun, end] = [deferred(), deferred()];
+  const done: string[] = [];
   const { request, stop } = startRefiller({
     outbox: {
-      refill(aggregates) {
-        begun = true;
-        return outbox.refill(aggregates);
+      async refill(aggregates) {
+        begun.resolve();
+        await end.promise;
+        const refilled = await outbox.refill(aggregates);
+        done.push('refilled');
+        return refilled;
       },
     },
   });
   request(await parkedRows(1));
-  await waitFor(() => begun, { what: 'the statement' });
-  await stop();
-  expect(await parked()).toBe(0);
+  await begun.promise;
+  const stopped = stop().then(() => done.push('stopped'));
+  end.resolve();
+  await stopped;
+  expect([done, await parked()]).toEqual([['refilled', 'stopped'], 0]);
 });

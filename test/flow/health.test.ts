@@ -55,13 +55,14 @@ test('the health endpoints of a healthy relay answer 200 and tell what they look
 });
 
 test('the backlog tells rows by state, and is degraded when an event that should be out waits too long', async () => {
-  const stage = await setStage({ env: { RELAY_MAX_RETRY_ATTEMPTS: '0' } });
+  // A quarter of the jobs in Redis are one aggregate's, at most.
+  const stage = await setStage({ env: { RELAY_MAX_RETRY_ATTEMPTS: '0', RELAY_MAX_IN_FLIGHT: '16' } });
   const pod = await stage.pod();
   await stage.redis.set('identity.broken.v1', 'a string');
   await insertEvents(stage.pool, [anEvent({ topic: 'identity.broken.v1' })]);
   await stage.rested();
   await stage.queue('publish').pause();
-  await insertEvents(stage.pool, someEvents(12, 4));
+  await insertEvents(stage.pool, someEvents(12, 1));
   const backlog = async () => {
     const { body } = await ask(`${pod.url}/health/detailed`);
     return (body.checks as Record<string, unknown>).backlog;

@@ -51,6 +51,5 @@ test('2,000 events of five aggregates flow in order on two pods, with RELAY_DEAD
     'two servers': (await secondsOf(await setTwoServers({}))) / usual,
     'two servers, hold': (await secondsOf(await setTwoServers(HOLD))) / usual,
   };
-  console.log(usual, found);
   for (const [which, ratio] of Object.entries(found)) expect(ratio, which).toBeLessThan(RATIO);
 }, 600_000);

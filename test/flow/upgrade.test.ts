@@ -134,8 +134,8 @@ test('jobs that the build before left are published once and in order, those tha
     ...{ after: names(rows.slice(0, i)), rest: names(rows.slice(i + 1)) },
   });
   await lease(ahead[0]);
-  // The last one first: whoever runs it finds that it is not its turn.
-  for (let i = 5; i >= 0; i--) await add(ahead[i] as One, chainOf(ahead.slice(0, 6), i));
+  // The first one last: who comes before it must find out that it is to be published.
+  for (let i = 5; i >= 0; i--) await add(ahead[i] as One, chainOf(ahead.slice(0, 6), i), i === 0 ? 1_500 : 0);
   await lease(plain[0]);
   await add(plain[0] as One, undefined);
   await lease(appended[0]);

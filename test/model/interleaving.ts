@@ -21,6 +21,9 @@ type Client = {
   isReleased: boolean;
 };
 
+/** A call on its way to a server; to PostgreSQL with the process that works on it. */
+type Flight = Readonly<{ what: string; pid: number | undefined }>;
+
 /** A call that waits. */
 export type Step = Readonly<{
   actor: Actor;
@@ -46,10 +49,9 @@ export type Interleaving = ReturnType<typeof createInterleaving>;
 /** @param admin is asked who waits for whom */
 export function createInterleaving(admin: AdminPool) {
   let held: Step[] = [];
-  /** Calls on their way to a server; those of PostgreSQL with the process that works on them. */
-  const flying = new Set<{ pid: number | undefined }>();
+  const flying = new Set<Flight>();
   /** Of these, the ones that are known to wait for a transaction that is open. */
-  const blocked = new Set<{ pid: number | undefined }>();
+  const blocked = new Set<Flight>();
   let changed = (): void => {};
 
   const anActor = (name: string): Actor => ({ name, isDead: false, clients: new Set() });
@@ -78,8 +80,8 @@ export function createInterleaving(admin: AdminPool) {
   }
 
   /** Counts a call until it is answered. */
-  async function fly<T>(call: () => Promise<T>, pid?: number): Promise<T> {
-    const flight = { pid };
+  async function fly<T>(what: string, call: () => Promise<T>, pid?: number): Promise<T> {
+    const flight = { what, pid };
     flying.add(flight);
     try {
       return await call();
@@ -111,7 +113,7 @@ export function createInterleaving(admin: AdminPool) {
       looks++;
       await findBlocked();
     }
-    throw new Error('a call to a server never ends');
+    throw new Error(`never ends: ${[...flying].map(({ what, pid }) => `${what} (${pid})`).join('; ')}`);
   }
 
   async function findBlocked(): Promise<void> {
@@ -144,7 +146,7 @@ export function createInterleaving(admin: AdminPool) {
       if (typeof value !== 'function' || plain.includes(method as keyof T)) return [method, value];
       const call = async (...args: unknown[]) => {
         if (gates.includes(method as keyof T)) await hold(actor, `${name}: ${labelOf(method, args)}`);
-        return fly(() => value(...args));
+        return fly(`${name}: ${method}`, () => value(...args));
       };
       return [method, call];
     });
@@ -154,7 +156,7 @@ export function createInterleaving(admin: AdminPool) {
   /** A pool for one actor: its transactions wait before they begin and before they commit. */
   function poolOf(actor: Actor, name: string, pool: pg.Pool): Pool {
     async function connect(): Promise<pg.PoolClient> {
-      const client = await fly(() => pool.connect());
+      const client = await fly('connect', () => pool.connect());
       const pid = (client as pg.PoolClient & { processID: number }).processID;
       const mine: Client = { client, pid, isBusy: false, isReleased: false };
       actor.clients.add(mine);
@@ -165,7 +167,11 @@ export function createInterleaving(admin: AdminPool) {
         if (verb === 'BEGIN' || verb === 'COMMIT') await hold(actor, `${name}: ${verb.toLowerCase()}`);
         mine.isBusy = true;
         try {
-          return await fly(() => (client.query as (...all: unknown[]) => Promise<unknown>)(...args), pid);
+          return await fly(
+            text,
+            () => (client.query as (...all: unknown[]) => Promise<unknown>)(...args),
+            pid,
+          );
         } finally {
           mine.isBusy = false;
           if (verb === 'COMMIT' || verb === 'ROLLBACK') locksChanged();
@@ -187,10 +193,14 @@ export function createInterleaving(admin: AdminPool) {
       connect,
       async query(...args: unknown[]) {
         await hold(actor, `${name}: statement`);
-        const client = await fly(() => pool.connect());
+        const client = await fly('connect', () => pool.connect());
         const pid = (client as pg.PoolClient & { processID: number }).processID;
         try {
-          return await fly(() => (client.query as (...all: unknown[]) => Promise<unknown>)(...args), pid);
+          return await fly(
+            'statement',
+            () => (client.query as (...all: unknown[]) => Promise<unknown>)(...args),
+            pid,
+          );
         } finally {
           client.release();
           locksChanged();

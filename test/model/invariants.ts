@@ -10,8 +10,6 @@ export type Known = {
   readonly topic: string;
   /** An operator replayed it: events behind it may have gone before. */
   isReplayed: boolean;
-  /** An operator removed its job by hand. */
-  isJobRemoved: boolean;
   /** Redis lost its entry with the stream, which nobody has compared since. */
   isMissed: boolean;
 };
@@ -79,18 +77,13 @@ export function createInvariants(deps: {
     // Of one call of the script, which appends in the order of the ids.
     appended.sort(({ event: a }, { event: b }) => Number(a.id) - Number(b.id));
     for (const { event, entry } of appended) {
-      assertOnce(event, there.get(event.eventId));
+      const other = there.get(event.eventId);
+      expect(other, `${nameOf(event)} is appended again, though its entry is there`).toBeUndefined();
       assertInOrder(event, new Set(there.keys()), rows);
       seen.add(entry);
       there.set(event.eventId, entry);
     }
     return appended.map(({ event }) => event);
-  }
-
-  function assertOnce(event: Known, other: string | undefined): void {
-    // The README's exception, and with it its entry was trimmed.
-    if (event.isJobRemoved && other === 'trimmed') return;
-    expect(other, `${nameOf(event)} is appended again, though its entry is there`).toBeUndefined();
   }
 
   function assertInOrder(event: Known, there: ReadonlySet<string>, rows: ReadonlyMap<string, Row>): void {

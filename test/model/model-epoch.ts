@@ -39,32 +39,33 @@ export function createModelEpoch(
     const guard = `checking:${++world.epochs}`;
     await hold(actor, 'epoch: end');
     const onBegun = world.onEnd();
-    await fly(() => redis.set(key, guard));
-    await fly(() => redis.del(`${key}:notes`));
+    await fly('epoch', () => redis.set(key, guard));
+    await fly('epoch', () => redis.del(`${key}:notes`));
     await recover();
     await hold(actor, 'epoch: begin');
-    if (world.server !== server || (await fly(() => redis.get(key))) !== guard) return;
+    if (world.server !== server || (await fly('epoch', () => redis.get(key))) !== guard) return;
     const next = `server${server}:${++world.epochs}`;
-    await fly(() => redis.set(key, next));
+    await fly('epoch', () => redis.set(key, next));
     onBegun();
     epoch = next;
   }
 
   async function renewAlone(): Promise<void> {
-    if ((await fly(() => redis.set(checkerKey, actor.name, 'NX'))) === null) return;
+    if ((await fly('epoch', () => redis.set(checkerKey, actor.name, 'NX'))) === null) return;
     isChecker = true;
     try {
       await renew();
     } finally {
       isChecker = false;
-      await fly(() => redis.del(checkerKey));
+      await fly('epoch', () => redis.del(checkerKey));
     }
   }
 
   async function identify(): Promise<void> {
-    if (ended !== undefined && (await fly(() => redis.get(key))) === ended) await fly(() => redis.del(key));
+    if (ended !== undefined && (await fly('epoch', () => redis.get(key))) === ended)
+      await fly('epoch', () => redis.del(key));
     ended = undefined;
-    const found = await fly(() => redis.get(key));
+    const found = await fly('epoch', () => redis.get(key));
     if (isOfServer(found)) epoch = found as string;
     else await renewAlone();
   }
@@ -86,7 +87,7 @@ export function createModelEpoch(
     async confirm(of: string) {
       if (epoch !== of) throw new EpochOverError();
       await hold(actor, 'epoch: confirm');
-      const found = await fly(() => redis.get(key));
+      const found = await fly('epoch', () => redis.get(key));
       if (found === of && epoch === of) return;
       if (epoch === of) epoch = undefined;
       throw new EpochOverError();

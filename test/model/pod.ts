@@ -175,13 +175,13 @@ export function createPod(deps: PodDeps, name: string) {
     const fate = await publish.process(runOf(job));
     await hold(actor, `end: ${eventName(job.data)} ${fate.kind}`);
     if (fate.kind === 'delayed') {
-      await fly(() => job.moveToDelayed(Date.now() + FAR_OFF_MS, token));
+      await fly('job', () => job.moveToDelayed(Date.now() + FAR_OFF_MS, token));
     } else if (fate.kind === 'completed') {
-      await fly(() => job.moveToCompleted(fate.result as never, token, false));
+      await fly('job', () => job.moveToCompleted(fate.result as never, token, false));
       publish.onCompleted(runOf(job), fate.result);
     } else {
       const error = new Error(fate.reason);
-      await fly(() => job.moveToFailed(error, token, false));
+      await fly('job', () => job.moveToFailed(error, token, false));
       const failedForGoodAt = job.finishedOn ? new Date(job.finishedOn) : null;
       publish.onFailed({ ...runOf(job), error, failedForGoodAt, retryInMs: job.delay });
     }
@@ -194,7 +194,9 @@ export function createPod(deps: PodDeps, name: string) {
 
     /** Takes the next job that waits. Answers its event, or undefined. */
     async fetch(token: string): Promise<string | undefined> {
-      const job: Job<OutboxEvent> | undefined = await fly(() => worker.getNextJob(token, { block: false }));
+      const job: Job<OutboxEvent> | undefined = await fly('job', () =>
+        worker.getNextJob(token, { block: false }),
+      );
       if (job?.id === undefined) return undefined;
       runs.set(token, job.id);
       void work(job, token)

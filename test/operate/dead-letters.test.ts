@@ -11,7 +11,7 @@ import { QUEUE_CONNECTION } from '../../src/queue/queues.ts';
 import { deadLetterFields } from '../../src/streams/envelope.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { asRelay, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
+import { asRelay, OPERATOR_ROLE, RELAY_USER, redisRules } from '../support/least-privilege.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
 import {
   type AdminPool,
@@ -324,6 +324,20 @@ describe('a replay', () => {
       await pool.query('DROP FUNCTION no_release CASCADE');
     }
     expect(await readStates(pool)).toEqual(['fresh', 'contradictory', 'parked', 'fresh']);
+  });
+
+  test('works where the relay may not touch the stream of the event: its job is asked without it', async () => {
+    const event = anEvent({ topic: 'payments.v1' });
+    await dead([event]);
+    await failedJob(event.eventId, await memoryOfAnAppend(event));
+    const rules = redisRules({ RELAY_ALLOWED_TOPICS: 'identity.*' });
+    await redis.acl('SETUSER', RELAY_USER, 'reset', ...rules);
+    try {
+      expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 1, refused: 0 });
+    } finally {
+      await redis.acl('SETUSER', RELAY_USER, 'reset', ...redisRules());
+    }
+    expect(await readStates(pool)).toEqual(['fresh']);
   });
 
   test('works where the dead letter was trimmed', async () => {

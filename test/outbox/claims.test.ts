@@ -135,6 +135,17 @@ describe('a claim', () => {
     expect(await states()).toEqual(['leased', 'leased', 'leased']);
   });
 
+  test('does not wait for a parked row that another transaction has locked, nor do others wait for it', async () => {
+    await insertOf(USER, PARKED, FRESH);
+    await insertOf(OTHER_USER, FRESH);
+    await outbox.transaction('repeatable', async (tx) => {
+      await tx.query('SELECT FROM identity.outbox WHERE id = 1 FOR UPDATE');
+      // The gate holds back what comes behind the locked row.
+      expect(idsOf((await claim()).leased)).toEqual(['2', '3']);
+    });
+    expect(await states()).toEqual(['parked', 'leased', 'leased']);
+  });
+
   test('leaves every row as it was when it is rolled back', async () => {
     await insertOf(USER, FRESH, PARKED);
     const failing = outbox.transaction('repeatable', async (tx) => {

@@ -28,30 +28,6 @@ const NOBODY = randomUUID();
 
 const fail = (name: RowName, attempts: number) =>
   outbox.recordFailure({ ...name, attempts, reason: `failure ${attempts}`, retryInMs: 3_600_000 });
-/** Resolves when no row is locked but `id`: the transaction that waits for it took no later one before. */
-const expectUnlocked = async (...ids: number[]) => {
-  const { rows: unlocked } = await admin.query(
-    'SELECT id::int FROM identity.outbox WHERE id = ANY ($1) ORDER BY id FOR UPDATE SKIP LOCKED',
-    [ids],
-  );
-  expect(unlocked.map((it) => it.id)).toEqual(ids);
-};
-/** Runs `work`, which waits for the row until it has been seen to. */
-async function whileLocked(id: number, work: () => Promise<unknown>, seen: () => Promise<void>) {
-  const other = await admin.connect();
-  await other.query('BEGIN');
-  await other.query('SELECT FROM identity.outbox WHERE id = $1 FOR UPDATE', [id]);
-  const working = work();
-  try {
-    await table.aTransactionWaits();
-    await seen();
-  } finally {
-    await other.query('ROLLBACK');
-    other.release();
-  }
-  await working;
-}
-
 describe('an acknowledgement', () => {
   test.each([
     ['fresh, as when its claim was rolled back', FRESH],
@@ -110,10 +86,10 @@ describe('an acknowledgement', () => {
   test('locks its rows one after the other: two that overlap do not deadlock', async () => {
     await insertEvents(admin, someEvents(60));
     const ids = Array.from({ length: 60 }, (_, i) => i + 1);
-    await whileLocked(
+    await table.whileLocked(
       20,
       () => publish(...ids),
-      () => expectUnlocked(...ids.slice(20)),
+      () => table.expectUnlocked(...ids.slice(20)),
     );
     expect(await states()).toEqual(times(60, 'published'));
   });
@@ -298,10 +274,10 @@ describe('the release of a job', () => {
     await insertOf(USER, ...times(12, LEASED));
     const ids = Array.from({ length: 12 }, (_, i) => i + 1);
     const named = (await eventIds(...ids)).reverse();
-    await whileLocked(
+    await table.whileLocked(
       5,
       () => outbox.park(named.slice(0, 6), named.slice(6)),
-      () => expectUnlocked(...ids.slice(5)),
+      () => table.expectUnlocked(...ids.slice(5)),
     );
     expect(await states()).toEqual([...times(6, 'leased'), ...times(6, 'parked')]);
   });

@@ -11,11 +11,13 @@ import { OUTBOX_OPTIONS } from '../support/outbox-table.ts';
 import { createDatabase } from '../support/servers.ts';
 import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
 
-const PUBLISHED_ROWS = 20_000;
+const PUBLISHED_ROWS = 100_000;
 const PARKED_ROWS = 1_000;
 const BATCH = 50;
 /** PostgreSQL keeps the plan of a statement from its sixth execution on. */
 const EXECUTIONS = 7;
+/** An update of a row writes to a dozen indexes, three levels each. */
+const MOST_PAGES_PER_ROW = 100;
 const FIRST_LEASED = PUBLISHED_ROWS + 1;
 const HOT_HEAD = FIRST_LEASED + BATCH;
 const HOT = { aggregateType: 'user', aggregateId: randomUUID() };
@@ -76,6 +78,8 @@ let admin: AdminPool;
 /** One connection: plans are kept by each. */
 let relay: pg.Pool;
 const touched = new Map<string, number>();
+/** Pages of the table and its indexes, by statement. */
+const pages = new Map<string, number>();
 
 beforeAll(async () => {
   const { url, adminUrl } = await createDatabase();
@@ -103,7 +107,9 @@ beforeAll(async () => {
     SELECT 'UserCreated', gen_random_uuid(), '{}' FROM generate_series(1, ${2 * BATCH});`);
   for (const [name, run] of statements) {
     rows.length = 0;
+    const before = await pagesRead();
     await run(outbox);
+    pages.set(name, (await pagesRead()) - before);
     expect(rows).toHaveLength(1);
     touched.set(name, rows[0] as number);
   }
@@ -112,6 +118,9 @@ beforeAll(async () => {
 test.each(statements)('%s touches few rows by a plan of an empty table', (name, _run, limit) => {
   expect(touched.get(name)).toBeGreaterThan(0);
   expect(touched.get(name)).toBeLessThanOrEqual(limit);
+  // Of an index that is walked from end to end no row is counted.
+  expect(pages.get(name)).toBeGreaterThan(0);
+  expect(pages.get(name)).toBeLessThanOrEqual(MOST_PAGES_PER_ROW * (limit < BATCH ? 1 : BATCH));
 });
 
 test('these plans are kept ones', async () => {
@@ -126,6 +135,14 @@ test('these plans are kept ones', async () => {
     'unpublish',
   ]);
 });
+
+async function pagesRead(): Promise<number> {
+  const { rows } = await admin.query<{ n: number }>(
+    `SELECT (heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read)::int AS n
+     FROM pg_statio_user_tables WHERE relid = 'identity.outbox'::regclass`,
+  );
+  return rows[0]?.n ?? 0;
+}
 
 /** The pool, which notes how many rows of the table each transaction has read by the time it commits. */
 function countingRows(real: pg.Pool, rows: number[]): Pool {

@@ -12,6 +12,7 @@ import {
   PARKED,
   PUBLISHED,
   RETRYING,
+  times,
 } from '../support/outbox-table.ts';
 
 const table = await openOutboxTable();
@@ -148,6 +149,21 @@ describe('leases end', () => {
       ...['fresh', 'parked', 'published', 'dead', 'contradictory'],
     ]);
     expect(await outbox.expireAllLeases()).toBe(0);
+  });
+
+  test('in the order of the ids, as acknowledgements lock their rows', async () => {
+    const leases = Array.from(
+      { length: 20 },
+      (_, i) => `next_attempt_at = now() + interval '${99 - i} minutes'`,
+    );
+    await insertOf(USER, ...leases);
+    const later = Array.from({ length: 12 }, (_, i) => 9 + i);
+    await table.whileLocked(
+      8,
+      () => outbox.expireAllLeases(),
+      () => table.expectUnlocked(...later),
+    );
+    expect(await states()).toEqual(times(20, 'due'));
   });
 
   test('but those of retries go on: their time comes', async () => {

@@ -224,6 +224,7 @@ describe('the rows say of an event', () => {
     ['is leased', LEASED, 'early'],
     ['is discarded: it never was in its stream', DISCARDED, 'behind'],
     ['is dead', DEAD, 'behind'],
+    ['is skipped by hand: its entry is its dead letter', `${DISCARDED}, stream_entry_id = '2-2'`, 'behind'],
     ['is published by another system', 'published = true, published_at = now()', 'behind'],
   ])('what all rows say when the one before %s', async (_what, before, expected) => {
     await insertOf(USER, expected === 'behind' ? RETRYING : LEASED, before, LEASED);

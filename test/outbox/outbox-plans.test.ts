@@ -16,8 +16,8 @@ import { createDatabase } from '../support/servers.ts';
 import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
 
 const PUBLISHED_ROWS = 1_000_000;
-/** Published rows that have an entry. */
-const WITH_ENTRY = 100_000;
+/** From here on published rows have an entry: before, another system published them. */
+const FIRST_WITH_ENTRY = 900_001;
 const PARKED_ROWS = 100_000;
 const EXPIRED_ROWS = 2_000;
 const FRESH_ROWS = 20_000;
@@ -78,11 +78,13 @@ beforeAll(async () => {
   const eventId = (id: string) => `lpad(to_hex(${id}), 32, '0')::uuid`;
   await pool.query(`
     ALTER TABLE identity.outbox SET (autovacuum_enabled = off);
-    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, published, published_at, stream_entry_id)
-    SELECT 'UserCreated', ${eventId('n')}, ${eventId('n')}, '{"tenant_id": "x"}', true, now() - interval '1 hour',
-           CASE WHEN n <= ${WITH_ENTRY} THEN '1-' || n END
-      FROM generate_series(1, ${PUBLISHED_ROWS}) n;
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, published, published_at)
+    SELECT 'UserCreated', ${eventId('n')}, ${eventId('n')}, '{"tenant_id": "x"}', true, now() - interval '2 hours'
+      FROM generate_series(1, ${FIRST_WITH_ENTRY - 1}) n;
     ANALYZE identity.outbox;
+    INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, published, published_at, stream_entry_id)
+    SELECT 'UserCreated', ${eventId('n')}, ${eventId('n')}, '{"tenant_id": "x"}', true, now() - interval '1 hour', '1-' || n
+      FROM generate_series(${FIRST_WITH_ENTRY}, ${PUBLISHED_ROWS}) n;
     INSERT INTO identity.outbox (event_type, event_id, aggregate_id, payload, next_attempt_at)
     SELECT 'UserUpdated', ${eventId(`n + ${HOT_HEAD}`)}, '${HOT.aggregateId}', '{}',
            CASE n WHEN 0 THEN now() + interval '1 minute' WHEN ${PARKED_ROWS} THEN NULL ELSE 'infinity' END
@@ -115,9 +117,10 @@ const SOME_AGGREGATES = [
   ...Array.from({ length: BATCH - 1 }, () => ({ aggregateType: 'user', aggregateId: randomUUID() })),
 ];
 /** Events of the hot aggregate, and some that are published. */
-const SOME_QUESTIONS = [...eventIdsFrom(HOT_HEAD).slice(BATCH / 2), ...eventIdsFrom(1).slice(BATCH / 2)].map(
-  (eventId, i) => ({ eventId, before: i % 3 === 0 ? eventIdOf(1) : null }),
-);
+const SOME_QUESTIONS = [
+  ...eventIdsFrom(HOT_HEAD).slice(BATCH / 2),
+  ...eventIdsFrom(FIRST_WITH_ENTRY).slice(BATCH / 2),
+].map((eventId, i) => ({ eventId, before: i % 3 === 0 ? eventIdOf(FIRST_WITH_ENTRY) : null }));
 
 const statements: [string, Run, number][] = [
   [
@@ -180,7 +183,9 @@ const statements: [string, Run, number][] = [
     'the loss of entries',
     (it) =>
       it.unpublish(
-        namesFrom(1).map((name, i) => ({ ...name, topic: 'x', entryId: `1-${i + 1}`, settledAt: SOME_TIME })),
+        namesFrom(FIRST_WITH_ENTRY).map((name) => ({
+          ...{ ...name, topic: 'x', entryId: `1-${name.id}`, settledAt: SOME_TIME },
+        })),
       ),
     3 * BATCH,
   ],
@@ -192,7 +197,7 @@ const statements: [string, Run, number][] = [
   ],
   [
     'the events of rows with entries',
-    (it) => it.finalizedEvents(namesFrom(1).map((name) => name.id)),
+    (it) => it.finalizedEvents(namesFrom(FIRST_WITH_ENTRY).map((name) => name.id)),
     3 * BATCH,
   ],
   [
@@ -331,13 +336,17 @@ async function explainGeneric(query: pg.Client['query'], text: string, values: u
   await query(`PREPARE statement AS ${text}`);
   try {
     await query('SET LOCAL plan_cache_mode = force_generic_plan');
-    const parameters = values.map((it) => (it === null || it === undefined ? 'NULL' : literal(it))).join(', ');
+    const parameters = values
+      .map((it) => (it === null || it === undefined ? 'NULL' : literal(it)))
+      .join(', ');
     return await query(
       `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE statement${parameters === '' ? '' : `(${parameters})`}`,
     );
   } finally {
     // Where the statement failed its transaction is aborted, and the session goes on.
-    await query('DEALLOCATE statement').catch(() => query('ROLLBACK').then(() => query('DEALLOCATE statement')));
+    await query('DEALLOCATE statement').catch(() =>
+      query('ROLLBACK').then(() => query('DEALLOCATE statement')),
+    );
   }
 }
 

@@ -33,6 +33,9 @@ const APPENDED: AppendOutcome = { status: 'appended', entryId: ENTRY_ID, epoch: 
 const EARLY: AppendOutcome = { status: 'early' };
 const ASK_ROWS: AppendOutcome = { status: 'ask-rows' };
 
+/** More than one attempt asks for. */
+const APPENDS_MAX = 50;
+
 type Deps = Parameters<typeof createPublish>[0];
 type Failure = Parameters<Deps['outbox']['recordFailure']>[0];
 
@@ -53,13 +56,14 @@ function setUp(outcomes: readonly AppendOutcome[] = [APPENDED], deps: Partial<De
   const publish = createPublish({
     streams: {
       async publish(_, appending) {
+        if (appendings.length >= APPENDS_MAX) throw new Error('it asks again and again');
         const outcome = outcomes[Math.min(appendings.length, outcomes.length - 1)] as AppendOutcome;
         appendings.push(appending);
         steps.push(outcome.status);
         return outcome;
       },
       isAppended: () => false,
-      appendOf: () => new Promise((resolve) => setImmediate(resolve)),
+      appendOf: (_, ms) => delay(ms),
       mayHaveForgotten: () => false,
     },
     lookup: { find: async () => new Map() },
@@ -576,6 +580,7 @@ describe('an early event', () => {
 
 describe('a job whose rows say that an earlier event is not claimed yet', () => {
   const RELEASED: AppendOutcome = { status: 'behind', failedBefore: false };
+  const before = aClaimedEvent().eventId;
   const asked = async (event: OutboxEvent, run: Partial<Run<OutboxEvent>>) => {
     const { publish, standings } = setUp([ASK_ROWS, RELEASED]);
     standings.push('unclaimed');

@@ -218,9 +218,19 @@ test('a job whose pod stopped is taken over, and that is logged', async () => {
 });
 
 describe('stopping', () => {
+  /** Stops, and answers in `order` when its workers have stopped, and when it has. */
+  function stop(publishing: Publishing): { order: string[]; stopping: Promise<void> } {
+    const order: string[] = [];
+    const stopWorkers = publishing.workers.stop;
+    publishing.workers.stop = async (deadlineMs) => {
+      await stopWorkers(deadlineMs);
+      order.push('workers stopped');
+    };
+    return { order, stopping: publishing.stop(20_000).then(() => void order.push('stopped')) };
+  }
+
   test('waits for the dead letter that is being written', async () => {
     const [begun, finish] = [deferred(), deferred()];
-    const order: string[] = [];
     await claimed(hopeless, 1, { isRefused: true });
     const publishing = start(hopeless, {
       deadLetters: {
@@ -233,19 +243,16 @@ describe('stopping', () => {
       },
     });
     await begun.promise;
-    const stopping = publishing.stop(20_000).then(() => order.push('stopped'));
-    await waitFor(() => !publishing.workers.isRunning(), { what: 'the workers to stop' });
-    await waitFor(async () => !String(await hopeless.redis.client('LIST')).includes('cmd=bzpopmin'), {
-      what: 'the workers to have closed their own connections',
-    });
+    const { order, stopping } = stop(publishing);
+    await waitFor(() => order.length > 0, { what: 'the workers to stop' });
+    await new Promise(setImmediate);
     finish.resolve();
     await withDeadline(15_000, stopping);
-    expect(order).toEqual(['written', 'stopped']);
+    expect(order).toEqual(['workers stopped', 'written', 'stopped']);
   });
 
   test('waits until the rows of released jobs are parked', async () => {
     const [begun, finish] = [deferred(), deferred()];
-    const order: string[] = [];
     await claimed(one, 2, { isRefused: true });
     const publishing = start(one, {
       outbox: {
@@ -258,12 +265,11 @@ describe('stopping', () => {
       },
     });
     await begun.promise;
-    const stopping = publishing.stop(20_000).then(() => order.push('stopped'));
-    await waitFor(async () => !String(await one.redis.client('LIST')).includes('cmd=bzpopmin'), {
-      what: 'the workers to have closed their own connections',
-    });
+    const { order, stopping } = stop(publishing);
+    await waitFor(() => order.length > 0, { what: 'the workers to stop' });
+    await new Promise(setImmediate);
     finish.resolve();
     await withDeadline(15_000, stopping);
-    expect(order).toEqual(['parked', 'stopped']);
+    expect(order).toEqual(['workers stopped', 'parked', 'stopped']);
   });
 });

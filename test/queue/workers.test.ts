@@ -271,7 +271,8 @@ describe('the fate of a job', () => {
     );
     workers.onStalled((id) => stalled.push(id));
     await add({ attempts: 1 });
-    await isDone(TAKE_OVER_MS);
+    await waitFor(() => completed.length > 0, { what: 'an end to be told', timeoutMs: TAKE_OVER_MS });
+    await isDone();
     expect(runs.map((it) => [it.starts, it.stalls, it.failures])).toEqual([
       [1, 0, 0],
       [2, 1, 0],

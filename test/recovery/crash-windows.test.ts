@@ -365,7 +365,7 @@ test(
     });
     await killed.kill('SIGKILL');
     await holder.query('ROLLBACK');
-      expect(await stage.redis.get('bull:relay:epoch')).toMatch(/^checking:/);
+    expect(await stage.redis.get('bull:relay:epoch')).toMatch(/^checking:/);
 
     await stage.pod();
     await stage.rested();

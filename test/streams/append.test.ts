@@ -2,9 +2,8 @@ import { randomUUID } from 'node:crypto';
 import { afterEach, beforeAll, beforeEach, describe, expect, test, vi } from 'vitest';
 import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
-import { createStreams, type JobFacts } from '../../src/streams/append.ts';
+import { createStreams, type JobFacts, NOT_KNOWN } from '../../src/streams/append.ts';
 import { MEMORY_TTL_S } from '../../src/streams/gate-script.ts';
-import { asRelay, redisRules } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';
 import { type AdminRedis, aClaimedEvent, openAdminRedis, readStream } from '../support/stages.ts';
 import {
@@ -156,16 +155,7 @@ describe.each(SIDES)('with %s', (side) => {
     });
 
     test('is stopped by none whose key is forbidden, which Redis says of the whole call', async () => {
-      const rules = redisRules(
-        {
-          RELAY_ALLOWED_TOPICS: TOPIC,
-          ...(stage.hasTwoServers && { RELAY_STREAM_REDIS_URL: 'redis://streams' }),
-        },
-        'limited',
-        'streams',
-      );
-      await stage.redis.call('ACL', 'SETUSER', 'limited', ...rules);
-      const limited = await stage.pod({ url: asRelay(stage.server.url, 'limited') });
+      const limited = await stage.pod({ url: await stage.limitedUrl() });
       const [first, second] = await events(2);
       const forbidden = await stage.anEvent({ topic: 'forbidden' });
       const all = [first, forbidden, second] as OutboxEvent[];
@@ -355,7 +345,7 @@ describe.each(SIDES)('with %s', (side) => {
       await stage.giveUp(event);
       stage.epoch.name = undefined;
       const outcome = await stage.streams.deadLetter({ event, ...FAILURE }, MADE_AT);
-      expect(outcome).toMatchObject({ status: 'unavailable' });
+      expect(outcome).toEqual(NOT_KNOWN);
       expect([await stage.redis.exists(DLQ), stage.epoch.doubts]).toEqual([0, 0]);
     });
   });
@@ -506,6 +496,22 @@ describe('what another server has said of a job', () => {
       expect(one.streams.mayHaveForgotten(Date.now() - ageMs)).toBe(false);
     }
   });
+});
+
+test('an answer that is no stream id never passes for one', async () => {
+  const stage = await openStreams('one server');
+  await stage.clear();
+  const redis = await appendConnection(stage.server.url);
+  const pod = createStreams({ redis, epoch: stage.epochs, options: STREAM_OPTIONS });
+  const event = await stage.anEvent();
+  for (const junk of ['OK', '1', '1-1', '+OK', '=1', '^-1', '+1700000000000', '=1-2-3', '+ ', 'nil']) {
+    redis.appendInOrder = async () => [junk, []];
+    redis.appendLetter = async () => junk;
+    const refused = { status: 'refused', reason: expect.stringMatching(/no stream id/) };
+    expect(await stage.publish(event, 'open', { through: pod })).toEqual(refused);
+    expect(await pod.deadLetter({ event, ...FAILURE }, MADE_AT)).toEqual(refused);
+  }
+  expect(pod.isAppended(event.eventId, stage.epoch.name as string)).toBe(false);
 });
 
 test('a pod remembers the latest 4,000 events, and no more than 8,000', async () => {

@@ -354,8 +354,10 @@ describe('a Redis that an idle pod is connected to', () => {
 
   test('is not stamped while the database is away, and is looked at all the same', async () => {
     let isAway = false;
+    let asked = 0;
     const pod = startPod({
       databaseTime: async () => {
+        asked++;
         if (isAway) throw new Error('no database');
         return new Date(++clock).toISOString();
       },
@@ -363,6 +365,9 @@ describe('a Redis that an idle pod is connected to', () => {
     await pod.found();
     isAway = true;
     const stamp = await admin.get(`${KEY}:intact`);
+    const before = asked;
+    await waitFor(() => asked >= before + 2, { what: 'the first of two looks to be over', ...NOTICED });
+    expect(await admin.get(`${KEY}:intact`)).toBe(stamp);
     await admin.set(KEY, 'another');
     await waitFor(() => pod.losses.length >= 2, { what: 'the comparison', ...NOTICED });
     expect(pod.losses.at(-1)?.intactUntil).toBe(stamp);
@@ -420,7 +425,10 @@ describe('after a restart', () => {
 
   test('a replica takes no epoch; promoted, it begins one of its own', async () => {
     await startPod().found();
-    const replica = await createRedis({ args: ['--replicaof', '127.0.0.1', String(server.port)] });
+    // Even one that would take writes.
+    const replica = await createRedis({
+      args: ['--replicaof', '127.0.0.1', String(server.port), '--replica-read-only', 'no'],
+    });
     const reader = openAdminRedis(replica.adminUrl);
     const known = async () => {
       const [there, here] = await Promise.all([reader.get(KEY), admin.get(KEY)]);

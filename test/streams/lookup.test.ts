@@ -42,7 +42,7 @@ describe('of the entries that a stream should have', () => {
   test('those are lost that are another event’s by now', async () => {
     await redis.xadd(TOPIC, '5-1', 'event_id', 'mine', 'n', '1');
     await redis.xadd(TOPIC, '5-2', 'event_id', 'another’s');
-    await redis.xadd(TOPIC, '5-3', 'n', '1', 'event_id', 'mine');
+    await redis.xadd(TOPIC, '5-3', 'original_event_id', 'mine');
     const rows = ['5-1', '5-2', '5-3'].map((entryId, id) => ({ id, entryId, eventId: 'mine' }));
     expect(await lookup.absent(TOPIC, rows, false)).toEqual({
       ...{ lost: [rows[1], rows[2]], trimmed: 0, unreadable: false },

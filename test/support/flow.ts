@@ -54,7 +54,7 @@ export type Stage = Readonly<{
     args: readonly string[],
     env?: Readonly<Record<string, string>>,
   ): Promise<{ code: number | null; lines: readonly string[] }>;
-  /** Resolves when every row is published or dead. */
+  /** Resolves when every row is published, or dead with its dead letter. */
   rested(timeoutMs?: number): Promise<void>;
   /** Every promise held, as table and streams show it. */
   expectPromisesHeld(): Promise<LedgerGrade>;
@@ -163,7 +163,7 @@ export async function setStageOn(
       return { code, lines: pod.lines };
     },
     async rested(timeoutMs = PATIENCE_MS) {
-      const isLeft = 'NOT published AND dead_lettered_at IS NULL';
+      const isLeft = 'NOT published AND (dead_lettered_at IS NULL OR stream_entry_id IS NULL)';
       const noneLeft = async () => (await count(isLeft)) === 0;
       await waitFor(noneLeft, { what: 'every row to be published or dead', timeoutMs }).catch(
         async (error) => {

@@ -1,7 +1,7 @@
 /** What tests of the outbox's statements share: an empty table, rows in any state, the statements by name. */
 import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
-import { beforeEach } from 'vitest';
+import { beforeEach, expect } from 'vitest';
 import type { SampleEvent } from '../../src/demo/sample.ts';
 import type { Claim } from '../../src/outbox/claims.ts';
 import type { DeadEvent, PublishedEvent, RowName } from '../../src/outbox/finalize.ts';
@@ -60,6 +60,18 @@ export async function openOutboxTable() {
   const names = async (...ids: number[]): Promise<RowName[]> =>
     (await eventIds(...ids)).map((eventId, i) => ({ id: String(ids[i]), eventId }));
 
+  /** Resolves when a transaction waits for a lock. */
+  const aTransactionWaits = () =>
+    waitFor(
+      async () =>
+        (
+          await admin.query(
+            `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`,
+          )
+        ).rowCount,
+      { what: 'a transaction to wait for a lock' },
+    );
+
   return {
     ...{ url, admin, relay, outbox, outboxOf, insert, set, rows, row, eventIds, names },
     empty,
@@ -81,17 +93,29 @@ export async function openOutboxTable() {
       const [name] = await names(id);
       await outbox.inEpoch((tx) => outbox.markDead(tx, deadAs(name as RowName, overrides)));
     },
-    /** Resolves when a transaction waits for a lock. */
-    aTransactionWaits: () =>
-      waitFor(
-        async () =>
-          (
-            await admin.query(
-              `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`,
-            )
-          ).rowCount,
-        { what: 'a transaction to wait for a lock' },
-      ),
+    aTransactionWaits,
+    /** Runs `work`, which waits for this row until `seen` has looked at what it has locked by then. */
+    async whileLocked(id: number, work: () => Promise<unknown>, seen: () => Promise<void>): Promise<void> {
+      const other = await admin.connect();
+      await other.query('BEGIN');
+      await other.query('SELECT FROM identity.outbox WHERE id = $1 FOR UPDATE', [id]);
+      const working = work();
+      try {
+        await aTransactionWaits();
+        await seen();
+      } finally {
+        await other.query('ROLLBACK');
+        other.release();
+      }
+      await working;
+    },
+    async expectUnlocked(...ids: number[]): Promise<void> {
+      const { rows: unlocked } = await admin.query<{ id: number }>(
+        'SELECT id::int FROM identity.outbox WHERE id = ANY ($1) ORDER BY id FOR UPDATE SKIP LOCKED',
+        [ids],
+      );
+      expect(unlocked.map((it) => it.id)).toEqual(ids);
+    },
   };
 }
 

@@ -14,6 +14,7 @@ import {
 } from '../../src/streams/append.ts';
 import { type Epoch, epochId } from '../../src/streams/epoch.ts';
 import { atEndOfFile } from './cleanup.ts';
+import { asRelay, redisRules } from './least-privilege.ts';
 import { createRedis, type TestRedis } from './servers.ts';
 import { type AdminRedis, aClaimedEvent, openAdminRedis, openRedis, silent } from './stages.ts';
 import { waitFor } from './wait.ts';
@@ -114,11 +115,31 @@ export async function openStreams(side: Side) {
     return event;
   }
 
+  /** URL of a user that may touch no stream but TOPIC and the dead letters. */
+  async function limitedUrl(): Promise<string> {
+    const env = { RELAY_ALLOWED_TOPICS: TOPIC, ...(hasTwoServers && TWO) };
+    await redis.call('ACL', 'SETUSER', 'limited', ...redisRules(env, 'limited', 'streams'));
+    return asRelay(server.url, 'limited');
+  }
+
   const memoryKey = (eventId: string): string =>
     hasTwoServers ? memoryKeyOf(STREAM_OPTIONS)(eventId) : jobKey(eventId);
 
   return {
-    ...{ hasTwoServers, server, queueServer, redis, jobs, streams, epoch, epochs, pod, beginEpoch, addJob },
+    ...{
+      hasTwoServers,
+      server,
+      queueServer,
+      redis,
+      jobs,
+      streams,
+      epoch,
+      epochs,
+      pod,
+      beginEpoch,
+      addJob,
+      limitedUrl,
+    },
 
     /** Empties both servers and begins an epoch. */
     async clear(): Promise<void> {
