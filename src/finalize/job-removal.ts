@@ -11,7 +11,7 @@ export type RemoveJobs = ReturnType<typeof createJobRemoval>;
  * ones. A job that remembers an append stays: its row is to expire, and the lease reaper asks what became of it.
  */
 export function createJobRemoval(deps: {
-  queues: Pick<Queues, 'remove'>;
+  queues: Pick<Queues, 'withJobs' | 'remove'>;
   memory: Pick<Memory, 'appendedOf'>;
 }) {
   /**
@@ -21,9 +21,12 @@ export function createJobRemoval(deps: {
   return async (
     events: readonly Readonly<{ eventId: string; topic: string }>[],
   ): Promise<ReadonlyMap<string, JobLeft>> => {
-    const appended = await deps.memory.appendedOf(events);
+    // Most have none: after a loss of Redis this is asked of each event that is published again.
+    const there = await deps.queues.withJobs(events.map((it) => it.eventId));
+    const withJobs = events.filter((it) => there.has(it.eventId));
+    const appended = await deps.memory.appendedOf(withJobs);
     const left = await Promise.all(
-      events.map(async ({ eventId }): Promise<[string, JobLeft][]> => {
+      withJobs.map(async ({ eventId }): Promise<[string, JobLeft][]> => {
         if (appended.has(eventId)) return [[eventId, 'appended']];
         return (await deps.queues.remove(eventId)) ? [] : [[eventId, 'busy']];
       }),

@@ -203,6 +203,15 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       return jobs.flatMap((job) => (job?.id ? [{ eventId: job.id, topic: job.data?.topic ?? '' }] : []));
     },
 
+    /** Of these events, those that have a job. */
+    async withJobs(eventIds: readonly string[]): Promise<ReadonlySet<string>> {
+      const asked = redis.pipeline();
+      for (const eventId of eventIds) asked.exists(publish.toKey(eventId));
+      const replies = (await asked.exec()) ?? [];
+      for (const [error] of replies) if (error) throw error;
+      return new Set(eventIds.filter((_, i) => replies[i]?.[1] === 1));
+    },
+
     /**
      * Removes an event's job, unless a worker has it.
      * @returns whether the event has no job now

@@ -19,7 +19,7 @@ import type { Queues } from '../../src/queue/queues.ts';
 import type { Run } from '../../src/queue/workers.ts';
 import { createCompare, createRecoverLostData } from '../../src/recovery/lost-data.ts';
 import { createRecovery } from '../../src/recovery/recovery.ts';
-import { type Appending, createStreams, type StreamOptions } from '../../src/streams/append.ts';
+import { createStreams, type StreamOptions } from '../../src/streams/append.ts';
 import { createDeadEntries } from '../../src/streams/dead-entries.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { createMemory } from '../../src/streams/memory.ts';
@@ -47,6 +47,8 @@ export type PodDeps = Readonly<{
   epochWorld: EpochWorld;
   outboxOptions: OutboxOptions;
   streamOptions: StreamOptions;
+  /** Whether jobs and streams are told apart as if each had a Redis of its own. */
+  hasTwoServers: boolean;
   /** `e3`, by event id. */
   nameOf: (eventId: string) => string;
   /** Told of what no walk may bring about. */
@@ -56,7 +58,8 @@ export type PodDeps = Readonly<{
 export type Pod = ReturnType<typeof createPod>;
 
 export function createPod(deps: PodDeps, name: string) {
-  const { interleaving, redis, worker, epochWorld, outboxOptions, streamOptions, nameOf } = deps;
+  const { interleaving, redis, worker, epochWorld, outboxOptions, streamOptions, hasTwoServers, nameOf } =
+    deps;
   const { hold, fly, gated, poolOf } = interleaving;
   const { maxInFlight } = outboxOptions;
   const actor = interleaving.anActor(name);
@@ -76,13 +79,18 @@ export function createPod(deps: PodDeps, name: string) {
 
   const queues = gated(
     ...([actor, 'queue', deps.queues] as const),
-    { gates: ['addPublishJobs', 'remove'], plain: ['jobKey', 'claim', 'publish'] },
+    {
+      gates: ['addPublishJobs', 'remove', ...(hasTwoServers ? (['jobFacts'] as const) : [])],
+      plain: ['jobKey', 'claim', 'publish'],
+    },
     (method, [of]) => (method === 'remove' ? `remove ${nameOf(of as string)}` : `add ${namesOf(of)}`),
   );
   const lookup = gated(actor, 'lookup', createLookup(redis, streamOptions), {
     gates: ['find', 'findAll', 'findDeadLetters', 'absent'],
   });
-  const memory = gated(actor, 'memory', createMemory(redis, streamOptions, false), { gates: ['appendedOf'] });
+  const memory = gated(actor, 'memory', createMemory(redis, streamOptions, hasTwoServers), {
+    gates: ['appendedOf'],
+  });
 
   const recoverOutbox = outboxOf('recover');
   const recover = createRecoverLostData({
@@ -94,14 +102,22 @@ export function createPod(deps: PodDeps, name: string) {
   });
   const epoch = createModelEpoch(interleaving, actor, epochWorld, () => recover({ intactUntil: null }));
 
-  const streams = gated(
-    ...([actor, 'streams', createStreams({ redis, epoch, options: streamOptions })] as const),
-    { gates: ['publish', 'deadLetter'], plain: ['isAppended', 'mayHaveForgotten', 'appendOf'] },
-    (method, [of, how]) =>
-      method === 'publish'
-        ? `append ${eventName(of)} (${(how as Appending).gate})`
-        : `dead letter of ${eventName((of as { event: unknown }).event)}`,
-  );
+  const appends = createStreams({
+    ...{ redis: counted(redis, ['appendInOrder', 'appendLetter'], fly), epoch, options: streamOptions },
+    jobFacts: hasTwoServers ? queues.jobFacts : undefined,
+  });
+  const streams: typeof appends = {
+    ...appends,
+    async publish(event, how) {
+      await hold(actor, `append ${eventName(event)} (${how.gate})`);
+      return appends.publish(event, how);
+    },
+    async deadLetter(failure, madeAt) {
+      await hold(actor, `dead letter of ${eventName(failure.event)}`);
+      return appends.deadLetter(failure, madeAt);
+    },
+    appendOf: (of) => hold(actor, `early: ${nameOf(of[0] as string)}`),
+  };
 
   let requested = new Map<string, Aggregate>();
   const refiller = {
@@ -123,8 +139,7 @@ export function createPod(deps: PodDeps, name: string) {
   });
   const parker = createParker({ outbox: outboxOf('park'), refiller, logger });
   const publish = createPublish({
-    streams: { ...streams, appendOf: (of) => hold(actor, `early: ${nameOf(of[0] as string)}`) },
-    ...{ lookup, epoch, queues, removeJobs, acknowledger, deadLetters, parker, logger },
+    ...{ streams, lookup, epoch, queues, removeJobs, acknowledger, deadLetters, parker, logger },
     outbox: outboxOf('publish'),
     rows: createRowQuestions(outboxOf('ask rows')),
     check: { problemOf: () => null, refusedEverything: async () => null },
@@ -213,6 +228,8 @@ export function createPod(deps: PodDeps, name: string) {
     tick: () => begin('tick', maintain),
     look: () => begin('look', epoch.look),
     endEpoch: () => begin('look', epoch.end),
+    /** As when the server of the queues was started anew. */
+    expireLeases: () => begin('jobs lost', () => outboxOf('jobs lost').expireAllLeases()),
     refill(): Promise<void> {
       const aggregates = [...requested.values()];
       requested = new Map();
@@ -222,6 +239,18 @@ export function createPod(deps: PodDeps, name: string) {
     discard: (eventId: string) =>
       begin('operator', () => discard({ eventIds: [eventId] }, 'given up', { by: 'the walk' })),
   };
+}
+
+/** The connection, some of whose commands are counted until they are answered. */
+function counted(redis: Redis, commands: readonly string[], fly: Interleaving['fly']): Redis {
+  return new Proxy(redis, {
+    get(target, name) {
+      const value: unknown = Reflect.get(target, name);
+      if (typeof value !== 'function') return value;
+      if (!commands.includes(String(name))) return value.bind(target);
+      return (...args: unknown[]) => fly(String(name), () => value.apply(target, args));
+    },
+  });
 }
 
 const runOf = (job: Job<OutboxEvent>): Run<OutboxEvent> => ({

@@ -18,6 +18,8 @@ import { createPod, FAR_OFF_MS, type Pod } from './pod.ts';
 
 export const TOPIC = 'identity.user.v1';
 export const AGGREGATES = 3;
+/** Of the prefix and the name in order.test.ts. */
+const QUEUE_KEYS = 'bull:relay-';
 const PODS = 2;
 /** Of all pods together. Claims overlap where the claim lock was lost. */
 const CLAIMS_MAX = 2;
@@ -28,6 +30,8 @@ export type Settings = Readonly<{
   policy: 'continue' | 'hold';
   /** Bounds the window of an aggregate to a quarter of it. */
   maxInFlight: number;
+  /** Redis servers: one for all, or one for the queues and one for the streams. */
+  redis: 1 | 2;
 }>;
 
 export type Servers = Readonly<{
@@ -60,6 +64,7 @@ export type World = Awaited<ReturnType<typeof createWorld>>;
 export async function createWorld(servers: Servers, settings: Settings) {
   const { admin, adminRedis, queues, worker, streamOptions } = servers;
   const { dlqStreamName, epochKey } = streamOptions;
+  const hasTwoServers = settings.redis === 2;
   await admin.query('TRUNCATE identity.outbox RESTART IDENTITY');
   await adminRedis.flushall();
 
@@ -68,6 +73,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
   const poisoned = new Set<string>();
   let trimmed: readonly Trimmed[] = [];
   let snapshots: Snapshot[] = [];
+  let areJobsLost = false;
   let pods: Pod[] = [];
   let podsMade = 0;
   let tokens = 0;
@@ -104,7 +110,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
   const aPod = () =>
     createPod(
       {
-        ...{ ...servers, interleaving, epochWorld, outboxOptions },
+        ...{ ...servers, interleaving, epochWorld, outboxOptions, hasTwoServers },
         nameOf: nameOfEvent,
         onUnexpected(error, what) {
           if (!isExpected(error)) unexpected.push(`${what}: ${(error as Error).stack ?? error}`);
@@ -154,6 +160,31 @@ export async function createWorld(servers: Servers, settings: Settings) {
       if (event) event.isMissed = true;
     }
     trimmed = trimmed.filter((it) => it.stream !== stream);
+  }
+
+  /** A noted stream that is not there, or is another one. */
+  async function lostStream(): Promise<string | undefined> {
+    for (const [stream, noted] of Object.entries(await adminRedis.hgetall(notesKeyOf(epochKey)))) {
+      const info = (await adminRedis.xinfo('STREAM', stream).catch(() => [])) as unknown[];
+      const latest = String(info[info.indexOf('last-generated-id') + 1] ?? '0-0');
+      if (isBelow(latest, noted) && (await adminRedis.xlen(stream).catch(() => 0)) === 0) return stream;
+    }
+    return undefined;
+  }
+
+  /** What is on one server. */
+  type Side = Readonly<{ name: string; hasStreams: boolean; has: (key: string) => boolean }>;
+  const isOfQueues = (key: string) => key.startsWith(QUEUE_KEYS);
+  function sideOf(n: number): Side {
+    if (!hasTwoServers) return { name: 'all', hasStreams: true, has: () => true };
+    if (n % 2 === 0) return { name: 'queues', hasStreams: false, has: isOfQueues };
+    return { name: 'streams', hasStreams: true, has: (key) => !isOfQueues(key) };
+  }
+
+  async function empty({ has, hasStreams }: Side): Promise<void> {
+    const keys = (await adminRedis.keys('*')).filter(has);
+    if (keys.length > 0) await adminRedis.del(keys);
+    if (!hasStreams) areJobsLost = true;
   }
 
   const heal = async (topic: string): Promise<void> => {
@@ -255,15 +286,17 @@ export async function createWorld(servers: Servers, settings: Settings) {
       return pod && `${pod.name} looks for the epoch`;
     },
 
-    /** A pod asks whether noted streams are there, as it does every two seconds. */
-    async missStreams(n: number): Promise<string | undefined> {
-      const pod = pick(pods, n) as Pod;
-      const epoch = pod.epoch.current();
-      if (epoch === undefined || (await adminRedis.get(epochKey)) !== epoch) return undefined;
-      for (const [stream, noted] of Object.entries(await adminRedis.hgetall(notesKeyOf(epochKey)))) {
-        const info = (await adminRedis.xinfo('STREAM', stream).catch(() => [])) as unknown[];
-        const latest = String(info[info.indexOf('last-generated-id') + 1] ?? '0-0');
-        if (!isBelow(latest, noted) || (await adminRedis.xlen(stream).catch(() => 0)) > 0) continue;
+    /** A pod asks whether the epoch and the noted streams are there, as it does every two seconds. */
+    async ask(n: number): Promise<string | undefined> {
+      for (const pod of [...pods.slice(n % PODS), ...pods.slice(0, n % PODS)]) {
+        const epoch = pod.epoch.current();
+        if (epoch === undefined) continue;
+        if ((await adminRedis.get(epochKey)) !== epoch) {
+          pod.epoch.doubt();
+          return `${pod.name} sees that its epoch is over`;
+        }
+        const stream = await lostStream();
+        if (stream === undefined) continue;
         pod.epoch.endFor(epoch);
         return `${pod.name} misses ${stream}`;
       }
@@ -386,29 +419,43 @@ export async function createWorld(servers: Servers, settings: Settings) {
       return 'Redis writes its data down';
     },
 
-    /** It starts anew with what it has written down: every connection is lost. */
+    /** A server starts anew with what it has written down: every connection to it is lost. */
     async rollBack(n: number): Promise<string | undefined> {
-      const snapshot = pick(snapshots, n);
+      const side = sideOf(n);
+      const snapshot = pick(snapshots, n >> 2);
       if (snapshot === undefined) return undefined;
-      await adminRedis.flushall();
+      await empty(side);
       for (const { key, value, ttlMs } of snapshot.keys)
-        await adminRedis.restore(key, Math.max(0, ttlMs), value);
+        if (side.has(key)) await adminRedis.restore(key, Math.max(0, ttlMs), value);
+      snapshots = [];
+      if (!side.hasStreams) return `Redis is rolled back: ${side.name}`;
       trimmed = snapshot.trimmed;
       for (const topic of await adminRedis.keys(`${TOPIC}.poison*`))
         if (!poisoned.has(topic)) await heal(topic);
       await adminRedis.del(`${epochKey}:checker`);
-      snapshots = [];
       epochWorld.server++;
       for (const pod of pods) pod.epoch.forget();
-      return 'Redis is rolled back';
+      return `Redis is rolled back: ${side.name}`;
     },
 
-    async flush(): Promise<string> {
-      await adminRedis.flushall();
-      trimmed = [];
-      poisoned.clear();
+    async flush(n: number): Promise<string> {
+      const side = sideOf(n);
+      await empty(side);
       snapshots = [];
-      return 'FLUSHALL';
+      if (side.hasStreams) {
+        trimmed = [];
+        poisoned.clear();
+      }
+      return `FLUSHALL: ${side.name}`;
+    },
+
+    /** A pod sees that the server of the queues was started anew. */
+    async missJobs(n: number): Promise<string | undefined> {
+      const pod = pick(pods, n) as Pod;
+      if (!areJobsLost || pod.tasks.has('jobs lost')) return undefined;
+      areJobsLost = false;
+      await pod.expireLeases();
+      return `${pod.name} asks which jobs are there`;
     },
 
     async deleteStream(n: number): Promise<string | undefined> {
@@ -432,21 +479,23 @@ export async function createWorld(servers: Servers, settings: Settings) {
   };
 
   return {
-    ...{ steps, events, assertAll, restless: invariants.restless },
-    assertAllArrived: invariants.assertAllArrived,
-    held: interleaving.held,
+    ...{ steps, events, assertAll, assertAllArrived: invariants.assertAllArrived },
     podCount: () => pods.length,
-    hasWork: () => pods.some((it) => it.hasWork() || it.requested() > 0),
-    /** Whether every pod knows the epoch. */
-    isEpochKnown: async () => {
+
+    /** What has not come to rest, or ''. */
+    async unrest(): Promise<string> {
       const epoch = await adminRedis.get(epochKey);
-      return pods.every((it) => it.epoch.current() !== undefined && it.epoch.current() === epoch);
+      const jobs = [...(await jobsIn('wait')), ...(await jobsIn('active')), ...(await jobsIn('delayed'))];
+      return [
+        ...(await invariants.restless()).map((it) => `row of ${nameOf(it)}`),
+        ...jobs.map((it) => `job of ${nameOfEvent(it)}`),
+        ...pods.flatMap((it) => [...it.tasks, ...it.runs.values()].map((task) => `${task} of ${it.name}`)),
+        ...pods.filter((it) => it.requested() > 0).map((it) => `refill of ${it.name}`),
+        ...pods
+          .filter((it) => it.epoch.current() !== epoch || epoch === null)
+          .map((it) => `epoch of ${it.name}`),
+      ].join(', ');
     },
-    jobsLeft: async () => [
-      ...(await jobsIn('wait')),
-      ...(await jobsIn('active')),
-      ...(await jobsIn('delayed')),
-    ],
 
     /** Row states and jobs, for whoever reads a script. */
     async picture(): Promise<string> {

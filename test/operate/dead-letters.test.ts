@@ -430,13 +430,13 @@ describe('a replay', () => {
 
   test('does nothing when Redis cannot be asked: the failed job would swallow the new one', async () => {
     await dead([anEvent()]);
-    await redis.acl('SETUSER', RELAY_USER, '-hmget');
+    await redis.acl('SETUSER', RELAY_USER, '-exists');
     try {
       await expect(deadLetters.replay({ filter: {} }, BY)).rejects.toThrow(
         /NOPERM|ACL failure|can't run this command/,
       );
     } finally {
-      await redis.acl('SETUSER', RELAY_USER, '+hmget');
+      await redis.acl('SETUSER', RELAY_USER, '+exists');
     }
     expect(await readStates(pool)).toEqual(['dead']);
     expect(await redis.xlen(DLQ)).toBe(1);

@@ -533,10 +533,12 @@ describe('stopping', () => {
 
   test('does not wait beyond its deadline: the job is handed back, and another pod runs it', async () => {
     const { process, has } = held();
-    const workers = startWorkers(process);
+    const connection = openRedis(server.url, WORKER_CONNECTION);
+    const workers = startWorkers(process, { connection });
     await add({ attempts: 1 });
     await has(1);
     await withDeadline(5_000, workers.stop(100));
+    connection.disconnect();
     const runs: Run<number>[] = [];
     startWorkers(async (run) => {
       runs.push(run);

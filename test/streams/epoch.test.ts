@@ -167,8 +167,7 @@ describe('a stream that was noted in an epoch', () => {
 
   /** Two entries, of which an append or a comparison has noted the last one. */
   async function noted(stream = STREAM): Promise<void> {
-    await admin.xadd(stream, '*', 'event_id', 'x');
-    await admin.xadd(stream, '*', 'event_id', 'x');
+    for (const id of ['5-7', '5-8']) await admin.xadd(stream, id, 'event_id', 'x');
     await lookup.absent(stream, [], true);
   }
   /** Resolves when the pod has looked at Redis, and once more. */
@@ -189,13 +188,20 @@ describe('a stream that was noted in an epoch', () => {
       },
     ],
     [
-      'was deleted, and another one was written and emptied',
+      'was deleted, and an older one written and emptied',
+      async () => {
+        await admin.del(STREAM);
+        await admin.xadd(STREAM, '1-9', 'n', '1');
+        await admin.xtrim(STREAM, 'MAXLEN', 0);
+      },
+    ],
+    [
+      'was deleted, and one written and emptied that lacks its last entry alone',
       async () => {
         const [last] = await admin.xrevrange(STREAM, '+', '-', 'COUNT', 1);
-        const [ms = 0, sequence = 0] = (last?.[0] ?? '').split('-').map(Number);
+        const [ms, sequence] = (last?.[0] ?? '').split('-').map(Number);
         await admin.del(STREAM);
-        // Just before the last entry of the one that is lost.
-        await admin.xadd(STREAM, sequence > 0 ? `${ms}-${sequence - 1}` : `${ms - 1}-9`, 'n', '1');
+        await admin.xadd(STREAM, `${ms}-${Number(sequence) - 1}`, 'n', '1');
         await admin.xtrim(STREAM, 'MAXLEN', 0);
       },
     ],

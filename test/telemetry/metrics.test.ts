@@ -24,6 +24,7 @@ function metricsWith({
     ...{ streamMaxLen: 100_000, dlqStreamName: 'dlq', dlqMaxLen: 10_000 },
   });
   const all = { ...SOURCES, ...sources };
+  // biome-ignore lint/nursery/noMisusedPromises: it is no promise
   return { ...metrics, render: () => metrics.render(all) };
 }
 
