@@ -35,11 +35,14 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
       });
     },
 
-    /** Marks a row dead. Nothing happens to a row that is published or discarded, or has its dead letter. */
+    /**
+     * Marks a row dead. Nothing happens to a row that is published or discarded, or has its dead letter. A letter that
+     * was lost and is written again has a new time: by its old one the next comparison would not look for it.
+     */
     async markDead(tx: Queryable, dead: DeadEvent): Promise<void> {
       await tx.query(
         `UPDATE identity.outbox o
-         SET dead_lettered_at = coalesce(o.dead_lettered_at, now()), next_attempt_at = 'infinity',
+         SET dead_lettered_at = clock_timestamp(), next_attempt_at = 'infinity',
              attempts = $3, error_message = $4, stream_entry_id = $5
          WHERE o.id = $1 AND o.event_id = $2
            AND CASE WHEN o.published THEN false ELSE o.dead_lettered_at IS NULL OR o.stream_entry_id IS NULL END`,

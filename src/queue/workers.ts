@@ -101,6 +101,9 @@ export function createWorkers<T, R = void>(deps: {
   const startedAt = new Map<Job<T>, number>();
   const reportedAt = new Map<string, number>();
   const pauses = new Set<NodeJS.Timeout>();
+  const stalledListeners: ((jobId: string) => void)[] = [];
+  /** None before the start: each connects as soon as it is made. */
+  let workers: Worker<T, R>[] = [];
 
   async function process(job: Job<T, R>, token?: string): Promise<R> {
     lastStartedAt = Date.now();
@@ -133,6 +136,8 @@ export function createWorkers<T, R = void>(deps: {
       concurrency: shareOf(slots, index),
       lockDuration: LOCK_DURATION_MS,
       stalledInterval: LOCK_DURATION_MS / 2,
+      // After Redis refused a worker, jobs that wait already are found this soon.
+      drainDelay: 2,
       // How long a worker waits after an error of the connection before it asks again.
       runRetryDelay: 1_000,
       // Of what has no options of ours: a job whose hash Redis lost, or somebody else's.
@@ -144,6 +149,9 @@ export function createWorkers<T, R = void>(deps: {
     worker.on('error', (error) => {
       report(error);
       if (error.name === 'ReplyError') pauseAWhile(worker);
+    });
+    worker.on('stalled', (jobId) => {
+      for (const listener of stalledListeners) listener(jobId);
     });
     worker.on('completed', (job, result) => deps.onCompleted?.(runOf(job), result));
     worker.on('failed', (job, error) => {
@@ -179,8 +187,6 @@ export function createWorkers<T, R = void>(deps: {
     logger.warn({ err: error, queue: queueName }, 'a worker met an error; it goes on');
   }
 
-  const workers = Array.from({ length: count }, (_, index) => createOne(index));
-
   function setSlots(wanted: number): void {
     slots = wanted;
     workers.forEach((worker, index) => {
@@ -208,6 +214,7 @@ export function createWorkers<T, R = void>(deps: {
 
   return {
     start(): void {
+      workers = Array.from({ length: count }, (_, index) => createOne(index));
       for (const worker of workers)
         worker.run().catch((error) => logger.error({ err: error, queue: queueName }, 'a worker ended'));
     },
@@ -225,7 +232,7 @@ export function createWorkers<T, R = void>(deps: {
     },
 
     isRunning: (): boolean =>
-      !isStopping && workers.every((worker) => worker.isRunning() || worker.isPaused()),
+      !isStopping && workers.length > 0 && workers.every((worker) => worker.isRunning() || worker.isPaused()),
 
     /** Jobs that they work on at once, at most. */
     slots: (): number => slots,
@@ -243,7 +250,7 @@ export function createWorkers<T, R = void>(deps: {
     },
 
     onStalled(listener: (jobId: string) => void): void {
-      for (const worker of workers) worker.on('stalled', listener);
+      stalledListeners.push(listener);
     },
   };
 }

@@ -20,9 +20,9 @@ import { waitFor } from '../support/wait.ts';
 import { FAR_OFF_MS } from './pod.ts';
 import { createWorld, type Servers, type Settings, TOPIC, type World } from './world.ts';
 
-const { MODEL_SEED = '1', MODEL_RUNS = '20', MODEL_PATH, MODEL_TRACE, MODEL_SURVEY } = process.env;
+const { MODEL_SEED = '1', MODEL_RUNS = '30', MODEL_PATH, MODEL_TRACE, MODEL_SURVEY } = process.env;
 const RUNS = Number(MODEL_RUNS);
-const STEPS_MAX = 700;
+const STEPS_MAX = 1_000;
 const EVENTS = 9;
 /** Shrinking takes hundreds of runs; after so long the shortest script so far has to do. */
 const LIMIT_MS = 120_000 + RUNS * 3_000;

@@ -19,7 +19,7 @@ import type { Queues } from '../../src/queue/queues.ts';
 import type { Run } from '../../src/queue/workers.ts';
 import { createCompare, createRecoverLostData } from '../../src/recovery/lost-data.ts';
 import { createRecovery } from '../../src/recovery/recovery.ts';
-import { createStreams, type StreamOptions } from '../../src/streams/append.ts';
+import { createStreams, NOT_KNOWN, type StreamOptions, type Streams } from '../../src/streams/append.ts';
 import { createDeadEntries } from '../../src/streams/dead-entries.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { createMemory } from '../../src/streams/memory.ts';
@@ -33,6 +33,11 @@ export const FAR_OFF_MS = 86_400_000;
 const PUBLISH_TIMEOUT_MS = 3_600_000;
 const WINDOW_MS = 3_600_000;
 const FAILED_JOBS_KEPT = 1;
+
+/** Why an event may be put off, retried or given up. */
+const EXPECTED_REASON = /Redis may have lost|WRONGTYPE|the connection broke/;
+
+const LABELS: Record<string, string> = { addPublishJobs: 'add', remove: 'remove', jobFacts: 'ask about' };
 
 const NOTHING = new Proxy({}, { get: () => () => {} }) as never;
 
@@ -69,13 +74,13 @@ export function createPod(deps: PodDeps, name: string) {
     if (!actor.isDead) deps.onUnexpected(error, what);
   };
   const report = (fields: unknown, what?: string) => {
-    const { err } = fields as { err?: unknown };
+    const { err, reason } = fields as { err?: unknown; reason?: string };
     if (err !== undefined) note(what ?? '')(err);
+    else if (reason !== undefined && !EXPECTED_REASON.test(reason)) note(what ?? '')(reason);
   };
   const logger: Logger = { ...silent, warn: report, error: report };
 
-  const eventName = (of: unknown) => nameOf((of as { eventId: string }).eventId);
-  const namesOf = (of: unknown) => (of as readonly { eventId: string }[]).map(eventName).join(' ');
+  const eventName = (of: unknown) => nameOf(typeof of === 'string' ? of : (of as OutboxEvent).eventId);
 
   const queues = gated(
     ...([actor, 'queue', deps.queues] as const),
@@ -83,7 +88,7 @@ export function createPod(deps: PodDeps, name: string) {
       gates: ['addPublishJobs', 'remove', ...(hasTwoServers ? (['jobFacts'] as const) : [])],
       plain: ['jobKey', 'claim', 'publish'],
     },
-    (method, [of]) => (method === 'remove' ? `remove ${nameOf(of as string)}` : `add ${namesOf(of)}`),
+    (method, [of]) => `${LABELS[method]} ${[of].flat().map(eventName).join(' ')}`,
   );
   const lookup = gated(actor, 'lookup', createLookup(redis, streamOptions), {
     gates: ['find', 'findAll', 'findDeadLetters', 'absent'],
@@ -106,11 +111,14 @@ export function createPod(deps: PodDeps, name: string) {
     ...{ redis: counted(redis, ['appendInOrder', 'appendLetter'], fly), epoch, options: streamOptions },
     jobFacts: hasTwoServers ? queues.jobFacts : undefined,
   });
-  const streams: typeof appends = {
-    ...appends,
+  const streams: Streams = {
+    isAppended: appends.isAppended,
+    mayHaveForgotten: appends.mayHaveForgotten,
     async publish(event, how) {
+      const { server } = epochWorld;
       await hold(actor, `append ${eventName(event)} (${how.gate})`);
-      return appends.publish(event, how);
+      // It is sent in the turn in which the epoch was asked for: a connection that is lost meanwhile takes it along.
+      return server === epochWorld.server ? appends.publish(event, how) : NOT_KNOWN;
     },
     async deadLetter(failure, madeAt) {
       await hold(actor, `dead letter of ${eventName(failure.event)}`);

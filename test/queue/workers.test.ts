@@ -463,6 +463,24 @@ describe('slots', () => {
   });
 });
 
+test('workers that were never started have no connection, do not run, and stop', async () => {
+  const connections = async () =>
+    String(await admin.client('LIST'))
+      .trim()
+      .split('\n').length;
+  const connection = openRedis(server.url, WORKER_CONNECTION);
+  await connection.ping();
+  const all = await connections();
+  const workers = createWorkers<number, string>({
+    ...{ queueName: 'many', queuePrefix: 'bull', concurrency: 10, timeoutMs: 60_000, logger: silent },
+    ...{ connection, process: async () => DONE },
+  });
+  await Promise.all(Array.from({ length: 20 }, () => connection.ping()));
+  expect([await connections(), workers.isRunning()]).toEqual([all, false]);
+  await workers.stop(1_000);
+  expect(workers.isRunning()).toBe(false);
+});
+
 describe('stopping', () => {
   test.each([5, 10])('waits for the %i of 10 jobs in progress, and takes no more', async (count) => {
     const { process, endAll, has } = held();
@@ -529,6 +547,27 @@ describe('stopping', () => {
     second?.end();
     await withDeadline(15_000, stopping);
     expect(completed).toHaveLength(9);
+  });
+
+  test.each([1, 10_000])('leaves no connection behind, with %i ms of time', async (deadlineMs) => {
+    const connections = async () =>
+      String(await admin.client('LIST'))
+        .trim()
+        .split('\n').length;
+    const { process, endAll, has } = held();
+    const completed: unknown[] = [];
+    const workers = startWorkers(process, { onCompleted: (run) => completed.push(run.data) });
+    await waitFor(async () => (await waitingWorkers()) === 8, { what: 'all workers to wait' });
+    const all = await connections();
+    await addJobs(3);
+    await has(3);
+    const stopping = workers.stop(deadlineMs);
+    if (deadlineMs === 1) await stopping;
+    endAll();
+    await stopping;
+    await waitFor(() => completed.length === 3, { what: 'the jobs to end' });
+    // Each worker had one of its own, to wait for jobs.
+    await waitFor(async () => (await connections()) === all - 8, { what: 'their connections to be closed' });
   });
 
   test('does not wait beyond its deadline: the job is handed back, and another pod runs it', async () => {
