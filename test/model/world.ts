@@ -19,7 +19,7 @@ import { createPod, FAR_OFF_MS, type Pod } from './pod.ts';
 export const TOPIC = 'identity.user.v1';
 /** Most events are of the first. */
 const AGGREGATES = [0, 0, 0, 1, 1, 2];
-/** Of the prefix and the name in order.test.ts. */
+/** Of the prefix and the name in order-model.test.ts. */
 const QUEUE_KEYS = 'bull:relay-';
 const PODS = 2;
 /** Of all pods together. Claims overlap where the claim lock was lost. */
