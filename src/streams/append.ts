@@ -179,7 +179,10 @@ export function createStreams(deps: {
 
   async function call(epoch: string, some: readonly Request[]): Promise<void> {
     try {
-      if (jobFacts !== undefined) await fillInFacts(some, jobFacts);
+      if (jobFacts !== undefined) {
+        await fillInFacts(some, jobFacts);
+        assertLasts(epoch);
+      }
       const streams: string[] = [];
       for (const { event, entry } of some) {
         const known = streams.indexOf(event.topic);
@@ -214,6 +217,14 @@ export function createStreams(deps: {
       entry[FACTS_AT] = known.get(event.eventId) ?? false;
       entry[FACTS_AT + 1] = known.get(event.after ?? '') ?? false;
     }
+  }
+
+  /**
+   * While the jobs were asked about, the streams' server may have been started anew with older data, in which the
+   * name of this epoch is found again.
+   */
+  function assertLasts(epoch: string): void {
+    if (epochs.current() !== epoch) throw new Error(NOT_KNOWN.reason);
   }
 
   /** An answer that is no success. */
@@ -310,6 +321,7 @@ export function createStreams(deps: {
       if (epoch === undefined) return NOT_KNOWN;
       try {
         const [facts] = (await jobFacts?.([event.eventId])) ?? [];
+        if (jobFacts !== undefined) assertLasts(epoch);
         const answer = await redis.appendLetter(
           ...[options.epochKey, notesKey, options.dlqStreamName],
           ...[memoryKey(event.eventId), letterKey(event.eventId, madeAt ?? 0)],
@@ -341,10 +353,10 @@ const MARGIN_S = 300;
 /** XADD's argument that keeps a stream at about `maxLen` entries; 0 = never trim. */
 export const trimmedTo = (maxLen: number): string[] => (maxLen === 0 ? [] : ['MAXLEN', '~', String(maxLen)]);
 
-export const NOT_KNOWN: AppendOutcome = {
+export const NOT_KNOWN = {
   status: 'unavailable',
   reason: 'Redis may have lost entries; nothing is appended until table and streams were compared',
-};
+} satisfies AppendOutcome;
 
 /** As ioredis has what Redis answers instead of a reply. */
 const refusal = (message: string) => Object.assign(new Error(message), { name: 'ReplyError' });

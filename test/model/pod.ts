@@ -19,7 +19,13 @@ import type { Queues } from '../../src/queue/queues.ts';
 import type { Run } from '../../src/queue/workers.ts';
 import { createCompare, createRecoverLostData } from '../../src/recovery/lost-data.ts';
 import { createRecovery } from '../../src/recovery/recovery.ts';
-import { createStreams, NOT_KNOWN, type StreamOptions, type Streams } from '../../src/streams/append.ts';
+import {
+  createStreams,
+  type JobFacts,
+  NOT_KNOWN,
+  type StreamOptions,
+  type Streams,
+} from '../../src/streams/append.ts';
 import { createDeadEntries } from '../../src/streams/dead-entries.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { createMemory } from '../../src/streams/memory.ts';
@@ -37,7 +43,7 @@ const FAILED_JOBS_KEPT = 1;
 /** Why an event may be put off, retried or given up. */
 const EXPECTED_REASON = /Redis may have lost|WRONGTYPE|the connection broke/;
 
-const LABELS: Record<string, string> = { addPublishJobs: 'add', remove: 'remove', jobFacts: 'ask about' };
+const LABELS: Record<string, string> = { addPublishJobs: 'add', remove: 'remove' };
 
 const NOTHING = new Proxy({}, { get: () => () => {} }) as never;
 
@@ -107,9 +113,15 @@ export function createPod(deps: PodDeps, name: string) {
   });
   const epoch = createModelEpoch(interleaving, actor, epochWorld, () => recover({ intactUntil: null }));
 
+  /** Time passes between what the jobs' server says and the append. */
+  async function jobFacts(eventIds: readonly string[]): Promise<JobFacts[]> {
+    const facts = await queues.jobFacts(eventIds);
+    await hold(actor, `jobs of ${eventIds.map(nameOf).join(' ')}`);
+    return facts;
+  }
   const appends = createStreams({
     ...{ redis: counted(redis, ['appendInOrder', 'appendLetter'], fly), epoch, options: streamOptions },
-    jobFacts: hasTwoServers ? queues.jobFacts : undefined,
+    jobFacts: hasTwoServers ? jobFacts : undefined,
   });
   const streams: Streams = {
     isAppended: appends.isAppended,

@@ -343,9 +343,10 @@ test(
     await insertEvents(stage.pool, someEvents(1_500, 30));
     await stage.rested();
     await pod.kill('SIGTERM');
-    // Published so long ago that no pod compares them by itself.
+    // So long ago that no pod compares them by itself, and acknowledged in another order than they were appended in.
     await stage.pool.query(
-      `UPDATE identity.outbox SET published_at = published_at - interval '3 h', created_at = created_at - interval '3 h'`,
+      `UPDATE identity.outbox SET created_at = created_at - interval '3 h',
+            published_at = now() - interval '3 h' - id * interval '1 ms'`,
     );
     const [, ...lost] = (await stage.entries()).map(({ entryId }) => entryId);
     await stage.redis.xdel(STREAM, ...lost);

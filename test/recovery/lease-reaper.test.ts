@@ -283,7 +283,10 @@ describe('a dead row whose dead letter is lost', () => {
         ...{ error_message: 'WRONGTYPE', attempts: '1', failed_at: deadLetteredAt?.toISOString() },
       },
     ]);
-    expect(await readRows(pool)).toMatchObject([{ ...(await rowOfLetter()), deadLetteredAt }]);
+    const [row] = await readRows(pool);
+    expect(row).toMatchObject(await rowOfLetter());
+    // By its old time the next comparison would not look for the new letter.
+    expect(row?.deadLetteredAt?.getTime()).toBeGreaterThan(deadLetteredAt?.getTime() ?? Number.NaN);
     expect((await reap()).letters).toEqual([]);
   });
 

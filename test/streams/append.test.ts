@@ -461,6 +461,24 @@ describe('what another server has said of a job', () => {
     expect(await stage.publish(event, 'open', { through: pod })).toMatchObject({ status: 'appended' });
   });
 
+  test('is of no use when the connection to the streams was lost meanwhile, though the epoch has its name again', async () => {
+    const stage = await openStreams('two servers');
+    await stage.clear();
+    const epoch = stage.epoch.name;
+    const pod = createStreams({
+      ...{ redis: await appendConnection(stage.server.url), epoch: stage.epochs, options: STREAM_OPTIONS },
+      jobFacts: async (eventIds) => {
+        stage.epoch.name = undefined;
+        return eventIds.map(() => [String(MADE_AT), true, 1]);
+      },
+    });
+    const event = aClaimedEvent();
+    expect(await stage.publish(event, 'open', { through: pod })).toEqual(NOT_KNOWN);
+    stage.epoch.name = epoch;
+    expect(await pod.deadLetter({ event, ...FAILURE }, MADE_AT)).toEqual(NOT_KNOWN);
+    expect([await stage.redis.exists(TOPIC), await stage.redis.exists(DLQ)]).toEqual([0, 0]);
+  });
+
   test('is asked once for each of them, in one question for a whole call', async () => {
     const stage = await openStreams('two servers');
     await stage.clear();
