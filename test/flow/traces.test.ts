@@ -145,6 +145,7 @@ test('without tracing, what a row says of its trace is passed on as it is, in wh
 
   await stage.redis.xdel(STREAM, (await stage.row(traced.eventId)).stream_entry_id as string);
   expect(await stage.command(['verify', '--since', '1h', '--repair'])).toMatchObject({ code: 0 });
+  await stage.rested();
   expect(entryOf(await stage.entries(), traced.eventId)).toMatchObject(metadata);
 });
 

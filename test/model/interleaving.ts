@@ -25,12 +25,14 @@ type Client = {
 type Flight = Readonly<{ what: string; pid: number | undefined }>;
 
 /** A call that waits. */
-export type Step = Readonly<{
-  actor: Actor;
-  label: string;
+export type Step = {
+  readonly actor: Actor;
+  readonly label: string;
+  /** The walk leaves it alone for long: a process that is starved, a network that is slow. */
+  isAsleep: boolean;
   go(): void;
   fail(error: Error): void;
-}>;
+};
 
 /** The call did not reach its server, or the transaction ended without a commit. */
 export class CutOffError extends Error {
@@ -64,7 +66,7 @@ export function createInterleaving(admin: AdminPool) {
         held = held.filter((it) => it !== step);
       };
       const step: Step = {
-        ...{ actor, label },
+        ...{ actor, label, isAsleep: false },
         go: () => {
           leave();
           resolve();

@@ -86,6 +86,8 @@ const ROAD: Readonly<Record<string, Kind>> = {
     run: async ({ steps, events }, n) => (events.size < EVENTS ? steps.insert(n) : undefined),
   },
   'go on': { weight: 400, run: ({ steps }, n) => steps.goOn(n) },
+  'fall asleep': { weight: 25, run: ({ steps }, n) => steps.fallAsleep(n) },
+  'wake up': { weight: 6, run: ({ steps }, n) => steps.wakeUp(n) },
   claim: { weight: 40, run: ({ steps }, n) => steps.claim(n) },
   fetch: { weight: 120, run: ({ steps }, n) => steps.fetch(n) },
   refill: { weight: 60, run: ({ steps }, n) => steps.refill(n) },
@@ -164,8 +166,7 @@ async function comeToRest(walk: Walk, seed: number): Promise<void> {
     throw new Error(`"${kind}" does not end`);
   };
   for (let round = 0; round < ROUNDS_MAX; round++) {
-    await all('go on');
-    await all('ask');
+    for (const kind of ['wake up', 'go on', 'ask']) await all(kind);
     if ((await world.unrest()) === '') return;
     for (let pod = 0; pod < world.podCount(); pod++) {
       await take(walk, 'look', next());

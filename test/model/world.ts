@@ -223,10 +223,34 @@ export async function createWorld(servers: Servers, settings: Settings) {
     },
 
     async goOn(n: number): Promise<string | undefined> {
-      const step = pick(interleaving.held(), n);
+      const step = pick(
+        interleaving.held().filter((it) => !it.isAsleep),
+        n,
+      );
       if (step === undefined) return undefined;
       await interleaving.go(step);
       return stepName(step);
+    },
+
+    async fallAsleep(n: number): Promise<string | undefined> {
+      const step = pick(
+        interleaving.held().filter((it) => !it.isAsleep),
+        n,
+      );
+      if (step === undefined) return undefined;
+      step.isAsleep = true;
+      return `${stepName(step)}: takes long`;
+    },
+
+    async wakeUp(n: number): Promise<string | undefined> {
+      const step = pick(
+        interleaving.held().filter((it) => it.isAsleep),
+        n,
+      );
+      if (step === undefined) return undefined;
+      step.isAsleep = false;
+      await interleaving.go(step);
+      return `at last ${stepName(step)}`;
     },
 
     /** The connection breaks under a claim or a tick; a commit may have arrived all the same. */
