@@ -109,7 +109,8 @@ test('a pod that is cut off from PostgreSQL while it has the claim lock holds up
     );
     return rowCount === 1;
   };
-  await insertEvents(stage.pool, someEvents(5_000, 10));
+  // Not more: the event below is claimed after them, at the rate of one pod.
+  await insertEvents(stage.pool, someEvents(1_000, 10));
   await waitFor(holdsTurn, { what: 'a pod to claim' });
   proxy.halfOpen();
   const event = anEvent();
