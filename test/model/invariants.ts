@@ -15,7 +15,7 @@ export type Known = {
 };
 
 export type RowState = 'live' | 'parked' | 'published' | 'dead' | 'discarded';
-type Row = Readonly<{ eventId: string; state: RowState; entryId: string | null }>;
+type Row = Readonly<{ eventId: string; state: RowState; entryId: string | null; isDue: boolean }>;
 
 /** An entry that was trimmed on purpose. */
 export type Trimmed = Readonly<{ stream: string; entryId: string; eventId: string }>;
@@ -41,7 +41,8 @@ export function createInvariants(deps: {
       SELECT event_id AS "eventId", stream_entry_id AS "entryId",
              CASE WHEN published AND dead_lettered_at IS NOT NULL THEN 'discarded'
                   WHEN published THEN 'published' WHEN dead_lettered_at IS NOT NULL THEN 'dead'
-                  WHEN next_attempt_at = 'infinity' THEN 'parked' ELSE 'live' END AS state
+                  WHEN next_attempt_at = 'infinity' THEN 'parked' ELSE 'live' END AS state,
+             NOT published AND (next_attempt_at < 'infinity') IS NOT FALSE AS "isDue"
       FROM identity.outbox`);
     return new Map(rows.map((row) => [row.eventId, row]));
   }
@@ -106,15 +107,15 @@ export function createInvariants(deps: {
     expect(names(dead), `dead, and holding ${nameOf(event)}, which is appended`).toBe('nothing');
   }
 
-  /** The live rows that have not come to rest; those that a dead row holds have. */
+  /** The rows that have not come to rest: live ones, but for those that a dead row holds, and dead ones without a letter. */
   async function restless(): Promise<Known[]> {
     const rows = await readRows();
     const dead = [...events.values()].filter((it) => rows.get(it.eventId)?.state === 'dead');
     return [...events.values()].filter((event) => {
-      const { state } = rows.get(event.eventId) as Row;
+      const { state, isDue } = rows.get(event.eventId) as Row;
       const isHeld =
         holds && dead.some((it) => it.aggregate === event.aggregate && Number(it.id) < Number(event.id));
-      return state === 'live' || (state === 'parked' && !isHeld);
+      return isDue || (state === 'parked' && !isHeld);
     });
   }
 

@@ -86,7 +86,7 @@ const ROAD: Readonly<Record<string, Kind>> = {
     run: async ({ steps, events }, n) => (events.size < EVENTS ? steps.insert(n) : undefined),
   },
   'go on': { weight: 400, run: ({ steps }, n) => steps.goOn(n) },
-  'fall asleep': { weight: 25, run: ({ steps }, n) => steps.fallAsleep(n) },
+  'fall asleep': { weight: 40, run: ({ steps }, n) => steps.fallAsleep(n) },
   'wake up': { weight: 6, run: ({ steps }, n) => steps.wakeUp(n) },
   claim: { weight: 40, run: ({ steps }, n) => steps.claim(n) },
   fetch: { weight: 120, run: ({ steps }, n) => steps.fetch(n) },
@@ -103,7 +103,7 @@ const ROAD: Readonly<Record<string, Kind>> = {
 /** What may disturb it: in each walk some of these. */
 const FAULTS: Readonly<Record<string, Kind>> = {
   stall: { weight: 30, run: ({ steps }, n) => steps.stall(n) },
-  crash: { weight: 10, run: ({ steps }, n) => steps.crash(n) },
+  crash: { weight: 6, run: ({ steps }, n) => steps.crash(n) },
   'cut off': { weight: 15, run: ({ steps }, n) => steps.cutOff(n) },
   'end a lease': { weight: 30, run: ({ steps }, n) => steps.endLease(n) },
   heal: { weight: 6, run: ({ steps }, n) => steps.heal(n) },
@@ -112,7 +112,7 @@ const FAULTS: Readonly<Record<string, Kind>> = {
   retry: { weight: 15, run: ({ steps }, n) => steps.retry(n) },
   'remove a job': { weight: 10, run: ({ steps }, n) => steps.removeJob(n) },
   trim: { weight: 15, run: ({ steps }) => steps.trim() },
-  'roll back': { weight: 6, run: ({ steps }, n) => steps.rollBack(n) },
+  'roll back': { weight: 10, run: ({ steps }, n) => steps.rollBack(n) },
   flush: { weight: 2, run: ({ steps }, n) => steps.flush(n) },
   'delete a stream': { weight: 4, run: ({ steps }, n) => steps.deleteStream(n) },
   'end the epoch': { weight: 4, run: ({ steps }, n) => steps.endEpoch(n) },

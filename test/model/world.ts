@@ -139,7 +139,8 @@ export async function createWorld(servers: Servers, settings: Settings) {
     );
     return rows.map((row) => row.eventId);
   };
-  const LEASED = `NOT published AND dead_lettered_at IS NULL AND next_attempt_at > now() AND next_attempt_at < 'infinity'`;
+  /** Leased, or dead while its letter is written. */
+  const LEASED = `NOT published AND next_attempt_at > now() AND next_attempt_at < 'infinity'`;
 
   /** A lock ends, and the stalled check finds the job. */
   async function stall(eventId: string): Promise<void> {
@@ -412,7 +413,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
     async removeJob(n: number): Promise<string | undefined> {
       const able = new Set([...(await jobsIn('wait')), ...(await jobsIn('delayed'))]);
       const eventId = pick(
-        (await rowsWhere(LEASED)).filter((it) => able.has(it)),
+        (await rowsWhere(`${LEASED} AND dead_lettered_at IS NULL`)).filter((it) => able.has(it)),
         n,
       );
       if (eventId === undefined) return undefined;
