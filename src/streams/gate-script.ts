@@ -11,7 +11,7 @@
  * stream now, and is the event's. On one server it is a field of the job's hash, so it lives and dies with the job; where
  * the streams have a server of their own it is a key beside the stream, the idempotency key.
  *
- * A stream that had an entry in this epoch and is gone, or is another one of that name (a consumer's
+ * A stream that had an entry in this epoch, appended or found, and is gone, or is another one of that name (a consumer's
  * `XGROUP CREATE ... MKSTREAM` makes an empty one), was lost with its entries. The notes hold the last entry of each.
  *
  * Cascade: an early entry is kept with the job that it waits for, and whoever appends that one appends this one.
@@ -64,7 +64,7 @@ const CASCADE_MAX = 64;
  */
 const NEXT_TTL_S = 60;
 /** Streams that are noted, at most. */
-const NOTED_STREAMS_MAX = 10_000;
+export const NOTED_STREAMS_MAX = 10_000;
 
 /** Needs ARGV[1] = epoch, ARGV[2] = its id, KEYS[2] = notes. */
 const MEMORY_AND_NOTES = `
@@ -103,6 +103,9 @@ local function note()
       redis.call('HSET', KEYS[2], stream, id)
     end
   end
+end
+local function noteFound(stream, id)
+  if not last[stream] and redis.call('HEXISTS', KEYS[2], stream) == 0 then last[stream] = id end
 end`;
 
 /** The memory in the job's hash. */
@@ -183,7 +186,10 @@ local function pass(entry)
   if it.made ~= made or it.ended then return '' end
   local id = entryOf(it.entry, stream, event)
   if id then
-    if it.entry ~= ARGV[2] .. ' ' .. id then remember(key, ARGV[2] .. ' ' .. id) end
+    if it.entry ~= ARGV[2] .. ' ' .. id then
+      remember(key, ARGV[2] .. ' ' .. id)
+      noteFound(stream, id)
+    end
     return '=' .. id
   end
   if it.released then return '<' end
@@ -244,9 +250,12 @@ local it = look(KEYS[4], facts, KEYS[5])
 if ARGV[5] == '1' then
   if it.made ~= ARGV[6] or not it.ended then return '' end
   local entry = entryOf(it.entry, ARGV[4], ARGV[3])
-  if entry then return '^' .. entry end
-  local letter = entryOf(it.letter, KEYS[3], ARGV[3])
-  if letter then return '=' .. letter end
+  local letter = not entry and entryOf(it.letter, KEYS[3], ARGV[3])
+  if entry or letter then
+    noteFound(entry and ARGV[4] or KEYS[3], entry or letter)
+    note()
+    return entry and '^' .. entry or '=' .. letter
+  end
 end
 if isLost(KEYS[3]) then return '?' end
 local id = redis.pcall('XADD', KEYS[3], unpack(ARGV, 8))

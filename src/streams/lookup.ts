@@ -1,5 +1,6 @@
 import type { Redis, Result } from 'ioredis';
 import { notesKeyOf, outcomeOfError, type StreamOptions } from './append.ts';
+import { NOTED_STREAMS_MAX } from './gate-script.ts';
 
 /** Which entries are there. Reads, but for the notes of streams (gate-script.ts). */
 
@@ -36,8 +37,11 @@ end
 return answer`;
 
 /**
- * One step back through a stream. KEYS: stream. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how
- * many entries, then the event ids wanted. Answers the last id it came to, then pairs of event id and entry id.
+ * One step back through a stream. What is found is noted, unless the stream is: a row is marked published by it, and
+ * without an append in this epoch nobody would miss the stream.
+ *
+ * KEYS: stream, notes. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how many entries, then the event
+ * ids wanted. Answers the last id it came to, then pairs of event id and entry id.
  */
 const FIND = `
 if redis.call('TYPE', KEYS[1]).ok ~= 'stream' then return {''} end
@@ -50,6 +54,9 @@ for _, entry in ipairs(redis.call('XREVRANGE', KEYS[1], ARGV[1], '-', 'COUNT', A
     answer[#answer + 1] = entry[2][2]
     answer[#answer + 1] = entry[1]
   end
+end
+if answer[3] and redis.call('HEXISTS', KEYS[2], KEYS[1]) == 0 and redis.call('HLEN', KEYS[2]) < ${NOTED_STREAMS_MAX} then
+  redis.pcall('HSET', KEYS[2], KEYS[1], answer[3])
 end
 return answer`;
 
@@ -65,6 +72,7 @@ declare module 'ioredis' {
     absentEntries(stream: string, notes: string, ...args: string[]): Result<string[], Context>;
     findEntries(
       stream: string,
+      notes: string,
       from: string,
       count: number,
       ...eventIds: string[]
@@ -89,7 +97,7 @@ export type Lookup = ReturnType<typeof createLookup>;
 
 export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStreamName' | 'epochKey'>) {
   redis.defineCommand('absentEntries', { numberOfKeys: 2, lua: ABSENT });
-  redis.defineCommand('findEntries', { numberOfKeys: 1, lua: FIND });
+  redis.defineCommand('findEntries', { numberOfKeys: 2, lua: FIND });
   const notes = notesKeyOf(options.epochKey);
 
   /** From the stream's end back, until `take` has seen enough. */
@@ -101,7 +109,7 @@ export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStre
     let from = '+';
     let goOn = true;
     for (let looked = 0; looked < FIND_LIMIT && goOn; looked += FIND_STEP) {
-      const answer = await orRefusal(redis.findEntries(stream, from, FIND_STEP, ...eventIds));
+      const answer = await orRefusal(redis.findEntries(stream, notes, from, FIND_STEP, ...eventIds));
       if (!Array.isArray(answer)) return;
       const [last, ...pairs] = answer;
       for (let i = 0; i < pairs.length; i += 2) goOn = take(pairs[i] as string, pairs[i + 1] as string);

@@ -10,6 +10,8 @@ export type Known = {
   readonly topic: string;
   /** An operator replayed it: events behind it may have gone before. */
   isReplayed: boolean;
+  /** Every attempt ends for good before it asks Redis. */
+  isDoomed: boolean;
   /** Redis lost its entry with the stream, which nobody has compared since. */
   isMissed: boolean;
 };

@@ -6,12 +6,15 @@ import type { Redis } from 'ioredis';
 import { type Epoch, EpochOverError } from '../../src/streams/epoch.ts';
 import type { Actor, Interleaving } from './interleaving.ts';
 
-/** What all pods see: the server, as it was started last, and how many epochs there were. */
+/** Names of epochs are given once. */
+let epochs = 0;
+
+/** What all pods see. */
 export type EpochWorld = {
   readonly redis: Redis;
   readonly key: string;
+  /** How often the server was started. */
   server: number;
-  epochs: number;
   /** Told when an epoch ends; answers what to do when the next one begins. */
   onEnd: () => () => void;
 };
@@ -36,7 +39,7 @@ export function createModelEpoch(
   /** Ends the epoch, compares, and begins the next one, unless the server or the epoch changed meanwhile. */
   async function renew(): Promise<void> {
     const { server } = world;
-    const guard = `checking:${++world.epochs}`;
+    const guard = `checking:${++epochs}`;
     await hold(actor, 'epoch: end');
     const onBegun = world.onEnd();
     await fly('epoch', () => redis.set(key, guard));
@@ -44,7 +47,7 @@ export function createModelEpoch(
     await recover();
     await hold(actor, 'epoch: begin');
     if (world.server !== server || (await fly('epoch', () => redis.get(key))) !== guard) return;
-    const next = `server${server}:${++world.epochs}`;
+    const next = `server${server}:${++epochs}`;
     await fly('epoch', () => redis.set(key, next));
     onBegun();
     epoch = next;

@@ -20,7 +20,7 @@ import { waitFor } from '../support/wait.ts';
 import { FAR_OFF_MS } from './pod.ts';
 import { createWorld, type Servers, type Settings, TOPIC, type World } from './world.ts';
 
-const { MODEL_SEED = '1', MODEL_RUNS = '30', MODEL_PATH, MODEL_TRACE, MODEL_SURVEY } = process.env;
+const { MODEL_SEED = '1', MODEL_RUNS = '60', MODEL_PATH, MODEL_TRACE, MODEL_SURVEY } = process.env;
 const RUNS = Number(MODEL_RUNS);
 const STEPS_MAX = 1_000;
 const EVENTS = 9;
@@ -91,7 +91,8 @@ const ROAD: Readonly<Record<string, Kind>> = {
   claim: { weight: 40, run: ({ steps }, n) => steps.claim(n) },
   fetch: { weight: 120, run: ({ steps }, n) => steps.fetch(n) },
   refill: { weight: 60, run: ({ steps }, n) => steps.refill(n) },
-  look: { weight: 40, run: ({ steps }, n) => steps.look(n) },
+  look: { weight: 30, run: ({ steps }, n) => steps.look(n) },
+  recover: { weight: 10, run: ({ steps }, n) => steps.recover(n) },
   ask: { weight: 8, run: ({ steps }, n) => steps.ask(n) },
   tick: { weight: 20, run: ({ steps }, n) => steps.tick(n) },
   wake: { weight: 60, run: ({ steps }, n) => steps.wake(n) },
@@ -106,10 +107,11 @@ const FAULTS: Readonly<Record<string, Kind>> = {
   crash: { weight: 6, run: ({ steps }, n) => steps.crash(n) },
   'cut off': { weight: 15, run: ({ steps }, n) => steps.cutOff(n) },
   'end a lease': { weight: 30, run: ({ steps }, n) => steps.endLease(n) },
-  heal: { weight: 6, run: ({ steps }, n) => steps.heal(n) },
-  replay: { weight: 20, run: ({ steps }, n) => steps.replay(n) },
+  heal: { weight: 25, run: ({ steps }, n) => steps.heal(n) },
+  doom: { weight: 8, run: ({ steps }, n) => steps.doom(n) },
+  replay: { weight: 30, run: ({ steps }, n) => steps.replay(n) },
   discard: { weight: 3, run: ({ steps }, n) => steps.discard(n) },
-  retry: { weight: 15, run: ({ steps }, n) => steps.retry(n) },
+  retry: { weight: 25, run: ({ steps }, n) => steps.retry(n) },
   'remove a job': { weight: 10, run: ({ steps }, n) => steps.removeJob(n) },
   trim: { weight: 15, run: ({ steps }) => steps.trim() },
   'roll back': { weight: 10, run: ({ steps }, n) => steps.rollBack(n) },

@@ -41,7 +41,7 @@ const WINDOW_MS = 3_600_000;
 const FAILED_JOBS_KEPT = 1;
 
 /** Why an event may be put off, retried or given up. */
-const EXPECTED_REASON = /Redis may have lost|WRONGTYPE|the connection broke/;
+const EXPECTED_REASON = /Redis may have lost|WRONGTYPE|the connection broke|doomed/;
 
 const LABELS: Record<string, string> = { addPublishJobs: 'add', remove: 'remove' };
 
@@ -62,6 +62,8 @@ export type PodDeps = Readonly<{
   hasTwoServers: boolean;
   /** `e3`, by event id. */
   nameOf: (eventId: string) => string;
+  /** Whether an attempt finds the event invalid. */
+  isDoomed: (eventId: string) => boolean;
   /** Told of what no walk may bring about. */
   onUnexpected: (error: unknown, what: string) => void;
 }>;
@@ -162,7 +164,10 @@ export function createPod(deps: PodDeps, name: string) {
     ...{ streams, lookup, epoch, queues, removeJobs, acknowledger, deadLetters, parker, logger },
     outbox: outboxOf('publish'),
     rows: createRowQuestions(outboxOf('ask rows')),
-    check: { problemOf: () => null, refusedEverything: async () => null },
+    check: {
+      problemOf: ({ eventId }) => (deps.isDoomed(eventId) ? 'doomed' : null),
+      refusedEverything: async () => null,
+    },
     guard: {
       together: (_, append) => append(),
       alone: (_, __, append) => append(),

@@ -57,9 +57,6 @@ const pick = <T>(list: readonly T[], n: number): T | undefined => list[n % Math.
 /** What a walk may bring about. */
 const isExpected = (error: unknown) => error instanceof CutOffError || error instanceof EpochOverError;
 
-/** Names of epochs are given once. */
-let epochs = 0;
-
 export type World = Awaited<ReturnType<typeof createWorld>>;
 
 export async function createWorld(servers: Servers, settings: Settings) {
@@ -84,12 +81,6 @@ export async function createWorld(servers: Servers, settings: Settings) {
   const interleaving = createInterleaving(admin);
   const epochWorld: EpochWorld = {
     ...{ redis: servers.redis, key: epochKey, server: 1 },
-    get epochs() {
-      return epochs;
-    },
-    set epochs(n) {
-      epochs = n;
-    },
     onEnd() {
       const missed = [...events.values()].filter((it) => it.isMissed);
       return () => {
@@ -113,6 +104,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
       {
         ...{ ...servers, interleaving, epochWorld, outboxOptions, hasTwoServers },
         nameOf: nameOfEvent,
+        isDoomed: (eventId) => events.get(eventId)?.isDoomed === true,
         onUnexpected(error, what) {
           if (!isExpected(error)) unexpected.push(`${what}: ${(error as Error).stack ?? error}`);
         },
@@ -208,7 +200,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
     async insert(n: number): Promise<string> {
       const number = events.size + 1;
       const aggregate = pick(AGGREGATES, n) as number;
-      const isPoisoned = n % 5 === 4;
+      const isPoisoned = n % 10 < 3;
       const topic = isPoisoned ? `${TOPIC}.poison${number}` : TOPIC;
       if (isPoisoned) {
         await adminRedis.set(topic, 'no stream');
@@ -218,7 +210,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
       const [id = ''] = await insertEvents(admin, [
         anEvent({ eventId, topic, aggregateId: uuid(1_000 + aggregate) }),
       ]);
-      const flags = { isReplayed: false, isMissed: false };
+      const flags = { isReplayed: false, isMissed: false, isDoomed: false };
       events.set(eventId, { id, eventId, aggregate, topic, ...flags });
       return `insert e${id} of aggregate ${aggregate}${isPoisoned ? ', poisoned' : ''}`;
     },
@@ -230,7 +222,12 @@ export async function createWorld(servers: Servers, settings: Settings) {
       );
       if (step === undefined) return undefined;
       await interleaving.go(step);
-      return stepName(step);
+      // Some events are refused for a while only.
+      const refused = /^end: (e\d+) failed/.exec(step.label)?.[1];
+      const topic = [...events.values()].find((it) => nameOf(it) === refused)?.topic;
+      if (topic === undefined || n % 5 > 1 || !poisoned.has(topic)) return stepName(step);
+      await heal(topic);
+      return `${stepName(step)}; ${topic} takes it from now on`;
     },
 
     async fallAsleep(n: number): Promise<string | undefined> {
@@ -378,10 +375,24 @@ export async function createWorld(servers: Servers, settings: Settings) {
     },
 
     async heal(n: number): Promise<string | undefined> {
+      const doomed = [...events.values()].find((it) => it.isDoomed);
+      if (doomed !== undefined && n % 2 === 0) {
+        doomed.isDoomed = false;
+        return `${nameOf(doomed)} is valid again`;
+      }
       const topic = pick([...poisoned], n);
       if (topic === undefined) return undefined;
       await heal(topic);
       return `${topic} takes its event`;
+    },
+
+    /** The next attempts end for good before they ask Redis: a new schema, or a pod that has ended too often. */
+    async doom(n: number): Promise<string | undefined> {
+      const eventId = pick([...(await jobsIn('wait')), ...(await jobsIn('active'))].sort(byName), n);
+      const event = events.get(eventId ?? '');
+      if (event === undefined || event.isDoomed) return undefined;
+      event.isDoomed = true;
+      return `${nameOf(event)} is doomed`;
     },
 
     async replay(n: number): Promise<string | undefined> {
@@ -462,6 +473,21 @@ export async function createWorld(servers: Servers, settings: Settings) {
       epochWorld.server++;
       for (const pod of pods) pod.epoch.forget();
       return `Redis is rolled back: ${side.name}`;
+    },
+
+    /** One pod compares table and streams, as far as it gets, while everything else stands still. */
+    async recover(n: number): Promise<string | undefined> {
+      const looked = await steps.look(n);
+      const pod = pods.find((it) => it.epoch.isChecker());
+      if (pod === undefined) return looked;
+      const isOfRecovery = ({ actor, label }: Step) =>
+        actor === pod.actor && /^(epoch: (end|begin)|recover:|lookup: absent)/.test(label);
+      for (;;) {
+        const step = interleaving.held().find(isOfRecovery);
+        if (step === undefined) break;
+        await interleaving.go(step);
+      }
+      return `${pod.name} compares table and streams, while the others stand still`;
     },
 
     async flush(n: number): Promise<string> {

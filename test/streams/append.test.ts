@@ -233,6 +233,33 @@ describe.each(SIDES)('with %s', (side) => {
     });
   });
 
+  describe('a stream of which an entry was found in this epoch, and none appended', () => {
+    test('is missed when it is gone', async () => {
+      const [one, other] = (await events(2)) as [OutboxEvent, OutboxEvent];
+      await stage.publish(one);
+      await stage.beginEpoch();
+      expect(await stage.publish(one)).toMatchObject({ status: 'remembered' });
+      await stage.redis.del(TOPIC);
+      expect(await stage.publish(other)).toEqual(NOT_KNOWN);
+      expect(stage.epoch.ended).toEqual([stage.epoch.name]);
+    });
+
+    test('is missed when a failed job was found to remember it, or its dead letter', async () => {
+      const [one, other, dead, last] = await events(4);
+      const bury = (event: OutboxEvent | undefined) =>
+        stage.streams.deadLetter({ event: event as OutboxEvent, ...FAILURE }, MADE_AT);
+      await stage.publish(one as OutboxEvent);
+      for (const event of [one, dead, last]) await stage.giveUp(event as OutboxEvent);
+      await bury(dead);
+      await stage.beginEpoch();
+      expect(await bury(one)).toMatchObject({ status: 'published' });
+      expect(await bury(dead)).toMatchObject({ status: 'remembered' });
+      await stage.redis.del(TOPIC, DLQ);
+      expect(await stage.publish(other as OutboxEvent)).toEqual(NOT_KNOWN);
+      expect(await bury(last)).toEqual(NOT_KNOWN);
+    });
+  });
+
   describe('trimming', () => {
     test('keeps about as many entries as are allowed, never fewer', async () => {
       await publishAll(await events(1_000), await stage.pod({ streamMaxLen: 150 }));

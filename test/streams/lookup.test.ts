@@ -18,6 +18,8 @@ beforeEach(async () => {
   await redis.flushall();
 });
 
+const notes = () => redis.hgetall(notesKeyOf(EPOCH_KEY));
+
 /** Entries of the event `x`. */
 const add = async (...ids: string[]) => {
   for (const id of ids) await redis.xadd(TOPIC, id, 'event_id', 'x');
@@ -96,8 +98,6 @@ describe('of the entries that a stream should have', () => {
 });
 
 describe('a comparison', () => {
-  const notes = () => redis.hgetall(notesKeyOf(EPOCH_KEY));
-
   test('notes the last entry that each stream ever had, so that the stream is missed when it is gone', async () => {
     await add('5-1', '5-3');
     await redis.xadd('emptied', '7-7', 'event_id', 'x');
@@ -142,6 +142,18 @@ describe('the entry of an event', () => {
     expect((await lookup.find(TOPIC, [])).size).toBe(0);
     await redis.set('a.string', 'x');
     expect((await lookup.find('a.string', wanted)).size).toBe(0);
+  });
+
+  test('is noted where its stream is not, so that the stream is missed when it is gone', async () => {
+    const { eventId } = aClaimedEvent();
+    for (const id of ['5-1', '5-3']) await redis.xadd(TOPIC, id, 'event_id', eventId);
+    await lookup.find(TOPIC, ['none']);
+    expect(await notes()).toEqual({});
+    await lookup.find(TOPIC, [eventId]);
+    expect(await notes()).toEqual({ [TOPIC]: '5-3' });
+    await redis.hset(notesKeyOf(EPOCH_KEY), TOPIC, '9-9');
+    await lookup.find(TOPIC, [eventId]);
+    expect(await notes()).toEqual({ [TOPIC]: '9-9' });
   });
 
   test('is not looked for without an end', async () => {
