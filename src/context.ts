@@ -1,25 +1,25 @@
-import type { RelayConfig } from './config.ts';
+import type { RelayConfig } from './config/config.ts';
+import { createWriteProbe } from './connections/preflight.ts';
+import type { Servers } from './connections/servers.ts';
 import { createAcknowledger } from './finalize/acknowledger.ts';
 import { createDeadLetters } from './finalize/dead-letter.ts';
 import { createJobRemoval } from './finalize/job-removal.ts';
 import { createRefiller } from './finalize/refiller.ts';
-import type { Logger } from './logger.ts';
-import { createHeartbeat } from './operate/heartbeat.ts';
+import { createUpkeep, schedulesOf } from './maintenance/maintenance.ts';
+import { createHeartbeat } from './operations/heartbeat.ts';
 import { createBacklog } from './outbox/backlog.ts';
 import { createOutbox } from './outbox/outbox.ts';
-import { createWriteProbe } from './preflight.ts';
 import type { Queues } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
 import { createCompare, createRecoverLostData } from './recovery/lost-data.ts';
-import type { Servers } from './servers.ts';
+import { streamOptionsOf } from './stream-options.ts';
 import { createStreams } from './streams/append.ts';
 import { createEpoch } from './streams/epoch.ts';
 import { createLookup } from './streams/lookup.ts';
 import { createMemory } from './streams/memory.ts';
-import { streamOptionsOf } from './streams-config.ts';
+import type { Logger } from './telemetry/logger.ts';
 import { createMetrics } from './telemetry/metrics.ts';
-import type { Tracing } from './tracing/tracing.ts';
-import { createUpkeep, schedulesOf } from './upkeep.ts';
+import type { Tracing } from './telemetry/tracing.ts';
 import { VERSION } from './version.ts';
 
 /** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */

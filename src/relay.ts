@@ -1,19 +1,19 @@
 import type { Redis } from 'ioredis';
 import { createClaiming } from './claim/claiming.ts';
-import type { RelayConfig } from './config.ts';
+import type { RelayConfig } from './config/config.ts';
+import type { Pool } from './connections/database.ts';
+import { waitForServers } from './connections/preflight.ts';
+import { openServers, type Servers } from './connections/servers.ts';
 import { type Context, createContext, secondsSince } from './context.ts';
+import { createHttp } from './http/http.ts';
 import { createLifecycle, type Lifecycle, succeedsWithin } from './lifecycle.ts';
-import { createLogger, type Logger } from './logger.ts';
-import { createFleetReader, waitForOtherProtocols } from './operate/heartbeat.ts';
-import type { Pool } from './outbox/database.ts';
-import { waitForServers } from './preflight.ts';
+import { createFleetReader, waitForOtherProtocols } from './operations/heartbeat.ts';
 import { createPublishing } from './publish/publishing.ts';
 import { openQueues } from './queue/queues.ts';
 import { createRecovery } from './recovery/recovery.ts';
-import { openServers, type Servers } from './servers.ts';
-import { type Tracing, untraced } from './tracing/tracing.ts';
+import { createLogger, type Logger } from './telemetry/logger.ts';
+import { type Tracing, untraced } from './telemetry/tracing.ts';
 import { VERSION } from './version.ts';
-import { createHttp } from './web/http.ts';
 
 /** What an embedding team may bring along. The relay never closes what it was given. */
 export type RelayDeps = Readonly<{
@@ -44,7 +44,7 @@ export type Relay = Readonly<{
 
 /** Loaded here and now: OpenTelemetry's part of it takes its time. */
 async function tracingOf(config: RelayConfig): Promise<Tracing> {
-  const { createTracing } = await import('./tracing/spans.ts');
+  const { createTracing } = await import('./telemetry/spans.ts');
   return createTracing(VERSION, config.dlqStreamName);
 }
 

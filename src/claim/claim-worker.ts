@@ -1,10 +1,10 @@
 import type { Redis } from 'ioredis';
-import type { Logger } from '../logger.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Wakeup } from '../outbox/wakeup.ts';
 import { claimQueueName } from '../queue/queues.ts';
 import { type Scheduler, TICK } from '../queue/scheduler.ts';
 import { createWorkers, type Fate, type Run, type Workers } from '../queue/workers.ts';
+import type { Logger } from '../telemetry/logger.ts';
 import type { ClaimOutcome } from './claim.ts';
 
 /** A claim job gives way after so long and asks for another: other pods get their turn, dashboards move. */

@@ -1,14 +1,14 @@
+import type { Queryable } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
 import type { RemoveJobs } from '../finalize/job-removal.ts';
 import type { Refiller } from '../finalize/refiller.ts';
-import type { Logger } from '../logger.ts';
-import type { Queryable } from '../outbox/database.ts';
 import { payloadMayBeAtFault } from '../outbox/event-of-row.ts';
 import type { Claim, LeasedEvent, Outbox } from '../outbox/outbox.ts';
 import type { InFlight, Queues } from '../queue/queues.ts';
 import { type Epoch, epochId } from '../streams/epoch.ts';
+import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
-import type { Tracing } from '../tracing/tracing.ts';
+import type { Tracing } from '../telemetry/tracing.ts';
 
 /**
  * What one claim found.

@@ -1,15 +1,15 @@
 import type { Command } from 'commander';
-import { ConfigError, describeVariables, openBoard, type RelayConfig } from '../config.ts';
-import { dashboardOf } from '../dashboard.ts';
+import { ConfigError, describeVariables, openBoard, type RelayConfig } from '../config/config.ts';
+import { inspectRedis, waitForServers } from '../connections/preflight.ts';
+import { openServers } from '../connections/servers.ts';
+import { dashboardOf } from '../http/dashboard-options.ts';
+import { createHealth } from '../http/health.ts';
+import { createWebServer, type WebServer } from '../http/server.ts';
 import { succeedsWithin } from '../lifecycle.ts';
-import { createLogger } from '../logger.ts';
 import { createBacklog } from '../outbox/backlog.ts';
-import { inspectRedis, waitForServers } from '../preflight.ts';
 import { openQueues, type Queues } from '../queue/queues.ts';
-import { openServers } from '../servers.ts';
+import { createLogger } from '../telemetry/logger.ts';
 import { VERSION } from '../version.ts';
-import { createHealth } from '../web/health.ts';
-import { createWebServer, type WebServer } from '../web/server.ts';
 import { EXIT, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
 
 export function addBoard(program: Command): void {

@@ -1,13 +1,13 @@
 import type { Command } from 'commander';
-import type { RelayConfig } from '../config.ts';
+import type { RelayConfig } from '../config/config.ts';
+import { streamPlace } from '../config/redis-places.ts';
+import { createClient } from '../connections/pool.ts';
+import { inspectRedis } from '../connections/preflight.ts';
+import { openRedis } from '../connections/servers.ts';
 import { withDeadline } from '../lifecycle.ts';
-import { errorText } from '../logger.ts';
-import { createClient } from '../outbox/pool.ts';
 import { missingFromTable } from '../outbox/required.ts';
 import { hasWakeup } from '../outbox/wakeup.ts';
-import { inspectRedis } from '../preflight.ts';
-import { streamPlace } from '../redis-places.ts';
-import { openRedis } from '../servers.ts';
+import { errorText } from '../telemetry/logger.ts';
 import { EXIT, print, withConfig } from './command.ts';
 
 /** `advice`: it works, but an operator should know. */

@@ -1,13 +1,13 @@
 import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
-import { ConfigError, loadConfig, type RelayConfig, unknownVariables } from '../config.ts';
+import { ConfigError, loadConfig, type RelayConfig, unknownVariables } from '../config/config.ts';
+import type { Pool } from '../connections/database.ts';
+import { createPool } from '../connections/pool.ts';
+import { waitForServers } from '../connections/preflight.ts';
+import { openBoth } from '../connections/servers.ts';
 import { NotReadyError } from '../lifecycle.ts';
-import { createLogger, errorText, type Logger } from '../logger.ts';
-import type { Pool } from '../outbox/database.ts';
-import { createPool } from '../outbox/pool.ts';
-import { waitForServers } from '../preflight.ts';
-import { openBoth } from '../servers.ts';
 import { APPEND_CONNECTION } from '../streams/append.ts';
+import { createLogger, errorText, type Logger } from '../telemetry/logger.ts';
 
 /** What all commands share: configuration, connections, options, exit codes. */
 

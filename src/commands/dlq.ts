@@ -1,10 +1,10 @@
 import { SingleBar } from 'cli-progress';
 import Table from 'cli-table3';
 import { type Command, InvalidArgumentError } from 'commander';
-import type { RelayConfig } from '../config.ts';
-import type { ActionResult, DeadLetters, Selection } from '../operate/dead-letters.ts';
-import { isUuid, type ListedDeadLetter } from '../operate/inspection.ts';
-import { openOperations } from '../operate/open.ts';
+import type { RelayConfig } from '../config/config.ts';
+import type { ActionResult, DeadLetters, Selection } from '../operations/dead-letters.ts';
+import { isUuid, type ListedDeadLetter } from '../operations/inspection.ts';
+import { openOperations } from '../operations/open.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
 import { barOptions, confirmed, counted, operator, untilInterrupted } from './act.ts';
 import { EXIT, print, when, withConfig, withServers } from './command.ts';

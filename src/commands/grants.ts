@@ -1,5 +1,5 @@
 import { type Command, Option } from 'commander';
-import { databaseGrants, type Grantees, redisAcls, sentinelAcl } from '../operate/grants.ts';
+import { databaseGrants, type Grantees, redisAcls, sentinelAcl } from '../operations/roles.ts';
 import { EXIT, print, withConfig } from './command.ts';
 
 type GrantsOptions = Grantees & Readonly<{ only?: 'sql' | 'redis' }>;

@@ -2,8 +2,8 @@ import { createInterface } from 'node:readline/promises';
 import { Writable } from 'node:stream';
 import { text } from 'node:stream/consumers';
 import { type Command, InvalidArgumentError, Option } from 'commander';
-import { entryOf, ROLES, type Role, USER_NAME } from '../board-users.ts';
-import { hashPassword } from '../web/passwords.ts';
+import { entryOf, ROLES, type Role, USER_NAME } from '../config/board-users.ts';
+import { hashPassword } from '../http/passwords.ts';
 import { EXIT, fail, print } from './command.ts';
 
 const MIN_CHARACTERS = 12;

@@ -1,9 +1,9 @@
 import type { Command } from 'commander';
-import type { RelayConfig } from '../config.ts';
+import type { RelayConfig } from '../config/config.ts';
+import { createClient } from '../connections/pool.ts';
 import { NotReadyError } from '../lifecycle.ts';
-import { createLogger, errorText } from '../logger.ts';
-import { migrate } from '../outbox/migrate.ts';
-import { createClient } from '../outbox/pool.ts';
+import { migrate } from '../outbox/migrations.ts';
+import { createLogger, errorText } from '../telemetry/logger.ts';
 import { EXIT, withConfig } from './command.ts';
 
 export function addMigrate(program: Command): void {

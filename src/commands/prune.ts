@@ -1,8 +1,8 @@
 import { createInterface } from 'node:readline/promises';
 import { Presets, SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
-import type { RelayConfig } from '../config.ts';
-import { createRetentionOf } from '../upkeep.ts';
+import type { RelayConfig } from '../config/config.ts';
+import { createRetentionOf } from '../maintenance/maintenance.ts';
 import { EXIT, print, when, withConfig, withServers } from './command.ts';
 
 type PruneOptions = Readonly<{

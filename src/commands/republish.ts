@@ -1,7 +1,7 @@
 import { SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
-import type { RelayConfig } from '../config.ts';
-import { openOperations } from '../operate/open.ts';
+import type { RelayConfig } from '../config/config.ts';
+import { openOperations } from '../operations/open.ts';
 import { barOptions, confirmed, counted, operator, untilInterrupted } from './act.ts';
 import { EXIT, print, when, withConfig, withServers } from './command.ts';
 import { aggregate } from './dlq.ts';

@@ -1,10 +1,10 @@
 import { setFlagsFromString } from 'node:v8';
 import type { Command } from 'commander';
-import { describeVariables, type RelayConfig } from '../config.ts';
+import { describeVariables, type RelayConfig } from '../config/config.ts';
 import { succeedsWithin } from '../lifecycle.ts';
-import { createLogger, type Logger } from '../logger.ts';
 import { createRelay } from '../relay.ts';
-import { tracesWanted } from '../tracing/tracing.ts';
+import { createLogger, type Logger } from '../telemetry/logger.ts';
+import { tracesWanted } from '../telemetry/tracing.ts';
 import { VERSION } from '../version.ts';
 import { fail, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
 
@@ -59,7 +59,7 @@ async function start(config: RelayConfig): Promise<never> {
 /** Loaded only where it is wanted. Without traces the relay works as well as with them. */
 async function startTraces(logger: Logger) {
   try {
-    const { startSdk } = await import('../tracing/sdk.ts');
+    const { startSdk } = await import('../telemetry/tracing-sdk.ts');
     return startSdk(VERSION, logger);
   } catch (err) {
     logger.error({ err }, 'traces cannot be switched on; the relay starts without them');

@@ -1,14 +1,14 @@
 import { SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
-import type { RelayConfig } from '../config.ts';
+import type { RelayConfig } from '../config/config.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import type { FinalizedRow } from '../outbox/published.ts';
 import { createQueues } from '../queue/queues.ts';
 import { createScheduler } from '../queue/scheduler.ts';
 import { createCompare, type Found, totals } from '../recovery/lost-data.ts';
+import { streamOptionsOf } from '../stream-options.ts';
 import { endEpoch } from '../streams/epoch.ts';
 import { createLookup } from '../streams/lookup.ts';
-import { streamOptionsOf } from '../streams-config.ts';
 import { barOptions, untilInterrupted } from './act.ts';
 import { EXIT, print, time, when, withConfig, withServers } from './command.ts';
 

@@ -1,8 +1,8 @@
 import type { OutboxEvent } from '../event.ts';
-import type { Logger } from '../logger.ts';
 import { byId } from '../outbox/conditions.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import { type Epoch, EpochOverError } from '../streams/epoch.ts';
+import type { Logger } from '../telemetry/logger.ts';
 import type { Refiller } from './refiller.ts';
 
 /** Rows in one transaction at most. */

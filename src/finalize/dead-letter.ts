@@ -1,11 +1,11 @@
 import { brief, type Failure } from '../event.ts';
-import type { Logger } from '../logger.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { FailedJob, Queues } from '../queue/queues.ts';
 import type { Streams } from '../streams/append.ts';
 import type { Epoch } from '../streams/epoch.ts';
+import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
-import type { Tracing } from '../tracing/tracing.ts';
+import type { Tracing } from '../telemetry/tracing.ts';
 import type { Acknowledger } from './acknowledger.ts';
 import type { Refiller } from './refiller.ts';
 

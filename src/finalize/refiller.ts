@@ -1,7 +1,7 @@
 import { type Aggregate, aggregateKey } from '../event.ts';
-import type { Logger } from '../logger.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Scheduler } from '../queue/scheduler.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 /** Aggregates in one statement, at most. */
 const BATCH_MAX = 1_000;

@@ -1,5 +1,5 @@
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { FIRST, LIVE, OF_AGGREGATE } from './conditions.ts';
-import { type Pool, type Queryable, transaction } from './database.ts';
 
 /** What operators ask of the table: how much waits, for how long, for what, and how fast it goes. Changes nothing. */
 

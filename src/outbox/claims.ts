@@ -1,8 +1,8 @@
+import { GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { isNoAnswer } from '../connections/pool-health.ts';
 import type { Aggregate, OutboxEvent } from '../event.ts';
-import { errorText } from '../logger.ts';
+import { errorText } from '../telemetry/logger.ts';
 import { byId, MS, type OutboxOptions } from './conditions.ts';
-import { GENERIC, type Pool, type Queryable, transaction } from './database.ts';
-import { isNoAnswer } from './distrust.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 import { orderOf } from './order.ts';
 

@@ -1,5 +1,5 @@
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
-import { type Pool, type Queryable, transaction } from './database.ts';
 import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
 /**

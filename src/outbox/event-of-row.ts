@@ -1,5 +1,5 @@
 import type pg from 'pg';
-import { isNoAnswer } from './distrust.ts';
+import { isNoAnswer } from '../connections/pool-health.ts';
 
 /**
  * How a row becomes an OutboxEvent, in SQL. Anybody who may write the table chooses what is in it, so nothing of a

@@ -1,5 +1,5 @@
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
-import { type Pool, type Queryable, transaction } from './database.ts';
 
 /**
  * Rows become published or dead, or wait for another attempt. Each statement names its rows by `id` and `event_id`: ids

@@ -1,5 +1,5 @@
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
-import { type Pool, type Queryable, transaction } from './database.ts';
 
 /** Leases that have ended, and what the lease reaper makes of their rows. */
 

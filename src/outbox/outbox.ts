@@ -1,6 +1,6 @@
+import { type Durability, GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { createClaims } from './claims.ts';
 import type { OutboxOptions } from './conditions.ts';
-import { type Durability, GENERIC, type Pool, type Queryable, transaction } from './database.ts';
 import { createFinalize } from './finalize.ts';
 import { createLeases } from './leases.ts';
 import { createParked } from './parked.ts';

@@ -1,6 +1,6 @@
+import { type Pool, transaction } from '../connections/database.ts';
 import type { Aggregate } from '../event.ts';
 import { FIRST, LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, STILL_LIVE } from './conditions.ts';
-import { type Pool, transaction } from './database.ts';
 import { orderOf } from './order.ts';
 
 /** Parked rows wait behind an earlier row of their aggregate; here they are freed, and asked about. */

@@ -1,6 +1,6 @@
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
 import { byId, type OutboxOptions } from './conditions.ts';
-import { type Pool, type Queryable, transaction } from './database.ts';
 import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
 /**

@@ -1,6 +1,6 @@
 import type pg from 'pg';
-import type { Logger } from '../logger.ts';
-import type { Pool, Queryable } from './database.ts';
+import type { Pool, Queryable } from '../connections/database.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 /**
  * Wake-up: an insert into the outbox asks the relay for a claim, by LISTEN/NOTIFY.

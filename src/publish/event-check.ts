@@ -1,5 +1,5 @@
 import { brief, type OutboxEvent } from '../event.ts';
-import { errorText, type Logger } from '../logger.ts';
+import { errorText, type Logger } from '../telemetry/logger.ts';
 
 /** How Redis says that the user may not: for the call itself, and from within a script. */
 const NO_PERMISSION = /NOPERM|ACL failure/;

@@ -1,7 +1,7 @@
 import { aggregateKey, type OutboxEvent } from '../event.ts';
 import type { Refiller } from '../finalize/refiller.ts';
-import type { Logger } from '../logger.ts';
 import type { Outbox } from '../outbox/outbox.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 /** Rows in one statement, at most. */
 const BATCH_MAX = 500;

@@ -1,11 +1,11 @@
+import { isCluster, streamPlace } from '../config/redis-places.ts';
+import { createTopicCheck } from '../config/topics.ts';
 import type { Context } from '../context.ts';
 import type { OutboxEvent } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { publishQueueName } from '../queue/queues.ts';
 import { createWorkers } from '../queue/workers.ts';
-import { isCluster, streamPlace } from '../redis-places.ts';
 import { createValidator } from '../streams/validate.ts';
-import { createTopicCheck } from '../topics.ts';
 import { createEventCheck } from './event-check.ts';
 import { createParker } from './parker.ts';
 import { createPoisonGuard } from './poison-guard.ts';

@@ -2,7 +2,7 @@ import { Queue, QueueKeys } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
 import { brief, type Failure, type OutboxEvent, type TraceContext } from '../event.ts';
 import { NotReadyError, succeedsWithin, withDeadline } from '../lifecycle.ts';
-import type { Logger } from '../logger.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 export type QueueOptions = Readonly<{
   queuePrefix: string;

@@ -1,7 +1,7 @@
 import { DelayedError, type Job, type Telemetry, UnrecoverableError, Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
 import { succeedsWithin } from '../lifecycle.ts';
-import type { Logger } from '../logger.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 /** BullMQ's workers, several of them for one queue in a pod. */
 

@@ -1,12 +1,12 @@
 import type { Acknowledger } from '../finalize/acknowledger.ts';
 import type { DeadLetters } from '../finalize/dead-letter.ts';
 import type { Refiller } from '../finalize/refiller.ts';
-import type { Logger } from '../logger.ts';
 import type { ExpiredRow } from '../outbox/leases.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { JobFate, Queues } from '../queue/queues.ts';
 import type { Epoch } from '../streams/epoch.ts';
 import type { Lookup } from '../streams/lookup.ts';
+import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
 
 /** Rows in one transaction. */

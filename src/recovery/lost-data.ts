@@ -1,6 +1,6 @@
-import type { Logger } from '../logger.ts';
 import type { FinalizedPlace, FinalizedRow, Published } from '../outbox/published.ts';
 import type { Lookup } from '../streams/lookup.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 /** Rows compared in one step. */
 const PAGE_ROWS = 1_000;

@@ -1,7 +1,7 @@
 import { randomBytes, randomUUID } from 'node:crypto';
 import type { Redis, Result } from 'ioredis';
 import { NotReadyError } from '../lifecycle.ts';
-import type { Logger } from '../logger.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 /**
  * An epoch is a time in which Redis has lost nothing. Its name stands in a key of Redis and is given with every

@@ -1,5 +1,5 @@
 import type { Redis, Result } from 'ioredis';
-import type { Logger } from '../logger.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 /**
  * Trimming what every consumer group of a stream has acknowledged, and warning where the cap, which XADD keeps to

@@ -1,9 +1,9 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
 import { type Attempt, brief, type OutboxEvent } from '../event.ts';
+import type { Check } from '../http/health.ts';
+import { overall } from '../http/health.ts';
 import { withDeadline } from '../lifecycle.ts';
-import { entriesAtRisk, type SharedFigures } from '../operate/figures.ts';
-import type { Check } from '../web/health.ts';
-import { overall } from '../web/health.ts';
+import { entriesAtRisk, type SharedFigures } from '../operations/figures.ts';
 
 /** Pairs of topic and event type with series of their own; whatever else comes is `other`. */
 const MAX_LABELLED = 100;

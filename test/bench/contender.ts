@@ -2,7 +2,7 @@
 import { spawn } from 'node:child_process';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { guardProcess } from '../../src/demo/watchdog.ts';
+import { guardProcess } from '../demo/watchdog.ts';
 import type { CpuMicros } from './cpu.ts';
 import type { Undo } from './servers.ts';
 import type { Workload } from './workload.ts';

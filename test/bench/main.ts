@@ -6,7 +6,7 @@
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
 import { Command, InvalidArgumentError } from 'commander';
-import { EXIT_INTERRUPTED, wholeNumber } from '../../src/demo/command-line.ts';
+import { EXIT_INTERRUPTED, wholeNumber } from '../demo/command-line.ts';
 import { barChart } from './chart.ts';
 import { createProgress } from './progress.ts';
 import { type Bench, describeSetting, resultText, type Setting, settingText, targetsText } from './report.ts';

@@ -3,14 +3,14 @@ import { randomBytes } from 'node:crypto';
 import { join } from 'node:path';
 import { Redis } from 'ioredis';
 import pg from 'pg';
+import type { Logger } from '../../src/telemetry/logger.ts';
 import {
   type PrivatePostgres,
   type PrivateRedis,
   startPrivatePostgres,
   startPrivateRedis,
-} from '../../src/demo/servers.ts';
-import { temporaryFolder } from '../../src/demo/watchdog.ts';
-import type { Logger } from '../../src/logger.ts';
+} from '../demo/servers.ts';
+import { temporaryFolder } from '../demo/watchdog.ts';
 
 /** Whoever is measured connects as this role, so that what we do ourselves is not counted. */
 export const CONTENDER_ROLE = 'contender';

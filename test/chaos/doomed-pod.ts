@@ -5,9 +5,9 @@
 import { writeSync } from 'node:fs';
 import type { Redis, RedisOptions } from 'ioredis';
 import type pg from 'pg';
-import { createRelay, loadConfig } from '../../src/app.ts';
-import { createPool } from '../../src/outbox/pool.ts';
-import { openRedis } from '../../src/servers.ts';
+import { createPool } from '../../src/connections/pool.ts';
+import { openRedis } from '../../src/connections/servers.ts';
+import { createRelay, loadConfig } from '../../src/index.ts';
 import type { Window } from './faults-pods.ts';
 
 const window = process.env.CHAOS_WINDOW as Window;

@@ -1,5 +1,5 @@
 import { setTimeout as delay } from 'node:timers/promises';
-import { sampleEvent } from '../../src/demo/sample.ts';
+import { sampleEvent } from '../demo/sample.ts';
 import { cutAof, endOfAof } from '../support/aof.ts';
 import { redisRules } from '../support/least-privilege.ts';
 import { type Fault, SERVER_BACK_MS } from './fault.ts';

@@ -3,7 +3,7 @@ import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
-import { type Pod, startPod } from '../../src/demo/pod.ts';
+import { type Pod, startPod } from '../demo/pod.ts';
 import { type NetworkLink, startProxy } from '../support/proxy.ts';
 
 export const CLI = fileURLToPath(new URL('../../dist/cli.js', import.meta.url));

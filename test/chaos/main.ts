@@ -3,7 +3,7 @@
  * a verdict from the table, the streams and the dead letters alone. README, "Faults".
  */
 import { Command, InvalidArgumentError } from 'commander';
-import { EXIT_INTERRUPTED, interruption, wholeNumber } from '../../src/demo/command-line.ts';
+import { EXIT_INTERRUPTED, interruption, wholeNumber } from '../demo/command-line.ts';
 import type { Fault } from './fault.ts';
 import { FAULTS, faultsNamed } from './faults.ts';
 import { createProgress } from './progress.ts';

@@ -3,7 +3,7 @@ import { randomUUID } from 'node:crypto';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Redis } from 'ioredis';
 import pg from 'pg';
-import { type SampleEvent, sampleEvent } from '../../src/demo/sample.ts';
+import { type SampleEvent, sampleEvent } from '../demo/sample.ts';
 import { insertEvents } from '../support/events.ts';
 import { survive } from './patience.ts';
 import { between, createRandom, pick, type Random } from './random.ts';

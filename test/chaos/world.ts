@@ -3,14 +3,14 @@ import { join } from 'node:path';
 import { Queue } from 'bullmq';
 import { Redis } from 'ioredis';
 import pg from 'pg';
-import { startPod } from '../../src/demo/pod.ts';
+import { startPod } from '../demo/pod.ts';
 import {
   type PrivatePostgres,
   type PrivateRedis,
   startPrivatePostgres,
   startPrivateRedis,
-} from '../../src/demo/servers.ts';
-import { temporaryFolder } from '../../src/demo/watchdog.ts';
+} from '../demo/servers.ts';
+import { temporaryFolder } from '../demo/watchdog.ts';
 import { grantLeast, RELAY_PASSWORD, redisArgs } from '../support/least-privilege.ts';
 import { CLI, type Fleet, startFleet } from './fleet.ts';
 import { persistently, survive } from './patience.ts';

@@ -2,11 +2,11 @@ import { randomUUID } from 'node:crypto';
 import { Redis } from 'ioredis';
 import pg from 'pg';
 import { beforeAll, beforeEach, expect, test } from 'vitest';
-import { gradeLedger, type LedgerOptions, violationsOf } from '../../src/demo/ledger.ts';
-import type { SampleEvent } from '../../src/demo/sample.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
+import { gradeLedger, type LedgerOptions, violationsOf } from './ledger.ts';
+import type { SampleEvent } from './sample.ts';
 
 const DLQ = 'identity.user.v1.dlq';
 const CLEAN = {

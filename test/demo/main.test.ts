@@ -4,10 +4,10 @@ import { join } from 'node:path';
 import { stripVTControlCharacters } from 'node:util';
 import { Redis } from 'ioredis';
 import { expect, inject, test, vi } from 'vitest';
-import { cleanEnvironment } from '../../src/demo/pod.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
+import { cleanEnvironment } from './pod.ts';
 
 // Each run mostly waits for retries; several at once make up for it, at the price of a slower start.
 vi.setConfig({ testTimeout: 180_000 });
@@ -26,10 +26,14 @@ let runs = 0;
 async function startDemo(args: string[], env: Record<string, string> = {}): Promise<Demo> {
   const temporary = join(await folderOfFile(), `run-${++runs}`);
   await mkdir(temporary, { recursive: true });
-  const child = spawn(process.execPath, [join(inject('root'), 'dist/demo/main.js'), ...args], {
-    env: { ...cleanEnvironment(), TMPDIR: temporary, ...env },
-    stdio: ['ignore', 'pipe', 'pipe'],
-  });
+  const child = spawn(
+    process.execPath,
+    ['--import', 'tsx', join(inject('root'), 'test/demo/main.ts'), ...args],
+    {
+      env: { ...cleanEnvironment(), TSX_DISABLE_CACHE: '1', TMPDIR: temporary, ...env },
+      stdio: ['ignore', 'pipe', 'pipe'],
+    },
+  );
   let output = '';
   for (const stream of [child.stdout, child.stderr])
     stream.on('data', (chunk: Buffer) => (output += chunk.toString()));

@@ -8,12 +8,12 @@ import { createInterface } from 'node:readline';
 import { Redis } from 'ioredis';
 import { Client } from 'pg';
 import { afterEach, expect, inject, test } from 'vitest';
-import { type PrivatePostgres, startPrivatePostgres, startPrivateRedis } from '../../src/demo/servers.ts';
-import { freePort } from '../../src/demo/supervise.ts';
-import { temporaryFolder } from '../../src/demo/watchdog.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { createDatabase, createRedis, folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
+import { type PrivatePostgres, startPrivatePostgres, startPrivateRedis } from './servers.ts';
+import { freePort } from './supervise.ts';
+import { temporaryFolder } from './watchdog.ts';
 
 let cleanups: (() => Promise<unknown>)[] = [];
 
@@ -170,7 +170,7 @@ test('a PostgreSQL runs though its user cannot read node_modules, and the instal
     });
   }
   for (const file of ['servers.ts', 'supervise.ts', 'postgres-binaries.ts', 'watchdog.ts'])
-    await cp(join(root, 'src/demo', file), join(home, file));
+    await cp(join(root, 'test/demo', file), join(home, file));
   await writeFile(join(home, 'package.json'), '{ "type": "module" }');
   await chmod(home, 0o700);
   const there = (await import(/* @vite-ignore */ join(home, 'servers.ts'))) as {
@@ -289,8 +289,8 @@ test.each(['SIGKILL', 'uncaught exception', 'process.exit'])(
   async (end) => {
     const program = `
       import { join } from 'node:path';
-      import { startPrivatePostgres, startPrivateRedis } from '${inject('root')}/dist/demo/servers.js';
-      import { temporaryFolder } from '${inject('root')}/dist/demo/watchdog.js';
+      import { startPrivatePostgres, startPrivateRedis } from '${inject('root')}/test/demo/servers.ts';
+      import { temporaryFolder } from '${inject('root')}/test/demo/watchdog.ts';
       const folder = await temporaryFolder('relay-orphan-');
       const [pg, redis] = await Promise.all([
         startPrivatePostgres({ directory: join(folder.path, 'pg') }),
@@ -302,7 +302,8 @@ test.each(['SIGKILL', 'uncaught exception', 'process.exit'])(
         if (${JSON.stringify(end)} === 'process.exit') process.exit(0);
         throw new Error('on purpose');
       });`;
-    const parent = spawn(process.execPath, ['--input-type=module', '-e', program], {
+    const parent = spawn(process.execPath, ['--import', 'tsx', '--input-type=module', '-e', program], {
+      env: { ...process.env, TSX_DISABLE_CACHE: '1' },
       stdio: ['pipe', 'pipe', 'ignore'],
     });
     const gone = new Promise((done) => parent.once('exit', done));

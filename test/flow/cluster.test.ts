@@ -1,6 +1,6 @@
 /** A Redis Cluster under the relay: slots move and masters fall under traffic, and the ledger stays clean. */
 import { expect, test } from 'vitest';
-import { slotOf } from '../../src/topics.ts';
+import { slotOf } from '../../src/config/topics.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, setStageOn } from '../support/flow.ts';
 import { createCluster, type TestCluster } from '../support/redis-cluster.ts';

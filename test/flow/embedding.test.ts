@@ -8,7 +8,7 @@ import { drizzle } from 'drizzle-orm/node-postgres';
 import { Redis } from 'ioredis';
 import { Pool } from 'pg';
 import { expect, inject, onTestFinished, test } from 'vitest';
-import { appendEvent, createRelay, type Logger } from '../../src/app.ts';
+import { appendEvent, createRelay, type Logger } from '../../src/index.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { type Stage, setStage } from '../support/flow.ts';
 import { asRelay, EMBEDDER_ROLE, PRODUCER_ROLE } from '../support/least-privilege.ts';
@@ -133,7 +133,7 @@ test('a process that embeds the relay ends by itself when everything is stopped'
      const require = createRequire(${JSON.stringify(pathToFileURL(join(root, 'package.json')).href)});
      const { Pool } = require('pg');
      const { Redis } = require('ioredis');
-     const { createRelay, loadConfig, appendEvent } = await import(${JSON.stringify(pathToFileURL(join(root, 'dist/app.js')).href)});
+     const { createRelay, loadConfig, appendEvent } = await import(${JSON.stringify(pathToFileURL(join(root, 'dist/index.js')).href)});
      const pool = new Pool({ connectionString: process.env.RELAY_DATABASE_URL });
      const redis = new Redis(process.env.RELAY_REDIS_URL);
      for (const own of [{}, { pool, redis, http: false }]) {

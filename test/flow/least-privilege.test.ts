@@ -1,13 +1,13 @@
 import { randomBytes, randomUUID } from 'node:crypto';
 import pg from 'pg';
 import { expect, onTestFinished, test } from 'vitest';
-import { appendEvent, createRelay } from '../../src/app.ts';
-import { loadConfig } from '../../src/config.ts';
-import { databaseGrants } from '../../src/operate/grants.ts';
+import { loadConfig } from '../../src/config/config.ts';
+import { appendEvent, createRelay } from '../../src/index.ts';
+import { databaseGrants } from '../../src/operations/roles.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import type { RowName } from '../../src/outbox/finalize.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
-import { createPruner, FIRST_PLACE } from '../../src/outbox/prune.ts';
+import { createPruner, FIRST_PLACE } from '../../src/outbox/pruner.ts';
 import { anEvent, createOldTable, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
 import {

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import type { SampleEvent } from '../../src/demo/sample.ts';
+import type { SampleEvent } from '../demo/sample.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, PATIENCE_MS, STREAM, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';

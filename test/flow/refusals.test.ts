@@ -1,6 +1,6 @@
 import { Redis } from 'ioredis';
 import { expect, onTestFinished, test } from 'vitest';
-import type { Pod } from '../../src/demo/pod.ts';
+import type { Pod } from '../demo/pod.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { RELAY_USER, redisRules } from '../support/least-privilege.ts';

@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import type { Status } from '../../src/operate/status.ts';
+import type { Status } from '../../src/operations/fleet-status.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
 import { blocksUnder } from '../support/readme.ts';

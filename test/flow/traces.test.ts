@@ -1,8 +1,8 @@
 import { context, propagation, trace } from '@opentelemetry/api';
 import { tracing } from '@opentelemetry/sdk-node';
 import { expect, onTestFinished, test } from 'vitest';
-import { createRelay } from '../../src/app.ts';
-import { freePort } from '../../src/demo/supervise.ts';
+import { createRelay } from '../../src/index.ts';
+import { freePort } from '../demo/supervise.ts';
 import { type CollectedSpan, startCollector } from '../support/collector.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, type Entry, STREAM, setStage } from '../support/flow.ts';

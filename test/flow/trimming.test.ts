@@ -1,7 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { Redis } from 'ioredis';
 import { expect, onTestFinished, test } from 'vitest';
-import type { Status } from '../../src/operate/status.ts';
+import type { Status } from '../../src/operations/fleet-status.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { deferred } from '../support/stages.ts';

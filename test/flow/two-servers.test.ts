@@ -1,7 +1,7 @@
 /** Queues on one Redis, streams on another: whichever of them fails, once and in order. */
 import { dirname } from 'node:path';
 import { expect, test } from 'vitest';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
+import type { PrivateRedis } from '../demo/servers.ts';
 import { cutAof, endOfAof } from '../support/aof.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, STREAM, setStageOn } from '../support/flow.ts';

@@ -1,7 +1,7 @@
 /** The build before had no gate: its pods must have ended before this one works, and it left jobs behind. */
 import { expect, test } from 'vitest';
-import type { Pod } from '../../src/demo/pod.ts';
-import type { PodFacts } from '../../src/operate/heartbeat.ts';
+import type { PodFacts } from '../../src/operations/heartbeat.ts';
+import type { Pod } from '../demo/pod.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { PATIENCE_MS, STREAM, type Stage, setStage } from '../support/flow.ts';
 import { aClaimedEvent } from '../support/stages.ts';

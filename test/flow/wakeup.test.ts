@@ -1,7 +1,7 @@
 import { performance } from 'node:perf_hooks';
 import { Redis } from 'ioredis';
 import { expect, onTestFinished, test } from 'vitest';
-import type { SampleEvent } from '../../src/demo/sample.ts';
+import type { SampleEvent } from '../demo/sample.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';

@@ -4,7 +4,7 @@
  */
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import type pg from 'pg';
-import type { Pool } from '../../src/outbox/database.ts';
+import type { Pool } from '../../src/connections/database.ts';
 import type { AdminPool } from '../support/stages.ts';
 
 /** Whoever does work: a pod, a producer, an operator. */

@@ -1,6 +1,6 @@
 import { beforeAll, beforeEach, expect, test } from 'vitest';
+import type { Pool } from '../../src/connections/database.ts';
 import { type BacklogReader, createBacklog } from '../../src/outbox/backlog.ts';
-import type { Pool } from '../../src/outbox/database.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
 import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';

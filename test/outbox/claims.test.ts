@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
 import { describe, expect, test } from 'vitest';
+import type { Pool } from '../../src/connections/database.ts';
 import type { Claim } from '../../src/outbox/claims.ts';
-import type { Pool } from '../../src/outbox/database.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import {

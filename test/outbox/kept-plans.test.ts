@@ -5,7 +5,7 @@
 import { randomUUID } from 'node:crypto';
 import pg from 'pg';
 import { beforeAll, expect, test } from 'vitest';
-import type { Pool } from '../../src/outbox/database.ts';
+import type { Pool } from '../../src/connections/database.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { OUTBOX_OPTIONS } from '../support/outbox-table.ts';
 import { createDatabase } from '../support/servers.ts';

@@ -5,11 +5,11 @@
 import { randomUUID } from 'node:crypto';
 import pg from 'pg';
 import { beforeAll, describe, expect, test } from 'vitest';
+import type { Pool, Queryable } from '../../src/connections/database.ts';
 import { type BacklogReader, createBacklog } from '../../src/outbox/backlog.ts';
-import type { Pool, Queryable } from '../../src/outbox/database.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
-import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/prune.ts';
+import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/pruner.ts';
 import { asRelay, OPERATOR_ROLE } from '../support/least-privilege.ts';
 import { OUTBOX_OPTIONS } from '../support/outbox-table.ts';
 import { createDatabase } from '../support/servers.ts';

@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
 import { describe, expect, test } from 'vitest';
-import type { Pool } from '../../src/outbox/database.ts';
+import type { Pool } from '../../src/connections/database.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
 import type { FinalizedRow } from '../../src/outbox/published.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';

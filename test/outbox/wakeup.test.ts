@@ -1,6 +1,6 @@
 import type pg from 'pg';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import type { Pool } from '../../src/outbox/database.ts';
+import type { Pool } from '../../src/connections/database.ts';
 import {
   createWakeup,
   hasWakeup,

@@ -15,7 +15,7 @@ import {
   type Workers,
 } from '../../src/queue/workers.ts';
 import type { Appending } from '../../src/streams/append.ts';
-import { untraced } from '../../src/tracing/tracing.ts';
+import { untraced } from '../../src/telemetry/tracing.ts';
 import { createRedis } from '../support/servers.ts';
 import {
   type AdminRedis,

@@ -1,9 +1,9 @@
 /** The publish stage as a pod has it, on real servers; the test claims. */
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import type { Context } from '../../src/context.ts';
-import type { SampleEvent } from '../../src/demo/sample.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createPublishing, type Publishing } from '../../src/publish/publishing.ts';
+import type { SampleEvent } from '../demo/sample.ts';
 import { openContext } from '../support/context.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { deferred, type Row, readRows, readStates, readStream } from '../support/stages.ts';

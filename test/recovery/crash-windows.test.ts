@@ -5,9 +5,9 @@
 import { Queue } from 'bullmq';
 import { Client } from 'pg';
 import { describe, expect, onTestFinished, test } from 'vitest';
-import { createRelay, loadConfig, type Relay } from '../../src/app.ts';
-import type { SampleEvent } from '../../src/demo/sample.ts';
+import { createRelay, loadConfig, type Relay } from '../../src/index.ts';
 import { publishQueueName } from '../../src/queue/queues.ts';
+import type { SampleEvent } from '../demo/sample.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { PATIENCE_MS, STREAM, setStage as setFlowStage } from '../support/flow.ts';

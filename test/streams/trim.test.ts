@@ -1,7 +1,7 @@
 import { beforeEach, describe, expect, test } from 'vitest';
-import type { Logger } from '../../src/logger.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { createTrimmer } from '../../src/streams/trim.ts';
+import type { Logger } from '../../src/telemetry/logger.ts';
 import { asRelay, redisRules } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';
 import { openAdminRedis, openRedis, silent } from '../support/stages.ts';

@@ -1,8 +1,8 @@
 import { dirname } from 'node:path';
 import { expect, test } from 'vitest';
-import { createRedis } from '../support/servers.ts';
-import { openAdminRedis } from '../support/stages.ts';
 import { cutAof, endOfAof, lastBoundary } from './aof.ts';
+import { createRedis } from './servers.ts';
+import { openAdminRedis } from './stages.ts';
 
 /** Commands as an append-only file has them. */
 const aof = (...commands: string[][]): Buffer =>

@@ -1,5 +1,5 @@
-import { entryOf } from '../../src/board-users.ts';
-import { hashPassword } from '../../src/web/passwords.ts';
+import { entryOf } from '../../src/config/board-users.ts';
+import { hashPassword } from '../../src/http/passwords.ts';
 
 /** A password's hash that costs little. */
 export const cheapHash = (password: string): Promise<string> =>

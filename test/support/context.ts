@@ -1,14 +1,14 @@
 /** What the parts of a relay share (src/context.ts), on servers of the test file's own, for tests of single parts. */
 import { type Job, Worker } from 'bullmq';
-import { loadConfig } from '../../src/app.ts';
+import { openServers } from '../../src/connections/servers.ts';
 import { type Context, createContext } from '../../src/context.ts';
-import type { Logger } from '../../src/logger.ts';
+import { loadConfig } from '../../src/index.ts';
 import type { LeasedEvent } from '../../src/outbox/outbox.ts';
 import { openQueues } from '../../src/queue/queues.ts';
 import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
-import { openServers } from '../../src/servers.ts';
 import { epochId } from '../../src/streams/epoch.ts';
-import { untraced } from '../../src/tracing/tracing.ts';
+import type { Logger } from '../../src/telemetry/logger.ts';
+import { untraced } from '../../src/telemetry/tracing.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { createDatabase, createRedis } from './servers.ts';
 import {

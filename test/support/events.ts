@@ -1,5 +1,5 @@
-import { type SampleEvent, sampleEvent, type UserEventType } from '../../src/demo/sample.ts';
-import type { Queryable } from '../../src/outbox/database.ts';
+import type { Queryable } from '../../src/connections/database.ts';
+import { type SampleEvent, sampleEvent, type UserEventType } from '../demo/sample.ts';
 
 const USER_EVENT_TYPES: readonly string[] = [
   'UserCreated',

@@ -8,9 +8,9 @@ import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { Client } from 'pg';
 import type { TestProject } from 'vitest/node';
-import { cleanEnvironment } from '../../src/demo/pod.ts';
-import { startPrivatePostgres } from '../../src/demo/servers.ts';
-import { temporaryFolder } from '../../src/demo/watchdog.ts';
+import { cleanEnvironment } from '../demo/pod.ts';
+import { startPrivatePostgres } from '../demo/servers.ts';
+import { temporaryFolder } from '../demo/watchdog.ts';
 import { databaseUrl, TEMPLATE } from './database-url.ts';
 import { grantLeast } from './least-privilege.ts';
 

@@ -2,7 +2,7 @@ import type { ConnectionOptions } from 'bullmq';
 import type { Redis } from 'ioredis';
 import type { ClientBase } from 'pg';
 import { expect, expectTypeOf, test } from 'vitest';
-import type { Pool } from '../../src/outbox/database.ts';
+import type { Pool } from '../../src/connections/database.ts';
 import { RELAY_USER } from './least-privilege.ts';
 import { createDatabase, createRedis } from './servers.ts';
 import {

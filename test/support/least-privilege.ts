@@ -1,7 +1,7 @@
 /** The role and the user that pods run as: with the rights that `relay grants` prints, and no others. */
 import { Client } from 'pg';
-import { loadConfig } from '../../src/config.ts';
-import { databaseGrants, redisAcls } from '../../src/operate/grants.ts';
+import { loadConfig } from '../../src/config/config.ts';
+import { databaseGrants, redisAcls } from '../../src/operations/roles.ts';
 
 export const RELAY_USER = 'relay_pod';
 export const OPERATOR_ROLE = 'relay_test_operator';

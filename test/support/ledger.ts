@@ -1,5 +1,5 @@
 import { expect } from 'vitest';
-import { gradeLedger, type LedgerGrade, type LedgerOptions, violationsOf } from '../../src/demo/ledger.ts';
+import { gradeLedger, type LedgerGrade, type LedgerOptions, violationsOf } from '../demo/ledger.ts';
 
 /** Fails the test, naming kinds, counts and sample ids, unless table and streams show that every promise held. */
 export async function expectPromisesHeld(options: LedgerOptions): Promise<LedgerGrade> {

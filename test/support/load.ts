@@ -1,6 +1,6 @@
 import { setTimeout as delay } from 'node:timers/promises';
-import type { SampleEvent } from '../../src/demo/sample.ts';
-import type { Queryable } from '../../src/outbox/database.ts';
+import type { Queryable } from '../../src/connections/database.ts';
+import type { SampleEvent } from '../demo/sample.ts';
 import { insertEvents, someEvents } from './events.ts';
 
 const WRITERS = 4;

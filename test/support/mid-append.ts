@@ -1,6 +1,6 @@
 import { Client } from 'pg';
 import { onTestFinished } from 'vitest';
-import type { Pod } from '../../src/demo/pod.ts';
+import type { Pod } from '../demo/pod.ts';
 import { insertEvents, someEvents } from './events.ts';
 import type { Stage } from './flow.ts';
 import { waitFor } from './wait.ts';

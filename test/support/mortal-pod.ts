@@ -1,7 +1,7 @@
 /** A relay in this process whose steps are watched, and which is gone at the moment that a test names, as by kill -9. */
 import type { Redis, RedisOptions } from 'ioredis';
 import pg from 'pg';
-import { createRelay, type Relay, type RelayConfig } from '../../src/app.ts';
+import { createRelay, type Relay, type RelayConfig } from '../../src/index.ts';
 import { type AdminPool, deferred, openPool, openRedis, silent } from './stages.ts';
 import { waitFor } from './wait.ts';
 

@@ -2,10 +2,10 @@
 import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
 import { beforeEach, expect } from 'vitest';
-import type { SampleEvent } from '../../src/demo/sample.ts';
 import type { Claim } from '../../src/outbox/claims.ts';
 import type { DeadEvent, PublishedEvent, RowName } from '../../src/outbox/finalize.ts';
 import { createOutbox, type Outbox, type OutboxOptions } from '../../src/outbox/outbox.ts';
+import type { SampleEvent } from '../demo/sample.ts';
 import { anEvent, insertEvents } from './events.ts';
 import { createDatabase } from './servers.ts';
 import { type AdminPool, openAdminPool, openPool, type Row, readRows, readStates } from './stages.ts';

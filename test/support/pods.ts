@@ -1,6 +1,6 @@
 import { join } from 'node:path';
 import { inject } from 'vitest';
-import { type Pod, startPod as startDemoPod } from '../../src/demo/pod.ts';
+import { type Pod, startPod as startDemoPod } from '../demo/pod.ts';
 import { atEndOfFile } from './cleanup.ts';
 
 /** A relay in its own process (`node dist/cli.js start`), killed after the test file if it still runs. */

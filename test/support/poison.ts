@@ -1,7 +1,7 @@
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { onTestFinished } from 'vitest';
-import type { Pod } from '../../src/demo/pod.ts';
+import type { Pod } from '../demo/pod.ts';
 import type { Stage } from './flow.ts';
 import { folderOfFile } from './servers.ts';
 

@@ -1,7 +1,7 @@
 import { connect, createServer, type Server, type Socket } from 'node:net';
 import { afterEach, beforeEach, expect, test } from 'vitest';
-import { waitFor } from '../support/wait.ts';
 import { type NetworkLink, startProxy } from './proxy.ts';
+import { waitFor } from './wait.ts';
 
 let echo: Server;
 let proxy: NetworkLink;

@@ -1,6 +1,6 @@
 /** A Redis Cluster of a test file's own: three masters with a replica each, and what operators do to one. */
 import { Cluster } from 'ioredis';
-import type { PrivateRedis } from '../../src/demo/servers.ts';
+import type { PrivateRedis } from '../demo/servers.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { createRedis } from './servers.ts';
 import { type AdminRedis, openAdminRedis } from './stages.ts';

@@ -8,8 +8,8 @@ import {
   type PrivateRedisOptions,
   startPrivatePostgres,
   startPrivateRedis,
-} from '../../src/demo/servers.ts';
-import { type TemporaryFolder, temporaryFolder } from '../../src/demo/watchdog.ts';
+} from '../demo/servers.ts';
+import { type TemporaryFolder, temporaryFolder } from '../demo/watchdog.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { databaseUrl, TEMPLATE } from './database-url.ts';
 import { asRelay, grantLeast, redisArgs } from './least-privilege.ts';

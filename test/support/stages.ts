@@ -1,11 +1,11 @@
 /** What tests of single stages share: clients that close by themselves, a silent logger, rows and events at hand. */
 import { Redis, type RedisOptions } from 'ioredis';
 import pg from 'pg';
-import type { SampleEvent } from '../../src/demo/sample.ts';
+import { redisOptions } from '../../src/config/redis-urls.ts';
+import type { Queryable } from '../../src/connections/database.ts';
 import type { OutboxEvent } from '../../src/event.ts';
-import type { Logger } from '../../src/logger.ts';
-import type { Queryable } from '../../src/outbox/database.ts';
-import { redisOptions } from '../../src/redis-urls.ts';
+import type { Logger } from '../../src/telemetry/logger.ts';
+import type { SampleEvent } from '../demo/sample.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { anEvent } from './events.ts';
 

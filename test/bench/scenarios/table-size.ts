@@ -4,12 +4,12 @@
  */
 import { join } from 'node:path';
 import pg from 'pg';
-import { loadConfig } from '../../../src/config.ts';
-import { startPrivatePostgres } from '../../../src/demo/servers.ts';
-import { temporaryFolder } from '../../../src/demo/watchdog.ts';
-import { migrate } from '../../../src/outbox/migrate.ts';
+import { loadConfig } from '../../../src/config/config.ts';
+import { migrate } from '../../../src/outbox/migrations.ts';
 import { createOutbox } from '../../../src/outbox/outbox.ts';
-import { createPruner, FIRST_PLACE } from '../../../src/outbox/prune.ts';
+import { createPruner, FIRST_PLACE } from '../../../src/outbox/pruner.ts';
+import { startPrivatePostgres } from '../../demo/servers.ts';
+import { temporaryFolder } from '../../demo/watchdog.ts';
 import type { Figure, Scenario } from '../scenario.ts';
 import { silent } from '../servers.ts';
 

@@ -1,0 +1,126 @@
+import type { Redis } from 'ioredis';
+import { NotReadyError, withDeadline } from '../lifecycle.ts';
+import { missingFromTable } from '../outbox/required.ts';
+import { errorText, type Logger } from '../telemetry/logger.ts';
+import type { Pool } from './database.ts';
+
+/** What must be there before the relay can work. */
+
+const RETRY_MS = 500;
+const LOG_EVERY_MS = 5_000;
+
+/**
+ * Waits until database and Redis answer, and checks the table.
+ * @throws {NotReadyError} when one does not answer within `timeoutMs`, or the table is not as it must be
+ */
+export async function waitForServers(deps: {
+  pool: Pool;
+  redis: readonly Redis[];
+  /** To the server of the streams, where that is another one. */
+  streamRedis?: readonly Redis[];
+  timeoutMs: number;
+  logger: Logger;
+}): Promise<void> {
+  const { pool, redis, timeoutMs, logger } = deps;
+  const streamRedis = (deps.streamRedis ?? []).filter((it) => !redis.includes(it));
+  const endsAt = Date.now() + timeoutMs;
+  let missing: string[] = [];
+  // A session that ends meanwhile is no reason to give up.
+  const look = async () => {
+    missing = await missingFromTable(pool);
+  };
+  await Promise.all([
+    waitFor('PostgreSQL', 'RELAY_DATABASE_URL', look, endsAt, logger),
+    ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', answers(it), endsAt, logger)),
+    ...streamRedis.map((it) =>
+      waitFor('Redis of the streams', 'RELAY_STREAM_REDIS_URL', answers(it), endsAt, logger),
+    ),
+  ]);
+  if (missing.length > 0) {
+    throw new NotReadyError(
+      `the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`,
+    );
+  }
+}
+
+/** Asks for a sign of life. A connection that is not ready has told why by its last error. */
+function answers(redis: Redis): () => Promise<unknown> {
+  let reason: Error | undefined;
+  redis.on('error', (error) => {
+    reason = error;
+  });
+  return async () => {
+    if (redis.status !== 'ready') throw reason ?? new Error(`connection is ${redis.status}`);
+    await redis.ping();
+  };
+}
+
+async function waitFor(
+  server: string,
+  variable: string,
+  ask: () => Promise<unknown>,
+  endsAt: number,
+  logger: Logger,
+): Promise<void> {
+  let loggedAt = Date.now();
+  for (;;) {
+    try {
+      await withDeadline(Math.max(endsAt - Date.now(), 100), ask());
+      return;
+    } catch (error) {
+      if (Date.now() >= endsAt) {
+        throw new NotReadyError(`${server} cannot be reached (see ${variable}): ${errorText(error)}`);
+      }
+      if (Date.now() - loggedAt >= LOG_EVERY_MS) {
+        loggedAt = Date.now();
+        logger.warn({ err: error, server }, 'waiting for a server to answer');
+      }
+      await new Promise((resolve) =>
+        setTimeout(resolve, Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1))),
+      );
+    }
+  }
+}
+
+/** Long enough to be seen by a curious operator, short enough to be gone when the relay is. */
+const PROBE_KEY_TTL_MS = 10_000;
+
+/**
+ * Asks Redis to take a write, as every step of the relay does. One that is full, read-only or without its replicas
+ * answers a PING all the same.
+ *
+ * @throws why it takes none
+ */
+export function createWriteProbe(redis: Redis, key: string): () => Promise<void> {
+  let lost: Error | undefined;
+  redis.on('error', (error) => {
+    lost = error;
+  });
+  redis.on('ready', () => {
+    lost = undefined;
+  });
+  return async () => {
+    // What ioredis says of a connection that is not there tells nobody why.
+    if (redis.status !== 'ready') {
+      throw lost ?? new Error(`no connection to Redis yet (${redis.status}): is it loading its data?`);
+    }
+    await redis.set(key, '', 'PX', PROBE_KEY_TTL_MS);
+  };
+}
+
+export type RedisFacts = Readonly<{ version: string; aofEnabled: boolean; maxmemoryPolicy: string }>;
+
+/** From INFO: what decides whether Redis may be trusted with streams. */
+export async function inspectRedis(redis: Redis): Promise<RedisFacts> {
+  const info = new Map(
+    (await redis.info()).split('\r\n').map((line): [string, string] => {
+      const colon = line.indexOf(':');
+      return [line.slice(0, colon), line.slice(colon + 1)];
+    }),
+  );
+  return {
+    version: info.get('redis_version') ?? 'unknown',
+    aofEnabled: info.get('aof_enabled') === '1',
+    maxmemoryPolicy: info.get('maxmemory_policy') ?? 'unknown',
+  };
+}

@@ -1,0 +1,169 @@
+import type { Socket } from 'node:net';
+import { Redis, type RedisOptions } from 'ioredis';
+import type { RelayConfig } from '../config/config.ts';
+import { isCluster, type RedisPlace, streamPlace } from '../config/redis-places.ts';
+import { redisNodes, redisOptions, sentinelOptions } from '../config/redis-urls.ts';
+import { slotOf } from '../config/topics.ts';
+import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION } from '../queue/queues.ts';
+import { WORKER_CONNECTION } from '../queue/workers.ts';
+import { APPEND_CONNECTION } from '../streams/append.ts';
+import type { Logger } from '../telemetry/logger.ts';
+import type { Pool } from './database.ts';
+import { createPool } from './pool.ts';
+import { distrustful } from './pool-health.ts';
+import { inCluster } from './slot-connector.ts';
+
+/** Every connection of a pod: what it is for, and how long it is waited for. */
+
+/** Answer of a healthy server; commands that take longer are given up and asked again. */
+const QUEUE_TIMEOUT_MS = 5_000;
+const CONNECT_TIMEOUT_MS = 3_000;
+const RECONNECT_DELAY_MS = 1_000;
+const POOL_SIZE = 10;
+/** So many commands at most are held back until the turn of the loop has ended. */
+const GATHERED_WRITES = 32;
+
+/** Where the queues are: what of the configuration says so. */
+export type QueuePlace = Pick<RelayConfig, 'redisUrl' | 'queuePrefix' | 'queueName'> & RedisPlace;
+
+/** One connection to one server: the one that there is, the master that sentinels name, or the node with our slot. */
+export function openRedis(place: QueuePlace, options: RedisOptions): Redis {
+  // ioredis' types want the reply mapping said, though this is the default.
+  return new Redis({
+    ...redisOptions(place.redisUrl),
+    ...whereaboutsOf(place, options.enableOfflineQueue !== false),
+    ...options,
+  } as RedisOptions & { replyMapping?: 'legacy' });
+}
+
+/** To the Redis of the queues and that of the streams: the same connection, where it is one server. */
+export function openBoth(config: RelayConfig, options: RedisOptions): [queues: Redis, streams: Redis] {
+  const queues = openRedis(config, options);
+  const streams = streamPlace(config);
+  return [queues, streams === config ? queues : openRedis(streams, options)];
+}
+
+function whereaboutsOf(place: QueuePlace, waits: boolean): RedisOptions {
+  const { redisUrl, redisCluster = false, redisSentinels = 'none', redisSentinelName } = place;
+  if (redisSentinels !== 'none') {
+    return {
+      ...sentinelOptions(redisSentinels),
+      name: redisSentinelName,
+      enableTLSForSentinelMode: redisOptions(redisUrl).tls !== undefined,
+      sentinelCommandTimeout: CONNECT_TIMEOUT_MS,
+      // A master that was demoted without a word: the sentinels know the new one.
+      reconnectOnError: ({ message }) => /^READONLY\b/.test(message) && (waits ? 2 : 1),
+    } as RedisOptions;
+  }
+  if (!isCluster(place)) return {};
+  const nodes = [...redisNodes(redisUrl), ...(redisCluster || [])];
+  return inCluster(nodes, slotOf(`${place.queuePrefix}:${place.queueName}`), waits);
+}
+
+export type Servers = Readonly<{
+  pool: Pool;
+  /** For the queues: fails fast. */
+  queueRedis: Redis;
+  /** To read streams: the same, unless they are on a server of their own. */
+  streamRedis: Redis;
+  /** For the streams alone: neither queues nor resends. */
+  appendRedis: Redis;
+  /** For BullMQ's workers: waits until Redis is back. */
+  workerRedis: Redis;
+  close(): Promise<void>;
+}>;
+
+/** @param deps what somebody else brought: used, and never closed */
+export function openServers(
+  config: RelayConfig,
+  deps: Readonly<{ pool?: Pool; redis?: Redis }>,
+  logger: Logger,
+): Servers {
+  const ownPool = deps.pool
+    ? undefined
+    : createPool(config.databaseUrl, {
+        max: POOL_SIZE,
+        connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
+        keepAlive: true,
+        pipeline: true,
+        application_name: 'relay-service',
+      });
+  ownPool?.on('connect', (client) =>
+    gatherWrites((client as unknown as { connection: { stream: Socket } }).connection.stream),
+  );
+  ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
+
+  const connections: Redis[] = [];
+  const connect = (role: string, options: RedisOptions, place: RelayConfig = config): Redis => {
+    const all: RedisOptions = {
+      socketTimeout: ANSWER_TIMEOUT_MS,
+      ...options,
+      lazyConnect: false,
+      connectTimeout: CONNECT_TIMEOUT_MS,
+      connectionName: `relay-${role}`,
+      retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
+    };
+    const redis = deps.redis && place === config ? deps.redis.duplicate(all) : openRedis(place, all);
+    redis.on('connect', () => gatherWrites(redis.stream));
+    let lost = false;
+    redis.on('error', (error) => {
+      if (!lost)
+        logger.warn(
+          { err: error, connection: role },
+          'no connection to Redis; trying again until it is back',
+        );
+      lost = true;
+    });
+    redis.on('ready', () => {
+      if (lost) logger.warn({ connection: role }, 'the connection to Redis is back');
+      lost = false;
+    });
+    connections.push(redis);
+    return redis;
+  };
+  const failingFast = { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS };
+  const queueRedis = connect('queue', failingFast);
+  const streams = streamPlace(config);
+  return {
+    pool: distrustful(deps.pool ?? (ownPool as Pool), QUEUE_TIMEOUT_MS),
+    queueRedis,
+    streamRedis: streams === config ? queueRedis : connect('streams', failingFast, streams),
+    appendRedis: connect(
+      'append',
+      { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs },
+      streams,
+    ),
+    workerRedis: connect('worker', WORKER_CONNECTION),
+    async close() {
+      for (const redis of connections) redis.disconnect();
+      await ownPool?.end();
+    },
+  };
+}
+
+/**
+ * What is written in one turn of the loop leaves in one system call. The workers finish jobs by the dozen at once, and
+ * each call costs this process more than all the rest of its command (50 of 190 µs per event, measured). ioredis' own
+ * pipelining costs more than it spares there.
+ */
+function gatherWrites(socket: Socket): void {
+  const write = socket.write.bind(socket) as (...args: unknown[]) => boolean;
+  let gathered = 0;
+  const send = (): void => {
+    gathered = 0;
+    socket.uncork();
+  };
+  socket.write = (...args: unknown[]) => {
+    if (gathered === 0) {
+      socket.cork();
+      process.nextTick(() => {
+        if (gathered > 0) send();
+      });
+    }
+    gathered++;
+    const isTaken = write(...args);
+    // Redis works on the first of them while we are busy with the next.
+    if (gathered >= GATHERED_WRITES) send();
+    return isTaken;
+  };
+}

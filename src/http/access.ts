@@ -1,0 +1,282 @@
+import { createHmac, hkdfSync, randomBytes } from 'node:crypto';
+import { setTimeout as delay } from 'node:timers/promises';
+import cookie from '@fastify/cookie';
+import formBody from '@fastify/formbody';
+import rateLimit from '@fastify/rate-limit';
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
+import { type BoardUser, entryOf, type Role } from '../config/board-users.ts';
+import type { Logger } from '../telemetry/logger.ts';
+import { logInPage, logOutPage, refusalPage } from './pages.ts';
+import { isPassword, NOBODYS_HASH } from './passwords.ts';
+
+/** Who is asking, and what that allows. */
+
+export type Operator = Readonly<{ name: string; role: Role }>;
+
+declare module 'fastify' {
+  interface FastifyRequest {
+    /** Set by `requires`. */
+    operator: Operator | null;
+    /** The name that a password is tried for; counted by it. */
+    triedName: string;
+  }
+}
+
+const COOKIE = 'relay_session';
+/** One working day. A session cannot be ended on the server, but for all at once by another RELAY_BOARD_USERS. */
+const SESSION_MS = 8 * 3_600_000;
+/** A wrong password is answered no sooner, whatever is wrong: the time tells nothing, and guessing takes long. */
+const WRONG_ANSWER_MS = 1_000;
+/** Passwords tried in a minute, right or wrong: from one address (of IPv6, one /64), and for one name. */
+const WINDOW_MS = 60_000;
+const TRIES_BY_ADDRESS = 10;
+const TRIES_BY_NAME = 20;
+/** A script that sends its password with every request has it checked once in so long. */
+const REMEMBERED_MS = 60_000;
+const REMEMBERED_MAX = 200;
+const MAX_FORM_BYTES = 8_192;
+
+const SAFE_METHODS = new Set(['GET', 'HEAD']);
+export const isRead = (request: FastifyRequest): boolean => SAFE_METHODS.has(request.method);
+
+type Checked = { operator: Operator } | { wrong: true } | { tooMany: true; retryInS: number };
+
+/**
+ * Log-in by page and session cookie, or by HTTP Basic.
+ *
+ * A session is a signed cookie that names user and end. Its key is made from RELAY_BOARD_USERS, so that every pod
+ * knows it and any change there, of a password or a role, ends every session. The role is looked up each time.
+ *
+ * @param users nobody: whoever can reach the address is the operator "local"; only for loopback addresses
+ * @param basePath path of the whole server as the browser sees it, without a slash at its end
+ */
+export function createAccess(deps: { users: readonly BoardUser[]; basePath: string; logger: Logger }) {
+  const { users, basePath, logger } = deps;
+  const byName = new Map(users.map((user) => [user.name, user]));
+  const sessionKey = Buffer.from(
+    hkdfSync('sha256', users.map(entryOf).join('\n'), '', 'relay board session', 32),
+  );
+  const remembered = createMemory();
+  let countByAddress: ReturnType<FastifyInstance['createRateLimit']>;
+  let countByName: ReturnType<FastifyInstance['createRateLimit']>;
+
+  async function check(request: FastifyRequest, name: string, password: string): Promise<Checked> {
+    request.triedName = name;
+    for (const count of [countByAddress, countByName]) {
+      const limit = await count(request);
+      if (!limit.isAllowed && limit.isExceeded) {
+        logger.warn({ address: request.ip, operator: known(name) }, 'too many log-ins; refused unseen');
+        return { tooMany: true, retryInS: limit.ttlInSeconds };
+      }
+    }
+    const user = byName.get(name);
+    const answerAt = delay(WRONG_ANSWER_MS, undefined, { ref: false });
+    if ((await isPassword(password, user?.hash ?? NOBODYS_HASH)) && user !== undefined) {
+      return { operator: { name: user.name, role: user.role } };
+    }
+    await answerAt;
+    logger.warn({ address: request.ip, operator: known(name) }, 'wrong name or password');
+    return { wrong: true };
+  }
+
+  /** A name that is not known may be a password in the wrong field: that is not for the log. */
+  const known = (name: string): string | null => byName.get(name)?.name ?? null;
+
+  async function byBasic(request: FastifyRequest, credentials: string): Promise<Checked> {
+    const text = Buffer.from(credentials, 'base64').toString('utf8');
+    const colon = text.indexOf(':');
+    if (colon < 0) return { wrong: true };
+    const before = byName.get(remembered.nameOf(text) ?? '');
+    if (before !== undefined) return { operator: before };
+    const checked = await check(request, text.slice(0, colon), text.slice(colon + 1));
+    if ('operator' in checked) remembered.add(text, checked.operator.name);
+    return checked;
+  }
+
+  function bySession(request: FastifyRequest): Operator | null {
+    const { valid, value } = request.unsignCookie(request.cookies[COOKIE] ?? '');
+    if (!valid || value === null) return null;
+    const [, endsAt, name = ''] = /^(\d{1,15})\.(.+)$/.exec(value) ?? [];
+    const user = byName.get(name);
+    return user !== undefined && Date.now() < Number(endsAt) ? user : null;
+  }
+
+  /** Without users: this machine's own people, and no page or proxy that speaks for others. */
+  function byAddress(request: FastifyRequest): Operator | string {
+    // Else a page of anybody's could point its own name at 127.0.0.1 and be let in.
+    if (!LOOPBACK_NAME.test(request.hostname)) return 'without RELAY_BOARD_USERS only localhost is served';
+    if (request.headers.forwarded !== undefined || request.headers['x-forwarded-for'] !== undefined)
+      return 'this came through a proxy: set RELAY_BOARD_USERS';
+    return { name: 'local', role: 'operator' };
+  }
+
+  async function identify(request: FastifyRequest): Promise<Checked | null | string> {
+    if (users.length === 0) {
+      const found = byAddress(request);
+      return typeof found === 'string' ? found : { operator: found };
+    }
+    const [, credentials] = /^Basic +(\S+)$/i.exec(request.headers.authorization ?? '') ?? [];
+    if (credentials !== undefined) return byBasic(request, credentials);
+    const operator = bySession(request);
+    return operator && { operator };
+  }
+
+  /** A hook (onRequest or later) that lets nobody pass but these, and says who it is in `request.operator`. */
+  function requires(role: Role) {
+    return async (request: FastifyRequest, reply: FastifyReply): Promise<unknown> => {
+      const found = await identify(request);
+      if (typeof found === 'string') return refuse(request, reply, 403, found);
+      if (found === null || 'wrong' in found) return askToLogIn(request, reply, found !== null);
+      if ('tooMany' in found) return refuseForNow(reply, found.retryInS).send({ error: TOO_MANY });
+      const { name, role: has } = found.operator;
+      request.operator = { name, role: has };
+      if (role === 'operator' && has !== 'operator')
+        return refuse(request, reply, 403, `${name} is a viewer; acting needs the role operator`);
+      return undefined;
+    };
+  }
+
+  function askToLogIn(request: FastifyRequest, reply: FastifyReply, byScript: boolean): FastifyReply {
+    if (wantsPage(request) && !byScript) {
+      const next = encodeURIComponent(`${basePath}${request.url}`);
+      return reply.redirect(`${basePath}/login?next=${next}`, 303);
+    }
+    // No challenge for others: a browser would open a window of its own over the dashboard.
+    if (byScript) reply.header('www-authenticate', 'Basic realm="relay"');
+    return reply.code(401).send({ error: byScript ? WRONG : 'log in first' });
+  }
+
+  function refuse(request: FastifyRequest, reply: FastifyReply, code: 403, reason: string): FastifyReply {
+    if (!wantsPage(request)) return reply.code(code).send({ error: reason });
+    return reply.code(code).type('text/html; charset=utf-8').send(refusalPage(reason));
+  }
+
+  const refuseForNow = (reply: FastifyReply, retryInS: number): FastifyReply =>
+    reply.code(429).header('retry-after', Math.max(1, retryInS));
+
+  /** Paths of our own only: whoever made the link must not choose where its reader ends up. */
+  function ownPath(next: unknown): string {
+    const home = `${basePath}/board`;
+    if (typeof next !== 'string' || !/^\/(?![/\\])[\x21-\x5b\x5d-\x7e]{0,2000}$/.test(next)) return home;
+    return next.startsWith(`${basePath}/`) ? next : home;
+  }
+
+  /**
+   * What changes anything must come from a page of our own, or from no page at all. SameSite=Strict keeps the cookie
+   * from other sites, but not from other ports and subdomains of the same one, and Basic credentials from nobody.
+   */
+  async function refuseOtherSites(request: FastifyRequest, reply: FastifyReply): Promise<unknown> {
+    if (isRead(request) || isOfOurOwn(request)) return undefined;
+    logger.warn({ address: request.ip, path: pathOf(request) }, 'a request of another site was refused');
+    return reply.code(403).send({ error: 'this request does not come from a page of this site' });
+  }
+
+  function isOfOurOwn({ headers, host, cookies }: FastifyRequest): boolean {
+    const site = headers['sec-fetch-site'];
+    if (site !== undefined) return site === 'same-origin';
+    if (headers.origin !== undefined) return hostOf(headers.origin) === host;
+    // A script says neither. A browser does, so a session without is none.
+    return cookies[COOKIE] === undefined;
+  }
+
+  function addLogIn(app: FastifyInstance): void {
+    const logIn = `${basePath}/login`;
+    const html = (reply: FastifyReply) => reply.type('text/html; charset=utf-8');
+
+    app.get('/login', async (request, reply) => {
+      const next = ownPath((request.query as { next?: unknown }).next);
+      if (users.length === 0 || bySession(request)) return reply.redirect(next, 303);
+      return html(reply).send(logInPage(logIn, next));
+    });
+
+    app.post('/login', { bodyLimit: MAX_FORM_BYTES }, async (request, reply) => {
+      const form = (request.body ?? {}) as Record<string, unknown>;
+      const [name, password] = [form.name, form.password].map((it) => (typeof it === 'string' ? it : ''));
+      const next = ownPath(form.next);
+      const checked = await check(request, name ?? '', password ?? '');
+      if ('wrong' in checked) return html(reply.code(401)).send(logInPage(logIn, next, WRONG));
+      if ('tooMany' in checked)
+        return html(refuseForNow(reply, checked.retryInS)).send(logInPage(logIn, next, TOO_MANY));
+      const { operator } = checked;
+      logger.info({ operator: operator.name, role: operator.role, address: request.ip }, 'logged in');
+      reply.setCookie(COOKIE, `${Date.now() + SESSION_MS}.${operator.name}`, {
+        ...cookieOptions(request),
+        maxAge: SESSION_MS / 1_000,
+        signed: true,
+      });
+      return reply.redirect(next, 303);
+    });
+
+    app.get('/logout', { onRequest: requires('viewer') }, async (request, reply) =>
+      html(reply).send(logOutPage(`${basePath}/logout`, `${basePath}/board`, request.operator as Operator)),
+    );
+
+    app.post('/logout', async (request, reply) => {
+      const operator = bySession(request)?.name;
+      if (operator !== undefined) logger.info({ operator, address: request.ip }, 'logged out');
+      return reply.clearCookie(COOKIE, cookieOptions(request)).redirect(logIn, 303);
+    });
+  }
+
+  const cookieOptions = (request: FastifyRequest) => ({
+    path: `${basePath}/`,
+    httpOnly: true,
+    sameSite: 'strict' as const,
+    secure: request.protocol === 'https',
+  });
+
+  return {
+    requires,
+
+    /** Adds the log-in to `app`, and to everything that is added to it afterwards the protection from other sites. */
+    async register(app: FastifyInstance): Promise<void> {
+      await app.register(cookie, { secret: sessionKey });
+      await app.register(formBody, { bodyLimit: MAX_FORM_BYTES });
+      await app.register(rateLimit, { global: false });
+      countByAddress = app.createRateLimit({ max: TRIES_BY_ADDRESS, timeWindow: WINDOW_MS });
+      countByName = app.createRateLimit({
+        max: TRIES_BY_NAME,
+        timeWindow: WINDOW_MS,
+        keyGenerator: (request) => `name ${request.triedName}`,
+      });
+      app.decorateRequest('operator', null);
+      app.decorateRequest('triedName', '');
+      app.addHook('onRequest', refuseOtherSites);
+      addLogIn(app);
+    },
+  };
+}
+
+const WRONG = 'Wrong name or password.';
+const TOO_MANY = 'Too many tries. Wait a minute.';
+const LOOPBACK_NAME = /^(localhost|127(\.\d{1,3}){3}|\[::1\])$/i;
+
+const wantsPage = (request: FastifyRequest): boolean =>
+  isRead(request) && /\btext\/html\b/.test(request.headers.accept ?? '');
+
+const hostOf = (origin: string): string | null => {
+  try {
+    return new URL(origin).host;
+  } catch {
+    return null;
+  }
+};
+
+const pathOf = (request: FastifyRequest): string => request.routeOptions.url ?? 'unknown';
+
+/** Which credentials were right a moment ago. Of them only a keyed hash is kept, for as long as the process lives. */
+function createMemory() {
+  const key = randomBytes(32);
+  const names = new Map<string, { name: string; until: number }>();
+  const digest = (text: string) => createHmac('sha256', key).update(text).digest('base64');
+  return {
+    nameOf(credentials: string): string | undefined {
+      const found = names.get(digest(credentials));
+      return found !== undefined && Date.now() < found.until ? found.name : undefined;
+    },
+    add(credentials: string, name: string): void {
+      if (names.size >= REMEMBERED_MAX) names.clear();
+      names.set(digest(credentials), { name, until: Date.now() + REMEMBERED_MS });
+    },
+  };
+}

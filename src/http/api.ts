@@ -1,0 +1,339 @@
+import type { FastifyInstance, FastifySchema, preHandlerHookHandler } from 'fastify';
+import { NotReadyError } from '../lifecycle.ts';
+import { errorText, type Logger } from '../telemetry/logger.ts';
+import { describeApi } from './openapi.ts';
+
+/**
+ * Dead letters over HTTP, for operators: the same as `relay dlq` and `relay republish`. Each request does a bounded
+ * part; `next` of the answer, given back as `after`, goes on from there.
+ */
+
+type Filter = Readonly<Record<string, string>>;
+type Selection = Readonly<{ eventIds: string[] }> | Readonly<{ filter: Filter; pruned?: boolean }>;
+type Options = Readonly<{ by: string; dryRun: boolean; limit: number; after?: string }>;
+
+/** What the API offers; see operate/dead-letters.ts and operate/republish.ts. */
+export type ApiDeps = Readonly<{
+  deadLetters: Readonly<{
+    list(
+      filter: Filter,
+      options: Readonly<{ limit: number; after?: string; pruned: boolean; look: number }>,
+    ): Promise<object>;
+    groups(filter: Filter, limit: number): Promise<object>;
+    show(eventId: string): Promise<Readonly<{ event: object }> | null>;
+    replay(selection: Selection, options: Options): Promise<object>;
+    discard(selection: Selection, reason: string, options: Options): Promise<object>;
+  }>;
+  republish: Readonly<{
+    count(
+      range: Range,
+      options: Readonly<{ limit: number; after?: string }>,
+    ): Promise<Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>>;
+    run(range: Range, options: Omit<Options, 'dryRun'>): Promise<object>;
+  }>;
+  /** Lets through whoever has the role; sets `request.operator`. */
+  requires: (role: 'viewer' | 'operator') => preHandlerHookHandler;
+  version: string;
+  logger: Logger;
+}>;
+
+type Range = Readonly<{ since: string; until: string; filter: Filter }>;
+
+/** Dead letters, or entries, that one request may deal with, or look at. */
+const MOST_PER_REQUEST = 1_000;
+
+const text = { type: 'string', minLength: 1, maxLength: 1_000, pattern: '^[^\\u0000]*$' };
+/** Nothing longer: `urn:uuid:…` is of this format too, and PostgreSQL does not read it. */
+const uuid = { type: 'string', format: 'uuid', maxLength: 36 };
+const time = { type: 'string', format: 'date-time' };
+const cursor = { type: 'string', minLength: 1, maxLength: 8_000, description: '`next` of an earlier answer' };
+const limit = (standard: number) => ({
+  type: 'integer',
+  minimum: 1,
+  maximum: MOST_PER_REQUEST,
+  default: standard,
+});
+const flag = (description: string) => ({ type: 'boolean', default: false, description });
+const published = { eventType: text, topic: text, aggregateType: text, aggregateId: uuid };
+const filter = {
+  ...published,
+  error: { ...text, description: 'part of the error, in any case' },
+  since: time,
+  until: time,
+};
+const pruned = flag('those whose row is gone, from the dead-letter stream, instead');
+const object = (properties: object, required: string[] = []) => ({
+  type: 'object',
+  additionalProperties: false,
+  required,
+  properties,
+});
+const selection = {
+  eventIds: { type: 'array', items: uuid, minItems: 1, maxItems: MOST_PER_REQUEST },
+  filter: object(filter),
+  pruned,
+  all: flag('every dead letter: needed where there are neither event ids nor a filter'),
+  dryRun: flag('only count'),
+  limit: limit(MOST_PER_REQUEST),
+  after: cursor,
+};
+const answer = (description: string, properties: object) => ({
+  200: { description, type: 'object', additionalProperties: true, properties },
+});
+const next = { type: ['string', 'null'], description: 'where to go on; null at the end' };
+const result = {
+  done: { type: 'integer' },
+  refused: { type: 'integer' },
+  refusals: {
+    type: 'array',
+    items: { type: 'object', properties: { eventId: { type: 'string' }, reason: { type: 'string' } } },
+  },
+  next,
+};
+const list = { type: 'array', items: { type: 'object', additionalProperties: true } };
+
+export type ApiRoute = Readonly<{
+  method: 'GET' | 'POST';
+  url: string;
+  role: 'viewer' | 'operator';
+  summary: string;
+  schema: FastifySchema;
+  handle: (request: ApiRequest) => Promise<object>;
+}>;
+
+type ApiRequest = Readonly<{
+  query: Record<string, unknown>;
+  body: Record<string, unknown>;
+  params: Record<string, string>;
+  by: string;
+  role: 'viewer' | 'operator';
+}>;
+
+type Operator = Readonly<{ name: string; role: 'viewer' | 'operator' }>;
+
+class ApiError extends Error {
+  override readonly name = 'ApiError';
+  readonly statusCode: number;
+  constructor(statusCode: number, message: string) {
+    super(message);
+    this.statusCode = statusCode;
+  }
+}
+
+function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
+  const routes: ApiRoute[] = [
+    {
+      ...{ method: 'GET', url: '/dlq', role: 'viewer' },
+      summary: 'Dead letters, the latest first; without payloads',
+      schema: {
+        querystring: object({ ...filter, pruned, limit: limit(50), after: cursor }),
+        response: answer('a page', { letters: list, next }),
+      },
+      handle: async ({ query }) =>
+        deadLetters.list(filterOf(query), {
+          ...page(query),
+          ...{ pruned: query.pruned === true, look: MOST_PER_REQUEST },
+        }),
+    },
+    {
+      ...{ method: 'GET', url: '/dlq/groups', role: 'viewer' },
+      summary: 'Dead letters counted by error, the most frequent first',
+      schema: {
+        querystring: object({ ...filter, limit: limit(100) }),
+        response: answer('the groups', { groups: list }),
+      },
+      handle: async ({ query }) => ({ groups: await deadLetters.groups(filterOf(query), page(query).limit) }),
+    },
+    {
+      ...{ method: 'GET', url: '/dlq/:eventId', role: 'viewer' },
+      summary: 'Everything that is known of one event; its payload, tenant and trace are for operators alone',
+      schema: {
+        params: object({ eventId: uuid }, ['eventId']),
+        response: answer('the event', {}),
+      },
+      handle: async ({ params, role }) => {
+        const details = await deadLetters.show((params.eventId ?? '').toLowerCase());
+        if (details === null)
+          throw new ApiError(404, 'neither the table nor the dead-letter stream knows this event');
+        return role === 'operator' ? details : { ...details, event: forViewers(details.event) };
+      },
+    },
+    {
+      ...{ method: 'POST', url: '/dlq/replay', role: 'operator' },
+      summary: 'Publishes dead events again, in the order of their aggregates',
+      schema: { body: object(selection), response: answer('what was done', result) },
+      handle: async ({ body, by }) => deadLetters.replay(selectionOf(body), actionOf(body, by)),
+    },
+    {
+      ...{ method: 'POST', url: '/dlq/discard', role: 'operator' },
+      summary: 'Gives dead events up for good; nothing waits for them any more',
+      schema: {
+        body: object({ ...selection, reason: text }, ['reason']),
+        response: answer('what was done', result),
+      },
+      handle: async ({ body, by }) =>
+        deadLetters.discard(selectionOf(body), String(body.reason), actionOf(body, by)),
+    },
+    {
+      ...{ method: 'POST', url: '/republish', role: 'operator' },
+      summary: 'Appends once more what was published before, marked with replayed_at',
+      schema: {
+        body: object(
+          {
+            ...{ since: time, until: time, filter: object(published), after: cursor },
+            ...{ dryRun: flag('only count'), limit: limit(MOST_PER_REQUEST) },
+          },
+          ['since', 'until'],
+        ),
+        response: answer('what was done; of a dry run the counts by stream', {
+          appended: { type: 'integer' },
+          refused: { type: 'integer' },
+          reason: { type: ['string', 'null'], description: 'why the first one was refused' },
+          error: { type: ['string', 'null'], description: 'what ended it early; `next` goes on' },
+          next,
+          streams: { type: 'object', additionalProperties: { type: 'integer' } },
+        }),
+      },
+      handle: async ({ body, by }) => {
+        const { since, until } = body as { since: string; until: string };
+        const range = { since, until, filter: (body.filter ?? {}) as Filter };
+        const { dryRun, ...options } = actionOf(body, by);
+        if (!dryRun) return republish.run(range, options);
+        const { streams, next: rest } = await republish.count(range, page(body));
+        return { appended: 0, refused: 0, next: rest, streams: Object.fromEntries(streams) };
+      },
+    },
+  ];
+  const description: ApiRoute = {
+    ...{ method: 'GET', url: '/openapi.json', role: 'viewer' },
+    summary: 'This description (OpenAPI 3.1)',
+    schema: { response: answer('OpenAPI 3.1', {}) },
+    handle: async () => describeApi('/api', version, [...routes, description]),
+  };
+  return [...routes, description];
+}
+
+/** Whatever comes of a payload, or tells whose it is, is left out. */
+function forViewers(event: object): object {
+  const { tenantId: _, correlationId: __, trace: ___, ...rest } = event as Record<string, unknown>;
+  return { ...rest, payload: null };
+}
+
+const FILTERS = Object.keys(filter);
+const filterOf = (query: Record<string, unknown>): Filter =>
+  Object.fromEntries(
+    FILTERS.flatMap((name) => (query[name] === undefined ? [] : [[name, String(query[name])]])),
+  );
+
+const page = (from: Record<string, unknown>) => ({
+  limit: Number(from.limit),
+  ...(from.after !== undefined && { after: String(from.after) }),
+});
+
+const actionOf = (body: Record<string, unknown>, by: string): Options => ({
+  by,
+  dryRun: body.dryRun === true,
+  ...page(body),
+});
+
+function selectionOf(body: Record<string, unknown>): Selection {
+  const {
+    eventIds,
+    filter: wanted = {},
+    all,
+  } = body as { eventIds?: string[]; filter?: Filter; all?: boolean };
+  const filtered = Object.keys(wanted).length > 0 || body.pruned === true;
+  if (eventIds !== undefined) {
+    if (filtered || all) throw new ApiError(400, 'body has both eventIds and a filter: one of them');
+    // As the table and the jobs have them.
+    return { eventIds: [...new Set(eventIds.map((eventId) => eventId.toLowerCase()))] };
+  }
+  if (!filtered && !all)
+    throw new ApiError(400, 'body has neither eventIds nor a filter: say all for every dead letter');
+  return { filter: wanted, pruned: body.pruned === true };
+}
+
+/** Serves `/api/dlq…`, `/api/republish` and their description, `/api/openapi.json`. */
+export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
+  void app.register(
+    (api, _options, done) => {
+      api.setErrorHandler(
+        async (error: Error & { statusCode?: number; validation?: unknown }, request, reply) => {
+          const status = statusOf(error);
+          if (status >= 500)
+            deps.logger.error({ err: error, route: request.routeOptions.url }, 'a request failed');
+          return reply.code(status).send({ error: errorText(error) });
+        },
+      );
+      for (const route of routesOf(deps)) {
+        api.route<{
+          Querystring: Record<string, unknown>;
+          Body: Record<string, unknown>;
+          Params: Record<string, string>;
+        }>({
+          method: route.method,
+          url: route.url,
+          schema: route.schema,
+          preValidation: [
+            // Before anything is said of the request, so that nobody learns from it who may not ask.
+            deps.requires(route.role) as never,
+            // Else what is misspelt would be taken away, and `{"filter": {"tpye": …}}` would mean everything.
+            async (request) => {
+              refuseUnknown(route.schema.querystring, request.query, 'query');
+              refuseUnknown(route.schema.body, request.body, 'body');
+              refuseMistyped(route.schema.body, request.body, 'body');
+            },
+          ],
+          handler: async (request) => {
+            const { name: by, role } = (request as unknown as { operator: Operator }).operator;
+            return route.handle({
+              query: request.query,
+              body: request.body ?? {},
+              params: request.params,
+              ...{ by, role },
+            });
+          },
+        });
+      }
+      done();
+    },
+    { prefix: '/api' },
+  );
+}
+
+function statusOf(error: Error & { statusCode?: number; validation?: unknown }): number {
+  if (error.validation !== undefined || error.name === 'CursorError') return 400;
+  if (error instanceof NotReadyError) return 503;
+  // What only looks like a time or a number, such as a year that PostgreSQL does not have.
+  if (UNREADABLE.has((error as { code?: string }).code ?? '')) return 400;
+  return error.statusCode !== undefined && error.statusCode < 500 ? error.statusCode : 500;
+}
+
+/** SQLSTATE: out of range, no such time, no such character, not of that type. */
+const UNREADABLE = new Set(['22003', '22007', '22008', '22021', '22P02']);
+
+/** A body is taken at its word: Fastify would make false of `{"dryRun": null}`, and act. */
+function refuseMistyped(schema: unknown, value: unknown, where: string): void {
+  const { type, properties = {}, items } = (schema ?? {}) as Schema;
+  if (type === undefined) return;
+  const found = Array.isArray(value) ? 'array' : value === null ? 'null' : typeof value;
+  if (found !== (type === 'integer' ? 'number' : type))
+    throw new ApiError(400, `${where} must be ${type}, is ${found}`);
+  if (Array.isArray(value))
+    for (const [i, item] of value.entries()) refuseMistyped(items, item, `${where}/${i}`);
+  else if (found === 'object')
+    for (const [name, member] of Object.entries(value as object))
+      refuseMistyped(properties[name], member, `${where}/${name}`);
+}
+
+type Schema = Readonly<{ type?: string; properties?: Readonly<Record<string, unknown>>; items?: unknown }>;
+
+function refuseUnknown(schema: unknown, value: unknown, where: string): void {
+  const { properties } = (schema ?? {}) as { properties?: Record<string, unknown> };
+  if (properties === undefined || typeof value !== 'object' || value === null || Array.isArray(value)) return;
+  for (const [name, member] of Object.entries(value)) {
+    if (!Object.hasOwn(properties, name))
+      throw new ApiError(400, `${where} has "${name}"; known: ${Object.keys(properties).join(', ')}`);
+    refuseUnknown(properties[name], member, `${where}.${name}`);
+  }
+}

@@ -1,0 +1,102 @@
+import { AsyncLocalStorage } from 'node:async_hooks';
+import { createBullBoard } from '@bull-board/api';
+import { FastifyAdapter } from '@bull-board/fastify';
+import type { FastifyInstance, FastifyPluginAsync, FastifyRequest } from 'fastify';
+import type { Logger } from '../telemetry/logger.ts';
+import { type createAccess, isRead, type Operator } from './access.ts';
+import { actionOf } from './board-actions.ts';
+import { adaptersOf, createGuard, type RelayQueues } from './board-queues.ts';
+
+const PREFIX = '/board';
+
+/** Jobs of one page: Bull Board itself reads as many at once as it is asked for. */
+const MAX_JOBS_PER_PAGE = 100;
+
+/** Whatever would be fetched from another host: Bull Board's page asks for its fonts there. */
+const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
+
+/**
+ * Bull Board at /board. Viewers see a board without buttons and jobs without payloads; they are refused by the server
+ * as well. Every action is logged with who did it.
+ */
+export function createBoard(deps: {
+  queues: RelayQueues;
+  requires: ReturnType<typeof createAccess>['requires'];
+  basePath: string;
+  logger: Logger;
+}) {
+  const { queues, requires, basePath, logger } = deps;
+  /** Bull Board tells its hooks and formatters nothing of the request's own. */
+  const asking = new AsyncLocalStorage<Operator | null>();
+  const mayAct = () => asking.getStore()?.role === 'operator';
+
+  const server = new FastifyAdapter().setBasePath(`${basePath}${PREFIX}`);
+  createBullBoard({
+    queues: adaptersOf(queues, mayAct),
+    serverAdapter: server,
+    options: {
+      uiConfig: {
+        boardTitle: 'Relay',
+        hideDocsLink: true,
+        // It lists the clients of Redis, which is dangerous by its ACL categories.
+        showWorkers: false,
+        miscLinks: [{ text: 'Log out', url: `${basePath}/logout` }],
+        sortQueues: false,
+      },
+      handlerHooks: {
+        before: createGuard(queues),
+        after: (context, result) => {
+          if (context.route === '/api/queues' && !mayAct()) withoutButtons(result.body);
+          return result;
+        },
+      },
+    },
+  });
+
+  function logAction(request: FastifyRequest, status: number): void {
+    if (isRead(request) || request.operator === null) return;
+    const route = (request.routeOptions.url ?? '').slice(PREFIX.length);
+    const { queueName, jobId, queueStatus } = request.params as Record<string, string | undefined>;
+    const fields = {
+      operator: request.operator.name,
+      action: actionOf(request.method, route) ?? `${request.method} ${route}`,
+      ...(queueName !== undefined && { queue: queueName }),
+      ...(jobId !== undefined && { jobId }),
+      ...(queueStatus !== undefined && { jobs: queueStatus }),
+    };
+    if (status < 400) logger.info(fields, 'an operator acted');
+    else logger.info({ ...fields, status }, 'an action of an operator was refused, or failed');
+  }
+
+  const routes: FastifyPluginAsync = async (board) => {
+    board.addHook('onRequest', (request, reply) =>
+      requires(isRead(request) ? 'viewer' : 'operator')(request, reply),
+    );
+    board.addHook('preHandler', async (request) => {
+      const query = request.query as { jobsPerPage?: string };
+      if (Number(query.jobsPerPage) > MAX_JOBS_PER_PAGE) query.jobsPerPage = String(MAX_JOBS_PER_PAGE);
+    });
+    board.addHook('preHandler', (request, _reply, done) => asking.run(request.operator, done));
+    board.addHook('onSend', async (_request, reply, payload) =>
+      typeof payload === 'string' && String(reply.getHeader('content-type')).startsWith('text/html')
+        ? payload.replace(FOREIGN_LINK, '')
+        : payload,
+    );
+    board.addHook('onResponse', async (request, reply) => logAction(request, reply.statusCode));
+    await board.register(server.registerPlugin());
+  };
+
+  return {
+    async register(app: FastifyInstance): Promise<void> {
+      await app.register(routes, { prefix: PREFIX });
+    },
+  };
+}
+
+/** Bull Board shows no button of a queue that is read-only. */
+function withoutButtons(body: unknown): void {
+  const { queues = [] } = body as { queues?: Record<string, unknown>[] };
+  for (const queue of queues) {
+    Object.assign(queue, { readOnlyMode: true, allowRetries: false, allowCompletedRetries: false });
+  }
+}

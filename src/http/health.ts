@@ -1,0 +1,69 @@
+import { withDeadline } from '../lifecycle.ts';
+import { errorText } from '../telemetry/logger.ts';
+
+/** What the health endpoints say; they ask, they do not remember. */
+
+export type Check = Readonly<{ status: 'healthy' | 'degraded' | 'unhealthy'; [detail: string]: unknown }>;
+
+export type Probes = Readonly<{
+  database: () => Promise<Record<string, unknown>>;
+  redis: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
+  /** That of the streams, where it is another server. */
+  streamRedis?: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
+  backlog: () => Promise<Record<string, unknown> & { oldestSeconds: { waiting: number | null } }>;
+}>;
+
+const PROBE_TIMEOUT_MS = 3_000;
+/** An event that should be out but has waited so long makes the backlog count as degraded. */
+const WAITING_TOO_LONG_SECONDS = 60;
+
+export function createHealth(probes: Probes) {
+  async function check<T>(probe: () => Promise<T>, judge: (found: T) => Check): Promise<Check> {
+    const startedAt = performance.now();
+    try {
+      const found = judge(await withDeadline(PROBE_TIMEOUT_MS, probe()));
+      return { ...found, latency_ms: Math.round(performance.now() - startedAt) };
+    } catch (error) {
+      return { status: 'unhealthy', error: errorText(error) };
+    }
+  }
+
+  const database = () => check(probes.database, () => ({ status: 'healthy' }));
+  const redis = (probe = probes.redis) =>
+    check(probe, ({ aofEnabled, ...details }) => ({
+      status: aofEnabled ? 'healthy' : 'degraded',
+      aof_enabled: aofEnabled,
+      ...details,
+      ...(!aofEnabled && { warning: 'AOF is off: a restart of Redis loses the streams' }),
+    }));
+  const backlog = () =>
+    check(probes.backlog, ({ oldestSeconds: { waiting }, ...counts }) => ({
+      status: (waiting ?? 0) > WAITING_TOO_LONG_SECONDS ? 'degraded' : 'healthy',
+      ...counts,
+      oldest_waiting_seconds: waiting,
+    }));
+
+  async function ready(): Promise<Record<string, Check>> {
+    const { streamRedis } = probes;
+    const [db, cache, streams] = await Promise.all([
+      database(),
+      redis(),
+      streamRedis === undefined ? undefined : redis(streamRedis),
+    ]);
+    return { database: db, redis: cache, ...(streams && { stream_redis: streams }) };
+  }
+
+  return {
+    ready,
+    async detailed(): Promise<Record<string, Check>> {
+      const [servers, waiting] = await Promise.all([ready(), backlog()]);
+      return { ...servers, backlog: waiting };
+    },
+  };
+}
+
+/** The worst of them. */
+export function overall(checks: Record<string, Check>): Check['status'] {
+  const found = Object.values(checks).map((check) => check.status);
+  return found.includes('unhealthy') ? 'unhealthy' : found.includes('degraded') ? 'degraded' : 'healthy';
+}

@@ -1,0 +1,113 @@
+import { CLAIM_JOB_DEADLINE_MS } from '../claim/claim-worker.ts';
+import { inspectRedis } from '../connections/preflight.ts';
+import { type Context, secondsSince } from '../context.ts';
+import { createFigures, shareFigures } from '../operations/figures.ts';
+import { createFleetReader } from '../operations/heartbeat.ts';
+import { createProgressWatch } from '../queue/progress.ts';
+import type { Workers } from '../queue/workers.ts';
+import { createStreamInspector } from '../streams/inspect.ts';
+import type { MetricsSources } from '../telemetry/metrics.ts';
+import { VERSION } from '../version.ts';
+import { dashboardOf } from './dashboard-options.ts';
+import { createHealth } from './health.ts';
+import { createWebServer } from './server.ts';
+
+/** A pod that has not looked after the schedule for so long hangs. */
+const STUCK_AFTER_MS = 60_000;
+
+/** What the pod tells of itself: health, metrics, dashboard and API. */
+export function createHttp(context: Context, workers: Readonly<{ publish: Workers; claim: Workers }>) {
+  const { config, servers, queues, backlog, epoch, scheduler, state, logger } = context;
+  const { queueRedis, streamRedis } = servers;
+
+  const assertEpoch = () => {
+    if (epoch.current() === undefined) throw new Error('Redis may have lost entries: they are looked for');
+  };
+  const health = createHealth({
+    database: async () => {
+      await servers.pool.query('SELECT 1');
+      return {};
+    },
+    redis: async () => {
+      await context.queuesWritable();
+      if (!context.hasTwoServers) assertEpoch();
+      return inspectRedis(queueRedis);
+    },
+    ...(context.hasTwoServers && {
+      streamRedis: async () => {
+        await context.streamsWritable();
+        assertEpoch();
+        return inspectRedis(streamRedis);
+      },
+    }),
+    backlog: backlog.count,
+  });
+
+  const progress = createProgressWatch({
+    redis: queueRedis,
+    workplaces: [
+      {
+        workers: workers.publish,
+        queue: queues.publish,
+        // One attempt, and the postponement of it.
+        deadlineMs: 2 * config.publishTimeoutMs,
+        oneByOne: false,
+      },
+      {
+        workers: workers.claim,
+        queue: queues.claim,
+        deadlineMs: CLAIM_JOB_DEADLINE_MS,
+        oneByOne: true,
+      },
+    ],
+    assertWritable: context.queuesWritable,
+  });
+
+  const sources: MetricsSources = {
+    inProgress: workers.publish.inProgress,
+    tickSecondsAgo: () => secondsSince(state.tickedAt ?? context.startedAt),
+    epochIsKnown: () => epoch.current() !== undefined,
+    isRunning: () => state.phase === 'running',
+    ready: health.ready,
+    figures: shareFigures({
+      redis: queueRedis,
+      key: `${context.keyPrefix}:figures`,
+      read: createFigures({
+        backlog: backlog.count,
+        databaseTime: backlog.time,
+        queues: queues.figures,
+        fleet: createFleetReader(queueRedis, context.keyPrefix),
+        inspectStreams: createStreamInspector(streamRedis),
+        streams: [config.streamName, config.dlqStreamName],
+        deadlineMs: context.statementTimeoutMs,
+      }),
+    }),
+  };
+  const metrics = {
+    contentType: context.metrics.contentType,
+    render: () => context.metrics.render(sources),
+  };
+
+  const server = createWebServer({
+    host: config.httpHost,
+    port: config.httpPort,
+    version: VERSION,
+    health,
+    metrics,
+    stuck: () => [
+      ...(workers.publish.isRunning() ? [] : ['the publish workers do not run']),
+      ...(workers.claim.isRunning() ? [] : ['the claim worker does not run']),
+      ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
+        ? ['nobody looks after the claim schedule']
+        : []),
+      ...progress.reasons(),
+    ],
+    phase: () => state.phase,
+    waitsFor: () => state.waitsFor,
+    dashboard: config.board ? dashboardOf(config, servers, queues, VERSION, logger) : undefined,
+    basePath: config.boardBasePath,
+    trustedProxies: config.trustedProxies,
+  });
+
+  return { server, progress, metrics };
+}

@@ -1,0 +1,49 @@
+import type { Redis } from 'ioredis';
+import { openRedis, type QueuePlace } from '../connections/servers.ts';
+import { createQueues, QUEUE_CONNECTION } from '../queue/queues.ts';
+import type { adaptersOf, createGuard } from './board-queues.ts';
+
+/** Where the queues are: a configuration, or a client of yours and the names. */
+export type BoardQueuesFrom =
+  | QueuePlace
+  | Readonly<{ redis: Redis; queuePrefix?: string; queueName?: string }>;
+
+export type BoardQueues = Readonly<{
+  /** For `queues` of createBullBoard, among your own. */
+  queues: ReturnType<typeof adaptersOf>;
+  /** For `options.handlerHooks`: refuses what would harm the relay, with the reason; other queues are left alone. */
+  handlerHooks: { before: ReturnType<typeof createGuard> };
+  /** Closes what was opened; a client that was given stays open. */
+  close(): Promise<void>;
+}>;
+
+/**
+ * The relay's two queues for a Bull Board of your own, with readable jobs. Loads `@bull-board/api`.
+ *
+ * @param options.payloads whether the board shows payloads. Default: false, they may hold personal data.
+ */
+export async function createBoardQueues(
+  from: BoardQueuesFrom,
+  { payloads = false }: Readonly<{ payloads?: boolean }> = {},
+): Promise<BoardQueues> {
+  const { adaptersOf, createGuard } = await import('./board-queues.ts');
+  const { queuePrefix = 'bull', queueName = 'relay' } = from;
+  const own = 'redis' in from ? undefined : openRedis(from, QUEUE_CONNECTION);
+  // Whoever looks at the board sees that Redis is away.
+  own?.on('error', () => {});
+  const redis = own ?? (from as { redis: Redis }).redis;
+  // Nothing is added by a board, so nothing is retried by these.
+  const queues = createQueues(
+    redis,
+    { queuePrefix, queueName, maxRetryAttempts: 0, retryBaseDelayMs: 0 },
+    { debug: () => {} },
+  );
+  return {
+    queues: adaptersOf(queues, () => payloads),
+    handlerHooks: { before: createGuard(queues) },
+    async close() {
+      await queues.close();
+      own?.disconnect();
+    },
+  };
+}

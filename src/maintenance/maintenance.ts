@@ -1,0 +1,108 @@
+import type { RelayConfig } from '../config/config.ts';
+import type { Pool } from '../connections/database.ts';
+import type { Servers } from '../connections/servers.ts';
+import { type Chore, createChore } from '../lifecycle.ts';
+import { createPruner } from '../outbox/pruner.ts';
+import type { Schedule } from '../queue/scheduler.ts';
+import { streamOptionsOf } from '../stream-options.ts';
+import { isComparing } from '../streams/epoch.ts';
+import { createTrimmer } from '../streams/trim.ts';
+import type { Logger } from '../telemetry/logger.ts';
+import { createRetention } from './retention.ts';
+
+/**
+ * What no event waits for: old rows are deleted, streams trimmed. Each has a schedule of its own in the claim queue.
+ * Its job goes to one pod and only starts the work there, so that no claim waits for it; the next one finds another
+ * pod, should this one be gone.
+ */
+
+const PRUNE = 'prune';
+const TRIM = 'trim';
+const PRUNE_EVERY_MS = 60_000;
+const TRIM_EVERY_MS = 5_000;
+
+/** What the relay's key of the streams that are trimmed is called; `…:streams` is the heartbeat's. */
+export const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${config.queueName}:trimmed`;
+
+export const createRetentionOf = (
+  config: RelayConfig,
+  pool: Pool,
+  redis: Servers['streamRedis'],
+  statementTimeoutMs: number,
+) =>
+  createRetention({
+    ...createPruner(pool, { statementTimeoutMs }),
+    comparing: () => isComparing(redis, streamOptionsOf(config).epochKey),
+    resyncWindowMs: config.resyncWindowMs,
+  });
+
+/** The schedules that this configuration asks for, and those that an earlier one may have left behind. */
+export function schedulesOf(config: RelayConfig): { schedules: Schedule[]; retired: string[] } {
+  const schedules = [
+    ...(config.streamTrim === 'acknowledged'
+      ? [{ name: TRIM, everyMs: Math.min(TRIM_EVERY_MS, config.pollIntervalMs) }]
+      : []),
+    ...(config.publishedRetentionMs > 0 ? [{ name: PRUNE, everyMs: PRUNE_EVERY_MS }] : []),
+  ];
+  const retired = [PRUNE, TRIM].filter((name) => !schedules.some((it) => it.name === name));
+  return { schedules, retired };
+}
+
+export function createUpkeep(deps: {
+  config: RelayConfig;
+  servers: Servers;
+  statementTimeoutMs: number;
+  epoch: () => string | undefined;
+  logger: Logger;
+}) {
+  const { config, servers, logger } = deps;
+  const chores = new Map<string, Chore>();
+
+  const trimmer = createTrimmer(servers.appendRedis, {
+    streamMaxLen: config.streamMaxLen,
+    epochKey: streamOptionsOf(config).epochKey,
+    listKey: streamListKey(config),
+    epoch: deps.epoch,
+    logger,
+  });
+  if (config.streamTrim === 'acknowledged') {
+    add(TRIM, async (goesOn) => {
+      const trimmed = await trimmer.run(goesOn);
+      if (trimmed > 0)
+        logger.debug({ entries: trimmed }, 'trimmed what every consumer group has acknowledged');
+    });
+  }
+  if (config.publishedRetentionMs > 0) {
+    const retention = createRetentionOf(config, servers.pool, servers.streamRedis, deps.statementTimeoutMs);
+    add(PRUNE, async (goesOn) => {
+      const rows = await retention.run(config.publishedRetentionMs, goesOn);
+      if (rows > 0) logger.info({ rows }, 'deleted old published rows');
+    });
+  }
+
+  function add(name: string, run: (goesOn: () => boolean) => Promise<void>): void {
+    const chore = createChore((goesOn) =>
+      run(goesOn).catch((error) =>
+        logger.warn({ err: error, duty: name }, 'a duty beside the claims failed; it is tried again'),
+      ),
+    );
+    chores.set(name, chore);
+  }
+
+  return {
+    /** Starts the work of that name; false when there is none. */
+    kick(name: string): boolean {
+      const chore = chores.get(name);
+      chore?.kick();
+      // A pod that is configured otherwise leaves it to the others.
+      return chore !== undefined || name === PRUNE || name === TRIM;
+    },
+    /** An event was published to this stream, for the first time as far as is known. */
+    met(stream: string): void {
+      if (chores.has(TRIM)) trimmer.note(stream);
+    },
+    async stop(): Promise<void> {
+      await Promise.all([...chores.values()].map((chore) => chore.stop()));
+    },
+  };
+}

@@ -1,0 +1,64 @@
+import type { Redis } from 'ioredis';
+import type { RelayConfig } from '../config/config.ts';
+import type { Pool } from '../connections/database.ts';
+import { createJobRemoval } from '../finalize/job-removal.ts';
+import { createDeadRows } from '../outbox/dead-rows.ts';
+import { createOutbox } from '../outbox/outbox.ts';
+import { createPublished } from '../outbox/published.ts';
+import { createQueues, type Queues } from '../queue/queues.ts';
+import { createScheduler } from '../queue/scheduler.ts';
+import { streamOptionsOf } from '../stream-options.ts';
+import { createRepublisher } from '../streams/copies.ts';
+import { createDeadEntries } from '../streams/dead-entries.ts';
+import { createLookup } from '../streams/lookup.ts';
+import { createMemory } from '../streams/memory.ts';
+import type { Logger } from '../telemetry/logger.ts';
+import { createDeadLetters, type DeadLetters } from './dead-letters.ts';
+import { createRepublish, type Republish } from './republishing.ts';
+
+export type Operations = Readonly<{
+  deadLetters: DeadLetters;
+  republish: Republish;
+  /** Closes what was opened here, not the connections. */
+  close(): Promise<void>;
+}>;
+
+/**
+ * What operators can do, on connections that are there already: within a relay or beside it.
+ * @param servers `redis` and `streamRedis`, which may be the same, neither queue nor resend commands
+ * (QUEUE_CONNECTION, APPEND_CONNECTION)
+ */
+export function openOperations(
+  config: RelayConfig,
+  servers: Readonly<{ pool: Pool; redis: Redis; streamRedis: Redis; queues?: Queues; logger: Logger }>,
+): Operations {
+  const { pool, redis, streamRedis, logger } = servers;
+  const options = { ...config, statementTimeoutMs: config.publishTimeoutMs };
+  const streamOptions = streamOptionsOf(config);
+  const lookup = createLookup(streamRedis, streamOptions);
+  const queues = servers.queues ?? createQueues(redis, config, logger);
+  const { pollIntervalMs } = config;
+  return {
+    deadLetters: createDeadLetters({
+      rows: createDeadRows(pool, options),
+      entries: createDeadEntries(streamRedis, config.dlqStreamName, lookup.findAll),
+      queues,
+      removeJobs: createJobRemoval({
+        queues,
+        memory: createMemory(streamRedis, streamOptions, streamRedis !== redis),
+      }),
+      lookup,
+      outbox: createOutbox(pool, options),
+      scheduler: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }),
+      logger,
+    }),
+    republish: createRepublish({
+      published: createPublished(pool, options),
+      republisher: createRepublisher(streamRedis, streamOptions),
+      logger,
+    }),
+    close: async () => {
+      if (servers.queues === undefined) await queues.close();
+    },
+  };
+}

@@ -1,0 +1,90 @@
+import { fileURLToPath } from 'node:url';
+import { readMigrationFiles } from 'drizzle-orm/migrator';
+import { drizzle } from 'drizzle-orm/node-postgres';
+import { migrate as runMigrations } from 'drizzle-orm/node-postgres/migrator';
+import type pg from 'pg';
+import type { Logger } from '../telemetry/logger.ts';
+import { installWakeup, removeWakeup } from './wakeup.ts';
+
+const MIGRATIONS = fileURLToPath(new URL('../../drizzle', import.meta.url));
+/** Spells "rlay", "migr". */
+const MIGRATING = '1919705465, 1835624306';
+const LOCK_POLL_MS = 200;
+/** A table's exclusive lock is not waited for longer: every writer would queue up behind us. */
+const TABLE_LOCK_TIMEOUT_MS = 10_000;
+
+/**
+ * Creates `identity.outbox`, or adopts one that is there: only additions, each `IF NOT EXISTS`. Safe when
+ * several pods migrate at once (they take turns) and when it is run again.
+ *
+ * @param notify install the wake-up trigger; false removes it
+ * @throws when the database refuses a step: nothing of that step was done
+ */
+export async function migrate(client: pg.Client, notify: boolean, logger: Logger): Promise<void> {
+  await takeTurn(client, logger);
+  try {
+    await client.query(`SET lock_timeout = ${TABLE_LOCK_TIMEOUT_MS}`);
+    await indexWithoutBlocking(client, logger);
+    const before = await applied(client);
+    await runMigrations(drizzle(client), {
+      migrationsFolder: MIGRATIONS,
+      migrationsSchema: 'identity',
+      migrationsTable: 'relay_migrations',
+    });
+    const after = await applied(client);
+    logger.info({ applied: after - before, total: after }, 'migrations are up to date');
+    const trigger = notify ? await installWakeup(client) : await removeWakeup(client);
+    logger.info({ trigger }, 'wake-up trigger');
+  } finally {
+    await client.query(`SELECT pg_advisory_unlock(${MIGRATING})`);
+  }
+}
+
+/**
+ * By trying, not by waiting in the lock: a session that waits holds a snapshot, and CREATE INDEX CONCURRENTLY
+ * waits for every snapshot, so that two pods would deadlock.
+ */
+async function takeTurn(client: pg.Client, logger: Logger): Promise<void> {
+  for (let tries = 0; ; tries++) {
+    const { rows } = await client.query(`SELECT pg_try_advisory_lock(${MIGRATING}) AS mine`);
+    if (rows[0].mine) return;
+    if (tries === 0) logger.info({}, 'another process is migrating this database; waiting for it');
+    await new Promise((resolve) => setTimeout(resolve, LOCK_POLL_MS));
+  }
+}
+
+/**
+ * On a table that has rows, the migration's CREATE INDEX would keep writers out for as long as it takes to
+ * read the whole table. So its indexes are made here first, CONCURRENTLY, and the migration finds them there.
+ */
+async function indexWithoutBlocking(client: pg.Client, logger: Logger): Promise<void> {
+  const { rows } = await client.query(`SELECT to_regclass('identity.outbox') IS NOT NULL AS there`);
+  if (!rows[0].there) return;
+  const statements = readMigrationFiles({ migrationsFolder: MIGRATIONS }).flatMap((it) => it.sql);
+  const matching = (pattern: RegExp) =>
+    statements.flatMap((text) => pattern.exec(text)?.[0] ?? []).map((text) => text.trim());
+  for (const text of matching(/ALTER TABLE "identity"\."outbox" ADD COLUMN IF NOT EXISTS[^;]*/)) {
+    await client.query(text);
+  }
+  for (const text of matching(/CREATE INDEX IF NOT EXISTS "[^"]+" ON "identity"\."outbox"[^;]*/)) {
+    const name = /"([^"]+)"/.exec(text)?.[1] as string;
+    const index = await client.query(
+      `SELECT indisvalid AS valid FROM pg_index WHERE indexrelid = to_regclass($1)`,
+      [`identity."${name}"`],
+    );
+    if (index.rows[0]?.valid) continue;
+    // An interrupted CONCURRENTLY leaves an invalid index of that name.
+    if (index.rows[0]) await client.query(`DROP INDEX CONCURRENTLY identity."${name}"`);
+    logger.info({ index: name }, 'building an index on the existing table; writers are not blocked');
+    await client.query('SET lock_timeout = 0'); // waits for old transactions, holding up nobody
+    await client.query(text.replace('CREATE INDEX', 'CREATE INDEX CONCURRENTLY'));
+    await client.query(`SET lock_timeout = ${TABLE_LOCK_TIMEOUT_MS}`);
+  }
+}
+
+async function applied(client: pg.Client): Promise<number> {
+  const { rows } = await client.query(`SELECT to_regclass('identity.relay_migrations') IS NOT NULL AS there`);
+  if (!rows[0].there) return 0;
+  const count = await client.query('SELECT count(*)::int AS n FROM identity.relay_migrations');
+  return count.rows[0].n;
+}

@@ -1,0 +1,120 @@
+/**
+ * Log lines: one JSON object per line on stdout, with `level`, `time`, `service`, `pod`, `pid`, `msg` and fields.
+ *
+ * Errors of the libraries carry more than may be logged: ioredis keeps the arguments of the failed command (payloads,
+ * AUTH), drizzle puts every query parameter into the message, PostgreSQL quotes whole rows in `detail`. So of an error
+ * only named parts are taken, and these are cleaned.
+ */
+import { hostname } from 'node:os';
+import { type DestinationStream, pino, stdTimeFunctions } from 'pino';
+import type { RelayConfig } from '../config/config.ts';
+import { redactUrls } from '../config/connection-urls.ts';
+
+type LogMethod = (fields: Record<string, unknown>, message: string) => void;
+
+/**
+ * What the relay asks of a logger: a part of pino's. A team that embeds the relay may pass its own; an error is
+ * always in the field `err`, as an Error. Wrap its serializer around `serializeError` to keep personal data out.
+ */
+export type Logger = {
+  trace: LogMethod;
+  debug: LogMethod;
+  info: LogMethod;
+  warn: LogMethod;
+  error: LogMethod;
+  fatal: LogMethod;
+  /** A logger that adds `fields` to each of its lines. */
+  child: (fields: Record<string, unknown>) => Logger;
+};
+
+export type LogLevel = RelayConfig['logLevel'];
+
+/** @param destination where the lines go; stdout, written synchronously, if left out. */
+export function createLogger(level: LogLevel, destination: DestinationStream = pino.destination(1)): Logger {
+  return pino(
+    {
+      level,
+      base: { service: 'relay-service', pod: hostname(), pid: process.pid },
+      timestamp: stdTimeFunctions.isoTime,
+      formatters: { level: (label) => ({ level: label }) },
+      serializers: { err: serializeError },
+    },
+    destination,
+  );
+}
+
+const MAX_MESSAGE_LENGTH = 2_000;
+const MAX_STACK_LENGTH = 8_000;
+/** Errors within errors (`cause`, AggregateError) are followed this deep. */
+const MAX_DEPTH = 4;
+const MAX_ERRORS = 5;
+
+/** An error as it may be logged. */
+export type SerializedError = {
+  type: string;
+  message: string;
+  stack?: string;
+  /** SQLSTATE, errno name or library code, e.g. `ECONNREFUSED`. */
+  code?: string;
+  /** Name of the Redis command that failed, without its arguments. */
+  command?: string;
+  cause?: SerializedError;
+  /** The first members of an AggregateError. */
+  errors?: SerializedError[];
+};
+
+/** The parts of `error` that may be logged; anything thrown is taken. */
+export function serializeError(error: unknown, depth = 0): SerializedError {
+  if (!(error instanceof Error)) return { type: typeof error, message: cut(redactUrls(textOf(error))) };
+  const { code, command, errors } = error as Error & { code?: unknown; command?: unknown; errors?: unknown };
+  const commandName =
+    typeof command === 'object' && command !== null && 'name' in command ? command.name : undefined;
+  const inner = Array.isArray(errors) && depth < MAX_DEPTH ? errors.slice(0, MAX_ERRORS) : [];
+  const stack = cleanStack(error);
+  return {
+    type: error.name,
+    message: cleanMessage(error),
+    ...(stack !== undefined && { stack }),
+    ...((typeof code === 'string' || typeof code === 'number') && { code: String(code) }),
+    ...(typeof commandName === 'string' && { command: commandName }),
+    ...(error.cause !== undefined && depth < MAX_DEPTH && { cause: serializeError(error.cause, depth + 1) }),
+    ...(inner.length > 0 && { errors: inner.map((one) => serializeError(one, depth + 1)) }),
+  };
+}
+
+/**
+ * One line that says what `error` is, for `error_message` of a row or an outcome's reason: the message, with that of
+ * the root cause, and nothing secret. At most 2,000 characters.
+ */
+export function errorText(error: unknown): string {
+  const { message, code, cause, errors } = serializeError(error);
+  const inner = cause ?? errors?.[0];
+  const own = message === '' ? (code ?? 'unknown error') : message;
+  return cut((inner === undefined ? own : `${own}: ${rootMessage(inner)}`).replaceAll(/\s+/g, ' '));
+}
+
+function rootMessage({ message, code, cause, errors }: SerializedError): string {
+  const inner = cause ?? errors?.[0];
+  return inner === undefined ? message || (code ?? 'unknown error') : rootMessage(inner);
+}
+
+function textOf(thrown: unknown): string {
+  return typeof thrown === 'object' && thrown !== null ? 'an object that is not an Error' : String(thrown);
+}
+
+function cleanMessage(error: Error): string {
+  // DrizzleQueryError: "Failed query: <sql>\nparams: <every parameter>". The cause says what went wrong.
+  if ('query' in error && 'params' in error) return 'Failed query';
+  // Redis: "ERR unknown command 'X', with args beginning with: 'a' 'b'".
+  return cut(redactUrls(error.message.replace(/,? with args beginning with:.*/s, '')));
+}
+
+/** The stack begins with the message, which may have several lines: only the lines of the frames are kept. */
+function cleanStack(error: Error): string | undefined {
+  const frames = error.stack?.replace(error.message, '').match(/^ {4}at .*$/gm);
+  return frames ? redactUrls(frames.join('\n')).slice(0, MAX_STACK_LENGTH) : undefined;
+}
+
+function cut(text: string): string {
+  return text.length > MAX_MESSAGE_LENGTH ? `${text.slice(0, MAX_MESSAGE_LENGTH - 3)}...` : text;
+}

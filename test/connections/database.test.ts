@@ -1,0 +1,47 @@
+import { expect, test } from 'vitest';
+import { transaction } from '../../src/connections/database.ts';
+import { createPool } from '../../src/connections/pool.ts';
+import { atEndOfFile } from '../support/cleanup.ts';
+import { anEvent, insertEvents } from '../support/events.ts';
+import { createDatabase } from '../support/servers.ts';
+import { openAdminPool, openPool } from '../support/stages.ts';
+
+const { url, adminUrl } = await createDatabase();
+const pipelined = createPool(url, { pipeline: true });
+atEndOfFile(() => pipelined.end());
+
+const admin = openAdminPool(adminUrl);
+
+const settings = `SELECT current_setting('statement_timeout') AS deadline, current_setting('jit') AS jit, pg_current_xact_id() IS NOT NULL AS started`;
+
+for (const [kind, pool] of [
+  ['one statement at a time', openPool(url)],
+  ['statements in a pipeline', pipelined],
+] as const) {
+  test(`the first statement is inside the transaction, under its settings (${kind})`, async () => {
+    const { rows } = await transaction(pool, 4_000, 'durable', (tx) => tx.query(settings));
+    expect(rows).toEqual([{ deadline: '4s', jit: 'off', started: true }]);
+  });
+
+  test(`nothing remains of a transaction whose work fails (${kind})`, async () => {
+    const [id] = await insertEvents(admin, [anEvent()]);
+    const failing = transaction(pool, 4_000, 'durable', async (tx) => {
+      const { rowCount } = await tx.query('UPDATE identity.outbox SET attempts = 7 WHERE id = $1', [id]);
+      expect(rowCount).toBe(1);
+      throw new Error('the caller gave up');
+    });
+    await expect(failing).rejects.toThrow('the caller gave up');
+    expect((await admin.query('SELECT FROM identity.outbox WHERE attempts > 0')).rowCount).toBe(0);
+  });
+
+  test(`a connection that breaks between two statements fails the transaction, not the process (${kind})`, async () => {
+    const broken = transaction(pool, 4_000, 'durable', async (tx) => {
+      const { rows } = await tx.query('SELECT pg_backend_pid() AS pid');
+      // Returns when the backend has ended.
+      await admin.query('SELECT pg_terminate_backend($1, 5000)', [rows[0].pid]);
+      await tx.query('SELECT 1');
+    });
+    await expect(broken).rejects.toThrow(/terminat|not queryable/i);
+    await transaction(pool, 4_000, 'durable', (tx) => tx.query('SELECT 1'));
+  });
+}

@@ -1,0 +1,312 @@
+/**
+ * The demo's traffic: a sample producer that commits users' events, one of which is made to fail, and a sample
+ * consumer that reads what the relay makes of them and takes the time.
+ */
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Redis } from 'ioredis';
+import type { Pool, PoolClient } from 'pg';
+import { appendEvent } from '../../src/outbox/producer.ts';
+import { type SampleEvent, sampleEvent, TOPIC } from './sample.ts';
+import type { Screen, Shown } from './screen.ts';
+
+/** A stream key that holds no stream: Redis refuses to append to it (WRONGTYPE). */
+export const BROKEN_TOPIC = 'demo.broken.v1';
+
+/** The event of this number fails; the next one is of the same user and has to wait for it. */
+const FAILING_NUMBER = 8;
+const TRANSACTION_EVENTS_MAX = 200;
+const USERS_MAX = 200;
+const TICK_MS = 5;
+const WATCH_MS = 40;
+const PULSE_MS = 500;
+const READ_COUNT = 1_000;
+const READ_BLOCK_MS = 250;
+/** Above this rate, a line for every row and entry is no longer readable. */
+const READABLE_RATE_PER_S = 20;
+const STALLED_MS = 30_000;
+const LATENCIES_KEPT = 200_000;
+
+type Part = 'plain' | 'fails' | 'waits';
+type Tracked = Shown & { event: SampleEvent; part: Part; committedAt?: number; readAt?: number };
+
+export type TrafficOptions = {
+  pool: Pool;
+  redis: Redis;
+  screen: Screen;
+  dlqStream: string;
+  /** Events to write; Infinity: until `stop`. */
+  events: number;
+  ratePerSecond: number;
+};
+
+export type Traffic = Readonly<{
+  /** Commits events at the given rate, until there are enough or `stop` is aborted. */
+  produce(stop: AbortSignal): Promise<void>;
+  /** Reads the streams and watches the failing row, until `stop` is aborted. Throws when nothing moves any more. */
+  observe(stop: AbortSignal): Promise<void>;
+  /** Events that are committed, and neither read from their stream nor dead. */
+  onTheirWay(): number;
+  /** Shows what was gathered since the last pulse. */
+  pulse(): void;
+  latenciesMs: readonly number[];
+  heldBack(): number;
+  madeToFail(): number;
+}>;
+
+export function createTraffic(options: TrafficOptions): Traffic {
+  const { pool, redis, screen, dlqStream, events, ratePerSecond } = options;
+  const eachLine = ratePerSecond <= READABLE_RATE_PER_S;
+  const tracked = new Map<string, Tracked>();
+  const onTheirWay = new Map<string, Tracked>();
+  const latenciesMs: number[] = [];
+  const users = createUsers();
+  let written = 0;
+  let heldBack = 0;
+  let failing: Tracked | undefined;
+  let failingIsDead = false;
+  let lastProgressAt = performance.now();
+  let sincePulse = { rowsIn: 0, entriesOut: 0, latenciesMs: [] as number[] };
+  let newest: Shown | undefined;
+
+  async function produce(stop: AbortSignal): Promise<void> {
+    // What a broken deployment may look like: somebody wrote another type under the stream's key.
+    await redis.set(BROKEN_TOPIC, 'not a stream');
+    const startedAt = performance.now();
+    while (written < events && !stop.aborted) {
+      const dueByNow = 1 + Math.floor(((performance.now() - startedAt) / 1_000) * ratePerSecond);
+      const due = Math.min(dueByNow, events) - written;
+      if (due <= 0) await delay(TICK_MS);
+      else await commit(Array.from({ length: Math.min(due, TRANSACTION_EVENTS_MAX) }, nextEvent));
+    }
+  }
+
+  function nextEvent(): Tracked {
+    const number = ++written;
+    const part: Part =
+      number === FAILING_NUMBER ? 'fails' : number === FAILING_NUMBER + 1 ? 'waits' : 'plain';
+    const event = part === 'plain' ? users.next() : users.nextOfUnlucky();
+    if (part === 'fails') event.topic = BROKEN_TOPIC;
+    return { number, part, event, eventType: event.eventType, who: whoIs(event) };
+  }
+
+  /** As a producer does: the change of the user and its event in one transaction. */
+  async function commit(batch: Tracked[]): Promise<void> {
+    for (const item of batch) {
+      tracked.set(item.event.eventId, item);
+      onTheirWay.set(item.event.eventId, item);
+    }
+    await inTransaction(pool, async (client) => {
+      for (const { event } of batch) {
+        await client.query(
+          `INSERT INTO identity.users (id, display_name, active) VALUES ($1, $2, $3)
+           ON CONFLICT (id) DO UPDATE SET display_name = excluded.display_name, active = excluded.active`,
+          [event.aggregateId, whoIs(event), event.eventType !== 'UserDisabled'],
+        );
+        const { eventId, eventType, aggregateId, payload, topic } = event;
+        await appendEvent(client, { eventId, eventType, aggregateId, payload, topic: topic ?? TOPIC });
+      }
+    });
+    const committedAt = performance.now();
+    for (const item of batch) {
+      item.committedAt = committedAt;
+      sincePulse.rowsIn++;
+      newest = item;
+      if (item.part === 'fails') {
+        failing = item;
+        screen.failing(item, `goes to ${BROKEN_TOPIC}, which is no stream: made to fail`);
+      } else if (item.part === 'waits') {
+        screen.failing(item, 'same user: has to wait for the one before');
+      } else if (eachLine) screen.rowIn(item);
+      // The entry may be read before the answer to our COMMIT is.
+      if (item.readAt !== undefined) arrived(item);
+    }
+  }
+
+  async function observe(stop: AbortSignal): Promise<void> {
+    await Promise.all([consume(stop), watchFailingRow(stop), watchProgress(stop)]);
+  }
+
+  async function consume(stop: AbortSignal): Promise<void> {
+    // A blocking read keeps its connection busy, so it has one of its own.
+    const reader = redis.duplicate({ maxRetriesPerRequest: null });
+    reader.on('error', () => {});
+    let afterEntry = '0';
+    let afterDeadLetter = '0';
+    try {
+      while (!stop.aborted) {
+        const answer = await reader.xread(
+          ...(['COUNT', READ_COUNT, 'BLOCK', READ_BLOCK_MS] as const),
+          ...(['STREAMS', TOPIC, dlqStream, afterEntry, afterDeadLetter] as const),
+        );
+        const readAt = performance.now();
+        for (const [stream, entries] of answer ?? []) {
+          for (const [entryId, fields] of entries) {
+            if (stream === TOPIC) {
+              afterEntry = entryId;
+              readEntry(field(fields, 'event_id'), readAt);
+            } else {
+              afterDeadLetter = entryId;
+              readDeadLetter(fields);
+            }
+          }
+        }
+      }
+    } finally {
+      reader.disconnect();
+    }
+  }
+
+  function readEntry(eventId: string, readAt: number): void {
+    const item = tracked.get(eventId);
+    // An entry that is not ours is found by the audit at the end.
+    if (item === undefined) return;
+    if (item.readAt !== undefined) {
+      screen.doubled(item);
+      return;
+    }
+    item.readAt = readAt;
+    if (item.committedAt !== undefined) arrived(item);
+  }
+
+  function arrived(item: Tracked): void {
+    const latencyMs = Math.max(0, (item.readAt ?? 0) - (item.committedAt ?? 0));
+    onTheirWay.delete(item.event.eventId);
+    lastProgressAt = performance.now();
+    sincePulse.entriesOut++;
+    if (item.part === 'waits') {
+      heldBack++;
+      screen.entryOut(item, latencyMs, `waited for #${FAILING_NUMBER}`);
+      return;
+    }
+    sincePulse.latenciesMs.push(latencyMs);
+    latenciesMs.push(latencyMs);
+    if (latenciesMs.length > LATENCIES_KEPT) latenciesMs.splice(0, LATENCIES_KEPT / 10);
+    if (eachLine) screen.entryOut(item, latencyMs);
+  }
+
+  function readDeadLetter(fields: readonly string[]): void {
+    const item = tracked.get(field(fields, 'original_event_id'));
+    if (item === undefined) return;
+    onTheirWay.delete(item.event.eventId);
+    lastProgressAt = performance.now();
+    if (item === failing) failingIsDead = true;
+    const attempts = field(fields, 'attempts');
+    // The last failure and the dead letter come too close together to be seen on the row one after the other.
+    screen.attemptFailed(item, Number(attempts), field(fields, 'error_message'), undefined);
+    screen.deadLetter(item, dlqStream, attempts);
+  }
+
+  /** Shows each failed attempt as the row tells it, as any operator could read it. */
+  async function watchFailingRow(stop: AbortSignal): Promise<void> {
+    let shownAttempts = 0;
+    while (!stop.aborted && !failingIsDead) {
+      if (failing !== undefined) {
+        const { rows } = await pool.query<{
+          attempts: number;
+          error_message: string | null;
+          seconds: number | null;
+        }>(
+          `SELECT attempts, error_message,
+                  CASE WHEN isfinite(next_attempt_at)
+                       THEN greatest(0, extract(epoch FROM next_attempt_at - now()))::float8 END AS seconds
+             FROM identity.outbox WHERE event_id = $1`,
+          [failing.event.eventId],
+        );
+        const row = rows[0];
+        if (row !== undefined && row.attempts > shownAttempts && !failingIsDead) {
+          shownAttempts = row.attempts;
+          lastProgressAt = performance.now();
+          screen.attemptFailed(failing, row.attempts, row.error_message ?? '', row.seconds ?? undefined);
+        }
+      }
+      await delay(WATCH_MS);
+    }
+  }
+
+  async function watchProgress(stop: AbortSignal): Promise<void> {
+    let pulseAt = performance.now() + PULSE_MS;
+    while (!stop.aborted) {
+      const now = performance.now();
+      if (!eachLine && now >= pulseAt) {
+        pulseAt = now + PULSE_MS;
+        pulse();
+      }
+      const [oldest] = onTheirWay.values();
+      const since = Math.max(lastProgressAt, oldest?.committedAt ?? now);
+      if (now - since > STALLED_MS) {
+        throw new Error(
+          `Nothing moved for ${STALLED_MS / 1_000} s: ${onTheirWay.size} events are still on their way`,
+        );
+      }
+      await delay(WATCH_MS);
+    }
+  }
+
+  function pulse(): void {
+    if (eachLine || (sincePulse.rowsIn === 0 && sincePulse.entriesOut === 0)) return;
+    screen.pulse({ ...sincePulse, onTheirWay: onTheirWay.size, newest });
+    sincePulse = { rowsIn: 0, entriesOut: 0, latenciesMs: [] };
+  }
+
+  return {
+    produce,
+    observe,
+    onTheirWay: () => onTheirWay.size,
+    pulse,
+    latenciesMs,
+    heldBack: () => heldBack,
+    madeToFail: () => (failing === undefined ? 0 : 1),
+  };
+}
+
+async function inTransaction(pool: Pool, work: (client: PoolClient) => Promise<void>): Promise<void> {
+  const client = await pool.connect();
+  try {
+    await client.query('BEGIN');
+    await work(client);
+    await client.query('COMMIT');
+    client.release();
+  } catch (error) {
+    // Closing the connection rolls back.
+    client.release(true);
+    throw error;
+  }
+}
+
+/** Users who come, change and go. The first one is kept apart: the unlucky one, whose event will fail. */
+function createUsers(): { next(): SampleEvent; nextOfUnlucky(): SampleEvent } {
+  const unlucky = sampleEvent('UserCreated');
+  const active: SampleEvent[] = [];
+  let greeted = false;
+  const again = (eventType: 'UserUpdated' | 'UserDisabled', created: SampleEvent): SampleEvent =>
+    sampleEvent(eventType, created.aggregateId, whoIs(created));
+  return {
+    next() {
+      if (!greeted) {
+        greeted = true;
+        return unlucky;
+      }
+      const dice = Math.random();
+      const index = Math.floor(Math.random() * active.length);
+      const user = active[index];
+      if (user === undefined || (dice < 0.4 && active.length < USERS_MAX)) {
+        const created = sampleEvent('UserCreated');
+        active.push(created);
+        return created;
+      }
+      if (dice < 0.85) return again('UserUpdated', user);
+      active.splice(index, 1);
+      return again('UserDisabled', user);
+    },
+    nextOfUnlucky: () => again('UserUpdated', unlucky),
+  };
+}
+
+function whoIs({ payload }: SampleEvent): string {
+  return typeof payload === 'string' ? '' : String(payload.display_name ?? '');
+}
+
+function field(fields: readonly string[], name: string): string {
+  const at = fields.findIndex((text, index) => index % 2 === 0 && text === name);
+  return at === -1 ? '' : (fields[at + 1] ?? '');
+}

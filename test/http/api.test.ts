@@ -1,0 +1,223 @@
+import { type FastifyInstance, fastify } from 'fastify';
+import { beforeEach, describe, expect, test } from 'vitest';
+import { type ApiDeps, registerApi } from '../../src/http/api.ts';
+import { NotReadyError } from '../../src/lifecycle.ts';
+import { CursorError } from '../../src/operations/cursor.ts';
+import { anEvent } from '../support/events.ts';
+import { silent } from '../support/stages.ts';
+
+const { eventId } = anEvent();
+const SINCE = '2026-01-31T12:00:00Z';
+const TRACE = { traceparent: '00-1-2-01' };
+const PRIVATE = { payload: '{"email":"a@b.c"}', tenantId: 'a@b.c', correlationId: 'a@b.c', trace: TRACE };
+
+let app: FastifyInstance;
+/** What was asked of the operations, in words. */
+let asked: unknown[];
+let fail: Error | undefined;
+/** As the description writes them, e.g. `get /api/dlq/{eventId}`. */
+let served: string[];
+
+beforeEach(() => {
+  asked = [];
+  fail = undefined;
+  const answer = async (...question: unknown[]): Promise<object> => {
+    asked.push(question);
+    if (fail) throw fail;
+    return { done: 1, refused: 0, refusals: [], next: null, letters: [], more: 'kept' };
+  };
+  const deps: ApiDeps = {
+    deadLetters: {
+      list: (...it) => answer('list', ...it),
+      groups: async (...it) => [await answer('groups', ...it)],
+      show: async (...it) =>
+        it[0] === eventId
+          ? { ...(await answer('show', ...it)), event: { ...PRIVATE, eventType: 'A' } }
+          : null,
+      replay: (...it) => answer('replay', ...it),
+      discard: (...it) => answer('discard', ...it),
+    },
+    republish: {
+      count: async (...it) => {
+        await answer('count', ...it);
+        return { streams: new Map([['a.b', 3]]), next: 'abc' };
+      },
+      run: (...it) => answer('run', ...it),
+    },
+    requires: (role) => async (request, reply) => {
+      const has = request.headers['x-role'];
+      if (has === undefined) return reply.code(401).send({ error: 'log in' });
+      if (role === 'operator' && has !== role) return reply.code(403).send({ error: 'viewers cannot act' });
+      Object.assign(request, { operator: { name: 'alice', role: has } });
+      return undefined;
+    },
+    version: '1.2.3',
+    logger: silent,
+  };
+  app = fastify({ exposeHeadRoutes: false });
+  served = [];
+  app.addHook('onRoute', ({ method, url }) => {
+    served.push(`${String(method).toLowerCase()} ${url.replaceAll(/:(\w+)/g, '{$1}')}`);
+  });
+  registerApi(app, deps);
+});
+
+async function call(method: 'GET' | 'POST', url: string, body?: object, role = 'operator') {
+  const reply = await app.inject({
+    ...{ method, url: `/api${url}`, ...(body && { payload: body }) },
+    headers: role === '' ? {} : { 'x-role': role },
+  });
+  return { status: reply.statusCode, body: reply.json() };
+}
+
+test('the list takes filters, a limit and a cursor', async () => {
+  const url = `/dlq?eventType=A&topic=b&aggregateType=user&aggregateId=${eventId}&error=no&since=${SINCE}&until=${SINCE}`;
+  expect(await call('GET', `${url}&limit=7&after=abc&pruned=true`, undefined, 'viewer')).toMatchObject({
+    status: 200,
+    body: { letters: [], next: null },
+  });
+  await call('GET', '/dlq');
+  await call('GET', '/dlq/groups?error=no');
+  const times = { since: SINCE, until: SINCE };
+  expect(asked).toEqual([
+    [
+      'list',
+      { eventType: 'A', topic: 'b', aggregateType: 'user', aggregateId: eventId, error: 'no', ...times },
+      { limit: 7, after: 'abc', pruned: true, look: 1_000 },
+    ],
+    ['list', {}, { limit: 50, pruned: false, look: 1_000 }],
+    ['groups', { error: 'no' }, 100],
+  ]);
+});
+
+test('one event is shown, or not found', async () => {
+  expect(await call('GET', `/dlq/${eventId}`)).toMatchObject({ status: 200, body: { more: 'kept' } });
+  expect(await call('GET', `/dlq/${anEvent().eventId}`)).toMatchObject({ status: 404 });
+});
+
+test('who acts is passed on, with what and how much', async () => {
+  await call('POST', '/dlq/replay', { eventIds: [eventId], dryRun: true });
+  await call('POST', '/dlq/replay', { filter: { error: 'no' }, limit: 5, after: 'abc' });
+  await call('POST', '/dlq/replay', { all: true });
+  await call('POST', '/dlq/discard', { filter: { topic: 'x' }, pruned: true, reason: 'obsolete' });
+  await call('POST', '/republish', { since: SINCE, until: SINCE, filter: { topic: 'x' } });
+  const dry = await call('POST', '/republish', { since: SINCE, until: SINCE, dryRun: true });
+  expect(dry.body).toMatchObject({ appended: 0, streams: { 'a.b': 3 }, next: 'abc' });
+  const options = { by: 'alice', dryRun: false, limit: 1_000 };
+  const range = { since: SINCE, until: SINCE };
+  expect(asked).toEqual([
+    ['replay', { eventIds: [eventId] }, { ...options, dryRun: true }],
+    ['replay', { filter: { error: 'no' }, pruned: false }, { ...options, limit: 5, after: 'abc' }],
+    ['replay', { filter: {}, pruned: false }, options],
+    ['discard', { filter: { topic: 'x' }, pruned: true }, 'obsolete', options],
+    ['run', { ...range, filter: { topic: 'x' } }, { by: 'alice', limit: 1_000 }],
+    ['count', { ...range, filter: {} }, { limit: 1_000 }],
+  ]);
+});
+
+test('event ids are taken as the table has them', async () => {
+  const upper = eventId.toUpperCase();
+  expect((await call('GET', `/dlq/${upper}`)).status).toBe(200);
+  await call('POST', '/dlq/replay', { eventIds: [upper, eventId] });
+  expect(asked).toMatchObject([
+    ['show', eventId],
+    ['replay', { eventIds: [eventId] }, {}],
+  ]);
+});
+
+describe('refused with what is wrong, and nothing is done:', () => {
+  test.each<[string, string, object, string]>([
+    ['nothing said', '/dlq/replay', {}, 'say all'],
+    ['an empty filter', '/dlq/replay', { filter: {} }, 'say all'],
+    ['a misspelt filter', '/dlq/replay', { filter: { tpye: 'A' } }, 'body.filter has "tpye"'],
+    ['a misspelt member', '/dlq/discard', { all: true, reason: 'x', dry_run: true }, 'body has "dry_run"'],
+    ['both', '/dlq/replay', { eventIds: [eventId], filter: { error: 'x' } }, 'one of them'],
+    ['no event id', '/dlq/replay', { eventIds: ['x'] }, 'eventIds/0'],
+    ['none of them', '/dlq/replay', { eventIds: [] }, 'eventIds'],
+    ['a byte that no text may have', '/dlq/replay', { filter: { error: 'a\u0000b' } }, 'filter/error'],
+    ['no reason', '/dlq/discard', { all: true }, 'reason'],
+    ['too many', '/dlq/replay', { all: true, limit: 1_001 }, 'limit'],
+    ['no time', '/republish', { since: 'yesterday', until: SINCE }, 'since'],
+    ['a flag that is none', '/dlq/replay', { all: true, dryRun: null }, 'body/dryRun must be boolean'],
+    ['words for flags', '/dlq/discard', { all: 'true', reason: 'x' }, 'body/all must be boolean'],
+    ['one id for many', '/dlq/replay', { eventIds: eventId }, 'body/eventIds must be array'],
+    ['an id as a URN', '/dlq/replay', { eventIds: [`urn:uuid:${eventId}`] }, 'eventIds/0'],
+    ['no end', '/republish', { since: SINCE }, 'until'],
+  ])('%s', async (_, url, body, reason) => {
+    expect(await call('POST', url, body)).toEqual({
+      status: 400,
+      body: { error: expect.stringContaining(reason) },
+    });
+    expect(asked).toEqual([]);
+  });
+
+  test('a misspelt query', async () => {
+    expect(await call('GET', '/dlq?typ=x')).toMatchObject({
+      status: 400,
+      body: { error: expect.stringContaining('query has "typ"') },
+    });
+  });
+});
+
+test('viewers see and cannot act; nobody else sees anything, not even what is wrong', async () => {
+  for (const url of ['/dlq', '/dlq/groups', `/dlq/${eventId}`, '/openapi.json']) {
+    expect((await call('GET', url, undefined, 'viewer')).status, url).toBe(200);
+    expect((await call('GET', url, undefined, '')).status, url).toBe(401);
+  }
+  asked.length = 0;
+  for (const url of ['/dlq/replay', '/dlq/discard', '/republish']) {
+    expect((await call('POST', url, { nonsense: 1 }, 'viewer')).status, url).toBe(403);
+    expect((await call('POST', url, { nonsense: 1 }, '')).status, url).toBe(401);
+  }
+  expect(asked).toEqual([]);
+});
+
+test('a payload, which may hold personal data, and what tells whose it is, are for operators alone', async () => {
+  const event = async (role: string) => (await call('GET', `/dlq/${eventId}`, undefined, role)).body.event;
+  expect(await event('operator')).toEqual({ ...PRIVATE, eventType: 'A' });
+  expect(await event('viewer')).toEqual({ payload: null, eventType: 'A' });
+});
+
+test('a bad cursor is the asker’s fault, a server that is away is not', async () => {
+  fail = new CursorError();
+  expect((await call('GET', '/dlq?after=x')).status).toBe(400);
+  fail = Object.assign(new Error('date/time field value out of range'), { code: '22008' });
+  expect((await call('GET', '/dlq?since=0000-01-01T00:00:00Z')).status).toBe(400);
+  fail = new NotReadyError('Redis is away');
+  expect(await call('POST', '/dlq/replay', { all: true })).toEqual({
+    status: 503,
+    body: { error: 'Redis is away' },
+  });
+  fail = new Error('postgres://user:secret@host/db refused');
+  const { status, body } = await call('GET', '/dlq');
+  expect(status).toBe(500);
+  expect(body.error).not.toContain('secret');
+});
+
+test('the description has every route, with what it takes and who may', async () => {
+  const { body } = await call('GET', '/openapi.json');
+  expect(body).toMatchObject({ openapi: '3.1.0', info: { title: 'relay-service', version: '1.2.3' } });
+  const described = Object.entries(body.paths as Record<string, Record<string, object>>).flatMap(
+    ([path, methods]) => Object.keys(methods).map((method) => `${method} ${path}`),
+  );
+  expect(served.length).toBe(7);
+  expect(described.toSorted()).toEqual(served.toSorted());
+  const { get, post } = {
+    get: body.paths['/api/dlq/{eventId}'].get,
+    post: body.paths['/api/dlq/discard'].post,
+  };
+  expect(get.parameters).toEqual([
+    {
+      name: 'eventId',
+      in: 'path',
+      required: true,
+      schema: { type: 'string', format: 'uuid', maxLength: 36 },
+    },
+  ]);
+  expect(post.description).toContain('operator');
+  expect(post.requestBody.content['application/json'].schema.required).toEqual(['reason']);
+  const ids = Object.values(body.paths as Record<string, Record<string, { operationId: string }>>).flatMap(
+    (it) => Object.values(it).map(({ operationId }) => operationId),
+  );
+  expect(new Set(ids).size).toBe(7);
+});

@@ -1,0 +1,159 @@
+import { beforeEach, describe, expect, test } from 'vitest';
+import { ComparingError, createRetention } from '../../src/maintenance/retention.ts';
+import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/pruner.ts';
+import { asRelay, grantLeast, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
+import { createDatabase } from '../support/servers.ts';
+import { openAdminPool, openPool } from '../support/stages.ts';
+
+const HOUR_MS = 3_600_000;
+const { url, adminUrl } = await createDatabase();
+// The relay itself deletes rows where it is told to, and has the right to only then.
+await grantLeast(adminUrl, { RELAY_PUBLISHED_RETENTION: '86400' });
+const pool = openAdminPool(adminUrl);
+const prunerAs = (user: string) => createPruner(openPool(asRelay(url, user)), { statementTimeoutMs: 10_000 });
+const pruner = prunerAs(RELAY_USER);
+const retentionWith = (comparing: () => Promise<boolean>, by = pruner) =>
+  createRetention({ ...by, comparing, resyncWindowMs: HOUR_MS });
+const retention = retentionWith(async () => false);
+const operators = retentionWith(async () => false, prunerAs(OPERATOR_ROLE));
+
+beforeEach(async () => {
+  await pool.query('TRUNCATE identity.outbox');
+});
+
+/** Rows of one kind, each with its name in event_type; `columns` are further columns and their values. */
+async function add(name: string, columns: Record<string, string>, count = 1): Promise<void> {
+  const all = { event_type: `'${name}'`, aggregate_id: 'gen_random_uuid()', payload: `'{}'`, ...columns };
+  await pool.query(
+    `INSERT INTO identity.outbox (${Object.keys(all)}) SELECT ${Object.values(all)} FROM generate_series(1, ${count})`,
+  );
+}
+const names = async () => {
+  const { rows } = await pool.query('SELECT DISTINCT event_type FROM identity.outbox ORDER BY 1');
+  return rows.map((row) => row.event_type);
+};
+const count = async () => (await pool.query('SELECT count(*)::int AS n FROM identity.outbox')).rows[0].n;
+const ago = (hours: number) => `now() - interval '${hours} hours'`;
+const published = (hours: number) => ({
+  published: 'true',
+  published_at: ago(hours),
+  stream_entry_id: `'1-1'`,
+});
+
+describe('of the rows of the table', () => {
+  beforeEach(async () => {
+    await add('old', published(30));
+    await add('old, of another system', { published: 'true', published_at: ago(30) });
+    await add('old, and nobody knows when', { published: 'true', created_at: ago(30) });
+    await add('young', published(1));
+    await add('young, of another system', { published: 'true', published_at: ago(1), created_at: ago(30) });
+    await add('old and waiting', { created_at: ago(30) });
+    await add('old and parked', { created_at: ago(30), next_attempt_at: `'infinity'` });
+    const dead = { created_at: ago(40), dead_lettered_at: ago(30), stream_entry_id: `'1-1'` };
+    await add('old and dead', { ...dead, next_attempt_at: `'infinity'` });
+    await add('dead and skipped', { ...dead, ...published(29) });
+    await add('discarded', { ...dead, published: 'true', published_at: ago(29), stream_entry_id: 'NULL' });
+    await add('old and taken back', { ...published(30), published: 'false' });
+    await add('old and unpublished: its entry was lost', { published: 'false', published_at: ago(30) });
+  });
+
+  test('those are deleted that were published long enough ago, and are not dead', async () => {
+    expect(await retention.run(24 * HOUR_MS, () => true)).toBe(3);
+    expect(await names()).toEqual(
+      [
+        'young',
+        'young, of another system',
+        'old and waiting',
+        'old and parked',
+        'old and dead',
+        'dead and skipped',
+        'discarded',
+        'old and taken back',
+        'old and unpublished: its entry was lost',
+      ].toSorted(),
+    );
+  });
+
+  test('none is, by a dry run, which counts the same', async () => {
+    let sum = 0;
+    for await (const rows of operators.byHand(24 * HOUR_MS, true)) sum += rows;
+    expect(sum).toBe(3);
+    expect(await count()).toBe(12);
+  });
+});
+
+test('a row that a resync may need is not deleted, whatever is asked for', async () => {
+  await add('needed', published(1));
+  await add('not needed', published(1.1));
+  expect(await retention.run(1, () => true)).toBe(1);
+  expect(await names()).toEqual(['needed']);
+});
+
+test('nothing is deleted while table and streams are compared, and no more once that begins', async () => {
+  await add('old', published(30), 2_500);
+  let looks = 0;
+  const interrupted = retentionWith(async () => ++looks > 2);
+  await expect(interrupted.run(24 * HOUR_MS, () => true)).rejects.toThrow(ComparingError);
+  expect(await count()).toBe(500);
+});
+
+test('a thousand rows go at a time, past dead ones that are in between, until somebody says stop', async () => {
+  for (let i = 0; i < 3; i++) {
+    await add(
+      'dead',
+      { dead_lettered_at: ago(30), stream_entry_id: `'1-1'`, next_attempt_at: `'infinity'` },
+      1_200,
+    );
+    await add('old', published(30), 400);
+  }
+  await add('of another system', { published: 'true', published_at: ago(30) }, 1_100);
+  const steps: number[] = [];
+  for await (const rows of operators.byHand(24 * HOUR_MS, false)) steps.push(rows);
+  expect(steps.reduce((sum, it) => sum + it)).toBe(2_300);
+  expect(Math.max(...steps)).toBe(1_000);
+  expect(await names()).toEqual(['dead']);
+
+  await add('old', published(30), 3_000);
+  let turns = 0;
+  expect(await retention.run(24 * HOUR_MS, () => ++turns <= 5)).toBe(1_400);
+});
+
+test('one process deletes at a time: another gives way, a command waits for its turn', async () => {
+  await add('old', published(30), 10);
+  const holder = await pool.connect();
+  try {
+    await holder.query('BEGIN');
+    await holder.query('SELECT pg_advisory_xact_lock(1919705465, 1886549358)');
+    expect(await retention.run(24 * HOUR_MS, () => true)).toBe(0);
+    const byHand = operators.byHand(24 * HOUR_MS, false);
+    const first = byHand.next();
+    await holder.query('ROLLBACK');
+    expect(await first).toMatchObject({ value: 10 });
+  } finally {
+    holder.release();
+  }
+});
+
+test('rows published by the relay do not enter the index of those that are not its own', async () => {
+  await add('fresh', {}, 1_000);
+  await pool.query(
+    `UPDATE identity.outbox SET published = true, published_at = now(), stream_entry_id = '1-1'`,
+  );
+  await pool.query('VACUUM identity.outbox');
+  const { rows } = await pool.query(
+    `SELECT (SELECT reltuples FROM pg_class WHERE oid = 'identity.relay_outbox_unreceipted'::regclass) AS theirs,
+            (SELECT reltuples FROM pg_class WHERE oid = 'identity.relay_outbox_settled'::regclass) AS ours`,
+  );
+  expect(rows[0]).toEqual({ theirs: 0, ours: 1_000 });
+});
+
+test('each step says where the next one begins, and the last one that it is the last', async () => {
+  await add('young', published(0));
+  const before = await pruner.ago(HOUR_MS);
+  for (const kind of PRUNABLE_KINDS) {
+    expect(await pruner.step({ kind, after: FIRST_PLACE, before, limit: 10 })).toEqual({
+      deleted: 0,
+      next: null,
+    });
+  }
+});
