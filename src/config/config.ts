@@ -1,6 +1,6 @@
 /**
  * Configuration. Each variable is described once, in `table`; everything that is said about variables elsewhere
- * (`relay start --help`, `.env.example`, the README) is written from it or compared with it.
+ * (`relay start --help`, `.env.example`, docs/configuration.md) is written from it or compared with it.
  */
 import type { z } from 'zod';
 import { normaliseDatabaseUrl, redactUrls } from './connection-urls.ts';

@@ -149,10 +149,10 @@ test('a role that owns the table and may create in database and schema can migra
   }
 }, 60_000);
 
-test('the README shows what relay grants prints', async () => {
+test('the security page shows what relay grants prints', async () => {
   const stage = await setStage();
-  const [sql] = blocksUnder('Rights', 'sql');
-  const [acl] = blocksUnder('Rights', '');
+  const [sql] = blocksUnder('docs/security.md', 'Rights', 'sql');
+  const [acl] = blocksUnder('docs/security.md', 'Rights', '');
   const env = { RELAY_ALLOWED_TOPICS: `${STREAM},${WORDS}` };
   const { lines } = await stage.command(['grants'], env);
   expect(lines.join('\n')).toBe(`${sql?.trim()}\n\n-- In Redis:\n${acl?.trim()}`);

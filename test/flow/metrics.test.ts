@@ -7,7 +7,7 @@ import { parse } from 'yaml';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, STREAM, setStage } from '../support/flow.ts';
 import { type Families, familiesOf, selectorsOf, seriesOf, valueIn } from '../support/promql.ts';
-import { README, tableRows } from '../support/readme.ts';
+import { anchorsOf, tableRows } from '../support/readme.ts';
 import { waitFor } from '../support/wait.ts';
 
 const root = inject('root');
@@ -166,20 +166,14 @@ test('each text of a rule or a legend uses labels that its query leaves', () => 
   }
 });
 
-test('every rule leads to a heading of the README', () => {
-  const anchors = [...README.matchAll(/^#+ (.+)$/gm)].map(([, title]) =>
-    (title as string)
-      .toLowerCase()
-      .replaceAll(/[^\p{L}\p{N} _-]/gu, '')
-      .replaceAll(' ', '-'),
-  );
+test('every rule leads to a heading of a page', () => {
   for (const { alert, annotations } of rules) {
-    const [, anchor] = /^README\.md#(.+)$/.exec(annotations.runbook ?? '') ?? [];
-    expect(anchors, alert).toContain(anchor);
+    const [, page = '', anchor] = /^(docs\/[a-z-]+\.md)#(.+)$/.exec(annotations.runbook ?? '') ?? [];
+    expect(anchorsOf(page), alert).toContain(anchor);
   }
 });
 
-test('the README describes every metric of ours, with its type and its labels, and no other', () => {
+test('the documentation describes every metric of ours, with its type and its labels, and no other', () => {
   const ofNode = /^(?:process|nodejs)_/;
   const described = tableRows('Metric', 'Type', 'Labels', 'Meaning').map(
     ([names = '', type, labels = '']) => [names.replaceAll('`', ''), type, labels.replaceAll('`', '')],

@@ -10,10 +10,13 @@ const BAD_TOPIC = 'identity.broken.v1';
 
 const QUICK = { RELAY_RETRY_BASE_DELAY: '0.1', RELAY_MAX_RETRY_ATTEMPTS: '2', RELAY_POLL_INTERVAL: '0.5' };
 
-/** The README's statements under `heading` that begin with `verb`, with `value` where its reader has to fill in. */
-function statement(heading: string, verb: 'SELECT' | 'UPDATE', value = ''): string {
-  const found = blocksUnder(heading, 'sql').filter((text) => text.startsWith(verb));
-  expect(found, `${verb} under "${heading}"`).toHaveLength(1);
+const RUNBOOK = 'docs/runbook.md';
+const DEAD = { page: 'docs/dead-letters.md', heading: 'In SQL' };
+
+/** The statement of `page` under `heading` that begins with `verb`, with `value` where its reader has to fill in. */
+function statement(at: { page: string; heading: string }, verb: 'SELECT' | 'UPDATE', value = ''): string {
+  const found = blocksUnder(at.page, at.heading, 'sql').filter((text) => text.startsWith(verb));
+  expect(found, `${verb} under "${at.heading}"`).toHaveLength(1);
   return (found[0] as string).replace('…', value);
 }
 
@@ -26,14 +29,14 @@ async function deadEvents(stage: Stage, count: number): Promise<SampleEvent[]> {
   return events;
 }
 
-test('the README’s statement replays dead events, in their order, with retries of their own', async () => {
+test('the documented statement replays dead events, in their order, with retries of their own', async () => {
   const stage = await setStage({ env: QUICK });
   await stage.pod();
   const dead = await deadEvents(stage, 3);
-  const found = await stage.pool.query(statement('Dead letters', 'SELECT'));
+  const found = await stage.pool.query(statement(DEAD, 'SELECT'));
   expect(found.rows.map((row) => row.event_id)).toEqual(dead.map((event) => event.eventId));
 
-  const replay = statement('Dead letters', 'UPDATE', dead.map(({ eventId }) => eventId).join(`', '`));
+  const replay = statement(DEAD, 'UPDATE', dead.map(({ eventId }) => eventId).join(`', '`));
   // The cause is still there: every event is tried again, with one retry less, and dies again.
   const again = (await stage.pool.query(replay)).rowCount;
   expect(again).toBe(3);
@@ -53,7 +56,7 @@ test('the README’s statement replays dead events, in their order, with retries
   expect((await stage.pool.query(replay)).rowCount).toBe(0);
 }, 60_000);
 
-test('the README’s statement skips a dead event that holds its aggregate', async () => {
+test('the documented statement skips a dead event that holds its aggregate', async () => {
   const stage = await setStage({ env: { ...QUICK, RELAY_DEAD_LETTER_POLICY: 'hold' } });
   await stage.pod();
   const [dead] = await deadEvents(stage, 1);
@@ -62,7 +65,7 @@ test('the README’s statement skips a dead event that holds its aggregate', asy
   await waitFor(async () => (await stage.count(`next_attempt_at = 'infinity'`)) === 5, {
     what: 'the successors to be held',
   });
-  const skip = statement('An aggregate is held', 'UPDATE', dead?.eventId);
+  const skip = statement({ page: RUNBOOK, heading: 'An aggregate is held' }, 'UPDATE', dead?.eventId);
   expect((await stage.pool.query(skip)).rowCount).toBe(1);
   await stage.rested();
   expect((await stage.entries()).map(({ fields }) => fields.event_id)).toEqual(
@@ -76,14 +79,16 @@ test('the README’s statement skips a dead event that holds its aggregate', asy
   });
 }, 60_000);
 
-test('the README’s statement finds the event that its aggregate waits for', async () => {
+test('the documented statement finds the event that its aggregate waits for', async () => {
   const stage = await setStage({ env: { RELAY_RETRY_BASE_DELAY: '60' } });
   await stage.redis.set(BAD_TOPIC, 'a string');
   await stage.pod();
   const failing = anEvent({ topic: BAD_TOPIC });
   await insertEvents(stage.pool, [failing, ...someEvents(5, 1, { aggregateId: failing.aggregateId })]);
   await waitFor(async () => (await stage.row(failing.eventId)).attempts > 0, { what: 'a failed attempt' });
-  const { rows } = await stage.pool.query(statement('The backlog grows', 'SELECT'));
+  const { rows } = await stage.pool.query(
+    statement({ page: RUNBOOK, heading: 'The backlog grows' }, 'SELECT'),
+  );
   expect(rows).toEqual([
     expect.objectContaining({
       event_id: failing.eventId,

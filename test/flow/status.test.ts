@@ -11,9 +11,9 @@ async function statusOf(stage: Stage, env: Readonly<Record<string, string>> = {}
   return JSON.parse(lines.join('\n'));
 }
 
-/** The URL of a Redis user with no more rights than the README gives to the relay. */
+/** The URL of a Redis user with no more rights than the documentation gives to the relay. */
 async function leastPrivileged(stage: Stage): Promise<string> {
-  const [acl = ''] = blocksUnder('Rights', '');
+  const [acl = ''] = blocksUnder('docs/security.md', 'Rights', '');
   const [command = '', ...args] = acl.trim().split(' ');
   await stage.redis.call(command, ...args);
   const url = new URL(stage.server.url);
