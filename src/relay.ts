@@ -3,6 +3,7 @@ import { createClaiming } from './claim/claiming.ts';
 import type { RelayConfig } from './config/config.ts';
 import type { Pool } from './connections/database.ts';
 import { waitForServers } from './connections/preflight.ts';
+import { meetRequirements } from './connections/requirements.ts';
 import { openServers, type Servers } from './connections/servers.ts';
 import { type Context, createContext, secondsSince } from './context.ts';
 import { createHttp } from './http/http.ts';
@@ -31,7 +32,8 @@ export type RelayDeps = Readonly<{
 export type Relay = Readonly<{
   /**
    * Resolves when the relay is at work.
-   * @throws when database or Redis cannot be reached in time, or the table is not ready
+   * @throws {NotReadyError} when database or Redis cannot be reached in time, or the table is not ready
+   * @throws {RequirementError} when a server or the table is not as the relay needs it; see `relay check`
    */
   start(): Promise<void>;
   /** Stops claiming, finishes or hands back what is running, closes. Resolves within `shutdownTimeoutMs`. */
@@ -147,7 +149,9 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
     const redis = [queueRedis, workerRedis, ...(isOne ? [appendRedis] : [])];
     const { startupTimeoutMs: timeoutMs } = config;
     await waitForServers({ pool, redis, streamRedis: [streamRedis, appendRedis], timeoutMs, logger });
-    if (stopping !== undefined) return;
+    const stopped = () => stopping !== undefined;
+    await meetRequirements(config, { pool, queueRedis, streamRedis }, { timeoutMs, stopped, logger });
+    if (stopped()) return;
     const tracing = deps.tracing === false ? untraced : await tracingOf(config);
     const queues = await openQueues(queueRedis, config, logger, config.startupTimeoutMs);
     running = assemble(createContext(config, servers, queues, tracing, logger), deps.http !== false);

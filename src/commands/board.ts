@@ -1,6 +1,6 @@
 import type { Command } from 'commander';
 import { ConfigError, describeVariables, openBoard, type RelayConfig } from '../config/config.ts';
-import { inspectRedis, waitForServers } from '../connections/preflight.ts';
+import { inspectRedis, requireTable, waitForServers } from '../connections/preflight.ts';
 import { openServers } from '../connections/servers.ts';
 import { dashboardOf } from '../http/dashboard-options.ts';
 import { createHealth } from '../http/health.ts';
@@ -49,6 +49,7 @@ async function serve(config: RelayConfig): Promise<number> {
       ...{ pool, redis: [queueRedis], streamRedis: [streamRedis] },
       ...{ timeoutMs: startupTimeoutMs, logger },
     });
+    await requireTable(pool);
     queues = await openQueues(queueRedis, config, logger, startupTimeoutMs);
     const backlog = createBacklog(pool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
     web = createWebServer({

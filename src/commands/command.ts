@@ -3,11 +3,12 @@ import type { Redis } from 'ioredis';
 import { ConfigError, loadConfig, type RelayConfig, unknownVariables } from '../config/config.ts';
 import type { Pool } from '../connections/database.ts';
 import { createPool } from '../connections/pool.ts';
-import { waitForServers } from '../connections/preflight.ts';
+import { requireTable, waitForServers } from '../connections/preflight.ts';
 import { openBoth } from '../connections/servers.ts';
 import { NotReadyError } from '../lifecycle.ts';
 import { APPEND_CONNECTION } from '../streams/append.ts';
 import { createLogger, errorText, type Logger } from '../telemetry/logger.ts';
+import { RequirementError } from '../verdict.ts';
 
 /** What all commands share: configuration, connections, options, exit codes. */
 
@@ -29,8 +30,13 @@ export function fail(error: unknown): void {
     process.exitCode = EXIT.config;
   } else {
     console.error(`relay: ${errorText(error)}`);
-    process.exitCode = error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
+    process.exitCode = exitCodeOf(error);
   }
+}
+
+function exitCodeOf(error: unknown): number {
+  if (error instanceof RequirementError) return EXIT.config;
+  return error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
 }
 
 /** One connection to each Redis and two to PostgreSQL, for as long as a command of an operator runs. Logs to stderr. */
@@ -51,6 +57,7 @@ export async function withServers<T>(
   try {
     const { startupTimeoutMs: timeoutMs } = config;
     await waitForServers({ pool, redis: [redis], streamRedis: [streamRedis], timeoutMs, logger });
+    await requireTable(pool);
     return await work({ pool, redis, streamRedis, logger });
   } finally {
     for (const it of [redis, streamRedis]) it.disconnect();

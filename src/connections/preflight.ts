@@ -1,6 +1,6 @@
 import type { Redis } from 'ioredis';
 import { NotReadyError, withDeadline } from '../lifecycle.ts';
-import { missingFromTable } from '../outbox/required.ts';
+import { lacks, missingFromTable } from '../outbox/required.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import type { Pool } from './database.ts';
 
@@ -10,8 +10,8 @@ const RETRY_MS = 500;
 const LOG_EVERY_MS = 5_000;
 
 /**
- * Waits until database and Redis answer, and checks the table.
- * @throws {NotReadyError} when one does not answer within `timeoutMs`, or the table is not as it must be
+ * Waits until database and Redis answer.
+ * @throws {NotReadyError} when one does not answer within `timeoutMs`
  */
 export async function waitForServers(deps: {
   pool: Pool;
@@ -24,23 +24,21 @@ export async function waitForServers(deps: {
   const { pool, redis, timeoutMs, logger } = deps;
   const streamRedis = (deps.streamRedis ?? []).filter((it) => !redis.includes(it));
   const endsAt = Date.now() + timeoutMs;
-  let missing: string[] = [];
   // A session that ends meanwhile is no reason to give up.
-  const look = async () => {
-    missing = await missingFromTable(pool);
-  };
+  const asksDatabase = () => pool.query('SELECT 1');
   await Promise.all([
-    waitFor('PostgreSQL', 'RELAY_DATABASE_URL', look, endsAt, logger),
+    waitFor('PostgreSQL', 'RELAY_DATABASE_URL', asksDatabase, endsAt, logger),
     ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', answers(it), endsAt, logger)),
     ...streamRedis.map((it) =>
       waitFor('Redis of the streams', 'RELAY_STREAM_REDIS_URL', answers(it), endsAt, logger),
     ),
   ]);
-  if (missing.length > 0) {
-    throw new NotReadyError(
-      `the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`,
-    );
-  }
+}
+
+/** @throws {NotReadyError} when the table is not as it must be */
+export async function requireTable(pool: Pool): Promise<void> {
+  const missing = await missingFromTable(pool);
+  if (missing.length > 0) throw new NotReadyError(lacks(missing));
 }
 
 /** Asks for a sign of life. A connection that is not ready has told why by its last error. */
@@ -79,6 +77,24 @@ async function waitFor(
         setTimeout(resolve, Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1))),
       );
     }
+  }
+}
+
+/**
+ * Connects a client that is lazy. What keeps it from connecting, its `error` events alone tell.
+ * @throws why there is no connection within `timeoutMs`
+ */
+export async function connected(redis: Redis, timeoutMs: number): Promise<void> {
+  if (redis.status === 'ready') return;
+  let reason: Error | undefined;
+  redis.on('error', (error) => {
+    reason ??= error;
+  });
+  try {
+    const connecting: Promise<unknown> = redis.status === 'wait' ? redis.connect() : redis.ping();
+    await withDeadline(timeoutMs, connecting);
+  } catch (error) {
+    throw reason ?? error;
   }
 }
 

@@ -52,3 +52,6 @@ export async function missingFromTable(client: Pick<pg.Client, 'query'>): Promis
     ...REQUIRED.indexes.filter((it) => !indexes.includes(it)).map((it) => `index ${it}`),
   ];
 }
+
+export const lacks = (missing: readonly string[]): string =>
+  `the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`;

@@ -1,0 +1,61 @@
+import type { Redis } from 'ioredis';
+import type { RelayConfig } from '../config/config.ts';
+import { streamPlace } from '../config/redis-places.ts';
+import { NotReadyError } from '../lifecycle.ts';
+import type { Logger } from '../telemetry/logger.ts';
+import { checkInTurn, RequirementError, type Verdict } from '../verdict.ts';
+import type { Pool } from './database.ts';
+import { DATABASE_REQUIREMENTS, databaseFinding } from './database-requirements.ts';
+import { REDIS_REQUIREMENTS, redisFinding } from './redis-requirements.ts';
+
+/** The one list of what the relay needs: `relay check` prints it, `relay start` refuses to start without it. */
+
+/** `streamRedis`: the same as `queueRedis`, unless the streams are on a server of their own. */
+type On = Readonly<{ pool: Pool; queueRedis: Redis; streamRedis: Redis }>;
+
+/** Tries everything that the relay needs, on these connections. Never throws: what cannot be asked has failed. */
+export async function checkRequirements(config: RelayConfig, on: On): Promise<Verdict[]> {
+  const streams = streamPlace(config);
+  const [database, queues, ofStreams] = await Promise.all([
+    checkInTurn(DATABASE_REQUIREMENTS, { pool: on.pool, config }, databaseFinding),
+    checkInTurn(REDIS_REQUIREMENTS, { redis: on.queueRedis, place: config }, redisFinding),
+    streams === config
+      ? []
+      : checkInTurn(REDIS_REQUIREMENTS, { redis: on.streamRedis, place: streams }, redisFinding),
+  ]);
+  return [...database, ...queues, ...ofStreams.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
+}
+
+/** Between two looks at what may pass. */
+const RETRY_MS = 500;
+
+/**
+ * Resolves when nothing that the relay needs is missing; advice goes into the log. Waits for what may pass soon.
+ * @throws {RequirementError} when something has to be changed first
+ * @throws {NotReadyError} when what may pass soon has not within `timeoutMs`
+ */
+export async function meetRequirements(
+  config: RelayConfig,
+  on: On,
+  { timeoutMs, stopped, logger }: { timeoutMs: number; stopped: () => boolean; logger: Logger },
+): Promise<void> {
+  const endsAt = Date.now() + timeoutMs;
+  let told = '';
+  while (!stopped()) {
+    const verdicts = await checkRequirements(config, on);
+    const failures = verdicts.filter(({ verdict }) => verdict === 'failed');
+    const text = failures.map(({ subject, finding }) => `${subject}: ${finding}`).join('; ');
+    if (failures.length === 0) {
+      for (const { verdict, subject, finding } of verdicts)
+        if (verdict === 'advice')
+          logger.warn({ subject, advice: finding }, 'the relay works, but not as well as it could');
+      return;
+    }
+    if (failures.some(({ mayPass }) => mayPass === false)) throw new RequirementError(text);
+    if (Date.now() >= endsAt || failures.some(({ mayPass }) => mayPass === 'later'))
+      throw new NotReadyError(text);
+    if (text !== told) logger.warn({ failed: text }, 'a requirement is not met; waiting for it');
+    told = text;
+    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+  }
+}
