@@ -215,6 +215,16 @@ describe('of an aggregate, a claim', () => {
     expect(await states()).toEqual([...times(4, 'leased'), ...times(6, 'parked')]);
   });
 
+  test('that cannot take all leases the first rows of others before the later ones of a hot aggregate', async () => {
+    await insertOf(USER, FRESH, ...times(100, PARKED));
+    await insertEvents(admin, someEvents(99));
+    const { leased, more } = await claim(100);
+    const from = (id: number, count: number) => Array.from({ length: count }, (_, i) => String(id + i));
+    expect(idsOf(leased)).toEqual([...from(1, 31), ...from(102, 69)]);
+    expect(more).toBe(true);
+    expect(leased[30]?.after).toBe(leased[29]?.eventId);
+  });
+
   test('names each aggregate of which it parked rows once', async () => {
     const narrow = table.outboxOf({ maxInFlight: 4 });
     await insertOf(USER, FRESH, FRESH, FRESH);
