@@ -7,7 +7,7 @@ import { meetRequirements } from './connections/requirements.ts';
 import { openServers, type Servers } from './connections/servers.ts';
 import { type Context, createContext, secondsSince } from './context.ts';
 import { createHttp } from './http/http.ts';
-import { createLifecycle, type Lifecycle, succeedsWithin } from './lifecycle.ts';
+import { createChore, createLifecycle, type Lifecycle, succeedsWithin } from './lifecycle.ts';
 import { createFleetReader, waitForOtherProtocols } from './operations/heartbeat.ts';
 import { createPublishing } from './publish/publishing.ts';
 import { openQueues } from './queue/queues.ts';
@@ -62,7 +62,11 @@ function assemble(context: Context, http: boolean): Running {
   const { config, servers, queues, state, heartbeat, epoch, jobEpoch, scheduler, logger } = context;
   const publishing = createPublishing(context);
   const recovery = createRecovery(context);
-  const claiming = createClaiming(context, recovery.maintain);
+  const duties = createChore((goesOn) => recovery.maintain(goesOn));
+  const claiming = createClaiming(context, () => {
+    state.tickedAt = Date.now();
+    duties.kick();
+  });
   const workers = { publish: publishing.workers, claim: claiming.workers };
   const { server, progress, metrics } = createHttp(context, workers);
 
@@ -108,6 +112,7 @@ function assemble(context: Context, http: boolean): Running {
     { name: 'publish workers', start: publishing.start, stop: publishing.stop },
     { name: 'wake-up', ...claiming.wakeup },
     { name: 'upkeep', stop: context.upkeep.stop },
+    { name: 'recovery', stop: duties.stop },
     { name: 'claim worker', start: claiming.start, stop: claiming.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
     { name: 'progress watch', start: progress.start, stop: progress.stop },

@@ -17,18 +17,25 @@ const PAUSE_MS = 5;
  * event waits for half of it: at half the drain rate p99 is 63 ms with 20 ms, 29 with 10 (measured).
  */
 const PACE_MS = 10;
+/**
+ * A claim job that found an event stays for the next one so long: told of it in here, the claim begins at once. As a
+ * claim job of its own it would first pass through Redis, by another transaction for the lock: 2 ms later.
+ */
+const STAY_MS = 250;
 /** Claims again this soon after it failed, not only with the next tick: the database may be back. */
 const AGAIN_AFTER_MS = 1_000;
 /** A failure is reported once in so long: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
 /** Retry interval while another pod holds the claim lock. */
 const BUSY_PAUSE_MS = 25;
-/** Longest time for a claim job with all that a tick does: 50 batches of expired rows, then the claims. */
+/** Longest time for a claim job: its claims, and one that goes on row by row. */
 export const CLAIM_JOB_DEADLINE_MS = 120_000;
 
 export type ClaimWorker = Readonly<{
   start(): void;
   stop(deadlineMs: number): Promise<void>;
+  /** A writer says that there are new events. */
+  notify(): void;
   workers: Workers;
 }>;
 
@@ -39,8 +46,8 @@ export function createClaimWorker(deps: {
   queueName: string;
   claim: () => Promise<ClaimOutcome>;
   outbox: Pick<Outbox, 'withClaimLock'>;
-  /** What a tick does besides claiming. */
-  maintain: () => Promise<void>;
+  /** What a tick begins besides claiming. */
+  onTick: () => void;
   /** Starts the work of another schedule, by the job's name, and waits for none of it. Whether there is such work. */
   kick?: (name: string) => boolean;
   /** Asks writers to wake us up from now on. */
@@ -52,10 +59,14 @@ export function createClaimWorker(deps: {
   let stopping = false;
   let reportedAt = 0;
   let again: NodeJS.Timeout | undefined;
+  /** Claims are being made here, and whether a writer said something since the last one began. */
+  let isClaiming = false;
+  let notified = false;
+  let onNotified = (): void => {};
 
   async function process({ name }: Run<unknown>): Promise<Fate<void>> {
     if (deps.kick?.(name)) return COMPLETED;
-    if (name === TICK) await deps.maintain();
+    if (name === TICK) deps.onTick();
     const claimed = await deps.outbox.withClaimLock(claimAll);
     if (claimed === 'busy') await pause(BUSY_PAUSE_MS);
     else if (claimed.events > 0) logger.info({ events: claimed.events }, 'claimed events');
@@ -72,28 +83,51 @@ export function createClaimWorker(deps: {
     const endsAt = Date.now() + JOB_MS;
     let events = 0;
     let armed = false;
-    while (!stopping && Date.now() < endsAt) {
-      const beganAt = Date.now();
-      const found = await claim();
-      if (found.kind === 'no-room') {
-        await pause(PAUSE_MS);
-        continue;
+    isClaiming = true;
+    try {
+      while (!stopping && Date.now() < endsAt) {
+        const beganAt = Date.now();
+        notified = false;
+        const found = await claim();
+        if (found.kind === 'no-room') {
+          await pause(PAUSE_MS);
+          continue;
+        }
+        events += found.events;
+        if (found.kind === 'more') continue;
+        // Where several have come at once, more are coming: we look again by ourselves, so that nobody has to wake us.
+        if (found.events > 1 && !armed) {
+          await pause(beganAt + PACE_MS - Date.now());
+          continue;
+        }
+        if (!armed) {
+          const arming = await deps.arm();
+          if (arming === 'deaf' && found.events === 0) return { events, exhausted: true };
+          if (arming === 'deaf') await pause(beganAt + PACE_MS - Date.now());
+          if (arming === 'writers') await pause(PAUSE_MS);
+          armed = arming === 'armed';
+          // Whoever wrote before the wake-up was armed said nothing: armed, look once more.
+          if (arming !== 'already-armed') continue;
+        }
+        if (events === 0 || !(await isNotifiedWithin(STAY_MS))) return { events, exhausted: true };
+        armed = false;
       }
-      events += found.events;
-      if (found.kind === 'more') continue;
-      // Where events have come, more are coming: we look again by ourselves, so that nobody has to wake us for each.
-      if (found.events > 0 && !armed) {
-        await pause(beganAt + PACE_MS - Date.now());
-        continue;
-      }
-      // Whoever wrote before the wake-up was armed said nothing: armed, look once more.
-      if (armed) return { events, exhausted: true };
-      const arming = await deps.arm();
-      if (arming === 'already-armed' || arming === 'deaf') return { events, exhausted: true };
-      if (arming === 'armed') armed = true;
-      else await pause(PAUSE_MS);
+      return { events, exhausted: false };
+    } finally {
+      isClaiming = false;
     }
-    return { events, exhausted: false };
+  }
+
+  async function isNotifiedWithin(ms: number): Promise<boolean> {
+    if (!notified && !stopping)
+      await new Promise<void>((resolve) => {
+        const timer = setTimeout(resolve, ms);
+        onNotified = () => {
+          clearTimeout(timer);
+          resolve();
+        };
+      });
+    return notified;
   }
 
   const workers = createWorkers({
@@ -114,8 +148,14 @@ export function createClaimWorker(deps: {
 
   return {
     start: workers.start,
+    notify() {
+      if (!isClaiming) return void scheduler.wake();
+      notified = true;
+      onNotified();
+    },
     async stop(deadlineMs) {
       stopping = true;
+      onNotified();
       clearTimeout(again);
       await workers.stop(deadlineMs);
     },

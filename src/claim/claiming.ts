@@ -1,18 +1,18 @@
 import type { Context } from '../context.ts';
 import { createWakeup } from '../outbox/wakeup.ts';
 import { createClaim } from './claim.ts';
-import { createClaimWorker } from './claim-worker.ts';
+import { type ClaimWorker, createClaimWorker } from './claim-worker.ts';
 
 export type Claiming = ReturnType<typeof createClaiming>;
 
-/** The claim stage: its worker, and who wakes it. `maintain`: what a tick does besides claiming. */
-export function createClaiming(context: Context, maintain: () => Promise<void>) {
+/** The claim stage: its worker, and who wakes it. `onTick`: what a tick begins besides claiming. */
+export function createClaiming(context: Context, onTick: () => void) {
   const { config, servers, scheduler, upkeep, logger } = context;
-  const wakeup = createWakeup({ pool: servers.pool, logger, onWake: () => void scheduler.wake() });
-  const claimWorker = createClaimWorker({
+  const wakeup = createWakeup({ pool: servers.pool, logger, onWake: () => claimWorker.notify() });
+  const claimWorker: ClaimWorker = createClaimWorker({
     ...{ connection: servers.workerRedis, queuePrefix: config.queuePrefix, queueName: config.queueName },
     ...{ claim: createClaim({ ...context, options: config }), outbox: context.outbox, scheduler, logger },
-    ...{ maintain, kick: upkeep.kick, arm: config.notify ? wakeup.arm : async () => 'deaf' as const },
+    ...{ onTick, kick: upkeep.kick, arm: config.notify ? wakeup.arm : async () => 'deaf' as const },
   });
   return {
     wakeup: config.notify ? wakeup : undefined,

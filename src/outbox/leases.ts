@@ -8,7 +8,7 @@ const EXPIRED_AT_ONCE = 5_000;
 
 /**
  * A row whose lease has ended: nothing was heard of its job. `isDead`: its dead letter is to be written once more.
- * `knownLetter`: the dead letter of before its replay.
+ * `knownLetter`: the dead letter of before its replay. `endedAt`: when the lease ended, to the microsecond.
  */
 export type ExpiredRow = Readonly<{
   id: string;
@@ -19,7 +19,13 @@ export type ExpiredRow = Readonly<{
   isDead: boolean;
   knownLetter: string | null;
   attempts: number;
+  endedAt: string;
 }>;
+
+const EXPIRED = (row: string) =>
+  `NOT ${row}.published AND ${row}.next_attempt_at < 'infinity' AND ${row}.next_attempt_at <= now()`;
+const ENDED_AT = (row: string) =>
+  `to_char(${row}.next_attempt_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')`;
 
 export function createLeases(pool: Pool, options: OutboxOptions) {
   const { streamName, claimLeaseMs, statementTimeoutMs } = options;
@@ -52,18 +58,34 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
     });
 
   return {
-    /** Rows whose lease has ended, the longest overdue first; locked until the transaction ends. */
-    async lockExpired(tx: Queryable, limit: number): Promise<ExpiredRow[]> {
-      const { rows } = await tx.query<ExpiredRow>(
-        `SELECT id::text AS "id", event_id AS "eventId", aggregate_type AS "aggregateType",
-                aggregate_id AS "aggregateId", coalesce(topic, $1) AS "topic",
-                dead_lettered_at IS NOT NULL AS "isDead", stream_entry_id AS "knownLetter", attempts AS "attempts"
-         FROM identity.outbox
-         WHERE NOT published AND next_attempt_at < 'infinity' AND next_attempt_at <= now()
-         ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED`,
-        [streamName, limit],
+    /** Rows whose lease has ended, the longest overdue first. */
+    expired: (limit: number): Promise<ExpiredRow[]> =>
+      transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+        const { rows } = await tx.query<ExpiredRow>(
+          `SELECT o.id::text AS "id", o.event_id AS "eventId", o.aggregate_type AS "aggregateType",
+                  o.aggregate_id AS "aggregateId", coalesce(o.topic, $1) AS "topic",
+                  o.dead_lettered_at IS NOT NULL AS "isDead", o.stream_entry_id AS "knownLetter",
+                  o.attempts AS "attempts", ${ENDED_AT('o')} AS "endedAt"
+           FROM identity.outbox o WHERE ${EXPIRED('o')} ORDER BY o.next_attempt_at LIMIT $2`,
+          [streamName, limit],
+        );
+        return rows;
+      }),
+
+    /** Locks those of these rows that nobody has changed since they were read, nor has locked; answers their event ids. */
+    async lockExpired(tx: Queryable, rows: readonly ExpiredRow[]): Promise<ReadonlySet<string>> {
+      const { rows: locked } = await tx.query<{ eventId: string }>(
+        `SELECT o.event_id AS "eventId"
+         FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS r (id, event_id, ended_at)
+         CROSS JOIN LATERAL (
+           SELECT o.event_id FROM identity.outbox o
+           WHERE o.id = r.id AND o.event_id = r.event_id
+             AND CASE WHEN o.published THEN false ELSE ${ENDED_AT('o')} = r.ended_at END
+           FOR UPDATE SKIP LOCKED
+         ) o`,
+        [rows.map((it) => it.id), rows.map((it) => it.eventId), rows.map((it) => it.endedAt)],
       );
-      return rows;
+      return new Set(locked.map((it) => it.eventId));
     },
 
     /** The job of each of these rows is gone: the claim takes them again, in their order. */

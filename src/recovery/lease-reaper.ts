@@ -4,23 +4,34 @@ import type { Refiller } from '../finalize/refiller.ts';
 import type { ExpiredRow } from '../outbox/leases.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { JobFate, Queues } from '../queue/queues.ts';
+import type { Scheduler } from '../queue/scheduler.ts';
 import type { Epoch } from '../streams/epoch.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
 
-/** Rows in one transaction. */
-const BATCH = 100;
+/** Rows that are judged together: each batch means a walk back through their streams. */
+const BATCH = 1_000;
 /** Batches of one round; the next tick goes on. */
-const BATCHES_MAX = 50;
+const BATCHES_MAX = 5;
 
 type Judged = Readonly<{ row: ExpiredRow; fate: JobFate }>;
+
+/** What there is of the events whose jobs are gone. */
+type Found = Readonly<{
+  /** Entry ids, by event id. */
+  entries: ReadonlyMap<string, string>;
+  letters: Awaited<ReturnType<Lookup['findDeadLetters']>>;
+}>;
 
 /**
  * Asks what became of the jobs of rows whose lease has ended. Alive: another lease. Failed: a pod died before it had
  * written the dead letter, so that is finished. Gone: the row is published if its entry is among the latest of its
  * stream (the job was removed between append and acknowledgement, and with it the memory), dead if its dead letter is,
  * else fresh. A dead row expires when its dead letter is lost; the reaper writes it again.
+ *
+ * Redis is asked outside of a transaction, since a walk through long streams takes seconds. A row that somebody changed
+ * meanwhile is left alone: nobody but a reaper takes an expired row, so its job cannot be made unseen.
  */
 export function createLeaseReaper(deps: {
   outbox: Outbox;
@@ -30,25 +41,30 @@ export function createLeaseReaper(deps: {
   deadLetters: Pick<DeadLetters, 'bury' | 'writeAgain'>;
   acknowledger: Pick<Acknowledger, 'acknowledge'>;
   refiller: Pick<Refiller, 'request'>;
+  scheduler: Pick<Scheduler, 'wake'>;
   metrics: Pick<Metrics, 'leasesExpired'>;
   logger: Logger;
 }) {
   const { outbox, queues, lookup, epoch: epochs, deadLetters, logger } = deps;
 
-  return async function reap(): Promise<void> {
+  /** `goesOn`: whether to begin another batch. */
+  return async function reap(goesOn: () => boolean = () => true): Promise<void> {
     const seen = { alive: 0, failed: 0, missing: 0 };
     let found = 0;
-    for (let batch = 0; batch < BATCHES_MAX; batch++) {
+    for (let batch = 0; batch < BATCHES_MAX && goesOn(); batch++) {
       const epoch = epochs.current();
       // What is in the streams now may be lost in a moment; then the rows wait for the comparison.
       if (epoch === undefined) break;
-      const result = await reapBatch(epoch);
-      for (const { row, fate } of result.judged) if (!row.isDead) seen[fate.state]++;
-      found += result.found;
-      for (const { row, fate } of result.judged) if (fate.state === 'failed') await finish(row);
-      if (result.judged.length < BATCH) break;
+      const rows = await outbox.expired(BATCH);
+      const judged = await Promise.all(rows.map(judge));
+      const written = await write(epoch, judged, await look(judged));
+      found += written.found;
+      for (const { row, fate } of written.judged) if (!row.isDead) seen[fate.state]++;
+      for (const { row, fate } of written.judged) if (fate.state === 'failed') await finish(row);
+      if (rows.length < BATCH || written.judged.length === 0) break;
     }
     deps.metrics.leasesExpired(seen);
+    if (seen.missing > found) await deps.scheduler.wake();
     if (seen.missing > 0)
       logger.warn(
         { events: seen.missing, found },
@@ -59,43 +75,57 @@ export function createLeaseReaper(deps: {
     if (seen.alive > 0) logger.debug({ events: seen.alive }, 'leases extended');
   };
 
+  async function judge(row: ExpiredRow): Promise<Judged> {
+    return { row, fate: row.isDead ? { state: 'missing' } : await queues.jobFate(row.eventId) };
+  }
+
+  /** Looks for entries and dead letters of the events whose jobs are gone: without a job nobody appends them any more. */
+  async function look(judged: readonly Judged[]): Promise<Found> {
+    const missing = judged.filter(({ fate }) => fate.state === 'missing').map(({ row }) => row);
+    const live = missing.filter((row) => !row.isDead);
+    const entries = new Map<string, string>();
+    for (const topic of new Set(live.map((row) => row.topic))) {
+      const ofTopic = live.filter((row) => row.topic === topic).map((row) => row.eventId);
+      for (const [eventId, entryId] of await lookup.find(topic, ofTopic)) entries.set(eventId, entryId);
+    }
+    const left = missing.filter((row) => !entries.has(row.eventId));
+    const letters = await lookup.findDeadLetters(
+      left.map((row) => row.eventId),
+      new Map(left.map((row) => [row.eventId, row.isDead ? null : row.knownLetter])),
+    );
+    return { entries, letters };
+  }
+
   /** One transaction, and the dead letters that are to be written after it. */
-  async function reapBatch(epoch: string): Promise<{ judged: Judged[]; found: number }> {
+  async function write(epoch: string, all: readonly Judged[], { entries, letters }: Found) {
+    if (all.length === 0) return { judged: [], found: 0 };
     const { judged, found, unlettered } = await outbox.inEpoch(
       async (tx) => {
-        const rows = await outbox.lockExpired(tx, BATCH);
-        if (rows.length === 0) return { judged: [], found: [], unlettered: [] };
-        // Under the rows' locks: no claim can add their jobs meanwhile.
-        const fates = await Promise.all(
-          rows.map((row): Promise<JobFate> | JobFate =>
-            row.isDead ? { state: 'missing' } : queues.jobFate(row.eventId),
-          ),
+        const locked = await outbox.lockExpired(
+          tx,
+          all.map(({ row }) => row),
         );
-        const all = rows.map((row, i): Judged => ({ row, fate: fates[i] as JobFate }));
-        const missing = all.filter(({ fate }) => fate.state === 'missing').map(({ row }) => row);
-        const published = await publishedOf(missing.filter((row) => !row.isDead));
-        const left = missing.filter((row) => !published.some((it) => it.eventId === row.eventId));
-        const letters = await lookup.findDeadLetters(
-          left.map((row) => row.eventId),
-          new Map(left.map((row) => [row.eventId, row.isDead ? null : row.knownLetter])),
-        );
-        const fresh = left.filter((row) => !row.isDead && !letters.has(row.eventId));
+        const judged = all.filter(({ row }) => locked.has(row.eventId));
+        const missing = judged.filter(({ fate }) => fate.state === 'missing').map(({ row }) => row);
+        const published = missing.flatMap(({ id, eventId }) => {
+          const entryId = entries.get(eventId);
+          return entryId === undefined ? [] : [{ id, eventId, entryId }];
+        });
+        const left = missing.filter((row) => !entries.has(row.eventId));
+        const without = left.filter((row) => !letters.has(row.eventId));
+        const fresh = without.filter((row) => !row.isDead).map((row) => row.eventId);
+        // Until its letter is written, or its job is asked about again.
+        const dead = without.filter((row) => row.isDead);
 
         if (published.length > 0) await outbox.markPublished(tx, published);
         for (const { id, eventId } of left) {
           const letter = letters.get(eventId);
           if (letter !== undefined) await outbox.markDead(tx, { id, eventId, ...letter });
         }
-        if (fresh.length > 0)
-          await outbox.returnToFresh(
-            tx,
-            fresh.map((row) => row.eventId),
-          );
-        // Until its letter is written, or its job is asked about again.
-        const dead = left.filter((row) => row.isDead && !letters.has(row.eventId));
+        if (fresh.length > 0) await outbox.returnToFresh(tx, fresh);
         await outbox.extendLeases(tx, [
           ...dead.map(({ eventId }) => ({ eventId, attempts: 0, reason: '' })),
-          ...all.flatMap(({ row: { eventId }, fate }) => {
+          ...judged.flatMap(({ row: { eventId }, fate }) => {
             if (fate.state === 'missing') return [];
             return fate.state === 'alive'
               ? [{ eventId, attempts: fate.attempts, reason: fate.reason }]
@@ -103,10 +133,10 @@ export function createLeaseReaper(deps: {
           }),
         ]);
         await epochs.confirm(epoch);
-        const known = new Set(fresh.map((row) => row.eventId));
+        const isFresh = new Set(fresh);
         return {
-          judged: all,
-          found: missing.filter((row) => !row.isDead && !known.has(row.eventId)),
+          judged,
+          found: missing.filter((row) => !row.isDead && !isFresh.has(row.eventId)),
           unlettered: dead,
         };
       },
@@ -115,23 +145,6 @@ export function createLeaseReaper(deps: {
     if (found.length > 0) deps.refiller.request(found);
     if (unlettered.length > 0) await writeLetters(unlettered);
     return { judged, found: found.length };
-  }
-
-  /** Of these rows, those whose entry is in the stream of their topic. */
-  async function publishedOf(rows: readonly ExpiredRow[]) {
-    const published: { id: string; eventId: string; entryId: string }[] = [];
-    for (const topic of new Set(rows.map((row) => row.topic))) {
-      const ofTopic = rows.filter((row) => row.topic === topic);
-      const entryIds = await lookup.find(
-        topic,
-        ofTopic.map((row) => row.eventId),
-      );
-      for (const { id, eventId } of ofTopic) {
-        const entryId = entryIds.get(eventId);
-        if (entryId !== undefined) published.push({ id, eventId, entryId });
-      }
-    }
-    return published;
   }
 
   async function finish({ eventId }: ExpiredRow): Promise<void> {

@@ -6,9 +6,9 @@ const TRIM_LIMIT = 1_000;
 
 export type Recovery = ReturnType<typeof createRecovery>;
 
-/** The recovery stage: what each tick does besides claiming. */
+/** The recovery stage: what each tick begins besides its claims, which do not wait for it. */
 export function createRecovery(context: Context) {
-  const { config, outbox, queues, removeJobs, refiller, state, logger } = context;
+  const { config, outbox, queues, removeJobs, refiller, logger } = context;
   const reapLeases = createLeaseReaper(context);
 
   /** Failed jobs are kept for the dashboard, so many; never one whose dead letter is not written yet. */
@@ -20,11 +20,10 @@ export function createRecovery(context: Context) {
   }
 
   return {
-    async maintain(): Promise<void> {
-      state.tickedAt = Date.now();
+    async maintain(goesOn?: () => boolean): Promise<void> {
       for (const [duty, run] of Object.entries({ reapLeases, sweep: refiller.sweep, trimFailedJobs })) {
         try {
-          await run();
+          await run(goesOn);
         } catch (error) {
           logger.warn({ err: error, duty }, 'a duty of the tick failed; the next tick does it');
         }

@@ -37,26 +37,22 @@ end
 return answer`;
 
 /**
- * One step back through a stream. What is found is noted, unless the stream is: a row is marked published by it, and
- * without an append in this epoch nobody would miss the stream.
+ * One step back through a stream. The stream's last entry is noted, unless the stream is: a row is marked published by
+ * what is found, and without an append in this epoch nobody would miss the stream.
  *
- * KEYS: stream, notes. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how many entries, then the event
- * ids wanted. Answers the last id it came to, then pairs of event id and entry id.
+ * KEYS: stream, notes. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how many entries. Answers pairs of
+ * entry id and event id.
  */
-const FIND = `
-if redis.call('TYPE', KEYS[1]).ok ~= 'stream' then return {''} end
-local wanted = {}
-for i = 3, #ARGV do wanted[ARGV[i]] = true end
-local answer = {''}
+const STEP_BACK = `
+if redis.call('TYPE', KEYS[1]).ok ~= 'stream' then return {} end
+local answer = {}
 for _, entry in ipairs(redis.call('XREVRANGE', KEYS[1], ARGV[1], '-', 'COUNT', ARGV[2])) do
-  answer[1] = entry[1]
-  if entry[2][1] == 'event_id' and wanted[entry[2][2]] then
-    answer[#answer + 1] = entry[2][2]
-    answer[#answer + 1] = entry[1]
-  end
+  answer[#answer + 1] = entry[1]
+  answer[#answer + 1] = entry[2][1] == 'event_id' and entry[2][2] or ''
 end
-if answer[3] and redis.call('HEXISTS', KEYS[2], KEYS[1]) == 0 and redis.call('HLEN', KEYS[2]) < ${NOTED_STREAMS_MAX} then
-  redis.pcall('HSET', KEYS[2], KEYS[1], answer[3])
+if ARGV[1] == '+' and answer[1] and redis.call('HEXISTS', KEYS[2], KEYS[1]) == 0
+    and redis.call('HLEN', KEYS[2]) < ${NOTED_STREAMS_MAX} then
+  redis.pcall('HSET', KEYS[2], KEYS[1], answer[1])
 end
 return answer`;
 
@@ -70,13 +66,7 @@ const FIND_LIMIT = 50_000;
 declare module 'ioredis' {
   interface RedisCommander<Context> {
     absentEntries(stream: string, notes: string, ...args: string[]): Result<string[], Context>;
-    findEntries(
-      stream: string,
-      notes: string,
-      from: string,
-      count: number,
-      ...eventIds: string[]
-    ): Result<string[], Context>;
+    stepBack(stream: string, notes: string, from: string, count: number): Result<string[], Context>;
   }
 }
 
@@ -97,7 +87,7 @@ export type Lookup = ReturnType<typeof createLookup>;
 
 export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStreamName' | 'epochKey'>) {
   redis.defineCommand('absentEntries', { numberOfKeys: 2, lua: ABSENT });
-  redis.defineCommand('findEntries', { numberOfKeys: 2, lua: FIND });
+  redis.defineCommand('stepBack', { numberOfKeys: 2, lua: STEP_BACK });
   const notes = notesKeyOf(options.epochKey);
 
   /** From the stream's end back, until `take` has seen enough. */
@@ -106,15 +96,16 @@ export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStre
     eventIds: readonly string[],
     take: (eventId: string, entryId: string) => boolean,
   ): Promise<void> {
+    const wanted = new Set(eventIds);
     let from = '+';
-    let goOn = true;
-    for (let looked = 0; looked < FIND_LIMIT && goOn; looked += FIND_STEP) {
-      const answer = await orRefusal(redis.findEntries(stream, notes, from, FIND_STEP, ...eventIds));
-      if (!Array.isArray(answer)) return;
-      const [last, ...pairs] = answer;
-      for (let i = 0; i < pairs.length; i += 2) goOn = take(pairs[i] as string, pairs[i + 1] as string);
-      if (!last) return;
-      from = `(${last}`;
+    for (let looked = 0; looked < FIND_LIMIT; looked += FIND_STEP) {
+      const answer = await orRefusal(redis.stepBack(stream, notes, from, FIND_STEP));
+      if (!Array.isArray(answer) || answer.length === 0) return;
+      for (let i = 0; i < answer.length; i += 2) {
+        const [entryId, eventId] = [answer[i] as string, answer[i + 1] as string];
+        if (wanted.has(eventId) && !take(eventId, entryId)) return;
+      }
+      from = `(${answer.at(-2)}`;
     }
   }
 

@@ -47,7 +47,7 @@ function start(deps: Partial<Deps>): ClaimWorker {
     ...{ queuePrefix: 'bull', queueName: 'relay', logger: silent },
     claim: async () => NOTHING,
     outbox: { withClaimLock: (work) => work() },
-    maintain: async () => {},
+    onTick: () => {},
     arm: async () => 'deaf',
     scheduler,
     ...deps,
@@ -81,7 +81,7 @@ function startWorker(
         return Promise.resolve('busy');
       },
     },
-    maintain: async () => void log.push('maintain'),
+    onTick: () => void log.push('tick'),
     arm: async () => {
       const arming = armings.shift() ?? 'already-armed';
       log.push(arming);
@@ -167,7 +167,7 @@ describe('a claim job', () => {
     expect(Date.now() - begun).toBeGreaterThan(1_900);
     const { length } = log;
     await waitFor(() => log.length > length + 10, { what: 'the next claim job' });
-    expect(log).not.toContain('maintain');
+    expect(log).not.toContain('tick');
   });
 
   test('that fails asks for another one after a while, without waiting for a tick', async () => {
@@ -199,14 +199,14 @@ describe('a claim job', () => {
     expect(warned).toEqual(['claiming failed; nothing was claimed, trying again']);
   });
 
-  test('sees to the other duties first when it is a tick, and only then', async () => {
+  test('begins the other duties when it is a tick, and only then', async () => {
     const { log } = startWorker([NOTHING]);
     await queue.add('tick', {}, { removeOnComplete: true });
     await idle();
-    expect(log).toEqual(['maintain', 'all', 'already-armed']);
+    expect(log).toEqual(['tick', 'all', 'already-armed']);
     await scheduler.wake();
     await idle();
-    expect(log.filter((it) => it === 'maintain')).toHaveLength(1);
+    expect(log.filter((it) => it === 'tick')).toHaveLength(1);
   });
 
   test('that is of another schedule begins the work of that, and claims nothing', async () => {
@@ -222,7 +222,7 @@ describe('a claim job', () => {
     expect([kicked, log]).toEqual([['prune'], []]);
     await queue.add('tick', {}, { removeOnComplete: true });
     await idle();
-    expect(log).toEqual(['maintain', 'all', 'already-armed']);
+    expect(log).toEqual(['tick', 'all', 'already-armed']);
   });
 });
 

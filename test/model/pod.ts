@@ -183,6 +183,7 @@ export function createPod(deps: PodDeps, name: string) {
     options: { maxInFlight, batchSize: 3, maxBatchSize: 6 },
   });
   const { maintain } = createRecovery({
+    scheduler: NOTHING,
     ...{ outbox: outboxOf('tick'), queues, removeJobs, refiller, logger, lookup, epoch, deadLetters },
     ...{ acknowledger, metrics: NOTHING, config: { failedJobsKept: FAILED_JOBS_KEPT }, state: {} },
   } as unknown as Parameters<typeof createRecovery>[0]);

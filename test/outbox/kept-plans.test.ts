@@ -32,7 +32,7 @@ const namesFrom = (id: number) => Array.from({ length: BATCH }, (_, i) => nameOf
 
 const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
   ['a claim', (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)), 20 * BATCH],
-  ['expired rows', (it) => it.transaction('repeatable', (tx) => it.lockExpired(tx, BATCH)), 3 * BATCH],
+  ['expired rows', (it) => it.expired(BATCH), 3 * BATCH],
   [
     'an acknowledgement',
     (it) =>

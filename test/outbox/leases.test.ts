@@ -24,7 +24,7 @@ const LETTER_LOST = `dead_lettered_at = now(), next_attempt_at = now() - interva
 /** Rows in these states have ids from 1 on, in this order. */
 const OTHER_STATES = [FRESH, PARKED, PUBLISHED, DEAD, DISCARDED];
 
-const lockExpired = (limit = 100) => outbox.transaction('repeatable', (tx) => outbox.lockExpired(tx, limit));
+const expired = (limit = 100) => outbox.expired(limit);
 const extendLeases = (jobs: { eventId: string; attempts: number; reason: string }[], by = outbox) =>
   by.inEpoch((tx) => by.extendLeases(tx, jobs));
 
@@ -35,34 +35,47 @@ describe('expired rows', () => {
     await set(2, `next_attempt_at = now() - interval '1 hour', attempts = 2`);
     await set(3, `next_attempt_at = '-infinity'`);
     for (const [i, state] of [LEASED, ...OTHER_STATES.slice(1)].entries()) await set(4 + i, state);
-    expect(idsOf(await lockExpired())).toEqual(['3', '2', '1']);
-    expect(idsOf(await lockExpired(2))).toEqual(['3', '2']);
+    expect(idsOf(await expired())).toEqual(['3', '2', '1']);
+    expect(idsOf(await expired(2))).toEqual(['3', '2']);
   });
 
   test('are given with what the reaper must know to find their job, their entry or their dead letter', async () => {
     await insertEvents(admin, someEvents(1, 1, { aggregateId: USER, topic: null }));
     await set(1, `${EXPIRED}, attempts = 2, stream_entry_id = '7-7'`);
     const [eventId] = await eventIds(1);
-    expect(await lockExpired()).toEqual([
+    expect(await expired()).toEqual([
       {
         ...{ id: '1', eventId, aggregateType: 'user', aggregateId: USER, topic: 'default.stream' },
-        ...{ isDead: false, knownLetter: '7-7', attempts: 2 },
+        ...{
+          isDead: false,
+          knownLetter: '7-7',
+          attempts: 2,
+          endedAt: expect.stringMatching(/^\d{4}-.*\.\d{6}$/),
+        },
       },
     ]);
   });
 
   test('are also dead rows whose dead letter is lost', async () => {
     await insertOf(USER, LETTER_LOST, DEAD);
-    expect(await lockExpired()).toMatchObject([{ id: '1', isDead: true, knownLetter: null }]);
+    expect(await expired()).toMatchObject([{ id: '1', isDead: true, knownLetter: null }]);
   });
 
-  test('that another reaper asks about are skipped, until that one ends', async () => {
-    await insertOf(USER, EXPIRED, EXPIRED);
+  test('are locked if they are still as they were read, and nobody else has locked them', async () => {
+    await insertOf(USER, EXPIRED, EXPIRED, EXPIRED, EXPIRED, EXPIRED);
+    const read = await expired();
+    const byId = new Map(read.map((it) => [it.id, it.eventId]));
+    const lock = () => outbox.transaction('repeatable', (tx) => outbox.lockExpired(tx, read));
+    expect(await lock()).toEqual(new Set(byId.values()));
+    await set(1, `next_attempt_at = next_attempt_at - interval '1 microsecond'`);
+    await set(2, PUBLISHED);
+    await set(3, LEASED);
+    await set(4, `event_id = gen_random_uuid()`);
+    expect(await lock()).toEqual(new Set([byId.get('5')]));
     await outbox.transaction('repeatable', async (tx) => {
-      expect(await outbox.lockExpired(tx, 1)).toHaveLength(1);
-      expect(await lockExpired()).toHaveLength(1);
+      await tx.query('SELECT FROM identity.outbox WHERE id = 5 FOR UPDATE');
+      expect(await lock()).toEqual(new Set());
     });
-    expect(await lockExpired()).toHaveLength(2);
   });
 
   test('become fresh when their jobs are gone; one that was published or given up meanwhile stays', async () => {
@@ -88,7 +101,7 @@ describe('a lease is extended', () => {
     await extendLeases([{ eventId: (await eventIds(1))[0] as string, attempts: 0, reason: '' }]);
     expect(await row(1)).toMatchObject({ state: 'dead', streamEntryId: null });
     expect((await row(1)).msLeft).toBeGreaterThan(0);
-    expect(await lockExpired()).toEqual([]);
+    expect(await expired()).toEqual([]);
   });
 
   test('with the failures that a dead pod could not mirror; those that are on the row stay', async () => {
@@ -128,7 +141,7 @@ describe('leases end', () => {
     ]);
     // Its place among those that are overdue is that of its own time.
     expect((await row(4)).msLeft).toBeLessThan((before.msLeft as number) + 1);
-    expect(idsOf(await lockExpired()).at(0)).toBe('4');
+    expect(idsOf(await expired()).at(0)).toBe('4');
   });
 
   test('within a transaction when that is committed', async () => {

@@ -133,7 +133,18 @@ const statements: [string, Run, number][] = [
     (it) => it.transaction('repeatable', (tx) => it.claimFirst(tx)),
     10 * BATCH,
   ],
-  ['expired rows', (it) => it.transaction('repeatable', (tx) => it.lockExpired(tx, BATCH)), 3 * BATCH],
+  ['expired rows', (it) => it.expired(BATCH), 3 * BATCH],
+  [
+    'the locks on expired rows',
+    async (it) => {
+      const rows = namesFrom(FIRST_EXPIRED).map((name) => ({
+        ...{ ...name, ...HOT, topic: 'x', isDead: false, knownLetter: null, attempts: 0 },
+        endedAt: '2026-01-01 00:00:00.000000',
+      }));
+      await it.transaction('repeatable', (tx) => it.lockExpired(tx, rows));
+    },
+    3 * BATCH,
+  ],
   [
     'an acknowledgement, with 100,000 rows waiting behind it',
     IN_EPOCH((it, tx) =>

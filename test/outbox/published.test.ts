@@ -182,7 +182,7 @@ describe('when Redis has lost their entries', () => {
     expect(await row(1)).toMatchObject({
       ...{ state: 'dead', streamEntryId: null, attempts: 6, errorMessage: 'no permission', deadLetteredAt },
     });
-    const expired = await outbox.transaction('repeatable', (tx) => outbox.lockExpired(tx, 10));
+    const expired = await outbox.expired(10);
     expect(expired).toMatchObject([{ id: '1', isDead: true }]);
     expect(await states()).toEqual(['dead', 'dead']);
   });

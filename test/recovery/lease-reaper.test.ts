@@ -194,21 +194,64 @@ describe('a row whose lease has ended', () => {
     ]);
   });
 
-  test('is asked about while it is locked: no claim can take it and make its job meanwhile', async () => {
-    await expired(1);
-    let isLocked = false;
-    await reap({
-      queues: {
-        ...queues,
-        async jobFate() {
-          const { rows } = await pool.query('SELECT FROM identity.outbox FOR UPDATE SKIP LOCKED');
-          isLocked = rows.length === 0;
-          return { state: 'missing' };
+  test('is left alone when another pod asked meanwhile, and its job was made again', async () => {
+    const [event] = (await expired(1)) as [LeasedEvent];
+    await queues.remove(event.eventId);
+    let before: unknown;
+    const { seen } = await reap({
+      lookup: {
+        ...lookup,
+        async find(stream, eventIds) {
+          const found = await lookup.find(stream, eventIds);
+          await reap();
+          await stage.claim();
+          await expire();
+          before = await everything();
+          return found;
         },
       },
     });
-    expect(isLocked).toBe(true);
-    expect(await readStates(pool)).toEqual(['fresh']);
+    expect(seen).toEqual({ alive: 0, failed: 0, missing: 0 });
+    expect(await everything()).toEqual(before);
+  });
+
+  test('is looked for without a transaction: a walk through a long stream takes seconds', async () => {
+    const [event] = (await expired(1)) as [LeasedEvent];
+    await queues.remove(event.eventId);
+    let open: unknown[] = [];
+    await reap({
+      lookup: {
+        ...lookup,
+        async find(stream, eventIds) {
+          const { rows } = await pool.query(
+            `SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in transaction%'`,
+          );
+          open = rows;
+          return lookup.find(stream, eventIds);
+        },
+      },
+    });
+    expect([open, await readStates(pool)]).toEqual([[], ['fresh']]);
+  });
+
+  test('is looked for with all others in one walk through each stream', async () => {
+    await insertEvents(pool, [...someEvents(150), ...someEvents(2, 150, { topic: 'dictionary.word.v1' })]);
+    const events: LeasedEvent[] = [];
+    while (events.length < 152) events.push(...(await stage.claim()));
+    for (const event of events) await queues.remove(event.eventId);
+    await expire();
+    const walks: string[] = [];
+    await reap({
+      lookup: {
+        ...lookup,
+        find(stream, eventIds) {
+          walks.push(String(eventIds.length));
+          return lookup.find(stream, eventIds);
+        },
+      },
+    });
+    expect(walks.toSorted()).toEqual(['150', '2']);
+    expect(new Set(await readStates(pool))).toEqual(new Set(['fresh']));
   });
 
   test('stays as it is when Redis cannot be asked', async () => {
@@ -334,17 +377,19 @@ test('all rows whose lease has ended are asked about in one round, by several po
 
 test('a round has an end, however many leases have ended: the next tick goes on', async () => {
   let batches = 0;
+  const rows = Array.from({ length: 1_000 }, (_, i) => ({
+    ...{ id: String(i + 1), eventId: someEvents(1)[0]?.eventId ?? '', aggregateType: 'user', endedAt: '' },
+    ...{ aggregateId: '', topic: 'identity.user.v1', isDead: false, knownLetter: null, attempts: 0 },
+  }));
   const endless = {
     ...outbox,
-    async lockExpired() {
+    async expired() {
       batches++;
-      return Array.from({ length: 100 }, (_, i) => ({
-        ...{ id: String(i + 1), eventId: someEvents(1)[0]?.eventId ?? '', aggregateType: 'user' },
-        ...{ aggregateId: '', topic: 'identity.user.v1', isDead: false, knownLetter: null, attempts: 0 },
-      }));
+      return rows;
     },
+    lockExpired: async () => new Set(rows.map((it) => it.eventId)),
   };
   const alive = { state: 'alive', attempts: 0, reason: '' } as const;
   const { seen } = await reap({ outbox: endless, queues: { ...queues, jobFate: async () => alive } });
-  expect([batches, seen]).toEqual([50, { alive: 5_000, failed: 0, missing: 0 }]);
+  expect([batches, seen]).toEqual([5, { alive: 5_000, failed: 0, missing: 0 }]);
 });
