@@ -1,14 +1,18 @@
 import { execFile } from 'node:child_process';
 import { readdirSync, readFileSync } from 'node:fs';
-import { mkdir, readFile, stat, symlink, writeFile } from 'node:fs/promises';
+import { readFile, stat, writeFile } from 'node:fs/promises';
 import { join, normalize } from 'node:path';
 import { promisify } from 'node:util';
+import { getTableConfig } from 'drizzle-orm/pg-core';
 import { expect, inject, test } from 'vitest';
+import { parse } from 'yaml';
 import { VARIABLES } from '../src/config/config.ts';
+import { outbox } from '../src/outbox/table.ts';
 import { anchorsOf, blocks, blocksUnder, codeSpans, DOCUMENTS, PAGES, tableRows } from './support/readme.ts';
-import { folderOfFile } from './support/servers.ts';
+import { compile, sampleProject } from './support/samples.ts';
 
 const root = inject('root');
+const SHORT: Readonly<Record<string, string>> = { 'timestamp with time zone': 'timestamptz' };
 const scripts = (): Record<string, string> =>
   JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')).scripts;
 
@@ -53,14 +57,43 @@ test('a default that is mentioned beside a variable is its default', () => {
   for (const [, name, value] of said) expect(value, name).toBe(values.get(name as string));
 });
 
-test('the file map names every file of src, each in its folder, and no other', () => {
-  const named = tableRows('Folder', 'Files').flatMap(([folder = '', files = '']) => {
-    const [path = ''] = codeSpans(folder);
-    return codeSpans(files)
-      .filter((file) => file.endsWith('.ts'))
-      .map((file) => path + file);
+test('the README describes the columns of the table, those of producers with their types', () => {
+  const { columns } = getTableConfig(outbox);
+  const described = tableRows('Column', 'Type', 'Default', '').map(([name = '', type = '', value = '']) => [
+    ...[...codeSpans(name), ...codeSpans(type)],
+    value !== '',
+  ]);
+  const producers = described.map(([name]) => name);
+  const types = columns
+    .filter(({ name }) => producers.includes(name))
+    .map((column) => [column.name, SHORT[column.getSQLType()] ?? column.getSQLType(), column.hasDefault]);
+  expect(described.toSorted()).toEqual(types.toSorted());
+  const [, others = ''] =
+    /The relay writes the others: ([\s\S]*?)\n\n/.exec(PAGES.get('README.md') ?? '') ?? [];
+  const all = [...producers, ...codeSpans(others)];
+  expect(all.toSorted()).toEqual(columns.map(({ name }) => name).toSorted());
+});
+
+test('the services of docker compose that are mentioned exist', async () => {
+  const { services } = parse(await readFile(join(root, 'docker-compose.yml'), 'utf8'));
+  const lines = blocks().flatMap(({ text }) =>
+    text.split('\n').map((line) => line.replace(/ #.*/, '').trim()),
+  );
+  const asked = lines.flatMap((line) => {
+    const [, service] = /^docker compose exec ([a-z]+)/.exec(line) ?? [];
+    return service === undefined ? [] : [service];
   });
+  expect(asked.length).toBeGreaterThan(2);
+  for (const service of asked) expect(Object.keys(services)).toContain(service);
+});
+
+test('the file map names every file of src, and no other', () => {
+  const named = tableRows('File of `src`', 'What it does').map(([file = '']) => codeSpans(file)[0]);
   expect(named.toSorted()).toEqual(sourceFiles());
+});
+
+test('the glossary is short', () => {
+  expect(tableRows('Term', 'Meaning').length).toBeLessThanOrEqual(25);
 });
 
 test('every npm script and every command of the relay that is mentioned exists', async () => {
@@ -160,13 +193,7 @@ test('every log message that is quoted is logged, at the level that is said', ()
 });
 
 test('the code samples compile, each as a file of a project that has installed the relay', async () => {
-  const folder = join(await folderOfFile(), 'samples');
-  await mkdir(join(folder, 'node_modules'), { recursive: true });
-  for (const name of readdirSync(join(root, 'node_modules'))) {
-    if (!name.startsWith('.'))
-      await symlink(join(root, 'node_modules', name), join(folder, 'node_modules', name));
-  }
-  await symlink(root, join(folder, 'node_modules/relay-service'));
+  const folder = await sampleProject('samples');
   const samples = blocks().filter(({ language }) => language === 'ts');
   expect(samples.length).toBeGreaterThan(3);
   for (const [i, { text }] of samples.entries()) await writeFile(join(folder, `sample-${i}.ts`), text);
@@ -176,10 +203,5 @@ test('the code samples compile, each as a file of a project that has installed t
     ...{ skipLibCheck: true, preserveSymlinks: true, noUnusedLocals: true },
   };
   await writeFile(join(folder, 'tsconfig.json'), JSON.stringify({ compilerOptions, include: ['*.ts'] }));
-  const tsc = join(root, 'node_modules/typescript/bin/tsc');
-  const { problems } = await promisify(execFile)(process.execPath, [tsc, '-p', folder]).then(
-    () => ({ problems: '' }),
-    ({ stdout }: { stdout: string }) => ({ problems: stdout }),
-  );
-  expect(problems).toBe('');
+  expect(await compile(folder)).toBe('');
 }, 180_000);

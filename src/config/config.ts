@@ -92,7 +92,7 @@ const table = {
     'RELAY_STREAM_REDIS_URL',
     urlOr('same', 'a URL like redis://user:password@host:6379/0 (rediss for TLS)', normaliseRedisUrl),
     'same',
-    'Redis of the streams, where they are on another server than the queues; several hosts are nodes of a cluster',
+    'Redis of the streams, if it is another server than that of the queues; several hosts are nodes of a cluster',
   ),
   batchSize: variable(
     'RELAY_BATCH_SIZE',
@@ -104,13 +104,13 @@ const table = {
     'RELAY_MAX_BATCH_SIZE',
     wholeNumber(1, 10_000, 'events'),
     '400',
-    'As far as claims grow while there is a backlog; as RELAY_BATCH_SIZE where only that is set',
+    'Largest claim while there is a backlog; RELAY_BATCH_SIZE if only that is set',
   ),
   pollIntervalMs: variable(
     'RELAY_POLL_INTERVAL',
     seconds(0.05, HOUR),
     '5',
-    'Time between two looks at the table when nothing wakes the relay up',
+    'Time between two ticks of the schedule, for when nothing wakes the relay up',
   ),
   maxRetryAttempts: variable(
     'RELAY_MAX_RETRY_ATTEMPTS',
@@ -188,13 +188,13 @@ const table = {
     'RELAY_CLAIM_LEASE',
     seconds(0.5, DAY),
     '60',
-    'Time after which a claimed event is looked at again if nothing was heard of it',
+    'Lease of a claimed event: when it has ended without news, the relay asks what became of its job',
   ),
   resyncWindowMs: variable(
     'RELAY_RESYNC_WINDOW',
     seconds(0, 30 * DAY),
     '3600',
-    'How far back published events are restored when Redis has lost its last entries, or all; 0 = never',
+    'How far back events are published again when Redis has lost data; 0 = never',
   ),
   publishedRetentionMs: variable(
     'RELAY_PUBLISHED_RETENTION',
