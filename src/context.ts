@@ -1,4 +1,6 @@
 import type { RelayConfig } from './config/config.ts';
+import { createGeneration } from './connections/generation.ts';
+import { claimQueue } from './connections/ownership.ts';
 import { createWriteProbe } from './connections/preflight.ts';
 import type { Servers } from './connections/servers.ts';
 import { createAcknowledger } from './finalize/acknowledger.ts';
@@ -9,8 +11,10 @@ import { createUpkeep, schedulesOf } from './maintenance/maintenance.ts';
 import { createHeartbeat } from './operations/heartbeat.ts';
 import { createBacklog } from './outbox/backlog.ts';
 import { createOutbox } from './outbox/outbox.ts';
+import type { Clock } from './queue/clock.ts';
 import type { Queues } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
+import { createFindForgotten } from './recovery/forgotten.ts';
 import { createCompare, createRecoverLostData } from './recovery/lost-data.ts';
 import { streamOptionsOf } from './stream-options.ts';
 import { createStreams } from './streams/append.ts';
@@ -19,6 +23,7 @@ import { createLookup } from './streams/lookup.ts';
 import { createMemory } from './streams/memory.ts';
 import type { Logger } from './telemetry/logger.ts';
 import { createMetrics } from './telemetry/metrics.ts';
+import { createTally } from './telemetry/tally.ts';
 import type { Tracing } from './telemetry/tracing.ts';
 import { VERSION } from './version.ts';
 
@@ -42,6 +47,7 @@ export function createContext(
   queues: Queues,
   tracing: Tracing,
   logger: Logger,
+  clock: Clock,
 ) {
   const { pool, queueRedis, streamRedis, appendRedis } = servers;
   const keyPrefix = `${config.queuePrefix}:${config.queueName}`;
@@ -55,10 +61,16 @@ export function createContext(
     ? createWriteProbe(streamRedis, `${keyPrefix}:probe`)
     : queuesWritable;
 
+  const tally = createTally(logger);
   const heartbeat = createHeartbeat({ redis: queueRedis, prefix: keyPrefix, logger });
   const metrics = createMetrics({ ...config, prefixed: config.metricsPrefix, version: VERSION });
-  const outbox = createOutbox(pool, { ...config, statementTimeoutMs });
-  const backlog = createBacklog(pool, { ...config, statementTimeoutMs });
+  const generation = createGeneration();
+  const outbox = createOutbox(
+    { connect: pool.connect, ...(pool.leaving && { leaving: pool.leaving }), generation },
+    { ...config, statementTimeoutMs },
+  );
+  // 100,000 rows are counted, for people and Prometheus.
+  const backlog = createBacklog(servers.httpPool, { ...config, statementTimeoutMs });
   const { schedules, retired } = schedulesOf(config);
   const scheduler = createScheduler({
     queue: queues.claim,
@@ -74,9 +86,12 @@ export function createContext(
   const epoch = createEpoch({
     redis: appendRedis,
     key: streamOptions.epochKey,
-    databaseTime: outbox.databaseTime,
+    database: outbox.look,
+    accept: outbox.accept,
+    assertOwner: () => claimQueue(pool, appendRedis, config),
     recover: createRecoverLostData({
       outbox,
+      findForgotten: createFindForgotten({ outbox, lookup, dlqStreamName: config.dlqStreamName, logger }),
       compare: createCompare({ published: outbox, lookup, dlqStreamName: config.dlqStreamName }),
       windowMs: config.resyncWindowMs,
       onRecovered(found) {
@@ -87,11 +102,14 @@ export function createContext(
     }),
     logger,
   });
+  generation.watch(epoch.doubt);
   /** Where the queues have a server of their own, its losses are jobs; the streams have their own epochs. */
   const jobEpoch = createEpoch({
     redis: queueRedis,
     key: `${keyPrefix}:jobs`,
-    databaseTime: outbox.databaseTime,
+    assertOwner: () => claimQueue(pool, queueRedis, config),
+    // What PostgreSQL forgets is looked up in the streams.
+    database: async () => ({ ...(await outbox.look()), generation: '-' }),
     async recover() {
       await outbox.expireAllLeases();
       void scheduler.wake();
@@ -111,7 +129,7 @@ export function createContext(
   const refiller = createRefiller({ outbox, scheduler, options: config, logger });
   const acknowledger = createAcknowledger({ outbox, epoch, refiller, logger });
   const deadLetters = createDeadLetters({
-    ...{ streams, outbox, queues, epoch, acknowledger, refiller, metrics, tracing, logger },
+    ...{ streams, outbox, queues, epoch, acknowledger, refiller, metrics, tracing, tally, logger },
   });
   const removeJobs = createJobRemoval({
     queues,
@@ -123,6 +141,8 @@ export function createContext(
     ...{
       startedAt,
       state,
+      tally,
+      clock,
       queuesWritable,
       streamsWritable,
       heartbeat,

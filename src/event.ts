@@ -43,6 +43,27 @@ export type OutboxEvent = Readonly<{
   epoch?: string;
 }>;
 
+const UUID = /^[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}$/i;
+const TEXTS = ['eventType', 'aggregateType', 'aggregateId', 'topic', 'payload', 'occurredAt'] as const;
+const TEXTS_OR_NULL = ['tenantId', 'correlationId', 'withheld', 'epoch'] as const;
+
+/** Whether the data of a job is an event: statements for many events would fail by one that is none. */
+export function isEvent(data: unknown): data is OutboxEvent {
+  if (typeof data !== 'object' || data === null) return false;
+  const it = data as Partial<Record<keyof OutboxEvent, unknown>>;
+  const isUuid = (value: unknown) => typeof value === 'string' && UUID.test(value);
+  return (
+    isUuid(it.eventId) &&
+    typeof it.id === 'string' &&
+    /^-?\d{1,19}$/.test(it.id) &&
+    Number.isSafeInteger(it.attempts) &&
+    TEXTS.every((name) => typeof it[name] === 'string') &&
+    TEXTS_OR_NULL.every((name) => typeof (it[name] ?? '') === 'string') &&
+    (it.after === undefined || it.after === null || isUuid(it.after)) &&
+    typeof (it.trace ?? {}) === 'object'
+  );
+}
+
 /** W3C Trace Context. */
 export type TraceContext = Readonly<{
   /** e.g. `00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01` */

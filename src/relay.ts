@@ -2,6 +2,7 @@ import type { Redis } from 'ioredis';
 import { createClaiming } from './claim/claiming.ts';
 import type { RelayConfig } from './config/config.ts';
 import type { Pool } from './connections/database.ts';
+import { claimQueue } from './connections/ownership.ts';
 import { waitForServers } from './connections/preflight.ts';
 import { meetRequirements } from './connections/requirements.ts';
 import { openServers, type Servers } from './connections/servers.ts';
@@ -10,6 +11,7 @@ import { createHttp } from './http/http.ts';
 import { createChore, createLifecycle, type Lifecycle, succeedsWithin } from './lifecycle.ts';
 import { createFleetReader, waitForOtherProtocols } from './operations/heartbeat.ts';
 import { createPublishing } from './publish/publishing.ts';
+import { createClock, redisTime } from './queue/clock.ts';
 import { openQueues } from './queue/queues.ts';
 import { createRecovery } from './recovery/recovery.ts';
 import { createLogger, type Logger } from './telemetry/logger.ts';
@@ -25,6 +27,11 @@ export type RelayDeps = Readonly<{
   logger?: Logger;
   /** Whether to serve the health endpoints. Default: true. */
   http?: boolean;
+  /**
+   * Makes `Date.now()` of this process answer so much less than the clock of its machine, which differs by that from the
+   * clock of Redis; see Clocks in the documentation. Default: the difference is only told.
+   */
+  adjustClock?: (aheadMs: number) => void;
   /** Whether to make spans, if a tracer is registered with OpenTelemetry by the time of `start`. Default: true. */
   tracing?: boolean;
 }>;
@@ -92,6 +99,7 @@ function assemble(context: Context, http: boolean): Running {
   const lifecycle = createLifecycle([
     { name: 'HTTP server', ...(http && { start: server.start, stop: server.stop }) },
     { name: 'queues', stop: queues.close },
+    { name: 'clock', start: context.clock.start, stop: context.clock.stop },
     { name: 'heartbeat', start: beat, stop: heartbeat.stop },
     { name: 'pods of another build', start: waitForOthers },
     {
@@ -107,6 +115,7 @@ function assemble(context: Context, http: boolean): Running {
       name: 'epoch of the jobs',
       ...(context.hasTwoServers && { start: jobEpoch.start, stop: jobEpoch.stop }),
     },
+    { name: 'log of many events', stop: context.tally.stop },
     { name: 'refill', stop: context.refiller.stop },
     { name: 'acknowledgements', stop: context.acknowledger.drain },
     { name: 'publish workers', start: publishing.start, stop: publishing.stop },
@@ -157,9 +166,15 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
     const stopped = () => stopping !== undefined;
     await meetRequirements(config, { pool, queueRedis, streamRedis }, { timeoutMs, stopped, logger });
     if (stopped()) return;
+    // Of two that find an empty Redis at the same moment, one is refused here.
+    for (const it of new Set([queueRedis, streamRedis])) await claimQueue(pool, it, config);
     const tracing = deps.tracing === false ? untraced : await tracingOf(config);
     const queues = await openQueues(queueRedis, config, logger, config.startupTimeoutMs);
-    running = assemble(createContext(config, servers, queues, tracing, logger), deps.http !== false);
+    // Before anything notes a time down.
+    const clock = createClock({ redisTime: () => redisTime(queueRedis), adjust: deps.adjustClock, logger });
+    await clock.compare();
+    const context = createContext(config, servers, queues, tracing, logger, clock);
+    running = assemble(context, deps.http !== false);
     await running.lifecycle.start();
   }
 

@@ -183,7 +183,7 @@ test('every log message that is quoted is logged, at the level that is said', ()
   for (const { level, message } of quoted) {
     const at = source.indexOf(`'${message}'`);
     expect(at, message).toBeGreaterThan(0);
-    const levels = [...source.slice(0, at).matchAll(/logger\.(\w+)\(/g)];
+    const levels = [...source.slice(0, at).matchAll(/(?:logger|tally)\.(\w+)\(/g)];
     expect(levels.at(-1)?.[1], message).toBe(level);
   }
   // In running text a message stands in backticks of its own, and has a semicolon.

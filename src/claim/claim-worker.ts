@@ -1,8 +1,9 @@
 import type { Redis } from 'ioredis';
+import { brief } from '../event.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Wakeup } from '../outbox/wakeup.ts';
 import { claimQueueName } from '../queue/queues.ts';
-import { type Scheduler, TICK } from '../queue/scheduler.ts';
+import { type Scheduler, TICK, WAKE } from '../queue/scheduler.ts';
 import { createWorkers, type Fate, type Run, type Workers } from '../queue/workers.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { ClaimOutcome } from './claim.ts';
@@ -26,6 +27,7 @@ const STAY_MS = 250;
 const AGAIN_AFTER_MS = 1_000;
 /** A failure is reported once in so long: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
+export const FOREIGN_JOB = 'a job of the claim queue is none of the relay’s; ignored';
 /** Retry interval while another pod holds the claim lock. */
 const BUSY_PAUSE_MS = 25;
 /** Longest time for a claim job: its claims, and one that goes on row by row. */
@@ -53,6 +55,7 @@ export function createClaimWorker(deps: {
   /** Asks writers to wake us up from now on. */
   arm: Wakeup['arm'];
   scheduler: Pick<Scheduler, 'wake'>;
+  onRefused?: (reason: string) => void;
   logger: Logger;
 }): ClaimWorker {
   const { claim, scheduler, logger } = deps;
@@ -67,6 +70,10 @@ export function createClaimWorker(deps: {
   async function process({ name }: Run<unknown>): Promise<Fate<void>> {
     if (deps.kick?.(name)) return COMPLETED;
     if (name === TICK) deps.onTick();
+    else if (name !== WAKE) {
+      logger.warn({ job: brief(name) }, FOREIGN_JOB);
+      return COMPLETED;
+    }
     const claimed = await deps.outbox.withClaimLock(claimAll);
     if (claimed === 'busy') await pause(BUSY_PAUSE_MS);
     else if (claimed.events > 0) logger.info({ events: claimed.events }, 'claimed events');
@@ -80,13 +87,13 @@ export function createClaimWorker(deps: {
    * @returns `exhausted` when nothing is left, and who writes from now on will wake us (or the next tick does)
    */
   async function claimAll(): Promise<{ events: number; exhausted: boolean }> {
-    const endsAt = Date.now() + JOB_MS;
+    const endsAt = performance.now() + JOB_MS;
     let events = 0;
     let armed = false;
     isClaiming = true;
     try {
-      while (!stopping && Date.now() < endsAt) {
-        const beganAt = Date.now();
+      while (!stopping && performance.now() < endsAt) {
+        const beganAt = performance.now();
         notified = false;
         const found = await claim();
         if (found.kind === 'no-room') {
@@ -97,13 +104,13 @@ export function createClaimWorker(deps: {
         if (found.kind === 'more') continue;
         // Where several have come at once, more are coming: we look again by ourselves, so that nobody has to wake us.
         if (found.events > 1 && !armed) {
-          await pause(beganAt + PACE_MS - Date.now());
+          await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
           continue;
         }
         if (!armed) {
           const arming = await deps.arm();
           if (arming === 'deaf' && found.events === 0) return { events, exhausted: true };
-          if (arming === 'deaf') await pause(beganAt + PACE_MS - Date.now());
+          if (arming === 'deaf') await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
           if (arming === 'writers') await pause(PAUSE_MS);
           armed = arming === 'armed';
           // Whoever wrote before the wake-up was armed said nothing: armed, look once more.
@@ -136,6 +143,7 @@ export function createClaimWorker(deps: {
     concurrency: 1,
     timeoutMs: CLAIM_JOB_DEADLINE_MS,
     process,
+    ...(deps.onRefused && { onRefused: deps.onRefused }),
     onFailed({ error }) {
       // Not by a request from within the job: BullMQ would give that one to this pod, who may be the only one to fail.
       clearTimeout(again);

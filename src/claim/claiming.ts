@@ -1,18 +1,23 @@
 import type { Context } from '../context.ts';
 import { createWakeup } from '../outbox/wakeup.ts';
 import { createClaim } from './claim.ts';
-import { type ClaimWorker, createClaimWorker } from './claim-worker.ts';
+import { type ClaimWorker, createClaimWorker, FOREIGN_JOB } from './claim-worker.ts';
 
 export type Claiming = ReturnType<typeof createClaiming>;
 
 /** The claim stage: its worker, and who wakes it. `onTick`: what a tick begins besides claiming. */
 export function createClaiming(context: Context, onTick: () => void) {
-  const { config, servers, scheduler, upkeep, logger } = context;
+  const { config, servers, queues, scheduler, upkeep, logger } = context;
   const wakeup = createWakeup({ pool: servers.pool, logger, onWake: () => claimWorker.notify() });
   const claimWorker: ClaimWorker = createClaimWorker({
     ...{ connection: servers.workerRedis, queuePrefix: config.queuePrefix, queueName: config.queueName },
     ...{ claim: createClaim({ ...context, options: config }), outbox: context.outbox, scheduler, logger },
+    onRefused: context.metrics.refused,
     ...{ onTick, kick: upkeep.kick, arm: config.notify ? wakeup.arm : async () => 'deaf' as const },
+  });
+  claimWorker.workers.onStalled(async (jobId) => {
+    if (await queues.removeUnreadable(queues.claim, jobId).catch(() => false))
+      logger.warn({ job: jobId }, FOREIGN_JOB);
   });
   return {
     wakeup: config.notify ? wakeup : undefined,

@@ -1,13 +1,21 @@
 import { userInfo } from 'node:os';
 import { createInterface } from 'node:readline/promises';
-import { type Options, type Preset, Presets } from 'cli-progress';
-import { print } from './command.ts';
+import { Presets, SingleBar } from 'cli-progress';
+import { signalled } from './signals.ts';
+import { print, type Text, text } from './terminal.ts';
 
 /** What commands share that change something: who, whether, how far, and an end in good order. */
 
-/** Who runs this process; through sudo, who called it. */
+/**
+ * Who runs this process, as the system says. Whom sudo says to act for is a claim beside it: whoever runs the process
+ * may set its environment.
+ */
 export function operator(): string {
-  if (process.env.SUDO_USER) return process.env.SUDO_USER;
+  const claim = process.env.SUDO_USER?.slice(0, 64);
+  return claim ? `${systemUser()} (SUDO_USER: ${claim})` : systemUser();
+}
+
+function systemUser(): string {
   try {
     return userInfo().username;
   } catch {
@@ -19,14 +27,14 @@ export function operator(): string {
  * Asks in a terminal. Elsewhere nobody could answer: a script has to say `--yes`.
  * @throws where there is neither a terminal nor `--yes`
  */
-export async function confirmed(question: string, yes: boolean): Promise<boolean> {
+export async function confirmed(question: Text, yes: boolean): Promise<boolean> {
   if (yes) return true;
-  if (!process.stdin.isTTY) throw new Error(`${question} There is no terminal to ask in: say --yes`);
+  if (!process.stdin.isTTY) throw new Error(`${question.value} There is no terminal to ask in: say --yes`);
   const terminal = createInterface({ input: process.stdin, output: process.stderr });
   try {
-    const answer = await terminal.question(`${question} [y/N] `);
+    const answer = await terminal.question(`${question.value} [y/N] `);
     if (/^y(es)?$/i.test(answer.trim())) return true;
-    print('Nothing was done.');
+    print(text`Nothing was done.`);
     return false;
   } finally {
     terminal.close();
@@ -38,28 +46,44 @@ export async function untilInterrupted<T>(
   work: (stopped: () => boolean) => Promise<T>,
 ): Promise<{ result: T; interrupted: boolean }> {
   let interrupted = false;
-  const stop = () => {
+  void signalled().then(() => {
     interrupted = true;
-  };
-  for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, stop);
-  try {
-    return { result: await work(() => interrupted), interrupted };
-  } finally {
-    for (const signal of ['SIGINT', 'SIGTERM'] as const) process.off(signal, stop);
-  }
+  });
+  return { result: await work(() => interrupted), interrupted };
 }
 
-/** On stderr: in place in a terminal, otherwise a line now and then. */
-export const barOptions = (format: string): [Options, Preset] => [
+/**
+ * Runs `work` with a bar on stderr: in place in a terminal, otherwise a line now and then. What was done to its end ends
+ * at 100 %.
+ * @param format numbers alone: nothing of it is cleaned
+ */
+export async function withProgress<T>(
+  format: string,
+  total: number,
+  work: (update: (at: number, numbers?: Readonly<Record<string, number>>) => void) => Promise<T>,
   {
-    stream: process.stderr,
-    format,
-    noTTYOutput: true,
-    notTTYSchedule: 5_000,
-    hideCursor: true,
-    clearOnComplete: true,
-  },
-  Presets.shades_classic,
-];
+    isDone = () => true,
+    numbers = {},
+  }: Readonly<{
+    isDone?: (result: T) => boolean;
+    numbers?: Readonly<Record<string, number>>;
+  }> = {},
+): Promise<T> {
+  const bar = new SingleBar(
+    {
+      ...{ stream: process.stderr, format, noTTYOutput: true, notTTYSchedule: 5_000 },
+      ...{ hideCursor: true, clearOnComplete: true },
+    },
+    Presets.shades_classic,
+  );
+  bar.start(total, 0, numbers);
+  try {
+    const result = await work((at, more) => bar.update(Math.min(at, total), more));
+    if (isDone(result)) bar.update(total);
+    return result;
+  } finally {
+    bar.stop();
+  }
+}
 
 export const counted = (count: number, what: string): string => `${count} ${what}${count === 1 ? '' : 's'}`;

@@ -1,24 +1,23 @@
 import type { Command } from 'commander';
 import { ConfigError, describeVariables, openBoard, type RelayConfig } from '../config/config.ts';
+import { transaction } from '../connections/database.ts';
 import { inspectRedis, requireTable, waitForServers } from '../connections/preflight.ts';
 import { openServers } from '../connections/servers.ts';
-import { dashboardOf } from '../http/dashboard-options.ts';
+import { openDashboard } from '../http/dashboard-options.ts';
 import { createHealth } from '../http/health.ts';
 import { createWebServer, type WebServer } from '../http/server.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { createBacklog } from '../outbox/backlog.ts';
-import { openQueues, type Queues } from '../queue/queues.ts';
 import { createLogger } from '../telemetry/logger.ts';
 import { VERSION } from '../version.ts';
-import { EXIT, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
+import { EXIT, warnOfUnknownVariables, withConfig } from './command.ts';
+import { signalled } from './signals.ts';
 
-export function addBoard(program: Command): void {
-  program
-    .command('board')
-    .description('serve the dashboard alone, without claiming or publishing, until SIGTERM or SIGINT')
+export function addBoard(command: Command): void {
+  command
     .addHelpText('after', () => `\nEnvironment:\n${describeVariables()}`)
     .action(async () => {
-      await withConfig(serve);
+      await withConfig(serve, { logs: true });
       // What still waits for a server that is away must not keep the process.
       process.exit();
     });
@@ -42,7 +41,6 @@ async function serve(config: RelayConfig): Promise<number> {
   const { pool, queueRedis, streamRedis } = servers;
   const { startupTimeoutMs } = config;
   let phase: 'starting' | 'running' | 'stopping' = 'starting';
-  let queues: Queues | undefined;
   let web: WebServer | undefined;
   async function start(): Promise<'started'> {
     await waitForServers({
@@ -50,15 +48,14 @@ async function serve(config: RelayConfig): Promise<number> {
       ...{ timeoutMs: startupTimeoutMs, logger },
     });
     await requireTable(pool);
-    queues = await openQueues(queueRedis, config, logger, startupTimeoutMs);
-    const backlog = createBacklog(pool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
+    const backlog = createBacklog(servers.httpPool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
     web = createWebServer({
       host: config.httpHost,
       port: config.httpPort,
       version: VERSION,
       health: createHealth({
         database: async () => {
-          await pool.query('SELECT 1');
+          await transaction(pool, STATEMENT_TIMEOUT_MS, 'repeatable', (tx) => tx.query('SELECT 1'));
           return {};
         },
         redis: () => inspectRedis(queueRedis),
@@ -67,7 +64,7 @@ async function serve(config: RelayConfig): Promise<number> {
       }),
       stuck: () => [],
       phase: () => phase,
-      dashboard: dashboardOf(config, servers, queues, VERSION, logger),
+      dashboard: () => openDashboard(config, servers, { backlog: backlog.count, version: VERSION, logger }),
       basePath: config.boardBasePath,
       trustedProxies: config.trustedProxies,
     });
@@ -85,7 +82,7 @@ async function serve(config: RelayConfig): Promise<number> {
     return EXIT.done;
   } finally {
     phase = 'stopping';
-    await succeedsWithin(STOP_TIMEOUT_MS, Promise.all([web?.stop(), queues?.close()]));
+    await succeedsWithin(STOP_TIMEOUT_MS, web?.stop() ?? Promise.resolve());
     await succeedsWithin(STOP_TIMEOUT_MS, servers.close());
   }
 }

@@ -1,21 +1,19 @@
 import type { Command } from 'commander';
+import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
+import { redisOptions } from '../config/redis-urls.ts';
 import { createPool } from '../connections/pool.ts';
 import { checkRequirements } from '../connections/requirements.ts';
 import { openBoth } from '../connections/servers.ts';
-import type { Verdict } from '../verdict.ts';
-import { EXIT, print, withConfig } from './command.ts';
+import { advice, type Verdict } from '../verdict.ts';
+import { EXIT, withConfig } from './command.ts';
+import { print, text } from './terminal.ts';
 
 /** Asks a server that may be away for no longer than this. */
 const TIMEOUT_MS = 10_000;
 
-export function addCheck(program: Command): void {
-  program
-    .command('check')
-    .description(
-      'try everything that the relay needs of configuration, database, table and Redis; each with a verdict',
-    )
-    .action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
+export function addCheck(command: Command): void {
+  command.action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
 }
 
 /**
@@ -28,12 +26,13 @@ async function runChecks(config: RelayConfig): Promise<boolean> {
   };
   const verdicts = [good, ...(await checkServers(config))];
   for (const { verdict, subject, finding } of verdicts) {
-    print(`${verdict.padEnd(7)} ${subject.padEnd(22)} ${finding}`);
+    print(text`${verdict.padEnd(7)} ${subject.padEnd(22)} ${finding}`);
   }
   return verdicts.every(({ verdict }) => verdict !== 'failed');
 }
 
-async function checkServers(config: RelayConfig): Promise<Verdict[]> {
+/** On connections of its own. */
+export async function checkServers(config: RelayConfig): Promise<Verdict[]> {
   const pool = createPool(config.databaseUrl, {
     max: 3,
     application_name: 'relay-check',
@@ -46,9 +45,23 @@ async function checkServers(config: RelayConfig): Promise<Verdict[]> {
     ...{ lazyConnect: true, retryStrategy: () => null, connectionName: 'relay-check' },
   });
   try {
-    return await checkRequirements(config, { pool, queueRedis, streamRedis });
+    const verdicts = await checkRequirements(config, { pool, queueRedis, streamRedis });
+    return [...verdicts, ...(await wideUser(config, queueRedis))];
   } finally {
     for (const it of [queueRedis, streamRedis]) it.disconnect();
     await pool.end();
   }
+}
+
+/** Of a user of its own. Not asked at every start: Redis notes each refusal in its ACL LOG. */
+async function wideUser({ redisUrl }: RelayConfig, redis: Redis): Promise<Verdict[]> {
+  const { username = 'default' } = redisOptions(redisUrl);
+  if (username === 'default' || redis.status !== 'ready') return [];
+  const mayMore = await redis.dbsize().then(
+    () => true,
+    () => false,
+  );
+  if (!mayMore) return [];
+  const finding = `${username} may do more than the relay needs; run what "relay grants --only redis" prints`;
+  return [{ ...advice(finding), subject: 'Redis user' }];
 }

@@ -3,12 +3,14 @@ import type { Redis } from 'ioredis';
 import { ConfigError, loadConfig, type RelayConfig, unknownVariables } from '../config/config.ts';
 import type { Pool } from '../connections/database.ts';
 import { createPool } from '../connections/pool.ts';
+import { healthyPool } from '../connections/pool-health.ts';
 import { requireTable, waitForServers } from '../connections/preflight.ts';
 import { openBoth } from '../connections/servers.ts';
 import { NotReadyError } from '../lifecycle.ts';
 import { APPEND_CONNECTION } from '../streams/append.ts';
 import { createLogger, errorText, type Logger } from '../telemetry/logger.ts';
 import { RequirementError } from '../verdict.ts';
+import { printError, text } from './terminal.ts';
 
 /** What all commands share: configuration, connections, options, exit codes. */
 
@@ -16,9 +18,19 @@ import { RequirementError } from '../verdict.ts';
 export const EXIT = { done: 0, failed: 1, unavailable: 69, config: 78 } as const;
 
 /** Loads the configuration, runs the command, and turns what went wrong into a clear line and an exit code. */
-export async function withConfig(run: (config: RelayConfig) => Promise<number>): Promise<void> {
+export async function withConfig(
+  run: (config: RelayConfig) => Promise<number>,
+  { logs = false }: Readonly<{ /** It has a log, and says there what is unknown. */ logs?: boolean }> = {},
+): Promise<void> {
   try {
-    process.exitCode = await run(loadConfig(process.env));
+    const config = loadConfig(process.env);
+    if (!logs) {
+      for (const { name, nearest } of unknownVariables(process.env))
+        printError(
+          text`relay: ${name} is no variable of the relay and has no effect${nearest === undefined ? '' : text`: is ${nearest} meant?`}`,
+        );
+    }
+    process.exitCode = await run(config);
   } catch (error) {
     fail(error);
   }
@@ -26,18 +38,41 @@ export async function withConfig(run: (config: RelayConfig) => Promise<number>):
 
 export function fail(error: unknown): void {
   if (error instanceof ConfigError) {
-    console.error(`The configuration is wrong:\n${error.message.replace(/^/gm, '  ')}`);
-    process.exitCode = EXIT.config;
+    printError(text`The configuration is wrong:`);
+    for (const { variable, problem } of error.problems) printError(text`  ${variable}: ${problem}`);
   } else {
-    console.error(`relay: ${errorText(error)}`);
-    process.exitCode = exitCodeOf(error);
+    printError(text`relay: ${reasonOf(error)}`);
+  }
+  process.exitCode = exitCodeOf(error);
+}
+
+export function exitCodeOf(error: unknown): number {
+  if (error instanceof ConfigError || error instanceof RequirementError) return EXIT.config;
+  return error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
+}
+
+const OUTBOX = /identity|outbox/;
+
+/** What went wrong; where PostgreSQL lacks what the relay has made, or refuses a right, what to do about it. */
+export function reasonOf(error: unknown): string {
+  const reason = errorText(error);
+  const { code } = ((error as Error | null)?.cause ?? error ?? {}) as { code?: string };
+  switch (code) {
+    case '3F000':
+    case '42P01':
+      return OUTBOX.test(reason)
+        ? `the database has no identity.outbox: run "relay migrate" (${reason})`
+        : reason;
+    case '42703':
+      return `identity.outbox was made for an older version: run "relay migrate" (${reason})`;
+    case '42501':
+      return `${reason}: "relay grants" prints the rights that are needed`;
+    default:
+      return reason;
   }
 }
 
-function exitCodeOf(error: unknown): number {
-  if (error instanceof RequirementError) return EXIT.config;
-  return error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
-}
+const POOL_SIZE = 2;
 
 /** One connection to each Redis and two to PostgreSQL, for as long as a command of an operator runs. Logs to stderr. */
 export async function withServers<T>(
@@ -46,8 +81,9 @@ export async function withServers<T>(
   work: (servers: { pool: Pool; redis: Redis; streamRedis: Redis; logger: Logger }) => Promise<T>,
 ): Promise<T> {
   const logger = createLogger('warn', process.stderr);
-  const pool = createPool(config.databaseUrl, { max: 2, application_name: command });
-  pool.on('error', () => {}); // the next query says so
+  const ownPool = createPool(config.databaseUrl, { max: POOL_SIZE, application_name: command });
+  ownPool.on('error', () => {}); // the next query says so
+  const pool = healthyPool(ownPool, { size: POOL_SIZE, logger });
   const [redis, streamRedis] = openBoth(config, {
     ...APPEND_CONNECTION,
     commandTimeout: config.publishTimeoutMs,
@@ -61,22 +97,9 @@ export async function withServers<T>(
     return await work({ pool, redis, streamRedis, logger });
   } finally {
     for (const it of [redis, streamRedis]) it.disconnect();
-    await pool.end();
+    await ownPool.end();
   }
 }
-
-/** The first SIGTERM or SIGINT. */
-export const signalled = (): Promise<NodeJS.Signals> =>
-  new Promise((resolve) => {
-    for (const signal of ['SIGTERM', 'SIGINT'] as const) {
-      process.once(signal, () => {
-        // A second signal means: now. Nothing is lost by it, other pods take over what was left.
-        for (const again of ['SIGTERM', 'SIGINT'] as const)
-          process.once(again, () => process.exit(EXIT.failed));
-        resolve(signal);
-      });
-    }
-  });
 
 export function warnOfUnknownVariables(logger: Logger): void {
   for (const { name, nearest } of unknownVariables(process.env)) {
@@ -84,24 +107,44 @@ export function warnOfUnknownVariables(logger: Logger): void {
   }
 }
 
-export function print(line: string): void {
-  process.stdout.write(`${line}\n`);
-}
+/** What JavaScript would make of anything else is a guess: it takes "1" for the year 2001, and no zone for its own. */
+const ISO_8601 = /^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d))?$/i;
 
 /** Option parser: a time. */
-export function time(text: string): Date {
-  const date = new Date(text);
+export function time(given: string): Date {
+  const date = new Date(ISO_8601.test(given) ? given.replace(' ', 'T') : Number.NaN);
   if (Number.isNaN(date.getTime()))
-    throw new InvalidArgumentError('Expected a time like 2026-01-31T12:00:00Z.');
+    throw new InvalidArgumentError('Expected a time with its zone, like 2026-01-31T12:00:00Z.');
   return date;
 }
 
 const UNIT_MS = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
 
 /** Option parser: a time, or so many ms ago. */
-export function when(text: string): Date | number {
-  if (text === 'now') return 0;
-  const [, count, unit] = /^(\d{1,9})([smhd]?)$/.exec(text) ?? [];
-  if (unit === undefined) return time(text);
-  return Number(count) * UNIT_MS[(unit || 's') as keyof typeof UNIT_MS];
+export function when(given: string): Date | number {
+  if (given === 'now') return 0;
+  const [, count, unit] = /^(\d{1,9})([smhd]?)$/.exec(given) ?? [];
+  if (unit !== undefined) return Number(count) * UNIT_MS[(unit || 's') as keyof typeof UNIT_MS];
+  try {
+    return time(given);
+  } catch {
+    throw new InvalidArgumentError(
+      'Expected how long ago (90s, 15m, 2h, 7d), "now", or a time with its zone (2026-01-31T12:00:00Z).',
+    );
+  }
+}
+
+export const instant = (at: Date | number, now = Date.now()): string =>
+  (at instanceof Date ? at : new Date(now - at)).toISOString();
+
+/**
+ * From then to then, as times.
+ * @throws when nothing can be in between
+ */
+export function range(since: Date | number, until: Date | number): { since: string; until: string } {
+  const now = Date.now();
+  const found = { since: instant(since, now), until: instant(until, now) };
+  if (Date.parse(found.since) >= Date.parse(found.until))
+    throw new Error(`--since must be earlier than --until, and ${found.since} is not before ${found.until}`);
+  return found;
 }

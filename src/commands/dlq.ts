@@ -1,13 +1,13 @@
-import { SingleBar } from 'cli-progress';
-import Table from 'cli-table3';
 import { type Command, InvalidArgumentError } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
+import { printableJson } from '../config/printable.ts';
 import type { ActionResult, DeadLetters, Selection } from '../operations/dead-letters.ts';
 import { isUuid, type ListedDeadLetter } from '../operations/inspection.ts';
 import { openOperations } from '../operations/open.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
-import { barOptions, confirmed, counted, operator, untilInterrupted } from './act.ts';
-import { EXIT, print, when, withConfig, withServers } from './command.ts';
+import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
+import { EXIT, instant, range, when, withConfig, withServers } from './command.ts';
+import { cut, print, printError, printJson, text, toSecond } from './terminal.ts';
 
 type FilterOptions = Readonly<{
   type?: string;
@@ -24,9 +24,7 @@ type ActOptions = FilterOptions & Readonly<{ all?: boolean; dryRun?: boolean; ye
 
 const MOST_LISTED = 10_000;
 
-export function addDlq(program: Command): void {
-  const dlq = program.command('dlq').description('list, show, replay and discard dead letters');
-
+export function addDlq(dlq: Command): void {
   filters(dlq.command('list').description('dead letters, the latest first; never a payload'))
     .option('--limit <count>', `how many at most (1 to ${MOST_LISTED})`, count, 50)
     .option('--cursor <cursor>', 'go on where an earlier list ended')
@@ -97,9 +95,9 @@ async function list(deadLetters: DeadLetters, options: ListOptions): Promise<num
   if (options.group) {
     if (options.pruned) throw new Error('--group counts rows: it does not go with --pruned');
     const groups = await deadLetters.groups(filter, options.limit);
-    if (options.json) print(JSON.stringify({ groups }));
-    else if (groups.length === 0) print('No dead letters.');
-    else print(groupTable(groups));
+    if (options.json) printJson({ groups });
+    else if (groups.length === 0) print(text`No dead letters.`);
+    else printGroups(groups);
     return EXIT.done;
   }
   const { limit, cursor, pruned = false } = options;
@@ -109,23 +107,23 @@ async function list(deadLetters: DeadLetters, options: ListOptions): Promise<num
     ...(cursor !== undefined && { after: cursor }),
   });
   if (options.json) {
-    print(JSON.stringify(page));
+    printJson(page);
     return EXIT.done;
   }
-  if (page.letters.length === 0) print('No dead letters.');
-  else print(letterTable(page.letters));
-  if (page.next !== null) print(`There are more: --cursor ${page.next}`);
+  if (page.letters.length === 0) print(text`No dead letters.`);
+  for (const letter of page.letters) printLetter(letter);
+  if (page.next !== null) print(text`There are more: --cursor ${page.next}`);
   return EXIT.done;
 }
 
 async function show(deadLetters: DeadLetters, id: string, options: { json?: boolean }): Promise<number> {
   const details = await deadLetters.show(id);
   if (details === null) {
-    console.error(`relay: neither the table nor the dead-letter stream knows ${id}`);
+    printError(text`relay: neither the table nor the dead-letter stream knows ${id}`);
     return EXIT.failed;
   }
   if (options.json) {
-    print(JSON.stringify(details));
+    printJson(details);
     return EXIT.done;
   }
   const { event, state, error, attempts, timeline, dlqEntryId, job } = details;
@@ -139,10 +137,10 @@ async function show(deadLetters: DeadLetters, id: string, options: { json?: bool
     ['error', error ?? '–'],
     ['dead letter', dlqEntryId ?? 'none in the stream'],
     ['job', job === null ? 'none in BullMQ' : `${job.state}, ${job.attempts} attempts`],
-    ['payload', event.withheld ? `withheld: ${event.withheld}` : event.payload],
+    ['payload', event.withheld ? `withheld: ${event.withheld}` : printableJson(event.payload)],
   ];
-  for (const [name, value] of rows) print(`${name.padEnd(12)} ${value}`);
-  for (const { at, what } of timeline) print(`${at.padEnd(28)} ${what}`);
+  for (const [name, value] of rows) print(text`${name.padEnd(12)} ${value}`);
+  for (const { at, what } of timeline) print(text`${at.padEnd(28)} ${what}`);
   return EXIT.done;
 }
 
@@ -172,108 +170,93 @@ async function act(
       : deadLetters.discard(selection, reason, { by, ...more });
 
   const would = await perform({ dryRun: true });
-  const past = verb === 'replay' ? 'replayed' : 'discarded';
-  if (options.dryRun || would.done === 0) {
-    if (!('eventIds' in selection) && !options.pruned && would.done > 0)
-      print(groupTable(await deadLetters.groups(filter)));
-    print(`${counted(would.done, 'dead letter')} would be ${past}.`);
+  if (would.done === 0) {
+    print(
+      text`There is nothing to ${verb}: ${ids.length === 0 ? `no dead letter ${filtered ? 'matches' : 'is there'}` : 'none of these events is dead'}.`,
+    );
     printRefusals(would);
     return would.refused === 0 ? EXIT.done : EXIT.failed;
   }
-  const question = `${verb === 'replay' ? 'Replay' : 'Discard'} ${counted(would.done, 'dead letter')}?`;
+  const past = verb === 'replay' ? 'replayed' : 'discarded';
+  if (options.dryRun) {
+    if (!('eventIds' in selection) && !options.pruned) printGroups(await deadLetters.groups(filter));
+    print(text`${counted(would.done, 'dead letter')} would be ${past}.`);
+    printRefusals(would);
+    return would.refused === 0 ? EXIT.done : EXIT.failed;
+  }
+  const question = text`${verb === 'replay' ? 'Replay' : 'Discard'} ${counted(would.done, 'dead letter')}?`;
   if (!(await confirmed(question, options.yes === true))) return EXIT.failed;
 
-  const bar = new SingleBar(
-    ...barOptions(' {percentage}% | {bar} | {value} of {total} | {eta_formatted} left'),
+  const { result, interrupted } = await withProgress(
+    ' {percentage}% | {bar} | {value} of {total} | {eta_formatted} left',
+    would.done + would.refused,
+    (update) => untilInterrupted((stopped) => perform({ stopped, onProgress: (seen) => update(seen) })),
+    { isDone: (it) => !it.interrupted },
   );
-  bar.start(would.done + would.refused, 0);
-  const { result, interrupted } = await untilInterrupted((stopped) =>
-    perform({ stopped, onProgress: (seen) => bar.update(seen) }),
-  ).finally(() => bar.stop());
-  print(`${by} ${past} ${counted(result.done, 'dead letter')}.`);
+  print(text`${by} ${past} ${counted(result.done, 'dead letter')}.`);
   if (verb === 'replay' && result.done > 0)
     print(
-      `They go out at once where a relay runs, else within ${config.pollIntervalMs / 1_000} s of its start.`,
+      text`They go out at once where a relay runs, else within ${config.pollIntervalMs / 1_000} s of its start.`,
     );
   printRefusals(result);
-  if (interrupted) print('Interrupted: run it again for the rest.');
+  if (interrupted) print(text`Interrupted: run it again for the rest.`);
   return result.refused === 0 && !interrupted ? EXIT.done : EXIT.failed;
 }
 
 function printRefusals({ refused, refusals }: ActionResult): void {
   if (refused === 0) return;
-  print(`${counted(refused, 'event')} left as before:`);
-  for (const { eventId, reason } of refusals) print(`  ${eventId}  ${reason}`);
-  if (refused > refusals.length) print(`  … and ${refused - refusals.length} more`);
+  print(text`${counted(refused, 'event')} left as before:`);
+  for (const { eventId, reason } of refusals) print(text`  ${eventId}  ${reason}`);
+  if (refused > refusals.length) print(text`  … and ${refused - refusals.length} more`);
 }
 
-const plain = { style: { head: [], border: [], compact: true } };
-
-function letterTable(letters: readonly ListedDeadLetter[]): string {
-  const table = new Table({
-    ...plain,
-    head: ['dead since', 'event id', 'type', 'topic', 'aggregate', 'attempts', 'error'],
-    colWidths: [null, null, null, null, null, null, 60],
-  });
-  for (const it of letters)
-    table.push([
-      it.deadLetteredAt.slice(0, 19),
-      ...[it.eventId, it.eventType, it.topic, `${it.aggregateType}:${it.aggregateId}`],
-      ...[it.attempts, it.error.replaceAll(/\s+/g, ' ')],
-    ]);
-  return table.toString();
+/** Three lines, none longer than the terminal is wide: an event id and an aggregate's id leave no room for columns. */
+function printLetter(it: ListedDeadLetter): void {
+  print(cut(text`${toSecond(it.deadLetteredAt)}  ${it.eventId}  after ${counted(it.attempts, 'attempt')}`));
+  print(
+    cut(text`  ${cut(it.eventType, 40)} of ${cut(it.aggregateType, 20)}:${it.aggregateId} to ${it.topic}`),
+  );
+  print(cut(text`  ${it.error}`));
 }
 
-function groupTable(groups: readonly DeadLetterGroup[]): string {
-  const table = new Table({
-    ...plain,
-    head: ['count', 'first', 'last', 'types', 'example', 'error'],
-    colWidths: [null, null, null, 40, null, 70],
-    wordWrap: true,
-  });
-  for (const it of groups)
-    table.push([
-      it.count,
-      it.first.slice(0, 19),
-      it.last.slice(0, 19),
-      it.eventTypes.join(', '),
-      it.example,
-      it.error,
-    ]);
-  return table.toString();
+function printGroups(groups: readonly DeadLetterGroup[]): void {
+  for (const it of groups) {
+    print(cut(text`${String(it.count).padStart(6)}  ${it.error}`));
+    print(cut(text`        ${it.eventTypes.join(', ')}`));
+    print(cut(text`        ${toSecond(it.first)} to ${toSecond(it.last)}, e.g. ${it.example}`));
+  }
 }
 
 type Aggregate = Readonly<{ aggregateType?: string; aggregateId: string }>;
 
 /** Option parser: an aggregate. Its type may have colons. */
-export function aggregate(text: string): Aggregate {
-  const colon = text.lastIndexOf(':');
-  const aggregateId = text.slice(colon + 1);
+export function aggregate(given: string): Aggregate {
+  const colon = given.lastIndexOf(':');
+  const aggregateId = given.slice(colon + 1);
   if (!isUuid(aggregateId))
     throw new InvalidArgumentError('Expected the id of an aggregate (a uuid), or type:id.');
-  return colon === -1 ? { aggregateId } : { aggregateType: text.slice(0, colon), aggregateId };
+  return colon === -1 ? { aggregateId } : { aggregateType: given.slice(0, colon), aggregateId };
 }
 
-function eventId(text: string): string {
-  if (!isUuid(text)) throw new InvalidArgumentError('Expected an event_id (a uuid).');
-  return text.toLowerCase();
+function eventId(given: string): string {
+  if (!isUuid(given)) throw new InvalidArgumentError('Expected an event_id (a uuid).');
+  return given.toLowerCase();
 }
 
-const eventIds = (text: string, before: readonly string[] | undefined): string[] => [
+const eventIds = (given: string, before: readonly string[] | undefined): string[] => [
   ...(before ?? []),
-  eventId(text),
+  eventId(given),
 ];
 
-function count(text: string): number {
-  const number = Number(text);
+function count(given: string): number {
+  const number = Number(given);
   if (!Number.isInteger(number) || number < 1 || number > MOST_LISTED)
     throw new InvalidArgumentError(`Expected a number from 1 to ${MOST_LISTED}.`);
   return number;
 }
 
-const instant = (at: Date | number) => (at instanceof Date ? at : new Date(Date.now() - at)).toISOString();
-
 function filterOf({ type, topic, aggregate: of, error, since, until }: FilterOptions): DeadLetterFilter {
+  if (since !== undefined && until !== undefined) range(since, until);
   return {
     ...(type !== undefined && { eventType: type }),
     ...(topic !== undefined && { topic }),

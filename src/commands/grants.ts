@@ -1,17 +1,17 @@
-import { type Command, Option } from 'commander';
+import { type Command, InvalidArgumentError, Option } from 'commander';
+import { printable } from '../config/printable.ts';
 import { databaseGrants, type Grantees, redisAcls, sentinelAcl } from '../operations/roles.ts';
-import { EXIT, print, withConfig } from './command.ts';
+import { EXIT, withConfig } from './command.ts';
+import { print, printError, text } from './terminal.ts';
 
 type GrantsOptions = Grantees & Readonly<{ only?: 'sql' | 'redis' }>;
 
-export function addGrants(program: Command): void {
-  program
-    .command('grants')
-    .description('print the rights that the relay needs with this configuration: SQL and a Redis ACL')
-    .option('--role <name>', 'role of the relay in PostgreSQL', 'relay')
-    .option('--operator <name>', 'role of operators', 'relay_operator')
-    .option('--producer <name>', 'role of those who write events', 'producer')
-    .option('--redis-user <name>', 'user of the relay in Redis', 'relay')
+export function addGrants(command: Command): void {
+  command
+    .option('--role <name>', 'role of the relay in PostgreSQL', name, 'relay')
+    .option('--operator <name>', 'role of operators', name, 'relay_operator')
+    .option('--producer <name>', 'role of those who write events', name, 'producer')
+    .option('--redis-user <name>', 'user of the relay in Redis', name, 'relay')
     .addOption(new Option('--only <part>', 'print one of the two').choices(['sql', 'redis']))
     .addHelpText(
       'after',
@@ -30,10 +30,19 @@ export function addGrants(program: Command): void {
         const both = `${sql}\n\n${inRedis.join('\n\n')}`;
         const inSentinels =
           sentinel === undefined ? '' : `\n\n-- In each sentinel, if they know users:\n${sentinel}`;
-        print({ sql, redis, both: `${both}${inSentinels}` }[options.only ?? 'both']);
+        const wanted = { sql, redis, both: `${both}${inSentinels}` }[options.only ?? 'both'];
+        for (const line of wanted.split('\n')) print(text`${line}`);
         if (options.only !== 'sql' && config.allowedTopics === '*')
-          console.error('Every key, since RELAY_ALLOWED_TOPICS allows every topic: name those that you use.');
+          printError(
+            text`Every key, since RELAY_ALLOWED_TOPICS allows every topic: name those that you use.`,
+          );
         return EXIT.done;
       }),
     );
+}
+
+/** Option parser: a name as it is to stand in what is printed. */
+function name(given: string): string {
+  if (given !== '' && printable(given) === given) return given;
+  throw new InvalidArgumentError('Expected a name without control characters.');
 }

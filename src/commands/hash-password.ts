@@ -1,27 +1,32 @@
 import { createInterface } from 'node:readline/promises';
 import { Writable } from 'node:stream';
-import { text } from 'node:stream/consumers';
+import { text as readAll } from 'node:stream/consumers';
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import { entryOf, ROLES, type Role, USER_NAME } from '../config/board-users.ts';
 import { hashPassword } from '../http/passwords.ts';
-import { EXIT, fail, print } from './command.ts';
+import { EXIT, fail } from './command.ts';
+import { print, text } from './terminal.ts';
 
 const MIN_CHARACTERS = 12;
 const MAX_CHARACTERS = 1_000;
 
-export function addHashPassword(program: Command): void {
-  program
-    .command('hash-password')
-    .description('print an entry for RELAY_BOARD_USERS; the password is asked for, or read from stdin')
+export function addHashPassword(command: Command): void {
+  command
     .argument('<name>', `name of the user: ${USER_NAME.expected}`, userName)
     .addOption(
-      new Option('--role <role>', 'viewer: may look; operator: may act').choices(ROLES).makeOptionMandatory(),
+      new Option('--role <role>', 'viewer: may look; operator: may act; one of them is needed').choices(
+        ROLES,
+      ),
     )
-    .action(async (name: string, { role }: { role: Role }) => {
+    .action(async (name: string, { role }: { role?: Role }) => {
       try {
+        if (role === undefined)
+          throw new Error(
+            `what may ${name} do? Say --role viewer (look), or --role operator (replay, discard, retry and pause as well)`,
+          );
         const password = process.stdin.isTTY
           ? await ask()
-          : (await text(process.stdin)).replace(/\r?\n$/, '');
+          : (await readAll(process.stdin)).replace(/\r?\n$/, '');
         const { length } = [...password];
         if (length < MIN_CHARACTERS || length > MAX_CHARACTERS)
           throw new Error(
@@ -29,7 +34,7 @@ export function addHashPassword(program: Command): void {
           );
         if (/[\p{Cc}]/u.test(password))
           throw new Error('the password has control characters, or several lines');
-        print(entryOf({ name, role, hash: await hashPassword(password) }));
+        print(text`${entryOf({ name, role, hash: await hashPassword(password) })}`);
         process.exitCode = EXIT.done;
       } catch (error) {
         fail(error);

@@ -2,22 +2,29 @@ import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
 import { createClient } from '../connections/pool.ts';
 import { NotReadyError } from '../lifecycle.ts';
+import { databaseGrants } from '../operations/roles.ts';
 import { migrate } from '../outbox/migrations.ts';
 import { createLogger, errorText } from '../telemetry/logger.ts';
 import { EXIT, withConfig } from './command.ts';
 
-export function addMigrate(program: Command): void {
-  program
-    .command('migrate')
-    .description('create identity.outbox, or adopt the one that is there (only additions; may be run again)')
+export function addMigrate(command: Command): void {
+  command
     .option(
       '--no-notify',
       'leave out the wake-up trigger, or remove it: new events then wait for the poll interval',
     )
-    .action(({ notify }: { notify: boolean }) => withConfig((config) => runMigration(config, notify)));
+    .option(
+      '--grants',
+      'give the roles relay, relay_operator and producer what "relay grants" prints; they must exist',
+    )
+    .action((options: MigrateOptions) => withConfig((config) => runMigration(config, options)));
 }
 
-async function runMigration(config: RelayConfig, notify: boolean): Promise<number> {
+type MigrateOptions = Readonly<{ notify: boolean; grants?: boolean }>;
+
+const GRANTEES = { role: 'relay', operator: 'relay_operator', producer: 'producer' };
+
+async function runMigration(config: RelayConfig, { notify, grants }: MigrateOptions): Promise<number> {
   const client = createClient(config.databaseUrl, { connectionTimeoutMillis: config.startupTimeoutMs });
   try {
     await client.connect();
@@ -25,7 +32,12 @@ async function runMigration(config: RelayConfig, notify: boolean): Promise<numbe
     throw new NotReadyError(`PostgreSQL cannot be reached (see RELAY_DATABASE_URL): ${errorText(error)}`);
   }
   try {
-    await migrate(client, notify, createLogger(config.logLevel));
+    const logger = createLogger(config.logLevel);
+    await migrate(client, notify, logger, config.streamName);
+    if (grants) {
+      await client.query(databaseGrants(config, GRANTEES));
+      logger.info(GRANTEES, 'the roles have their rights');
+    }
   } finally {
     await client.end();
   }

@@ -1,9 +1,13 @@
-import { createInterface } from 'node:readline/promises';
-import { Presets, SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
 import { createRetentionOf } from '../maintenance/maintenance.ts';
-import { EXIT, print, when, withConfig, withServers } from './command.ts';
+import type { KeptRow } from '../outbox/pruner.ts';
+import { confirmed, counted, withProgress } from './act.ts';
+import { EXIT, when, withConfig, withServers } from './command.ts';
+import { print, text } from './terminal.ts';
+
+/** Rows that the database keeps are counted, and so many of them named. */
+const KEPT_SHOWN = 10;
 
 type PruneOptions = Readonly<{
   /** A time, or how long ago in ms. */
@@ -12,10 +16,8 @@ type PruneOptions = Readonly<{
   yes?: boolean;
 }>;
 
-export function addPrune(program: Command): void {
-  program
-    .command('prune')
-    .description('delete old published rows from the table, in short transactions')
+export function addPrune(command: Command): void {
+  command
     .option(
       '--older-than <when>',
       'published before that: how long ago (12h, 30d), or a time (default: RELAY_PUBLISHED_RETENTION)',
@@ -40,64 +42,43 @@ async function prune(config: RelayConfig, options: PruneOptions): Promise<number
     );
   }
   return withServers(config, 'relay-prune', async ({ pool, streamRedis }) => {
-    const retention = createRetentionOf(config, pool, streamRedis, config.publishTimeoutMs);
-    const found = await counted(retention.byHand(ms, true), 'counting', undefined);
+    const kept: KeptRow[] = [];
+    const retention = createRetentionOf(config, pool, streamRedis, config.publishTimeoutMs, (rows) => {
+      kept.push(...rows);
+    });
+    const found = await sumOf(' counting | {value} rows', 0, retention.byHand(ms, true));
     const before = new Date(Date.now() - ms).toISOString();
     if (options.dryRun || found === 0) {
-      print(`${found} rows were published before ${before}${options.dryRun ? '; none was deleted' : ''}.`);
+      print(
+        text`${counted(found, 'row')} ${found === 1 ? 'was' : 'were'} published before ${before}${options.dryRun ? '; none was deleted' : ''}.`,
+      );
       return EXIT.done;
     }
-    if (!options.yes && !(await agreed(`Delete ${found} rows that were published before ${before}?`))) {
-      print('Nothing was deleted.');
-      return EXIT.failed;
-    }
+    const question = text`Delete ${counted(found, 'row')} published before ${before}?`;
+    if (!(await confirmed(question, options.yes === true))) return EXIT.failed;
     const startedAt = Date.now();
-    const deleted = await counted(retention.byHand(ms, false), 'deleting', found);
-    print(`${deleted} rows were deleted in ${((Date.now() - startedAt) / 1000).toFixed(1)} s.`);
+    const format = ' deleting {percentage}% | {bar} | {value} of {total} rows | {eta_formatted} left';
+    const deleted = await sumOf(format, found, retention.byHand(ms, false));
+    print(text`Deleted ${counted(deleted, 'row')} in ${((Date.now() - startedAt) / 1000).toFixed(1)} s.`);
+    if (kept.length > 0) print(text`The database keeps ${counted(kept.length, 'row')} old enough to go:`);
+    for (const { id, reason } of kept.slice(0, KEPT_SHOWN)) print(text`  id ${id}: ${reason}`);
+    if (kept.length > KEPT_SHOWN) print(text`  and ${kept.length - KEPT_SHOWN} more.`);
     return EXIT.done;
   });
 }
 
-/** Adds up, with a bar on stderr: in place in a terminal, otherwise a line now and then. */
-async function counted(
-  steps: AsyncIterable<number>,
-  what: string,
-  total: number | undefined,
-): Promise<number> {
-  const bar = new SingleBar(
-    {
-      stream: process.stderr,
-      format:
-        total === undefined
-          ? ` ${what} | {value} rows`
-          : ` ${what} {percentage}% | {bar} | {value} of {total} rows | {eta_formatted} left`,
-      noTTYOutput: true,
-      notTTYSchedule: 5_000,
-      hideCursor: true,
-      clearOnComplete: true,
+/** Adds up, and shows how far it is. */
+const sumOf = (format: string, total: number, steps: AsyncIterable<number>): Promise<number> =>
+  withProgress(
+    format,
+    total || Number.MAX_SAFE_INTEGER,
+    async (update) => {
+      let sum = 0;
+      for await (const rows of steps) {
+        sum += rows;
+        update(sum);
+      }
+      return sum;
     },
-    Presets.shades_classic,
+    { isDone: () => total > 0 },
   );
-  bar.start(total ?? 0, 0);
-  let sum = 0;
-  try {
-    for await (const rows of steps) {
-      sum += rows;
-      bar.update(sum);
-    }
-  } finally {
-    bar.stop();
-  }
-  return sum;
-}
-
-/** @throws when there is nobody to ask */
-async function agreed(question: string): Promise<boolean> {
-  if (!process.stdin.isTTY) throw new Error(`${question} There is nobody to ask: say --yes`);
-  const terminal = createInterface({ input: process.stdin, output: process.stderr });
-  try {
-    return /^y(es)?$/i.test((await terminal.question(`${question} [y/N] `)).trim());
-  } finally {
-    terminal.close();
-  }
-}

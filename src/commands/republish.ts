@@ -1,10 +1,10 @@
-import { SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
 import { openOperations } from '../operations/open.ts';
-import { barOptions, confirmed, counted, operator, untilInterrupted } from './act.ts';
-import { EXIT, print, when, withConfig, withServers } from './command.ts';
+import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
+import { EXIT, range, when, withConfig, withServers } from './command.ts';
 import { aggregate } from './dlq.ts';
+import { print, printError, text } from './terminal.ts';
 
 type RepublishOptions = Readonly<{
   since: Date | number;
@@ -17,10 +17,8 @@ type RepublishOptions = Readonly<{
   yes?: boolean;
 }>;
 
-export function addRepublish(program: Command): void {
-  program
-    .command('republish')
-    .description('append once more what was published before, for a consumer that is new or was broken')
+export function addRepublish(command: Command): void {
+  command
     .requiredOption(
       '--since <when>',
       'published from then on: a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)',
@@ -37,74 +35,79 @@ export function addRepublish(program: Command): void {
     .action((options: RepublishOptions) => withConfig((config) => republish(config, options)));
 }
 
-const republish = (config: RelayConfig, options: RepublishOptions): Promise<number> =>
-  withServers(config, 'relay-republish', async (servers) => {
+const republish = (config: RelayConfig, options: RepublishOptions): Promise<number> => {
+  const times = range(options.since, options.until);
+  return withServers(config, 'relay-republish', async (servers) => {
     const operations = openOperations(config, servers);
     try {
-      return await run(operations.republish, config, options);
+      return await run(operations.republish, config, options, times);
     } finally {
       await operations.close();
     }
   });
+};
 
 async function run(
   { count, run: append }: ReturnType<typeof openOperations>['republish'],
   config: RelayConfig,
   options: RepublishOptions,
+  times: ReturnType<typeof range>,
 ): Promise<number> {
   const { topic, type: eventType, aggregate: of, after } = options;
-  const instant = (at: Date | number) => (at instanceof Date ? at : new Date(Date.now() - at)).toISOString();
-  const range = {
-    since: instant(options.since),
-    until: instant(options.until),
+  const which = {
+    ...times,
     filter: { ...(topic !== undefined && { topic }), ...(eventType !== undefined && { eventType }), ...of },
   };
-  const { streams: counts } = await count(range);
+  const { streams: counts } = await count(which);
   const total = [...counts.values()].reduce((sum, n) => sum + n, 0);
-  print(`Published from ${range.since} to ${range.until}:`);
+  print(text`Published from ${times.since} to ${times.until}:`);
   for (const [stream, n] of counts) {
     const tooMany = config.streamMaxLen > 0 && n > config.streamMaxLen;
     print(
-      `${String(n).padStart(9)}  ${stream}${tooMany ? '  more than RELAY_STREAM_MAXLEN: the first are trimmed' : ''}`,
+      text`${String(n).padStart(9)}  ${stream}${tooMany ? '  more than RELAY_STREAM_MAXLEN: the first are trimmed' : ''}`,
     );
   }
   if (options.dryRun || total === 0) {
-    print(`${counted(total, 'event')} would be appended again.`);
+    print(text`${counted(total, 'event')} would be appended again.`);
     return EXIT.done;
   }
   if (
     !(await confirmed(
-      `Append ${counted(total, 'event')} again, for every consumer to read?`,
+      text`Append ${counted(total, 'event')} again, for every consumer to read?`,
       options.yes === true,
     ))
   )
     return EXIT.failed;
 
   const by = operator();
-  const bar = new SingleBar(
-    ...barOptions(' {percentage}% | {bar} | {value} of {total} | {eta_formatted} left'),
-  );
   let at = after ?? null;
   const goOn = () => {
     if (at !== null)
-      print(`The rest: the same command with --since ${range.since} --until ${range.until} --after ${at}`);
+      print(
+        text`The rest: the same command with --since ${times.since} --until ${times.until} --after ${at}`,
+      );
   };
-  bar.start(total, 0);
   try {
-    const { result, interrupted } = await untilInterrupted((stopped) =>
-      append(range, {
-        by,
-        stopped,
-        ...(after !== undefined && { after }),
-        onProgress: (seen, next) => {
-          at = next;
-          bar.update(seen);
-        },
-      }),
-    ).finally(() => bar.stop());
-    print(`${by} had ${counted(result.appended, 'event')} appended again.`);
-    if (result.refused > 0) print(`${counted(result.refused, 'event')} refused: ${result.reason}`);
-    if (result.error !== null) console.error(`relay: ${result.error}`);
+    const { result, interrupted } = await withProgress(
+      ' {percentage}% | {bar} | {value} of {total} | {eta_formatted} left',
+      total,
+      (update) =>
+        untilInterrupted((stopped) =>
+          append(which, {
+            by,
+            stopped,
+            ...(after !== undefined && { after }),
+            onProgress: (seen, next) => {
+              at = next;
+              update(seen);
+            },
+          }),
+        ),
+      { isDone: ({ result }) => result.next === null },
+    );
+    print(text`${by} had ${counted(result.appended, 'event')} appended again.`);
+    if (result.refused > 0) print(text`${counted(result.refused, 'event')} refused: ${result.reason ?? ''}`);
+    if (result.error !== null) printError(text`relay: ${result.error}`);
     if (interrupted || result.error !== null) goOn();
     return result.refused === 0 && result.next === null ? EXIT.done : EXIT.failed;
   } catch (error) {

@@ -3,10 +3,11 @@ import type { Command } from 'commander';
 import { describeVariables, type RelayConfig } from '../config/config.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { createRelay } from '../relay.ts';
-import { createLogger, type Logger } from '../telemetry/logger.ts';
+import { createLogger, type Logger, logWhatOthersPrint } from '../telemetry/logger.ts';
 import { tracesWanted } from '../telemetry/tracing.ts';
 import { VERSION } from '../version.ts';
-import { fail, signalled, warnOfUnknownVariables, withConfig } from './command.ts';
+import { exitCodeOf, warnOfUnknownVariables, withConfig } from './command.ts';
+import { signalled } from './signals.ts';
 
 /**
  * V8 lets the heap grow to four times what lives before it collects all of it: 25 MiB of a busy pod became 225 MiB of
@@ -18,24 +19,23 @@ const HEAP_GROWING_PERCENT = 25;
 /** Longest time for sending the last traces; the relay itself has ended by then. */
 const FLUSH_MS = 2_000;
 
-export function addStart(program: Command): void {
-  program
-    .command('start')
-    .description('run the relay until SIGTERM or SIGINT')
+export function addStart(command: Command): void {
+  command
     .addHelpText(
       'after',
       () =>
         `\nEnvironment:\n${describeVariables()}\n\nTraces are switched on by the standard OTEL_* variables.`,
     )
-    .action(() => withConfig(start));
+    .action(() => withConfig(start, { logs: true }));
 }
 
 async function start(config: RelayConfig): Promise<never> {
   setFlagsFromString(`--heap-growing-percent=${HEAP_GROWING_PERCENT}`);
   const logger = createLogger(config.logLevel);
+  logWhatOthersPrint(logger);
   warnOfUnknownVariables(logger);
   const traces = tracesWanted(process.env) ? await startTraces(logger) : undefined;
-  const relay = createRelay(config, { logger });
+  const relay = createRelay(config, { logger, adjustClock: clockOfProcess() });
   const signal = signalled();
   let stopBy = Number.POSITIVE_INFINITY;
   const started = relay.start().then(() => 'started' as const);
@@ -48,12 +48,23 @@ async function start(config: RelayConfig): Promise<never> {
     // Parts that overrun get a grace each, which may add up to some seconds more.
     await succeedsWithin(config.shutdownTimeoutMs, relay.stop());
   } catch (error) {
-    fail(error);
+    logger.fatal({ err: error }, 'the relay cannot start');
+    process.exitCode = exitCodeOf(error);
   }
   const flushMs = Math.max(0, Math.min(FLUSH_MS, stopBy - Date.now()));
   if (traces && !(await traces.stop(flushMs))) logger.warn({}, 'the last traces could not be sent in time');
   // Whatever is still open belongs to a part that overran; it must not keep the process.
   process.exit();
+}
+
+/** The process is the relay's alone, so all that goes by `Date.now()` in it, BullMQ first of all, may go by another clock. */
+function clockOfProcess(): (aheadMs: number) => void {
+  const now = Date.now.bind(Date);
+  let ahead = 0;
+  return (aheadMs) => {
+    ahead = Math.round(aheadMs);
+    Date.now = () => now() - ahead;
+  };
 }
 
 /** Loaded only where it is wanted. Without traces the relay works as well as with them. */

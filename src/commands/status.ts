@@ -1,19 +1,34 @@
 import type { Command } from 'commander';
 import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
-import picocolors from 'picocolors';
 import type { RelayConfig } from '../config/config.ts';
+import { asking, type Pool } from '../connections/database.ts';
 import { createPool } from '../connections/pool.ts';
 import { openBoth } from '../connections/servers.ts';
 import { createFigures, entriesAtRisk } from '../operations/figures.ts';
 import { createStatus, inFlight, isSilent, type Status } from '../operations/fleet-status.ts';
 import { createFleetReader } from '../operations/heartbeat.ts';
 import { createBacklog } from '../outbox/backlog.ts';
+import { lacks, missingFromTable } from '../outbox/required.ts';
 import { createQueues } from '../queue/queues.ts';
 import { APPEND_CONNECTION } from '../streams/append.ts';
 import { createStreamInspector } from '../streams/inspect.ts';
 import { createLogger } from '../telemetry/logger.ts';
-import { EXIT, print, withConfig } from './command.ts';
+import { EXIT, withConfig } from './command.ts';
+import { signalled } from './signals.ts';
+import {
+  colours,
+  cut,
+  isTerminal,
+  joined,
+  type Printable,
+  print,
+  printInPlace,
+  printJson,
+  type Text,
+  table,
+  text,
+} from './terminal.ts';
 
 type StatusOptions = Readonly<{ json?: boolean; watch?: number | true }>;
 
@@ -21,20 +36,16 @@ type StatusOptions = Readonly<{ json?: boolean; watch?: number | true }>;
 const DEADLINE_MS = 4_000;
 const WATCH_SECONDS = 2;
 
-export function addStatus(program: Command): void {
-  program
-    .command('status')
-    .description(
-      'what the relay is doing: backlog, what the oldest event waits for, rates, queues, pods, streams',
-    )
+export function addStatus(command: Command): void {
+  command
     .option('--watch [seconds]', `refresh in place, every ${WATCH_SECONDS} s if not told otherwise`, seconds)
     .option('--json', 'print JSON, one object for each look')
     .addHelpText('after', '\nExits 0 if database and Redis have answered, else 1.')
     .action((options: StatusOptions) => withConfig((config) => runStatus(config, options)));
 }
 
-function seconds(text: string): number {
-  const value = Number(text);
+function seconds(given: string): number {
+  const value = Number(given);
   if (!(value >= 0.1 && value <= 3_600)) throw new InvalidArgumentError('Expected seconds from 0.1 to 3600.');
   return value;
 }
@@ -63,6 +74,7 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     figures: createFigures({
       backlog: backlog.count,
       databaseTime: backlog.time,
+      notifyQueueUsage: backlog.notifyQueueUsage,
       queues: () => whenThere(queues.figures),
       fleet: () => whenThere(fleet),
       inspectStreams: (names) => streams.whenThere(() => inspectStreams(names)),
@@ -77,18 +89,17 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
   });
   try {
     await Promise.all([connected, streams.settled]);
-    const isInPlace = process.stdout.isTTY === true && options.json !== true;
+    const isInPlace = isTerminal() && options.json !== true && options.watch !== undefined;
     let found = await status();
+    // The same few words for each figure that could not be read would tell nobody why.
+    if (found.problems.length > 0) await assertMigrated(pool);
     if (options.watch === undefined) show(found, config, options);
     else {
       const everyMs = (options.watch === true ? WATCH_SECONDS : options.watch) * 1_000;
       const stop = new AbortController();
-      for (const signal of ['SIGINT', 'SIGTERM'] as const) process.once(signal, () => stop.abort());
+      void signalled().then(() => stop.abort());
       while (!stop.signal.aborted) {
-        // Home, and what is below the new text erased: a cleared screen would flicker.
-        if (isInPlace) process.stdout.write('\x1b[H');
-        show(found, config, options, isInPlace ? '\x1b[K' : '');
-        if (isInPlace) process.stdout.write('\x1b[J');
+        show(found, config, options, isInPlace);
         await pause(everyMs, stop.signal);
         if (!stop.signal.aborted) found = await status();
       }
@@ -128,26 +139,31 @@ const pause = (ms: number, signal: AbortSignal): Promise<void> =>
     });
   });
 
-function show(status: Status, config: RelayConfig, options: StatusOptions, endOfLine = ''): void {
-  if (options.json) {
-    print(JSON.stringify(status));
-    return;
-  }
-  const colours = picocolors.createColors(process.stdout.isTTY === true && !process.env.NO_COLOR);
-  const lines = describe(status, config, colours);
-  print(lines.map((line) => `${line}${endOfLine}`).join('\n'));
+/** @throws when the database answers, and has no outbox that this version can read */
+async function assertMigrated(pool: Pool): Promise<void> {
+  const missing = await missingFromTable(asking(pool, DEADLINE_MS)).catch(() => []);
+  if (missing.length > 0) throw new Error(lacks(missing));
 }
 
-type Colours = ReturnType<typeof picocolors.createColors>;
+function show(status: Status, config: RelayConfig, options: StatusOptions, isInPlace = false): void {
+  if (options.json) {
+    printJson(status);
+    return;
+  }
+  const lines = describe(status, config);
+  if (isInPlace) printInPlace(lines);
+  else for (const line of lines) print(line);
+}
 
 /** The status as lines of text, a paragraph for each subject. */
-function describe(status: Status, config: RelayConfig, paint: Colours): string[] {
+function describe(status: Status, config: RelayConfig): Text[] {
+  const paint = colours();
   const { figures, rates } = status;
   const { backlog, queues, fleet, streams } = figures;
-  const lines: string[] = [];
-  const paragraph = (title: string, rows: readonly string[]) => {
-    if (lines.length > 0) lines.push('');
-    lines.push(paint.bold(title), ...rows.map((row) => `  ${row}`));
+  const lines: Text[] = [];
+  const paragraph = (title: string, rows: readonly Printable[]) => {
+    if (lines.length > 0) lines.push(text``);
+    lines.push(paint.bold(title), ...rows.map((row) => text`  ${row}`));
   };
   for (const problem of status.problems) lines.push(paint.red(`no answer: ${problem}`));
 
@@ -155,9 +171,9 @@ function describe(status: Status, config: RelayConfig, paint: Colours): string[]
     const { oldestSeconds: oldest, limit } = backlog;
     const row = (state: keyof typeof backlog, ageOf: number | null | undefined, isBad = false) => {
       const count = backlog[state] as number;
-      const text = `${state.padEnd(9)}${counted(count, limit).padStart(9)}`;
       const suffix = ageOf === undefined || ageOf === null ? '' : `   oldest ${duration(ageOf)}`;
-      return isBad && count > 0 ? paint.yellow(text + suffix) : text + suffix;
+      const line = `${state.padEnd(9)}${counted(count, limit).padStart(9)}${suffix}`;
+      return isBad && count > 0 ? paint.yellow(line) : line;
     };
     const isLate = (oldest.waiting ?? 0) > 60;
     paragraph('Backlog', [
@@ -167,7 +183,7 @@ function describe(status: Status, config: RelayConfig, paint: Colours): string[]
       row('retrying', oldest.retrying, true),
       row('parked', oldest.parked),
       row('dead', oldest.dead, true),
-      (isLate ? paint.red : (text: string) => text)(
+      (isLate ? paint.red : (it: string) => it)(
         oldest.waiting === null
           ? 'nothing waits that should be out already'
           : `the oldest that should be out already: ${duration(oldest.waiting)}`,
@@ -180,8 +196,8 @@ function describe(status: Status, config: RelayConfig, paint: Colours): string[]
       status.oldest.length === 0
         ? ['none waits']
         : status.oldest.flatMap((row) => [
-            `${row.state.padEnd(9)} ${row.eventId}  ${clean(row.eventType)} of ${clean(row.aggregateType)} ${row.aggregateId}`,
-            `${' '.repeat(10)}${row.ageSeconds === null ? '' : `${duration(row.ageSeconds)} old, `}to ${clean(row.topic)}; waits ${clean(row.waitsFor, 300)}`,
+            text`${row.state.padEnd(9)} ${row.eventId}  ${cut(row.eventType, 80)} of ${cut(row.aggregateType, 80)} ${row.aggregateId}`,
+            text`${' '.repeat(10)}${row.ageSeconds === null ? '' : `${duration(row.ageSeconds)} old, `}to ${cut(row.topic, 80)}; waits ${cut(row.waitsFor, 300)}`,
           ]),
     );
   }
@@ -192,11 +208,14 @@ function describe(status: Status, config: RelayConfig, paint: Colours): string[]
   }
   if (queues) {
     const rows = Object.entries(queues).map(([name, { isPaused, ...counts }]) =>
-      [
-        `${config.queueName}-${name}`.padEnd(16),
-        ...Object.entries(counts).map(([state, count]) => `${state} ${count}`),
-        ...(isPaused ? [paint.yellow('PAUSED')] : []),
-      ].join('  '),
+      joined(
+        [
+          `${config.queueName}-${name}`.padEnd(16),
+          ...Object.entries(counts).map(([state, count]) => `${state} ${count}`),
+          ...(isPaused ? [paint.yellow('PAUSED')] : []),
+        ],
+        '  ',
+      ),
     );
     paragraph('Queues', [
       ...rows,
@@ -208,7 +227,7 @@ function describe(status: Status, config: RelayConfig, paint: Colours): string[]
     paragraph('Pods', [
       ...table(
         fleet.pods.map((pod) => [
-          clean(pod.pod),
+          cut(pod.pod, 80),
           pod.version,
           isSilent(pod) ? paint.red(`silent for ${duration(pod.heardSecondsAgo)}`) : pod.phase,
           `up ${duration(pod.upSeconds)}`,
@@ -227,12 +246,12 @@ function describe(status: Status, config: RelayConfig, paint: Colours): string[]
         : streams.flatMap(({ stream, length, groups, moreGroups }) => {
             const maxLength = stream === config.dlqStreamName ? config.dlqMaxLen : config.streamMaxLen;
             return [
-              `${clean(stream)}  ${length} entries${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`,
+              text`${cut(stream, 80)}  ${length} entries${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`,
               ...table(
                 groups.map((it) => {
                   const atRisk = entriesAtRisk(it.unacknowledged, maxLength);
                   return [
-                    `  ${clean(it.group)}`,
+                    text`  ${cut(it.group, 80)}`,
                     `${it.consumers} consumers`,
                     `${it.isEstimate ? 'about ' : ''}${it.lag} to read`,
                     `${it.pending} pending`,
@@ -246,22 +265,6 @@ function describe(status: Status, config: RelayConfig, paint: Colours): string[]
     );
   }
   return lines;
-}
-
-/** Cells in columns, each as wide as its widest. */
-function table(rows: readonly (readonly string[])[]): string[] {
-  const widths: number[] = [];
-  for (const row of rows)
-    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, cell.length);
-  return rows.map((row) =>
-    row.map((cell, i) => (i === row.length - 1 ? cell : cell.padEnd(widths[i] ?? 0))).join('  '),
-  );
-}
-
-/** A text of a row or a key: no control characters for the terminal, and not too long. */
-function clean(text: string, length = 80): string {
-  const printable = text.replaceAll(/\p{C}/gu, ' ');
-  return printable.length > length ? `${printable.slice(0, length)}...` : printable;
 }
 
 const counted = (count: number, limit: number) => (count >= limit ? `${limit}+` : String(count));

@@ -1,21 +1,22 @@
-import { SingleBar } from 'cli-progress';
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
+import { claimQueue } from '../connections/ownership.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import type { FinalizedRow } from '../outbox/published.ts';
 import { createQueues } from '../queue/queues.ts';
 import { createScheduler } from '../queue/scheduler.ts';
-import { createCompare, type Found, totals } from '../recovery/lost-data.ts';
+import { type Comparison, createCompare, type Found, totals } from '../recovery/lost-data.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import { endEpoch } from '../streams/epoch.ts';
 import { createLookup } from '../streams/lookup.ts';
-import { barOptions, untilInterrupted } from './act.ts';
-import { EXIT, print, time, when, withConfig, withServers } from './command.ts';
+import { untilInterrupted, withProgress } from './act.ts';
+import { EXIT, range, when, withConfig, withServers } from './command.ts';
+import { joined, print, printJson, text } from './terminal.ts';
 
 type VerifyOptions = Readonly<{
   /** A time, or how long ago in ms. */
   since: Date | number;
-  until?: Date;
+  until?: Date | number;
   /** Only this stream. */
   topic?: string;
   /** Have published again what is missing. */
@@ -30,16 +31,14 @@ const STEP_ROWS = 1_000;
 /** Another process that compares table and streams is waited for so long. */
 const EPOCH_TIMEOUT_MS = 60_000;
 
-export function addVerify(program: Command): void {
-  program
-    .command('verify')
-    .description('compare what the table says is published, or dead, with what is in the streams')
+export function addVerify(command: Command): void {
+  command
     .requiredOption(
       '--since <when>',
       'from then on: a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)',
       when,
     )
-    .option('--until <time>', 'up to then (default: now)', time)
+    .option('--until <when>', 'up to then (default: now)', when)
     .option('--topic <stream>', 'only this stream')
     .option('--repair', 'have the relay publish again what is missing, in order; not what was trimmed')
     .option('--json', 'print the result as JSON')
@@ -55,75 +54,100 @@ export function addVerify(program: Command): void {
  * @returns whether nothing is missing, or all of it is to be published again
  * @throws {NotReadyError} when a server cannot be reached
  */
-const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =>
-  withServers(config, 'relay-verify', async ({ pool, redis: queueRedis, streamRedis: redis, logger }) => {
-    const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
-    const { epochKey, dlqStreamName } = streamOptionsOf(config);
-    const lookup = createLookup(redis, { epochKey, dlqStreamName });
-    const compare = createCompare({ published: outbox, lookup, dlqStreamName });
-    const since =
-      typeof options.since === 'number'
-        ? await outbox.comparedFrom(options.since, null)
-        : options.since.toISOString();
-    const until = options.until?.toISOString() ?? (await outbox.databaseTime());
+const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> => {
+  const times = options.until === undefined ? undefined : range(options.since, options.until);
+  return withServers(
+    config,
+    'relay-verify',
+    async ({ pool, redis: queueRedis, streamRedis: redis, logger }) => {
+      const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
+      const streamOptions = streamOptionsOf(config);
+      const { epochKey, dlqStreamName } = streamOptions;
+      const lookup = createLookup(redis, streamOptions);
+      const compare = createCompare({ published: outbox, lookup, dlqStreamName });
+      const since =
+        typeof options.since === 'number'
+          ? await outbox.comparedFrom(options.since, null)
+          : options.since.toISOString();
+      const until = times?.until ?? (await outbox.databaseTime());
 
-    /**
-     * The pods append nothing meanwhile, so this is short: what was missing is looked for once more. In the order of
-     * the entries, so that an interruption leaves the later ones missing.
-     */
-    const repair = async (missing: readonly FinalizedRow[]): Promise<number> => {
-      const rows = missing.toSorted(byEntry);
-      let unpublished = 0;
-      const recover = async () => {
-        await outbox.epochsEnded();
-        for (let i = 0; i < rows.length; i += STEP_ROWS) {
-          for (const [stream, some] of byStream(rows.slice(i, i + STEP_ROWS), dlqStreamName)) {
-            const { lost } = await lookup.absent(stream, some, true);
-            if (lost.length > 0) unpublished += await outbox.unpublish(lost);
+      /**
+       * The pods append nothing meanwhile, so this is short: what was missing is looked for once more. In the order of
+       * the entries, so that an interruption leaves the later ones missing.
+       */
+      const repair = async (missing: readonly FinalizedRow[]): Promise<number> => {
+        const rows = missing.toSorted(byEntry);
+        let unpublished = 0;
+        const recover = async () => {
+          await outbox.epochsEnded();
+          for (let i = 0; i < rows.length; i += STEP_ROWS) {
+            for (const [stream, some] of byStream(rows.slice(i, i + STEP_ROWS), dlqStreamName)) {
+              const { lost } = await lookup.absent(stream, some, true);
+              if (lost.length > 0) unpublished += await outbox.unpublish(lost);
+            }
           }
-        }
-        await outbox.expireAllLeases();
-      };
-      await endEpoch({
-        ...{ redis, key: epochKey, databaseTime: outbox.databaseTime, recover, timeoutMs: EPOCH_TIMEOUT_MS },
-      });
-      return unpublished;
-    };
-
-    const bar = progressBar(since, until);
-    const held: FinalizedRow[] = [];
-    let unpublished = 0;
-    const repairHeld = async () => {
-      if (held.length > 0) unpublished += await repair(held.splice(0));
-    };
-    const { result: found, interrupted } = await untilInterrupted(async (stopped) => {
-      const comparison = await compare({
-        ...{ since, until, stopped },
-        ...(options.topic !== undefined && { stream: options.topic }),
-        ...(options.repair && {
-          async onLost(rows) {
-            held.push(...rows);
-            if (held.length >= HELD_ROWS) await repairHeld();
-            return 0;
+          await outbox.expireAllLeases();
+        };
+        await endEpoch({
+          ...{
+            redis,
+            key: epochKey,
+            assertOwner: () => claimQueue(pool, redis, config),
+            database: outbox.look,
+            recover,
+            timeoutMs: EPOCH_TIMEOUT_MS,
           },
-        }),
-        onProgress: (at, sofar) => bar.update(at, { ...totals(sofar), unpublished }),
-      });
-      await repairHeld();
-      return comparison;
-    }).finally(() => bar.stop());
-    if (unpublished > 0) await wakeRelay(config, queueRedis, logger);
+        });
+        return unpublished;
+      };
 
-    const all = { ...totals(found), unpublished };
-    if (options.json) {
-      const streams = Object.fromEntries(
-        [...found].map(([stream, { unpublished: _, ...counts }]) => [stream, counts]),
+      const held: FinalizedRow[] = [];
+      let unpublished = 0;
+      const repairHeld = async () => {
+        if (held.length > 0) unpublished += await repair(held.splice(0));
+      };
+      // It advances by the time of the rows.
+      const from = Date.parse(since);
+      const { result: found, interrupted } = await withProgress(
+        ' {percentage}% | {bar} | {rows} rows, {lost} missing, {unpublished} to be published again | {eta_formatted} left',
+        Math.max(1, Date.parse(until) - from),
+        (update) =>
+          untilInterrupted(async (stopped) => {
+            const progress = (at: string, sofar: Comparison) => {
+              const { rows, lost } = totals(sofar);
+              update(Math.max(0, Date.parse(at) - from) || 0, { rows, lost, unpublished });
+            };
+            const comparison = await compare({
+              ...{ since, until, stopped, onProgress: progress },
+              ...(options.topic !== undefined && { stream: options.topic }),
+              ...(options.repair && {
+                async onLost(rows) {
+                  held.push(...rows);
+                  if (held.length >= HELD_ROWS) await repairHeld();
+                  return 0;
+                },
+              }),
+            });
+            await repairHeld();
+            if (!stopped()) progress(until, comparison);
+            return comparison;
+          }),
+        { isDone: (it) => !it.interrupted, numbers: { rows: 0, lost: 0, unpublished: 0 } },
       );
-      print(JSON.stringify({ since, until, streams, total: all, interrupted }));
-    } else report(found, all, since, until, options.repair === true);
-    if (interrupted && !options.json) print('Interrupted: the rest of the time was not compared.');
-    return !interrupted && all.lost === unpublished && all.unreadable === 0;
-  });
+      if (unpublished > 0) await wakeRelay(config, queueRedis, logger);
+
+      const all = { ...totals(found), unpublished };
+      if (options.json) {
+        const streams = Object.fromEntries(
+          [...found].map(([stream, { unpublished: _, ...counts }]) => [stream, counts]),
+        );
+        printJson({ since, until, streams, total: all, interrupted });
+      } else report(found, all, since, until, options.repair === true);
+      if (interrupted && !options.json) print(text`Interrupted: the rest of the time was not compared.`);
+      return !interrupted && all.lost === unpublished && all.unreadable === 0;
+    },
+  );
+};
 
 /** Rows are published in another order than their entries were appended; what is no entry id comes first. */
 function byEntry(a: FinalizedRow, b: FinalizedRow): number {
@@ -162,22 +186,6 @@ function createWaker(
   return { queues, scheduler: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }) };
 }
 
-/** Advances by the time of the rows. */
-function progressBar(since: string, until: string) {
-  const [from, to] = [Date.parse(since), Date.parse(until)];
-  const bar = new SingleBar(
-    ...barOptions(
-      ' {percentage}% | {bar} | {rows} rows, {lost} missing, {unpublished} to be published again | {eta_formatted} left',
-    ),
-  );
-  bar.start(Math.max(1, to - from), 0, { rows: 0, lost: 0, unpublished: 0 });
-  return {
-    update: (at: string, { rows, lost, unpublished }: Found) =>
-      bar.update(Math.max(0, Date.parse(at) - from), { rows, lost, unpublished }),
-    stop: () => bar.stop(),
-  };
-}
-
 function report(
   found: ReadonlyMap<string, Found>,
   { rows, lost, unpublished, unreadable }: Found,
@@ -187,19 +195,20 @@ function report(
 ): void {
   const columns = ['rows', 'there', 'trimmed', 'missing', 'unreadable', 'stream'];
   const line = (cells: readonly (string | number)[]) =>
-    print(cells.map((cell, i) => (i < 5 ? String(cell).padStart(11) : `  ${cell}`)).join(''));
-  print(`Rows published or given up from ${since} to ${until}:`);
+    print(joined(cells.map((cell, i) => (i < 5 ? String(cell).padStart(11) : text`  ${cell}`))));
+  print(text`Rows published or given up from ${since} to ${until}:`);
   line(columns);
   for (const [stream, it] of found) {
     const there = it.rows - it.lost - it.trimmed - it.unreadable;
     line([it.rows, there, it.trimmed, it.lost, it.unreadable, stream]);
   }
-  if (rows === 0) print('No row has an entry id in this time.');
-  else if (lost === 0 && unreadable === 0) print('Nothing is missing.');
-  else if (!repair) print(`${lost} entries are missing: "relay verify --repair" has them published again.`);
-  else print(`${unpublished} of ${lost} missing entries are published again, in order, by the relay.`);
+  if (rows === 0) print(text`No row has an entry id in this time.`);
+  else if (lost === 0 && unreadable === 0) print(text`Nothing is missing.`);
+  else if (!repair)
+    print(text`${lost} entries are missing: "relay verify --repair" has them published again.`);
+  else print(text`${unpublished} of ${lost} missing entries are published again, in order, by the relay.`);
   if (unreadable > 0)
     print(
-      `Of ${unreadable} rows nothing can be said: the keys of their streams hold something else, or may not be read.`,
+      text`Of ${unreadable} rows nothing can be said: their topics name keys that hold no stream, or that this relay must not read.`,
     );
 }

@@ -64,6 +64,12 @@ const table = {
     'postgresql+asyncpg://postgres:postgres@localhost:5432/markdown_manager',
     'PostgreSQL connection; sslmode, sslrootcert, sslcert and sslkey as in libpq, ssl as in asyncpg',
   ),
+  databasePoolSize: variable(
+    'RELAY_DATABASE_POOL_SIZE',
+    wholeNumber(3, 100, 'sessions'),
+    '10',
+    'Sessions of PostgreSQL that one pod uses at most; it works with fewer where it gets fewer',
+  ),
   redisUrl: variable(
     'RELAY_REDIS_URL',
     url('a URL like redis://user:password@host:6379/0 (rediss for TLS)', normaliseRedisUrl),

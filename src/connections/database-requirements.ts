@@ -1,48 +1,256 @@
+import { randomInt } from 'node:crypto';
 import type { RelayConfig } from '../config/config.ts';
-import { lacks, missingFromTable } from '../outbox/required.ts';
-import { hasWakeup } from '../outbox/wakeup.ts';
+import { tryClaim } from '../outbox/claim-trial.ts';
+import {
+  columnsWithNulls,
+  idsOutOfOrder,
+  lacks,
+  misleadingDefaults,
+  missingFromTable,
+  nullableColumns,
+  nullsIn,
+  rolesThatInsertAll,
+  topicByDefault,
+  unsuitableInTable,
+} from '../outbox/required.ts';
+import { hiddenRows } from '../outbox/row-security.ts';
+import { hasWakeup, hearsNotifications, isWakeupOff } from '../outbox/wakeup.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../verdict.ts';
-import type { Pool } from './database.ts';
+import { type Pool, type Queryable, transaction } from './database.ts';
+import { sqlState } from './pool-health.ts';
 
 /** What the relay needs of PostgreSQL, of the table and of its role there. */
 
-export type OnDatabase = Readonly<{ pool: Pool; config: RelayConfig }>;
+export type OnDatabase = Readonly<{ pool: Pool & Queryable; config: RelayConfig }>;
 
 export const DATABASE_REQUIREMENTS: readonly Requirement<OnDatabase>[] = [
-  { subject: 'database', check: connects },
+  { subject: 'database', check: isPostgres },
+  { subject: 'writable', check: takesWrites },
+  { subject: 'transactions', check: keepsTransactions },
   { subject: 'table', check: hasTable },
-  { subject: 'wake-up', check: hasTrigger },
+  { subject: 'null columns', check: hasNoNulls },
+  { subject: 'row security', check: showsRows },
+  { subject: 'claim', check: claims },
+  { subject: 'ids', check: idsAreInOrder },
+  { subject: 'defaults', check: rowsBeginFresh },
+  { subject: 'topic', check: topicIsOurs },
+  { subject: 'retention', check: mayDelete },
+  { subject: 'wake-up', check: wakesUp },
+  { subject: 'PREPARE TRANSACTION', check: letsPrepare },
+  { subject: 'NOTIFY queue', check: hasRoomToNotify },
+  { subject: 'producers', check: haveTheirColumns },
 ];
+
+/** set_config knows all that a claim sets, and a claim uses what is in it. */
+const MINIMUM_VERSION = 13;
+/** Longest time for a look at a whole table. */
+const SCAN_MS = 2_000;
+/** The queue holds 8 GB unless it is set smaller; whoever listens reads at once. */
+const QUEUE_IS_FILLING = 0.01;
 
 /**
  * SQLSTATEs of what passes: connections (08), transactions that collide (40), no resources (53), states of objects (55),
  * an operator's intervention (57). Without one, nobody has answered.
  */
 const PASSES = /^(08|40|53|55|57)/;
+const NO_RIGHT = '42501';
+const READ_ONLY = '25006';
+const UNSUPPORTED = /^(0A000|42)/;
 
 export function databaseFinding(error: unknown): Finding {
-  const { code = '08' } = error as { code?: string };
-  const isAnswer = /^[0-9A-Z]{5}$/.test(code);
-  return isAnswer && !PASSES.test(code) ? failed(errorText(error)) : failedFor('soon', errorText(error));
+  const code = sqlState(error) ?? '';
+  const text = errorText(error);
+  if (/statement pooling mode/.test(text)) return failed(STATEMENT_POOLING);
+  if (code === NO_RIGHT) return failed(`${text}: give the role its rights; "relay grants" prints them`);
+  if (code === READ_ONLY) return failedFor('soon', `${text}: let RELAY_DATABASE_URL lead to the primary`);
+  // What PostgreSQL has and this server has not, or what the table has in addition. A table that is altered now passes.
+  if (UNSUPPORTED.test(code) && !/cached plan/.test(text))
+    return failed(`the relay's statements do not work here: ${text} (SQLSTATE ${code})`);
+  return code !== '' && !PASSES.test(code) && code !== '0A000' ? failed(text) : failedFor('soon', text);
 }
 
-async function connects({ pool }: OnDatabase): Promise<Finding> {
-  const { rows } = await pool.query(
-    `SELECT current_setting('server_version') AS version, current_user AS role`,
+const STATEMENT_POOLING =
+  'PgBouncer pools single statements (pool_mode=statement): the relay needs transactions; set pool_mode to transaction or session';
+
+/** By what `version()` says, and why it will not do. */
+const OTHERS: readonly (readonly [pattern: RegExp, name: string])[] = [
+  [/CockroachDB/i, 'CockroachDB'],
+  [/-YB-|Yugabyte/i, 'YugabyteDB'],
+  [/Redshift/i, 'Amazon Redshift'],
+  [/Greenplum|Cloudberry/i, 'Greenplum'],
+  [/Materialize/i, 'Materialize'],
+  [/CrateDB/i, 'CrateDB'],
+  [/QuestDB/i, 'QuestDB'],
+  [/RisingWave/i, 'RisingWave'],
+];
+
+async function isPostgres({ pool }: OnDatabase): Promise<Finding> {
+  const { rows } = await pool.query<{ version: string; text: string; role: string; encoding: string }>(
+    `SELECT current_setting('server_version') AS version, version() AS text, current_user AS role,
+            current_setting('server_encoding') AS encoding`,
   );
-  return ok(`PostgreSQL ${rows[0].version}, as role ${rows[0].role}`);
+  const { version = '', text = '', role, encoding } = rows[0] ?? {};
+  const other = OTHERS.find(([pattern]) => pattern.test(text))?.[1];
+  if (other !== undefined)
+    return failed(
+      `${other} is not PostgreSQL: advisory locks, SKIP LOCKED or NOTIFY do not work there as the relay needs them`,
+    );
+  if (Number.parseInt(version, 10) < MINIMUM_VERSION)
+    return failed(`PostgreSQL ${version}; at least ${MINIMUM_VERSION} is needed`);
+  const found = `PostgreSQL ${version}, as role ${role}`;
+  return encoding === 'SQL_ASCII'
+    ? advice(`${found}; its encoding is SQL_ASCII: events with bytes that are no UTF-8 are dead-lettered`)
+    : ok(found);
+}
+
+async function takesWrites({ pool }: OnDatabase): Promise<Finding> {
+  const { rows } = await pool.query<{ standby: boolean; readOnly: boolean; role: string }>(
+    `SELECT pg_is_in_recovery() AS standby, current_user AS role,
+            current_setting('default_transaction_read_only')::boolean AS "readOnly"`,
+  );
+  const { standby, readOnly, role } = rows[0] ?? {};
+  if (standby)
+    return failedFor(
+      'soon',
+      'this is a standby, which takes no writes: let RELAY_DATABASE_URL lead to the primary',
+    );
+  if (readOnly)
+    return failedFor(
+      'soon',
+      `sessions of ${role} are read only (default_transaction_read_only): let RELAY_DATABASE_URL lead to the primary, or ALTER ROLE or DATABASE … RESET default_transaction_read_only`,
+    );
+  return ok('the primary, and it takes writes');
+}
+
+const ADVISORY = (key: number) => `pg_try_advisory_xact_lock(1919705465, ${key}) AS mine`;
+
+/** Two sessions, each in a transaction: what one has locked, the other must not get. */
+async function keepsTransactions({ pool }: OnDatabase): Promise<Finding> {
+  const lock = `SELECT ${ADVISORY(randomInt(2 ** 31))}`;
+  const gets = (from: Pool, meanwhile: () => Promise<boolean>) =>
+    transaction(from, SCAN_MS, 'repeatable', async (tx) => {
+      const { rows } = await tx.query(lock);
+      return rows[0]?.mine === true && (await meanwhile());
+    });
+  const bothGetIt = await gets(pool.leaving?.(1) ?? pool, () => gets(pool, async () => true));
+  return bothGetIt
+    ? failed('advisory locks exclude nobody here: two pods would claim at once; connect to PostgreSQL itself')
+    : ok('kept, and their locks exclude others');
 }
 
 async function hasTable({ pool }: OnDatabase): Promise<Finding> {
+  const unsuitable = await unsuitableInTable(pool);
+  if (unsuitable.length > 0) return failed(unsuitable.join('; '));
   const missing = await missingFromTable(pool);
   if (missing.length > 0) return failedFor('later', lacks(missing));
   return ok('identity.outbox has its columns and indexes');
 }
 
-async function hasTrigger({ pool, config }: OnDatabase): Promise<Finding | undefined> {
+async function hasNoNulls({ pool }: OnDatabase): Promise<Finding | undefined> {
+  const nullable = await nullableColumns(pool);
+  if (nullable.length === 0) return undefined;
+  const may = `${nullable.join(', ')} may be null, and a row where one is would never be published`;
+  const set = nullable.map((it) => `ALTER COLUMN ${it} SET NOT NULL`).join(', ');
+  try {
+    const withNulls = await transaction(pool, SCAN_MS, 'repeatable', (tx) => columnsWithNulls(tx, nullable));
+    if (withNulls.length > 0) return failed(nullsIn(withNulls));
+  } catch (error) {
+    // A table too large to be read at each start.
+    if (sqlState(error) !== '57014') throw error;
+  }
+  return advice(`${may}: ALTER TABLE identity.outbox ${set}`);
+}
+
+async function showsRows({ pool, config }: OnDatabase): Promise<Finding | undefined> {
+  const how = await hiddenRows(pool, { deletes: config.publishedRetentionMs > 0 });
+  if (how === undefined) return undefined;
+  const { rows } = await pool.query<{ role: string }>('SELECT quote_ident(current_user) AS role');
+  const role = rows[0]?.role;
+  return failed(
+    `row level security of identity.outbox hides rows from role ${role} (${how}): CREATE POLICY relay ON identity.outbox TO ${role} USING (true) WITH CHECK (true), or ALTER ROLE ${role} BYPASSRLS`,
+  );
+}
+
+/** Longest time for a statement of the trial. */
+const STATEMENT_MS = 4_000;
+
+async function claims({ pool, config }: OnDatabase): Promise<Finding> {
+  await tryClaim(pool, { ...config, statementTimeoutMs: STATEMENT_MS });
+  return ok('a row can be claimed, published and dead-lettered (tried, and rolled back)');
+}
+
+async function idsAreInOrder({ pool }: OnDatabase): Promise<Finding | undefined> {
+  const problem = await idsOutOfOrder(pool);
+  return problem === undefined ? undefined : advice(problem);
+}
+
+async function rowsBeginFresh({ pool }: OnDatabase): Promise<Finding | undefined> {
+  const columns = await misleadingDefaults(pool);
+  if (columns.length === 0) return undefined;
+  return advice(
+    `the default of ${columns.join(', ')} makes a new row look as if the relay had been at it, so that it is published late or never: ALTER TABLE identity.outbox ALTER COLUMN … DROP DEFAULT (published: SET DEFAULT false)`,
+  );
+}
+
+async function mayDelete({ pool, config }: OnDatabase): Promise<Finding | undefined> {
+  if (config.publishedRetentionMs === 0) return undefined;
+  const { rows } = await pool.query<{ may: boolean }>(
+    `SELECT has_table_privilege('identity.outbox', 'DELETE') AS may`,
+  );
+  if (rows[0]?.may) return undefined;
+  return advice(
+    'the role may not delete rows, which RELAY_PUBLISHED_RETENTION takes: give it its rights; "relay grants" prints them',
+  );
+}
+
+async function topicIsOurs({ pool, config }: OnDatabase): Promise<Finding | undefined> {
+  const topic = await topicByDefault(pool);
+  if (topic === undefined || topic === config.streamName) return undefined;
+  return advice(
+    `rows that name no topic go to "${topic}", the default of the column topic, and not to RELAY_STREAM_NAME: ALTER TABLE identity.outbox ALTER COLUMN topic SET DEFAULT ${literal(config.streamName)}`,
+  );
+}
+
+const literal = (text: string) => `'${text.replaceAll("'", "''")}'`;
+
+async function wakesUp({ pool, config }: OnDatabase): Promise<Finding | undefined> {
   if (!config.notify) return undefined;
-  if (await hasWakeup(pool)) return ok('the trigger is there');
-  const seconds = config.pollIntervalMs / 1_000;
-  return advice(`no trigger: new events wait up to ${seconds} s ("relay migrate" adds it)`);
+  const waits = `new events wait up to ${config.pollIntervalMs / 1_000} s`;
+  if (!(await hasWakeup(pool))) return advice(`no trigger: ${waits} ("relay migrate" adds it)`);
+  if (await isWakeupOff(pool))
+    return advice(
+      `the trigger is off: ${waits} (ALTER TABLE identity.outbox ENABLE TRIGGER relay_outbox_wakeup)`,
+    );
+  if (await hearsNotifications(pool)) return ok('the trigger is there, and notifications arrive');
+  return advice(
+    `no notification arrives on this connection, as behind a pooler in transaction mode: ${waits}; connect to PostgreSQL itself, or set RELAY_NOTIFY=false`,
+  );
+}
+
+async function letsPrepare({ pool }: OnDatabase): Promise<Finding | undefined> {
+  const { rows } = await pool.query<{ max: number }>(
+    `SELECT current_setting('max_prepared_transactions')::int AS max`,
+  );
+  if (rows[0]?.max === 0 || !(await hasWakeup(pool))) return undefined;
+  return advice(
+    `max_prepared_transactions is ${rows[0]?.max}: a producer that uses PREPARE TRANSACTION fails where the wake-up trigger notifies; if there is one, run "relay migrate --no-notify"`,
+  );
+}
+
+async function hasRoomToNotify({ pool }: OnDatabase): Promise<Finding | undefined> {
+  const { rows } = await pool.query<{ used: number }>('SELECT pg_notification_queue_usage() AS used');
+  const used = rows[0]?.used ?? 0;
+  if (used < QUEUE_IS_FILLING) return undefined;
+  return advice(
+    `${Math.round(used * 100)} % full: a session that LISTENs in an open transaction does not read; when it is full, writers' commits fail. Look for an old xact_start in pg_stat_activity, and end that session`,
+  );
+}
+
+async function haveTheirColumns({ pool }: OnDatabase): Promise<Finding | undefined> {
+  const roles = await rolesThatInsertAll(pool);
+  if (roles.length === 0) return undefined;
+  return advice(
+    `may insert every column of identity.outbox, also what only the relay can know: ${roles.join(', ')}; run the SQL of "relay grants" again`,
+  );
 }

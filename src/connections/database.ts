@@ -1,11 +1,18 @@
 import type pg from 'pg';
-import { isNoAnswer } from './pool-health.ts';
+import { type Generation, OtherGenerationError } from './generation.ts';
+import { isNoAnswer, isSick, STATEMENT_FORGOTTEN, sqlState } from './pool-health.ts';
 
 /** What the statements need of a connection; node-postgres' Client and PoolClient have it. */
 export type Queryable = Pick<pg.ClientBase, 'query'>;
 
-/** What the relay needs of a node-postgres pool. */
-export type Pool = Pick<pg.Pool, 'connect' | 'query'>;
+/** What the relay needs of a node-postgres pool: sessions. Every statement runs in `transaction`. */
+export type Pool = Readonly<{
+  connect(): Promise<pg.PoolClient>;
+  /** The same for those who hold a session while they wait for another: they get one where so many others are left. */
+  leaving?(others: number): Pool;
+  /** What its transactions must belong to. */
+  generation?: Generation;
+}>;
 
 /**
  * Every statement of the relay is a walk along one partial index. Stale statistics (an adopted table whose
@@ -32,10 +39,9 @@ const PLANNER: Readonly<Record<string, string>> = {
 /**
  * A named statement is planned once per connection: 0.5 ms less for each acknowledgement. A pooler that hands out
  * another connection with each transaction (PgBouncer before 1.21) makes the name unknown, or known already: then
- * we do without names from there on. The transaction it happened to is tried again by its owner.
+ * we do without names from there on.
  */
 let statementsKept = true;
-const STATEMENT_FORGOTTEN = new Set(['26000', '42P05']);
 
 /**
  * - `durable`: when it returns, a crash of PostgreSQL cannot undo it
@@ -48,30 +54,60 @@ export type Durability = 'durable' | 'repeatable';
 /** For claims: PostgreSQL would plan each of them anew, 900 µs, since its LIMIT is a parameter. */
 export const GENERIC = { generic: true } as const;
 
+type TransactionOptions = Readonly<{
+  /** A lock to begin with, as an expression: at no further statement, and under no deadline on the server. */
+  lock?: string;
+  /** Statements are planned whatever their parameters are: those that are named, once. */
+  generic?: boolean;
+  /** How long the transaction may idle between two statements, i.e. `work` be busy with other things. */
+  idleMs?: number;
+}>;
+
 /**
  * Runs `work` in one transaction, with a deadline on each statement and on idling in between, on the server
  * as well as here: neither a hung statement nor a dead network holds row locks for ever. For this transaction alone:
  * it works on pools that belong to someone else and behind PgBouncer.
  *
- * A connection that failed is thrown away: what it still had in flight is unknown.
- *
- * @param statementMs a shorter deadline for each statement, on the server alone
+ * A session that cannot do it (see pool-health.ts) is given back with its error, and another one does all of it again,
+ * once: `work` is run twice then, as it is when its owner tries again. Not after the COMMIT was sent, and not where no
+ * answer came: that took its time already.
  */
 export async function transaction<T>(
   pool: Pool,
   deadlineMs: number,
   durability: Durability,
   work: (tx: Queryable) => Promise<T>,
-  options: Readonly<{
-    /** A lock to begin with, as an expression: at no further statement, and under no deadline on the server. */
-    lock?: string;
-    /** Statements are planned whatever their parameters are: those that are named, once. */
-    generic?: boolean;
-    /** How long the transaction may idle between two statements, i.e. `work` be busy with other things. */
-    idleMs?: number;
-  }> = {},
+  options: TransactionOptions = {},
 ): Promise<T> {
+  const attempt = () => attemptTransaction(pool, deadlineMs, durability, work, options);
+  const first = await attempt();
+  if (first.kind === 'failed' && !first.isWorthAnother) throw first.error;
+  const last = first.kind === 'failed' ? await attempt() : first;
+  if (last.kind === 'failed') throw last.error;
+  return last.result;
+}
+
+/** The pool, which also runs single statements, each in a transaction of its own. */
+export const asking = (pool: Pool, deadlineMs: number): Pool & Queryable => ({
+  connect: () => pool.connect(),
+  ...(pool.leaving && { leaving: pool.leaving }),
+  query: ((text: string, values?: unknown[]) =>
+    transaction(pool, deadlineMs, 'repeatable', (tx) => tx.query(text, values))) as Queryable['query'],
+});
+
+type Attempt<T> =
+  | Readonly<{ kind: 'done'; result: T }>
+  | Readonly<{ kind: 'failed'; error: unknown; isWorthAnother: boolean }>;
+
+async function attemptTransaction<T>(
+  pool: Pool,
+  deadlineMs: number,
+  durability: Durability,
+  work: (tx: Queryable) => Promise<T>,
+  options: TransactionOptions,
+): Promise<Attempt<T>> {
   const { lock, generic = false, idleMs = deadlineMs + 1_000 } = options;
+  const { generation } = pool;
   const client = await pool.connect();
   // A connection that breaks between two statements says so by this event alone, and unheard it ends the process.
   client.on('error', nextStatementFails);
@@ -84,37 +120,67 @@ export async function transaction<T>(
   };
   // One statement for all of them: they are what a transaction costs.
   const set = Object.entries(settings).map(([name, value]) => `set_config('${name}', '${value}', true)`);
-  const begin = `BEGIN ISOLATION LEVEL READ COMMITTED; SELECT ${[...set, ...(lock ? [lock] : [])].join(', ')}`;
-  const tx: Queryable = {
-    query: ((statement: string | pg.QueryConfig, values?: unknown[]) => {
-      const { name, ...query }: pg.QueryConfig =
-        typeof statement === 'string' ? { text: statement, ...(values && { values }) } : statement;
-      const kept = name !== undefined && statementsKept;
-      return client.query({
+  // The level is said, not left to the database's default: under a stricter one the same statements would fail by chance.
+  const asked = [
+    ...set,
+    ...(lock ? [lock] : []),
+    ...(generation ? [`${generation.sql()} AS generation`] : []),
+  ];
+  const begin = `BEGIN ISOLATION LEVEL READ COMMITTED; SELECT ${asked.join(', ')}`;
+
+  /** The first error of this session: those after it follow from it. */
+  let ownError: unknown;
+  let isCommitting = false;
+  async function ask({ name, ...query }: pg.QueryConfig): Promise<pg.QueryResult> {
+    const kept = name !== undefined && statementsKept;
+    try {
+      return await client.query({
         ...query,
         ...(kept && { name }),
         query_timeout: deadlineMs + ANSWER_MS,
       } as pg.QueryConfig);
+    } catch (error) {
+      ownError ??= error;
+      throw error;
+    }
+  }
+  let begun: Promise<unknown> = Promise.resolve();
+  const tx: Queryable = {
+    query: (async (statement: string | pg.QueryConfig, values?: unknown[]) => {
+      const query =
+        typeof statement === 'string' ? { text: statement, ...(values && { values }) } : statement;
+      // Nothing is believed of a transaction that belongs to another generation.
+      const [result] = await Promise.all([ask(query), begun]);
+      return result;
     }) as Queryable['query'],
   };
   try {
-    // Said, not left to the database's default: under a stricter level the same statements would fail by chance.
-    const begun = tx.query(begin);
+    begun = ask({ text: begin }).then((results) => {
+      const [, first] = results as unknown as pg.QueryResult<{ generation: string }>[];
+      generation?.assert(first?.rows[0]?.generation ?? '');
+    });
     // Sent together with the first statement where the connection can do that: a round trip less.
     if (isPipelined(client)) begun.catch(nextStatementFails);
     else await begun;
     const result = await work(tx);
     await begun;
+    isCommitting = true;
     await tx.query('COMMIT');
-    giveBack();
-    return result;
+    // Of what `work` went back from, a session may be sick all the same.
+    giveBack(ownError !== undefined && isSick(ownError) ? (ownError as Error) : null);
+    return { kind: 'done', result };
   } catch (error) {
-    if (STATEMENT_FORGOTTEN.has((error as pg.DatabaseError).code ?? '')) statementsKept = false;
-    const failure = isNoAnswer(error) ? error : await rollBack();
-    if (failure === null) giveBack();
-    // Thrown away, it may still have a last word (57P01 while it ends): it keeps its listener.
-    else client.release(failure);
-    throw error;
+    if (STATEMENT_FORGOTTEN.has(sqlState(ownError) ?? '')) statementsKept = false;
+    const isSessionSick = ownError !== undefined && isSick(ownError);
+    if (error instanceof OtherGenerationError && error.isBehind) giveBack(error);
+    else giveBack(isSessionSick ? (ownError as Error) : await rollBack());
+    // Where the BEGIN failed, what came after it says only that.
+    const told = ownError !== undefined && sqlState(error) === '25P02' ? ownError : error;
+    return {
+      kind: 'failed',
+      error: told,
+      isWorthAnother: isSessionSick && !isCommitting && !isNoAnswer(ownError),
+    };
   }
 
   async function rollBack(): Promise<Error | null> {
@@ -126,9 +192,13 @@ export async function transaction<T>(
     }
   }
 
-  function giveBack(): void {
-    client.release();
-    client.off('error', nextStatementFails); // since the release the pool listens
+  function giveBack(error: Error | null): void {
+    if (error === null) {
+      client.release();
+      client.off('error', nextStatementFails); // since the release the pool listens
+    }
+    // Thrown away, it may still have a last word (57P01 while it ends): it keeps its listener.
+    else client.release(error);
   }
 }
 

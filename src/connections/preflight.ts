@@ -2,12 +2,14 @@ import type { Redis } from 'ioredis';
 import { NotReadyError, withDeadline } from '../lifecycle.ts';
 import { lacks, missingFromTable } from '../outbox/required.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
-import type { Pool } from './database.ts';
+import { type Pool, transaction } from './database.ts';
 
 /** What must be there before the relay can work. */
 
 const RETRY_MS = 500;
 const LOG_EVERY_MS = 5_000;
+/** Deadline for a look at PostgreSQL's catalog, or whether a session can write. */
+const LOOK_MS = 2_500;
 
 /**
  * Waits until database and Redis answer.
@@ -25,7 +27,7 @@ export async function waitForServers(deps: {
   const streamRedis = (deps.streamRedis ?? []).filter((it) => !redis.includes(it));
   const endsAt = Date.now() + timeoutMs;
   // A session that ends meanwhile is no reason to give up.
-  const asksDatabase = () => pool.query('SELECT 1');
+  const asksDatabase = () => transaction(pool, LOOK_MS, 'repeatable', (tx) => tx.query('SELECT 1'));
   await Promise.all([
     waitFor('PostgreSQL', 'RELAY_DATABASE_URL', asksDatabase, endsAt, logger),
     ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', answers(it), endsAt, logger)),
@@ -37,7 +39,7 @@ export async function waitForServers(deps: {
 
 /** @throws {NotReadyError} when the table is not as it must be */
 export async function requireTable(pool: Pool): Promise<void> {
-  const missing = await missingFromTable(pool);
+  const missing = await transaction(pool, LOOK_MS, 'repeatable', missingFromTable);
   if (missing.length > 0) throw new NotReadyError(lacks(missing));
 }
 
@@ -96,6 +98,18 @@ export async function connected(redis: Redis, timeoutMs: number): Promise<void> 
   } catch (error) {
     throw reason ?? error;
   }
+}
+
+/**
+ * Asks PostgreSQL for a session that can write, as every step of the relay does. A standby, or a session that is
+ * read-only, answers SELECT 1 all the same; this writes nothing and locks no row.
+ *
+ * @throws why there is none
+ */
+export async function assertWritable(pool: Pool): Promise<void> {
+  await transaction(pool, LOOK_MS, 'repeatable', (tx) =>
+    tx.query('SELECT FROM identity.outbox WHERE false FOR UPDATE'),
+  );
 }
 
 /** Long enough to be seen by a curious operator, short enough to be gone when the relay is. */

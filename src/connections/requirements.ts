@@ -2,28 +2,47 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { streamPlace } from '../config/redis-places.ts';
 import { NotReadyError } from '../lifecycle.ts';
+import { streamOptionsOf } from '../stream-options.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { checkInTurn, RequirementError, type Verdict } from '../verdict.ts';
-import type { Pool } from './database.ts';
+import { asking, type Pool } from './database.ts';
 import { DATABASE_REQUIREMENTS, databaseFinding } from './database-requirements.ts';
-import { REDIS_REQUIREMENTS, redisFinding } from './redis-requirements.ts';
+import { OWNER_REQUIREMENTS } from './ownership.ts';
+import { type OnRedis, REDIS_REQUIREMENTS, redisFinding } from './redis-requirements.ts';
 
 /** The one list of what the relay needs: `relay check` prints it, `relay start` refuses to start without it. */
 
 /** `streamRedis`: the same as `queueRedis`, unless the streams are on a server of their own. */
 type On = Readonly<{ pool: Pool; queueRedis: Redis; streamRedis: Redis }>;
 
+/** Deadline of one question to PostgreSQL. */
+const ASK_MS = 10_000;
+
 /** Tries everything that the relay needs, on these connections. Never throws: what cannot be asked has failed. */
 export async function checkRequirements(config: RelayConfig, on: On): Promise<Verdict[]> {
-  const streams = streamPlace(config);
-  const [database, queues, ofStreams] = await Promise.all([
-    checkInTurn(DATABASE_REQUIREMENTS, { pool: on.pool, config }, databaseFinding),
-    checkInTurn(REDIS_REQUIREMENTS, { redis: on.queueRedis, place: config }, redisFinding),
-    streams === config
-      ? []
-      : checkInTurn(REDIS_REQUIREMENTS, { redis: on.streamRedis, place: streams }, redisFinding),
+  const place = streamPlace(config);
+  const isOne = place === config;
+  const streamOptions = streamOptionsOf(config);
+  const queues: OnRedis = {
+    ...{ redis: on.queueRedis, place: config, variable: 'RELAY_REDIS_URL', hasQueues: true },
+    streamOptions: isOne ? streamOptions : undefined,
+  };
+  const streams: OnRedis = {
+    ...{ redis: on.streamRedis, place, variable: 'RELAY_STREAM_REDIS_URL', hasQueues: false, streamOptions },
+  };
+  const [database, ofQueues, ofStreams] = await Promise.all([
+    checkInTurn(DATABASE_REQUIREMENTS, { pool: asking(on.pool, ASK_MS), config }, databaseFinding),
+    checkInTurn(REDIS_REQUIREMENTS, queues, redisFinding),
+    isOne ? [] : checkInTurn(REDIS_REQUIREMENTS, streams, redisFinding),
   ]);
-  return [...database, ...queues, ...ofStreams.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
+  const redis = [...ofQueues, ...ofStreams.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
+  const servers = [...database, ...redis];
+  if (servers.some(({ verdict }) => verdict === 'failed')) return servers;
+  const owner = ({ redis: server, place: ofServer }: OnRedis) =>
+    checkInTurn(OWNER_REQUIREMENTS, { pool: on.pool, redis: server, place: ofServer }, redisFinding);
+  const owners = await owner(queues);
+  const ofStreamServer = isOne ? [] : await owner(streams);
+  return [...servers, ...owners, ...ofStreamServer.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
 }
 
 /** Between two looks at what may pass. */

@@ -10,7 +10,7 @@ import { APPEND_CONNECTION } from '../streams/append.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Pool } from './database.ts';
 import { createPool } from './pool.ts';
-import { distrustful } from './pool-health.ts';
+import { type HealthyPool, healthyPool } from './pool-health.ts';
 import { inCluster } from './slot-connector.ts';
 
 /** Every connection of a pod: what it is for, and how long it is waited for. */
@@ -19,7 +19,8 @@ import { inCluster } from './slot-connector.ts';
 const QUEUE_TIMEOUT_MS = 5_000;
 const CONNECT_TIMEOUT_MS = 3_000;
 const RECONNECT_DELAY_MS = 1_000;
-const POOL_SIZE = 10;
+/** One for figures, one for viewers, two for operators; closed when nobody has asked for 10 s. */
+const HTTP_POOL_SIZE = 4;
 /** So many commands at most are held back until the turn of the loop has ended. */
 const GATHERED_WRITES = 32;
 
@@ -61,7 +62,7 @@ function whereaboutsOf(place: QueuePlace, waits: boolean): RedisOptions {
 }
 
 export type Servers = Readonly<{
-  pool: Pool;
+  pool: HealthyPool;
   /** For the queues: fails fast. */
   queueRedis: Redis;
   /** To read streams: the same, unless they are on a server of their own. */
@@ -70,6 +71,13 @@ export type Servers = Readonly<{
   appendRedis: Redis;
   /** For BullMQ's workers: waits until Redis is back. */
   workerRedis: Redis;
+  /**
+   * For what is asked over HTTP, and for figures: whatever takes long there takes no connection of the relay's. A pool
+   * that was given is used for both, and half of it is left to the relay.
+   */
+  httpPool: Pool;
+  /** The same to Redis; opens them. */
+  openHttpRedis(): Readonly<{ queueRedis: Redis; streamRedis: Redis }>;
   close(): Promise<void>;
 }>;
 
@@ -79,19 +87,20 @@ export function openServers(
   deps: Readonly<{ pool?: Pool; redis?: Redis }>,
   logger: Logger,
 ): Servers {
-  const ownPool = deps.pool
-    ? undefined
-    : createPool(config.databaseUrl, {
-        max: POOL_SIZE,
-        connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-        keepAlive: true,
-        pipeline: true,
-        application_name: 'relay-service',
-      });
+  const pools: ReturnType<typeof createPool>[] = [];
+  const openPool = (max: number, name: string) => {
+    const pool = createPool(config.databaseUrl, {
+      ...{ max, connectionTimeoutMillis: CONNECT_TIMEOUT_MS, keepAlive: true, pipeline: true },
+      application_name: name,
+    });
+    pool.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
+    pools.push(pool);
+    return pool;
+  };
+  const ownPool = deps.pool ? undefined : openPool(config.databasePoolSize, 'relay-service');
   ownPool?.on('connect', (client) =>
     gatherWrites((client as unknown as { connection: { stream: Socket } }).connection.stream),
   );
-  ownPool?.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
 
   const connections: Redis[] = [];
   const connect = (role: string, options: RedisOptions, place: RelayConfig = config): Redis => {
@@ -124,8 +133,9 @@ export function openServers(
   const failingFast = { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS };
   const queueRedis = connect('queue', failingFast);
   const streams = streamPlace(config);
+  const pool = healthyPool(deps.pool ?? (ownPool as Pool), { size: config.databasePoolSize, logger });
   return {
-    pool: distrustful(deps.pool ?? (ownPool as Pool), QUEUE_TIMEOUT_MS),
+    pool,
     queueRedis,
     streamRedis: streams === config ? queueRedis : connect('streams', failingFast, streams),
     appendRedis: connect(
@@ -134,9 +144,19 @@ export function openServers(
       streams,
     ),
     workerRedis: connect('worker', WORKER_CONNECTION),
+    httpPool: deps.pool
+      ? (pool.leaving?.(Math.floor(config.databasePoolSize / 2)) ?? pool)
+      : healthyPool(openPool(HTTP_POOL_SIZE, 'relay-service http'), { size: HTTP_POOL_SIZE, logger }),
+    openHttpRedis() {
+      const redis = connect('http', failingFast);
+      return {
+        queueRedis: redis,
+        streamRedis: streams === config ? redis : connect('http-streams', failingFast, streams),
+      };
+    },
     async close() {
       for (const redis of connections) redis.disconnect();
-      await ownPool?.end();
+      await Promise.all(pools.map((it) => it.end()));
     },
   };
 }

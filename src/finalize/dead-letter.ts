@@ -5,6 +5,7 @@ import type { Streams } from '../streams/append.ts';
 import type { Epoch } from '../streams/epoch.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
+import type { Tally } from '../telemetry/tally.ts';
 import type { Tracing } from '../telemetry/tracing.ts';
 import type { Acknowledger } from './acknowledger.ts';
 import type { Refiller } from './refiller.ts';
@@ -25,9 +26,10 @@ export function createDeadLetters(deps: {
   refiller: Pick<Refiller, 'request'>;
   metrics: Pick<Metrics, 'deadLettered'>;
   tracing: Pick<Tracing, 'deadLetter'>;
+  tally: Omit<Tally, 'stop'>;
   logger: Logger;
 }) {
-  const { streams, outbox, queues, epoch: epochs, acknowledger, refiller, logger } = deps;
+  const { streams, outbox, queues, epoch: epochs, acknowledger, refiller, tally, logger } = deps;
 
   /** @param madeAt of the failed job; null where a dead row has lost its letter */
   async function write(failure: Failure, madeAt: number | null): Promise<void> {
@@ -59,16 +61,18 @@ export function createDeadLetters(deps: {
         );
         return;
       case 'gone':
-        logger.warn(
-          about,
-          'the failed job was removed before its dead letter was written; its row will be tried again',
+        tally.warn(
+          eventId,
+          {},
+          'failed jobs were removed before their dead letters were written; their rows will be tried again',
         );
         return;
       case 'refused':
       case 'unavailable':
-        logger.error(
-          { ...about, reason: outcome.reason },
-          'cannot write the dead-letter entry; the event stays in the outbox and this is tried again when its lease ends',
+        tally.error(
+          eventId,
+          { reason: outcome.reason },
+          'cannot write dead-letter entries; the events stay in the outbox and this is tried again when their leases end',
         );
         return;
       default:

@@ -1,13 +1,15 @@
-import { createHmac, hkdfSync, randomBytes } from 'node:crypto';
+import { createHmac, randomBytes } from 'node:crypto';
 import { setTimeout as delay } from 'node:timers/promises';
 import cookie from '@fastify/cookie';
 import formBody from '@fastify/formbody';
-import rateLimit from '@fastify/rate-limit';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
-import { type BoardUser, entryOf, type Role } from '../config/board-users.ts';
+import type { BoardUser, Role } from '../config/board-users.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import { BusyError } from './admission.ts';
 import { logInPage, logOutPage, refusalPage } from './pages.ts';
 import { isPassword, NOBODYS_HASH } from './passwords.ts';
+import { createSeals } from './seals.ts';
+import { addressOf, createTries } from './tries.ts';
 
 /** Who is asking, and what that allows. */
 
@@ -17,22 +19,23 @@ declare module 'fastify' {
   interface FastifyRequest {
     /** Set by `requires`. */
     operator: Operator | null;
-    /** The name that a password is tried for; counted by it. */
-    triedName: string;
   }
 }
 
-const COOKIE = 'relay_session';
-/** One working day. A session cannot be ended on the server, but for all at once by another RELAY_BOARD_USERS. */
+const SESSION = { cookie: 'relay_session', kind: 'session' } as const;
+/** One working day. A session cannot be ended on the server, but for all at once. */
 const SESSION_MS = 8 * 3_600_000;
+/** Says that somebody has logged in with this browser: guesses from elsewhere do not lock that name out here. */
+const KNOWN = { cookie: 'relay_known', kind: 'known' } as const;
+const KNOWN_MS = 90 * 86_400_000;
 /** A wrong password is answered no sooner, whatever is wrong: the time tells nothing, and guessing takes long. */
 const WRONG_ANSWER_MS = 1_000;
-/** Passwords tried in a minute, right or wrong: from one address (of IPv6, one /64), and for one name. */
+/** Wrong passwords in a minute: from one address (of IPv6, one /64), and for one name. */
 const WINDOW_MS = 60_000;
 const TRIES_BY_ADDRESS = 10;
-const TRIES_BY_NAME = 20;
-/** A script that sends its password with every request has it checked once in so long. */
-const REMEMBERED_MS = 60_000;
+const TRIES_BY_NAME = 100;
+/** A script that sends its password with every request has it computed once, and again when it was silent for so long. */
+const REMEMBERED_MS = 600_000;
 const REMEMBERED_MAX = 200;
 const MAX_FORM_BYTES = 8_192;
 
@@ -44,38 +47,72 @@ type Checked = { operator: Operator } | { wrong: true } | { tooMany: true; retry
 /**
  * Log-in by page and session cookie, or by HTTP Basic.
  *
- * A session is a signed cookie that names user and end. Its key is made from RELAY_BOARD_USERS, so that every pod
- * knows it and any change there, of a password or a role, ends every session. The role is looked up each time.
+ * A session is a sealed cookie that names user and end. The role is looked up each time.
  *
  * @param users nobody: whoever can reach the address is the operator "local"; only for loopback addresses
+ * @param secret of the deployment, for sessions
  * @param basePath path of the whole server as the browser sees it, without a slash at its end
  */
-export function createAccess(deps: { users: readonly BoardUser[]; basePath: string; logger: Logger }) {
+export function createAccess(deps: {
+  users: readonly BoardUser[];
+  secret: () => Promise<string>;
+  basePath: string;
+  logger: Logger;
+}) {
   const { users, basePath, logger } = deps;
   const byName = new Map(users.map((user) => [user.name, user]));
-  const sessionKey = Buffer.from(
-    hkdfSync('sha256', users.map(entryOf).join('\n'), '', 'relay board session', 32),
-  );
+  const seals = createSeals(deps.secret, users);
   const remembered = createMemory();
-  let countByAddress: ReturnType<FastifyInstance['createRateLimit']>;
-  let countByName: ReturnType<FastifyInstance['createRateLimit']>;
+  const wrongByAddress = createTries({ max: TRIES_BY_ADDRESS, windowMs: WINDOW_MS });
+  const wrongByName = createTries({ max: TRIES_BY_NAME, windowMs: WINDOW_MS });
+  const checking = new Map<string, Promise<Checked>>();
 
-  async function check(request: FastifyRequest, name: string, password: string): Promise<Checked> {
-    request.triedName = name;
-    for (const count of [countByAddress, countByName]) {
-      const limit = await count(request);
-      if (!limit.isAllowed && limit.isExceeded) {
-        logger.warn({ address: request.ip, operator: known(name) }, 'too many log-ins; refused unseen');
-        return { tooMany: true, retryInS: limit.ttlInSeconds };
-      }
+  /** The same password from the same address is computed once, however many requests bring it at once. */
+  function check(request: FastifyRequest, name: string, password: string): Promise<Checked> {
+    const address = addressOf(request.ip);
+    const asked = remembered.digest(`${address} ${name}:${password}`);
+    const known = checking.get(asked);
+    if (known !== undefined) return known;
+    const answer = checkAnew(request, address, name, password).finally(() => checking.delete(asked));
+    checking.set(asked, answer);
+    return answer;
+  }
+
+  async function checkAnew(
+    request: FastifyRequest,
+    address: string,
+    name: string,
+    password: string,
+  ): Promise<Checked> {
+    const isKnown = (await seals.open(KNOWN.kind, request.cookies[KNOWN.cookie], KNOWN_MS)) === name;
+    const taken: (() => void)[] = [];
+    const tooMany = (retryInS: number, message: string): Checked => {
+      for (const giveBack of taken) giveBack();
+      logger.warn({ address, operator: known(name) }, message);
+      return { tooMany: true, retryInS };
+    };
+    for (const [tries, key] of [
+      [wrongByAddress, address],
+      [wrongByName, isKnown ? `${name} ${address}` : name],
+    ] as const) {
+      const retryInS = tries.take(key);
+      if (retryInS > 0) return tooMany(retryInS, 'too many wrong passwords; refused unseen');
+      taken.push(() => tries.giveBack(key));
     }
     const user = byName.get(name);
     const answerAt = delay(WRONG_ANSWER_MS, undefined, { ref: false });
-    if ((await isPassword(password, user?.hash ?? NOBODYS_HASH)) && user !== undefined) {
-      return { operator: { name: user.name, role: user.role } };
+    try {
+      if ((await isPassword(password, user?.hash ?? NOBODYS_HASH)) && user !== undefined) {
+        for (const giveBack of taken) giveBack();
+        return { operator: { name: user.name, role: user.role } };
+      }
+    } catch (error) {
+      if (error instanceof BusyError)
+        return tooMany(error.retryAfterSeconds, 'too many log-ins at once; refused unseen');
+      throw error;
     }
     await answerAt;
-    logger.warn({ address: request.ip, operator: known(name) }, 'wrong name or password');
+    logger.warn({ address, operator: known(name) }, 'wrong name or password');
     return { wrong: true };
   }
 
@@ -93,20 +130,21 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
     return checked;
   }
 
-  function bySession(request: FastifyRequest): Operator | null {
-    const { valid, value } = request.unsignCookie(request.cookies[COOKIE] ?? '');
-    if (!valid || value === null) return null;
-    const [, endsAt, name = ''] = /^(\d{1,15})\.(.+)$/.exec(value) ?? [];
-    const user = byName.get(name);
-    return user !== undefined && Date.now() < Number(endsAt) ? user : null;
+  async function bySession(request: FastifyRequest): Promise<Operator | null> {
+    const name = await seals.open(SESSION.kind, request.cookies[SESSION.cookie], SESSION_MS);
+    return byName.get(name ?? '') ?? null;
   }
 
   /** Without users: this machine's own people, and no page or proxy that speaks for others. */
   function byAddress(request: FastifyRequest): Operator | string {
+    const { headers, raw, hostname, host } = request;
     // Else a page of anybody's could point its own name at 127.0.0.1 and be let in.
-    if (!LOOPBACK_NAME.test(request.hostname)) return 'without RELAY_BOARD_USERS only localhost is served';
-    if (request.headers.forwarded !== undefined || request.headers['x-forwarded-for'] !== undefined)
+    if (!LOOPBACK_NAME.test(hostname)) return 'without RELAY_BOARD_USERS only localhost is served';
+    // Many proxies say nothing of themselves; those speak HTTP/1.0, as nginx does unless told otherwise.
+    if (raw.httpVersion === '1.0' || Object.keys(headers).some((name) => OF_A_PROXY.test(name)))
       return 'this came through a proxy: set RELAY_BOARD_USERS';
+    if (headers.origin !== undefined && hostOf(headers.origin) !== host)
+      return 'this was asked by a page of another site';
     return { name: 'local', role: 'operator' };
   }
 
@@ -117,7 +155,7 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
     }
     const [, credentials] = /^Basic +(\S+)$/i.exec(request.headers.authorization ?? '') ?? [];
     if (credentials !== undefined) return byBasic(request, credentials);
-    const operator = bySession(request);
+    const operator = await bySession(request);
     return operator && { operator };
   }
 
@@ -167,7 +205,10 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
    */
   async function refuseOtherSites(request: FastifyRequest, reply: FastifyReply): Promise<unknown> {
     if (isRead(request) || isOfOurOwn(request)) return undefined;
-    logger.warn({ address: request.ip, path: pathOf(request) }, 'a request of another site was refused');
+    logger.warn(
+      { address: addressOf(request.ip), path: pathOf(request) },
+      'a request of another site was refused',
+    );
     return reply.code(403).send({ error: 'this request does not come from a page of this site' });
   }
 
@@ -176,7 +217,7 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
     if (site !== undefined) return site === 'same-origin';
     if (headers.origin !== undefined) return hostOf(headers.origin) === host;
     // A script says neither. A browser does, so a session without is none.
-    return cookies[COOKIE] === undefined;
+    return cookies[SESSION.cookie] === undefined;
   }
 
   function addLogIn(app: FastifyInstance): void {
@@ -185,7 +226,7 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
 
     app.get('/login', async (request, reply) => {
       const next = ownPath((request.query as { next?: unknown }).next);
-      if (users.length === 0 || bySession(request)) return reply.redirect(next, 303);
+      if (users.length === 0 || (await bySession(request))) return reply.redirect(next, 303);
       return html(reply).send(logInPage(logIn, next));
     });
 
@@ -194,16 +235,21 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
       const [name, password] = [form.name, form.password].map((it) => (typeof it === 'string' ? it : ''));
       const next = ownPath(form.next);
       const checked = await check(request, name ?? '', password ?? '');
-      if ('wrong' in checked) return html(reply.code(401)).send(logInPage(logIn, next, WRONG));
-      if ('tooMany' in checked)
-        return html(refuseForNow(reply, checked.retryInS)).send(logInPage(logIn, next, TOO_MANY));
+      const again = (problem: string) => logInPage(logIn, next, { problem, name: name ?? '' });
+      if ('wrong' in checked) return html(reply.code(401)).send(again(WRONG));
+      if ('tooMany' in checked) return html(refuseForNow(reply, checked.retryInS)).send(again(TOO_MANY));
       const { operator } = checked;
-      logger.info({ operator: operator.name, role: operator.role, address: request.ip }, 'logged in');
-      reply.setCookie(COOKIE, `${Date.now() + SESSION_MS}.${operator.name}`, {
-        ...cookieOptions(request),
-        maxAge: SESSION_MS / 1_000,
-        signed: true,
-      });
+      logger.info(
+        { operator: operator.name, role: operator.role, address: addressOf(request.ip) },
+        'logged in',
+      );
+      for (const [{ cookie: of, kind }, lifetimeMs] of [
+        [SESSION, SESSION_MS],
+        [KNOWN, KNOWN_MS],
+      ] as const) {
+        const sealed = await seals.seal(kind, operator.name, lifetimeMs);
+        reply.setCookie(of, sealed, { ...cookieOptions(request), maxAge: lifetimeMs / 1_000 });
+      }
       return reply.redirect(next, 303);
     });
 
@@ -212,9 +258,9 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
     );
 
     app.post('/logout', async (request, reply) => {
-      const operator = bySession(request)?.name;
-      if (operator !== undefined) logger.info({ operator, address: request.ip }, 'logged out');
-      return reply.clearCookie(COOKIE, cookieOptions(request)).redirect(logIn, 303);
+      const operator = (await bySession(request))?.name;
+      if (operator !== undefined) logger.info({ operator, address: addressOf(request.ip) }, 'logged out');
+      return reply.clearCookie(SESSION.cookie, cookieOptions(request)).redirect(logIn, 303);
     });
   }
 
@@ -230,17 +276,9 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
 
     /** Adds the log-in to `app`, and to everything that is added to it afterwards the protection from other sites. */
     async register(app: FastifyInstance): Promise<void> {
-      await app.register(cookie, { secret: sessionKey });
+      await app.register(cookie);
       await app.register(formBody, { bodyLimit: MAX_FORM_BYTES });
-      await app.register(rateLimit, { global: false });
-      countByAddress = app.createRateLimit({ max: TRIES_BY_ADDRESS, timeWindow: WINDOW_MS });
-      countByName = app.createRateLimit({
-        max: TRIES_BY_NAME,
-        timeWindow: WINDOW_MS,
-        keyGenerator: (request) => `name ${request.triedName}`,
-      });
       app.decorateRequest('operator', null);
-      app.decorateRequest('triedName', '');
       app.addHook('onRequest', refuseOtherSites);
       addLogIn(app);
     },
@@ -249,6 +287,9 @@ export function createAccess(deps: { users: readonly BoardUser[]; basePath: stri
 
 const WRONG = 'Wrong name or password.';
 const TOO_MANY = 'Too many tries. Wait a minute.';
+/** Headers that a proxy adds, by its own name or its client's. */
+const OF_A_PROXY =
+  /^(via|forwarded|x-(forwarded|real|client|original|cluster)\b.*|.*connecting-ip|true-client-ip)$/;
 const LOOPBACK_NAME = /^(localhost|127(\.\d{1,3}){3}|\[::1\])$/i;
 
 const wantsPage = (request: FastifyRequest): boolean =>
@@ -264,19 +305,24 @@ const hostOf = (origin: string): string | null => {
 
 const pathOf = (request: FastifyRequest): string => request.routeOptions.url ?? 'unknown';
 
-/** Which credentials were right a moment ago. Of them only a keyed hash is kept, for as long as the process lives. */
+/** Which credentials were right a while ago. Of them only a keyed hash is kept, for as long as the process lives. */
 function createMemory() {
   const key = randomBytes(32);
   const names = new Map<string, { name: string; until: number }>();
   const digest = (text: string) => createHmac('sha256', key).update(text).digest('base64');
+  const add = (of: string, name: string) => {
+    if (names.size >= REMEMBERED_MAX) names.clear();
+    names.set(of, { name, until: Date.now() + REMEMBERED_MS });
+  };
   return {
+    digest,
     nameOf(credentials: string): string | undefined {
-      const found = names.get(digest(credentials));
-      return found !== undefined && Date.now() < found.until ? found.name : undefined;
+      const of = digest(credentials);
+      const found = names.get(of);
+      if (found === undefined || Date.now() >= found.until) return undefined;
+      add(of, found.name);
+      return found.name;
     },
-    add(credentials: string, name: string): void {
-      if (names.size >= REMEMBERED_MAX) names.clear();
-      names.set(digest(credentials), { name, until: Date.now() + REMEMBERED_MS });
-    },
+    add: (credentials: string, name: string) => add(digest(credentials), name),
   };
 }

@@ -1,6 +1,7 @@
-import type { FastifyInstance, FastifySchema, preHandlerHookHandler } from 'fastify';
+import type { FastifyInstance, FastifySchema, onRequestHookHandler } from 'fastify';
 import { NotReadyError } from '../lifecycle.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
+import { BusyError, createGate, shareAnswers } from './admission.ts';
 import { describeApi } from './openapi.ts';
 
 /**
@@ -19,7 +20,7 @@ export type ApiDeps = Readonly<{
       filter: Filter,
       options: Readonly<{ limit: number; after?: string; pruned: boolean; look: number }>,
     ): Promise<object>;
-    groups(filter: Filter, limit: number): Promise<object>;
+    groups(filter: Filter, limit: number, look: number): Promise<object>;
     show(eventId: string): Promise<Readonly<{ event: object }> | null>;
     replay(selection: Selection, options: Options): Promise<object>;
     discard(selection: Selection, reason: string, options: Options): Promise<object>;
@@ -32,7 +33,7 @@ export type ApiDeps = Readonly<{
     run(range: Range, options: Omit<Options, 'dryRun'>): Promise<object>;
   }>;
   /** Lets through whoever has the role; sets `request.operator`. */
-  requires: (role: 'viewer' | 'operator') => preHandlerHookHandler;
+  requires: (role: 'viewer' | 'operator') => onRequestHookHandler;
   version: string;
   logger: Logger;
 }>;
@@ -41,6 +42,15 @@ type Range = Readonly<{ since: string; until: string; filter: Filter }>;
 
 /** Dead letters, or entries, that one request may deal with, or look at. */
 const MOST_PER_REQUEST = 1_000;
+/** Dead letters that are counted by error: 10,000 take the database about 50 ms. */
+const MOST_GROUPED = 10_000;
+/** Who asks again within this time gets the same groups. */
+const SHARED_MS = 1_000;
+/** Requests that are worked on at once, each with a connection to the database; of so many more each waits its turn. */
+const GATES = {
+  viewer: { atOnce: 1, waiting: 20 },
+  operator: { atOnce: 2, waiting: 20 },
+};
 
 const text = { type: 'string', minLength: 1, maxLength: 1_000, pattern: '^[^\\u0000]*$' };
 /** Nothing longer: `urn:uuid:…` is of this format too, and PostgreSQL does not read it. */
@@ -121,6 +131,10 @@ class ApiError extends Error {
 }
 
 function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
+  const groups = shareAnswers(SHARED_MS, (question) => {
+    const { filter: wanted, limit: most } = JSON.parse(question) as { filter: Filter; limit: number };
+    return deadLetters.groups(wanted, most, MOST_GROUPED);
+  });
   const routes: ApiRoute[] = [
     {
       ...{ method: 'GET', url: '/dlq', role: 'viewer' },
@@ -137,12 +151,14 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
     },
     {
       ...{ method: 'GET', url: '/dlq/groups', role: 'viewer' },
-      summary: 'Dead letters counted by error, the most frequent first',
+      summary: `Dead letters counted by error, the most frequent first; the latest ${MOST_GROUPED} that match`,
       schema: {
         querystring: object({ ...filter, limit: limit(100) }),
         response: answer('the groups', { groups: list }),
       },
-      handle: async ({ query }) => ({ groups: await deadLetters.groups(filterOf(query), page(query).limit) }),
+      handle: async ({ query }) => ({
+        groups: await groups(JSON.stringify({ filter: filterOf(query), limit: page(query).limit })),
+      }),
     },
     {
       ...{ method: 'GET', url: '/dlq/:eventId', role: 'viewer' },
@@ -213,11 +229,15 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
   return [...routes, description];
 }
 
-/** Whatever comes of a payload, or tells whose it is, is left out. */
-function forViewers(event: object): object {
-  const { tenantId: _, correlationId: __, trace: ___, ...rest } = event as Record<string, unknown>;
-  return { ...rest, payload: null };
-}
+/** What is in columns of its own. Nothing of a payload, nor what tells whose it is. */
+const SHOWN_TO_VIEWERS = [
+  ...['id', 'eventId', 'eventType', 'aggregateType', 'aggregateId', 'topic'],
+  ...['withheld', 'occurredAt', 'attempts'],
+];
+const forViewers = (event: object): object => ({
+  ...Object.fromEntries(Object.entries(event).filter(([member]) => SHOWN_TO_VIEWERS.includes(member))),
+  payload: null,
+});
 
 const FILTERS = Object.keys(filter);
 const filterOf = (query: Record<string, unknown>): Filter =>
@@ -260,11 +280,13 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
       api.setErrorHandler(
         async (error: Error & { statusCode?: number; validation?: unknown }, request, reply) => {
           const status = statusOf(error);
-          if (status >= 500)
+          if (error instanceof BusyError) reply.header('retry-after', error.retryAfterSeconds);
+          else if (status >= 500)
             deps.logger.error({ err: error, route: request.routeOptions.url }, 'a request failed');
           return reply.code(status).send({ error: errorText(error) });
         },
       );
+      const gates = { viewer: createGate(GATES.viewer), operator: createGate(GATES.operator) };
       for (const route of routesOf(deps)) {
         api.route<{
           Querystring: Record<string, unknown>;
@@ -274,9 +296,9 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
           method: route.method,
           url: route.url,
           schema: route.schema,
+          // Before a body is read, or anything is said of the request: nobody learns from it who may not ask.
+          onRequest: deps.requires(route.role) as never,
           preValidation: [
-            // Before anything is said of the request, so that nobody learns from it who may not ask.
-            deps.requires(route.role) as never,
             // Else what is misspelt would be taken away, and `{"filter": {"tpye": …}}` would mean everything.
             async (request) => {
               refuseUnknown(route.schema.querystring, request.query, 'query');
@@ -286,12 +308,10 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
           ],
           handler: async (request) => {
             const { name: by, role } = (request as unknown as { operator: Operator }).operator;
-            return route.handle({
-              query: request.query,
-              body: request.body ?? {},
-              params: request.params,
-              ...{ by, role },
-            });
+            const { query, params } = request;
+            return gates[role](() =>
+              route.handle({ query, params, body: request.body ?? {}, ...{ by, role } }),
+            );
           },
         });
       }
@@ -303,14 +323,14 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
 
 function statusOf(error: Error & { statusCode?: number; validation?: unknown }): number {
   if (error.validation !== undefined || error.name === 'CursorError') return 400;
-  if (error instanceof NotReadyError) return 503;
+  if (error instanceof NotReadyError || error instanceof BusyError) return 503;
   // What only looks like a time or a number, such as a year that PostgreSQL does not have.
   if (UNREADABLE.has((error as { code?: string }).code ?? '')) return 400;
   return error.statusCode !== undefined && error.statusCode < 500 ? error.statusCode : 500;
 }
 
-/** SQLSTATE: out of range, no such time, no such character, not of that type. */
-const UNREADABLE = new Set(['22003', '22007', '22008', '22021', '22P02']);
+/** SQLSTATE: out of range, no such time, no such time zone, no such character, not of that type. */
+const UNREADABLE = new Set(['22003', '22007', '22008', '22009', '22021', '22P02']);
 
 /** A body is taken at its word: Fastify would make false of `{"dryRun": null}`, and act. */
 function refuseMistyped(schema: unknown, value: unknown, where: string): void {

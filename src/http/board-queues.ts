@@ -1,13 +1,19 @@
 import { BullMQAdapter } from '@bull-board/api/bullMQAdapter';
 import type { BeforeHook, QueueJobJson } from '@bull-board/api/typings/app';
-import type { Queue } from 'bullmq';
+import type { Job, Queue } from 'bullmq';
 import { brief, type OutboxEvent } from '../event.ts';
 import { type QueueKind, refusalOf } from './board-actions.ts';
 
-/** The relay's two queues as Bull Board shows them: jobs that say what they are about. */
+/**
+ * The relay's two queues as Bull Board shows them: jobs that say what they are about. What is shown of a job is listed
+ * in queue/job-views.ts and in `dataOf`; nothing else of it leaves Redis, whatever Bull Board would show.
+ */
 
 /** A payload that is longer is cut; all of it is in the row. */
 const MAX_PAYLOAD_CHARACTERS = 4_000;
+
+/** Jobs of one page, where Bull Board does not say how many. */
+const PAGE_JOBS = 100;
 
 const DESCRIPTIONS: Readonly<Record<QueueKind, string>> = {
   claim:
@@ -16,15 +22,78 @@ const DESCRIPTIONS: Readonly<Record<QueueKind, string>> = {
     'One job per event: appends it to its stream. A failed job is a dead letter; Retry publishes it after all.',
 };
 
-export type RelayQueues = Readonly<Record<QueueKind, Queue>>;
+/** How jobs are read; see queue/job-views.ts. */
+type JobViews = Readonly<{
+  one(id: string): Promise<Job | undefined>;
+  page(states: readonly string[], start: number, end: number): Promise<Job[]>;
+}>;
 
-/** @param showsPayload asked for each job: payloads hold personal data */
-export function adaptersOf(queues: RelayQueues, showsPayload: () => boolean): BullMQAdapter[] {
+export type RelayQueues = Readonly<
+  Record<QueueKind, Queue> & { views: Readonly<Record<QueueKind, JobViews>> }
+>;
+
+/** Bull Board's adapter, reading jobs by `views`. The relay's jobs have neither logs nor children. */
+class RelayQueueAdapter extends BullMQAdapter {
+  readonly #views: JobViews;
+  readonly #remark: () => Promise<string>;
+  #lastRemark = '';
+
+  constructor(
+    queue: Queue,
+    views: JobViews,
+    options: ConstructorParameters<typeof BullMQAdapter>[1],
+    remark: () => Promise<string>,
+  ) {
+    super(queue, options);
+    this.#views = views;
+    this.#remark = remark;
+  }
+
+  /** Bull Board asks for this before it asks for the description, which cannot wait for an answer. */
+  override async getJobCounts() {
+    const [counts, remark] = await Promise.all([super.getJobCounts(), this.#remark().catch(() => '')]);
+    this.#lastRemark = remark;
+    return counts;
+  }
+
+  override getDescription(): string {
+    return [this.#lastRemark, super.getDescription()].filter((it) => it !== '').join(' ');
+  }
+
+  override getJob(id: string): Promise<Job | undefined> {
+    return this.#views.one(id);
+  }
+
+  override getJobs(states: readonly string[], start = 0, end = PAGE_JOBS - 1): Promise<Job[]> {
+    return this.#views.page(states, start, end);
+  }
+
+  override async getJobLogs(): Promise<string[]> {
+    return [];
+  }
+
+  override async getFlowProducer(): Promise<null> {
+    return null;
+  }
+
+  override async getJobSchedulers() {
+    return (await super.getJobSchedulers()).map(({ template: _, ...schedule }) => schedule);
+  }
+}
+
+/**
+ * @param showsPayload asked for each job: payloads hold personal data
+ * @param backlog a sentence that is shown with the publish queue
+ */
+export function adaptersOf(
+  queues: RelayQueues,
+  showsPayload: () => boolean,
+  backlog = async () => '',
+): BullMQAdapter[] {
   return (['publish', 'claim'] as const).map((kind) => {
-    const adapter = new BullMQAdapter(queues[kind], {
-      description: DESCRIPTIONS[kind],
-      allowRetries: kind === 'publish',
-    });
+    const options = { description: DESCRIPTIONS[kind], allowRetries: kind === 'publish' };
+    const remark = kind === 'publish' ? backlog : async () => '';
+    const adapter = new RelayQueueAdapter(queues[kind], queues.views[kind], options, remark);
     adapter.setFormatter('name', nameOf);
     adapter.setFormatter('data', (data: unknown) => dataOf(data, showsPayload()));
     return adapter;
@@ -66,8 +135,16 @@ function attemptOf(job: QueueJobJson, before: number): string {
   return `${next} at ${new Date(job.processedOn + job.delay).toISOString().slice(0, 19)}Z`;
 }
 
+const HIDDEN = 'hidden: it may hold personal data';
+
 function dataOf(data: unknown, showsPayload: boolean): unknown {
-  if (!isEvent(data)) return data;
+  if (typeof data === 'object' && data !== null) {
+    if ('unreadBytes' in data)
+      return `not read: ${data.unreadBytes} bytes are too many for this page; the row has them`;
+    // Of a claim there is nothing to hide.
+    if (Object.keys(data).length === 0) return data;
+  }
+  if (!isEvent(data)) return showsPayload ? data : HIDDEN;
   const { eventId, id, eventType, aggregateType, aggregateId, topic, occurredAt, withheld } = data;
   return {
     event_id: eventId,
@@ -77,7 +154,7 @@ function dataOf(data: unknown, showsPayload: boolean): unknown {
     topic: brief(topic),
     occurred_at: occurredAt,
     ...(withheld && { withheld }),
-    payload: showsPayload ? payloadOf(data.payload ?? '') : 'hidden: it may hold personal data',
+    payload: showsPayload ? payloadOf(data.payload ?? '') : HIDDEN,
   };
 }
 

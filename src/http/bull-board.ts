@@ -4,6 +4,7 @@ import { FastifyAdapter } from '@bull-board/fastify';
 import type { FastifyInstance, FastifyPluginAsync, FastifyRequest } from 'fastify';
 import type { Logger } from '../telemetry/logger.ts';
 import { type createAccess, isRead, type Operator } from './access.ts';
+import { type BusyError, createPace } from './admission.ts';
 import { actionOf } from './board-actions.ts';
 import { adaptersOf, createGuard, type RelayQueues } from './board-queues.ts';
 
@@ -11,6 +12,15 @@ const PREFIX = '/board';
 
 /** Jobs of one page: Bull Board itself reads as many at once as it is asked for. */
 const MAX_JOBS_PER_PAGE = 100;
+
+/**
+ * Pages that are read in a second, for all who look, each of up to 1 MiB of jobs: who asks without end takes no more
+ * than a tenth of a core. An open page asks once in 5 s.
+ */
+const READS = { perSecond: 10, burst: 20, waiting: 50 };
+
+/** In the page's configuration, where the name of who looks at it belongs. */
+const WHO = 'who-is-logged-in';
 
 /** Whatever would be fetched from another host: Bull Board's page asks for its fonts there. */
 const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
@@ -22,6 +32,8 @@ const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
 export function createBoard(deps: {
   queues: RelayQueues;
   requires: ReturnType<typeof createAccess>['requires'];
+  /** How much waits, in a sentence. */
+  backlog: () => Promise<string>;
   basePath: string;
   logger: Logger;
 }) {
@@ -32,7 +44,7 @@ export function createBoard(deps: {
 
   const server = new FastifyAdapter().setBasePath(`${basePath}${PREFIX}`);
   createBullBoard({
-    queues: adaptersOf(queues, mayAct),
+    queues: adaptersOf(queues, mayAct, deps.backlog),
     serverAdapter: server,
     options: {
       uiConfig: {
@@ -40,6 +52,7 @@ export function createBoard(deps: {
         hideDocsLink: true,
         // It lists the clients of Redis, which is dangerous by its ACL categories.
         showWorkers: false,
+        environment: { label: WHO, color: '#1f5fbf', textColor: '#fff' },
         miscLinks: [{ text: 'Log out', url: `${basePath}/logout` }],
         sortQueues: false,
       },
@@ -76,10 +89,21 @@ export function createBoard(deps: {
       const query = request.query as { jobsPerPage?: string };
       if (Number(query.jobsPerPage) > MAX_JOBS_PER_PAGE) query.jobsPerPage = String(MAX_JOBS_PER_PAGE);
     });
+    const pace = createPace(READS);
+    board.addHook('preHandler', async (request, reply) => {
+      if (!isRead(request) || !request.url.startsWith(`${PREFIX}/api/`)) return undefined;
+      try {
+        await pace();
+      } catch (error) {
+        const { message, statusCode, retryAfterSeconds } = error as BusyError;
+        return reply.code(statusCode).header('retry-after', retryAfterSeconds).send({ message });
+      }
+      return undefined;
+    });
     board.addHook('preHandler', (request, _reply, done) => asking.run(request.operator, done));
-    board.addHook('onSend', async (_request, reply, payload) =>
+    board.addHook('onSend', async ({ operator }, reply, payload) =>
       typeof payload === 'string' && String(reply.getHeader('content-type')).startsWith('text/html')
-        ? payload.replace(FOREIGN_LINK, '')
+        ? payload.replace(FOREIGN_LINK, '').replace(WHO, `${operator?.name} (${operator?.role})`)
         : payload,
     );
     board.addHook('onResponse', async (request, reply) => logAction(request, reply.statusCode));

@@ -27,11 +27,17 @@ const CONTENT_SECURITY_POLICY = {
 export type DashboardOptions = Readonly<{
   /** Who may log in; nobody: everybody on this machine is the operator "local". */
   users: readonly BoardUser[];
+  /** Of the deployment, for sessions. */
+  secret: () => Promise<string>;
   /** Path of the whole server as the browser sees it, without a slash at its end. */
   basePath: string;
   queues: RelayQueues;
+  /** How much waits, in a sentence. */
+  backlog: () => Promise<string>;
   /** Adds routes under /api; `requires` is their hook. */
   api?: (app: FastifyInstance, requires: ReturnType<typeof createAccess>['requires']) => Promise<void>;
+  /** Called when the server stops. */
+  close(): Promise<void>;
   logger: Logger;
 }>;
 
@@ -45,6 +51,7 @@ export function createDashboard(deps: DashboardOptions): (app: FastifyInstance) 
   const board = createBoard({ ...deps, requires: access.requires });
 
   return async (app) => {
+    app.addHook('onClose', deps.close);
     if (deps.users.length === 0)
       logger.warn(
         {},

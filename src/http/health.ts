@@ -28,7 +28,7 @@ export function createHealth(probes: Probes) {
     }
   }
 
-  const database = () => check(probes.database, () => ({ status: 'healthy' }));
+  const database = () => check(probes.database, (details) => ({ status: 'healthy', ...details }));
   const redis = (probe = probes.redis) =>
     check(probe, ({ aofEnabled, ...details }) => ({
       status: aofEnabled ? 'healthy' : 'degraded',

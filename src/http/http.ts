@@ -1,5 +1,5 @@
 import { CLAIM_JOB_DEADLINE_MS } from '../claim/claim-worker.ts';
-import { inspectRedis } from '../connections/preflight.ts';
+import { assertWritable, inspectRedis } from '../connections/preflight.ts';
 import { type Context, secondsSince } from '../context.ts';
 import { createFigures, shareFigures } from '../operations/figures.ts';
 import { createFleetReader } from '../operations/heartbeat.ts';
@@ -8,7 +8,7 @@ import type { Workers } from '../queue/workers.ts';
 import { createStreamInspector } from '../streams/inspect.ts';
 import type { MetricsSources } from '../telemetry/metrics.ts';
 import { VERSION } from '../version.ts';
-import { dashboardOf } from './dashboard-options.ts';
+import { openDashboard } from './dashboard-options.ts';
 import { createHealth } from './health.ts';
 import { createWebServer } from './server.ts';
 
@@ -21,12 +21,13 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
   const { queueRedis, streamRedis } = servers;
 
   const assertEpoch = () => {
-    if (epoch.current() === undefined) throw new Error('Redis may have lost entries: they are looked for');
+    if (epoch.current() === undefined) throw new Error(epoch.reason());
   };
   const health = createHealth({
     database: async () => {
-      await servers.pool.query('SELECT 1');
-      return {};
+      await assertWritable(servers.pool);
+      const { size, granted } = servers.pool.sessions();
+      return granted < size ? { sessions: granted, sessions_wanted: size } : {};
     },
     redis: async () => {
       await context.queuesWritable();
@@ -66,6 +67,7 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
   const sources: MetricsSources = {
     inProgress: workers.publish.inProgress,
     tickSecondsAgo: () => secondsSince(state.tickedAt ?? context.startedAt),
+    clockAheadMs: context.clock.aheadMs,
     epochIsKnown: () => epoch.current() !== undefined,
     isRunning: () => state.phase === 'running',
     ready: health.ready,
@@ -75,6 +77,7 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
       read: createFigures({
         backlog: backlog.count,
         databaseTime: backlog.time,
+        notifyQueueUsage: backlog.notifyQueueUsage,
         queues: queues.figures,
         fleet: createFleetReader(queueRedis, context.keyPrefix),
         inspectStreams: createStreamInspector(streamRedis),
@@ -104,7 +107,12 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
     ],
     phase: () => state.phase,
     waitsFor: () => state.waitsFor,
-    dashboard: config.board ? dashboardOf(config, servers, queues, VERSION, logger) : undefined,
+    ...(config.board && {
+      dashboard: () => {
+        const peoples = { pool: servers.httpPool, ...servers.openHttpRedis() };
+        return openDashboard(config, peoples, { backlog: backlog.count, version: VERSION, logger });
+      },
+    }),
     basePath: config.boardBasePath,
     trustedProxies: config.trustedProxies,
   });

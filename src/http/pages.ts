@@ -37,15 +37,22 @@ const ESCAPES: Record<string, string> = {
 };
 const escaped = (text: string): string => text.replaceAll(/[&<>"']/g, (it) => ESCAPES[it] as string);
 
-/** @param next where to go when it worked; a path of our own */
-export const logInPage = (action: string, next: string, problem?: string): string =>
+/**
+ * @param next where to go when it worked; a path of our own
+ * @param failed why it did not, and the name that was given: only the password is to be typed again
+ */
+export const logInPage = (
+  action: string,
+  next: string,
+  failed?: Readonly<{ problem: string; name: string }>,
+): string =>
   page(
     'Relay: log in',
-    `${problem === undefined ? '' : `<p role="alert">${escaped(problem)}</p>`}
+    `${failed === undefined ? '' : `<p role="alert">${escaped(failed.problem)}</p>`}
 <form method="post" action="${escaped(action)}">
 <input type="hidden" name="next" value="${escaped(next)}">
-<label>Name <input name="name" autocomplete="username" autocapitalize="none" required autofocus></label>
-<label>Password <input name="password" type="password" autocomplete="current-password" required></label>
+<label>Name <input name="name" value="${escaped(failed?.name ?? '')}" autocomplete="username" autocapitalize="none" required${failed ? '' : ' autofocus'}></label>
+<label>Password <input name="password" type="password" autocomplete="current-password" required${failed ? ' autofocus' : ''}></label>
 <button type="submit">Log in</button>
 </form>`,
   );

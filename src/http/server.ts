@@ -1,8 +1,18 @@
-import { fastify } from 'fastify';
+import { type FastifyReply, fastify } from 'fastify';
 import { NotReadyError } from '../lifecycle.ts';
+import { type BusyError, createPace, shareAnswers } from './admission.ts';
 import type { DashboardOptions } from './dashboard.ts';
 import type { createHealth } from './health.ts';
 import { overall } from './health.ts';
+
+/** A pod is asked a few times a second by probes, Prometheus and people; this many take a twentieth of a core. */
+const PACE = { perSecond: 200, burst: 100, waiting: 300 };
+/** Whoever asks within this time of an answer gets the same. */
+const SHARED_MS = 1_000;
+const MAX_CONNECTIONS = 1_000;
+/** Clients that send their headers more slowly than any network are not waited for. */
+const HEADERS_TIMEOUT_MS = 5_000;
+const CHECK_TIMEOUTS_EVERY_MS = 1_000;
 
 export type WebServer = Readonly<{
   start(): Promise<void>;
@@ -30,29 +40,42 @@ export function createWebServer(deps: {
   phase: () => 'starting' | 'running' | 'stopping';
   /** Why it is still starting, where that takes long. */
   waitsFor?: () => string | undefined;
-  /** Added in a scope of its own; no dashboard without. */
-  dashboard?: DashboardOptions | undefined;
+  /** Added in a scope of its own; no dashboard without. Called when the server starts. */
+  dashboard?: (() => Promise<DashboardOptions>) | undefined;
   /** Path that the browser sees in front of every path here; a proxy may take it away or leave it. */
   basePath?: string;
   /** Addresses whose X-Forwarded-* headers are believed. */
   trustedProxies?: readonly string[];
 }): WebServer {
-  const { health, phase, basePath = '', trustedProxies = [] } = deps;
+  const { phase, basePath = '', trustedProxies = [] } = deps;
+  const readyChecks = shareAnswers(SHARED_MS, deps.health.ready);
+  const allChecks = shareAnswers(SHARED_MS, deps.health.detailed);
   const service = { service: 'relay-service', version: deps.version };
   const app = fastify({
     logger: false,
     forceCloseConnections: true,
     requestTimeout: 10_000,
+    http: { headersTimeout: HEADERS_TIMEOUT_MS, connectionsCheckingInterval: CHECK_TIMEOUTS_EVERY_MS },
     trustProxy: trustedProxies.length > 0 && [...trustedProxies],
     rewriteUrl: ({ url = '/' }) =>
       basePath !== '' && url.startsWith(`${basePath}/`) ? url.slice(basePath.length) : url,
+  });
+  app.server.maxConnections = MAX_CONNECTIONS;
+  const pace = createPace(PACE);
+  app.addHook('onRequest', async (_request, reply) => {
+    try {
+      await pace();
+    } catch (error) {
+      return refuseForNow(reply, error as BusyError);
+    }
+    return undefined;
   });
   const { dashboard } = deps;
   if (dashboard) {
     app.register(async (scope) => {
       // 14 MiB and 0.3 s that most pods do without.
       const { createDashboard } = await import('./dashboard.ts');
-      await createDashboard(dashboard)(scope);
+      await createDashboard(await dashboard())(scope);
     });
   }
 
@@ -68,18 +91,18 @@ export function createWebServer(deps: {
       const reason = deps.waitsFor?.();
       return reply.code(503).send({ status: phase(), ...(reason !== undefined && { reason }) });
     }
-    const checks = await health.ready();
+    const checks = await readyChecks();
     const ready = overall(checks) !== 'unhealthy';
     return reply.code(ready ? 200 : 503).send({ status: ready ? 'ready' : 'not ready', checks });
   });
 
   app.get('/health', async (_request, reply) => {
-    const status = phase() === 'running' ? overall(await health.ready()) : phase();
+    const status = phase() === 'running' ? overall(await readyChecks()) : phase();
     return reply.code(status === 'healthy' || status === 'degraded' ? 200 : 503).send({ status, ...service });
   });
 
   app.get('/health/detailed', async (_request, reply) => {
-    const checks = await health.detailed();
+    const checks = await allChecks();
     const status = phase() === 'running' ? overall(checks) : phase();
     return reply
       .code(status === 'healthy' || status === 'degraded' ? 200 : 503)
@@ -88,14 +111,14 @@ export function createWebServer(deps: {
 
   const { metrics } = deps;
   if (metrics) {
-    app.get('/metrics', async (_request, reply) =>
-      reply.type(metrics.contentType).send(await metrics.render()),
-    );
+    const render = shareAnswers(SHARED_MS, metrics.render);
+    app.get('/metrics', async (_request, reply) => reply.type(metrics.contentType).send(await render()));
   }
 
   return {
     async start() {
       await app.listen({ host: deps.host, port: deps.port }).catch((error: NodeJS.ErrnoException) => {
+        if (error instanceof NotReadyError) throw error;
         throw new NotReadyError(
           `cannot listen on ${deps.host}:${deps.port} (see RELAY_HTTP_HOST, RELAY_HTTP_PORT): ${error.code ?? error.message}`,
         );
@@ -108,3 +131,10 @@ export function createWebServer(deps: {
     },
   };
 }
+
+/** Closed, the connection costs whoever asks without end a new one. */
+const refuseForNow = (reply: FastifyReply, { message, statusCode, retryAfterSeconds }: BusyError) =>
+  reply
+    .code(statusCode)
+    .headers({ 'retry-after': retryAfterSeconds, connection: 'close' })
+    .send({ error: message });

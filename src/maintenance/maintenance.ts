@@ -2,7 +2,7 @@ import type { RelayConfig } from '../config/config.ts';
 import type { Pool } from '../connections/database.ts';
 import type { Servers } from '../connections/servers.ts';
 import { type Chore, createChore } from '../lifecycle.ts';
-import { createPruner } from '../outbox/pruner.ts';
+import { createPruner, type KeptRow } from '../outbox/pruner.ts';
 import type { Schedule } from '../queue/scheduler.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import { isComparing } from '../streams/epoch.ts';
@@ -20,6 +20,8 @@ const PRUNE = 'prune';
 const TRIM = 'trim';
 const PRUNE_EVERY_MS = 60_000;
 const TRIM_EVERY_MS = 5_000;
+/** Rows that the database keeps are counted, and so many of them named. */
+const KEPT_SHOWN = 5;
 
 /** What the relay's key of the streams that are trimmed is called; `…:streams` is the heartbeat's. */
 export const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${config.queueName}:trimmed`;
@@ -29,9 +31,11 @@ export const createRetentionOf = (
   pool: Pool,
   redis: Servers['streamRedis'],
   statementTimeoutMs: number,
+  onKept: (rows: readonly KeptRow[]) => void,
 ) =>
   createRetention({
     ...createPruner(pool, { statementTimeoutMs }),
+    onKept,
     comparing: () => isComparing(redis, streamOptionsOf(config).epochKey),
     resyncWindowMs: config.resyncWindowMs,
   });
@@ -73,10 +77,20 @@ export function createUpkeep(deps: {
     });
   }
   if (config.publishedRetentionMs > 0) {
-    const retention = createRetentionOf(config, servers.pool, servers.streamRedis, deps.statementTimeoutMs);
+    let kept = { rows: 0, examples: [] as KeptRow[] };
+    const { pool, streamRedis } = servers;
+    const retention = createRetentionOf(config, pool, streamRedis, deps.statementTimeoutMs, (rows) => {
+      kept = { rows: kept.rows + rows.length, examples: [...kept.examples, ...rows].slice(0, KEPT_SHOWN) };
+    });
     add(PRUNE, async (goesOn) => {
+      kept = { rows: 0, examples: [] };
       const rows = await retention.run(config.publishedRetentionMs, goesOn);
       if (rows > 0) logger.info({ rows }, 'deleted old published rows');
+      if (kept.rows > 0)
+        logger.warn(
+          kept,
+          'the database keeps published rows that are old enough: see the reasons of these; they are tried again in an hour, the others went',
+        );
     });
   }
 

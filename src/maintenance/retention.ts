@@ -1,4 +1,10 @@
-import { FIRST_PLACE, PRUNABLE_KINDS, type PruneResult, type PruneStep } from '../outbox/pruner.ts';
+import {
+  FIRST_PLACE,
+  type KeptRow,
+  PRUNABLE_KINDS,
+  type PruneResult,
+  type PruneStep,
+} from '../outbox/pruner.ts';
 
 /** How old published rows leave the table: by the schedule, and by `relay prune`. */
 
@@ -30,6 +36,8 @@ export function createRetention(deps: {
   ago: (ms: number) => Promise<string>;
   /** Whether table and streams are being compared. */
   comparing: () => Promise<boolean>;
+  /** Told of rows that are old enough, and that the database keeps. */
+  onKept: (rows: readonly KeptRow[]) => void;
   resyncWindowMs: number;
 }) {
   async function* walk(
@@ -46,6 +54,7 @@ export function createRetention(deps: {
         yield result;
         if (result === 'busy') await pause(BUSY_PAUSE_MS);
         else {
+          if (result.kept.length > 0) deps.onKept(result.kept);
           after = result.next;
           if (!dryRun && after !== null)
             await pause(Math.max(PAUSE_MS, PAUSE_SHARE * (Date.now() - startedAt)));

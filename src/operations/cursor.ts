@@ -13,7 +13,7 @@ export const toCursor = (place: Readonly<Record<string, string>>): string =>
 /** What servers could not read is no answer of ours: members by name, all others are text. */
 const NUMBER = /^-?\d{1,18}$/;
 const ENTRY_ID = /^\d{1,18}-\d{1,18}$/;
-const TIME = /^\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d(:?\d\d){0,2})$/i;
+const TIME = /^\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-](0\d|1[0-5])(:?[0-5]\d){0,2})$/i;
 const FORMATS: Readonly<Record<string, RegExp>> = {
   ...{ id: NUMBER, readUs: NUMBER, readId: NUMBER, entryId: ENTRY_ID, entryRow: NUMBER },
   ...{ lateUs: NUMBER, lateId: NUMBER, lateEntryId: ENTRY_ID, lateEntryRow: NUMBER },

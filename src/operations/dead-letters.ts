@@ -139,14 +139,14 @@ export function createDeadLetters(deps: {
     refuse: Refuse,
   ): Promise<number> {
     const entryIds = await entries.idsOf(eventIdsOf(batch));
-    const { gone, closed } = await rows.transaction(async (tx) => {
+    const { gone, closed, unclear } = await rows.transaction(async (tx) => {
       const held = await rows.lock(tx, idsOf(batch));
       const left = await removeJobs(held);
       const clear = held.filter((row) => !left.has(row.eventId));
-      for (const eventId of left.keys()) refuse(eventId, UNCLEAR);
       await rows.discard(tx, idsOf(clear), reason, by);
-      return { gone: clear, closed: closedBy(clear, entryIds) };
+      return { gone: clear, closed: closedBy(clear, entryIds), unclear: [...left.keys()] };
     });
+    for (const eventId of unclear) refuse(eventId, UNCLEAR);
     await afterwards(() => entries.remove(closed));
     if (gone.length > 0) {
       await afterwards(() => deps.outbox.refill(gone));
@@ -311,8 +311,9 @@ export function createDeadLetters(deps: {
     /** Dead letters that match, the latest first (pruned ones: the oldest first), a page at a time. */
     list: inspection.list,
 
-    /** The same, counted by reason, the most frequent first; at most `limit` reasons. */
-    groups: (filter: DeadLetterFilter, limit = 100): Promise<DeadLetterGroup[]> => rows.groups(filter, limit),
+    /** The same, counted by reason, the most frequent first; at most `limit` reasons, of the latest `look` that match. */
+    groups: (filter: DeadLetterFilter, limit = 100, look?: number): Promise<DeadLetterGroup[]> =>
+      rows.groups(filter, limit, look),
 
     count: (filter: DeadLetterFilter): Promise<number> => rows.count(filter),
 

@@ -19,6 +19,8 @@ export type Figures = Readonly<{
   streams?: readonly StreamFigures[];
   /** Clock of the database minus that of Redis. Half a round trip wrong at most. */
   clockDifferenceMs?: number;
+  /** Share of the database's NOTIFY queue that waits to be read, of 1. */
+  notifyQueueUsage?: number;
   /** Why parts are left out. */
   problems: readonly string[];
 }>;
@@ -27,6 +29,7 @@ export function createFigures(deps: {
   backlog: () => Promise<Backlog>;
   /** ms since the epoch */
   databaseTime: () => Promise<number>;
+  notifyQueueUsage: () => Promise<number>;
   queues: () => Promise<Record<'claim' | 'publish', QueueFigures>>;
   fleet: () => Promise<Fleet>;
   inspectStreams: (streams: readonly string[]) => Promise<StreamFigures[]>;
@@ -52,9 +55,10 @@ export function createFigures(deps: {
       const { streams } = await heard;
       return deps.inspectStreams([...new Set([...deps.streams, ...streams])]);
     };
-    const [backlog, database, redis, queues, fleet, streams] = await Promise.all([
+    const [backlog, database, notifyQueueUsage, redis, queues, fleet, streams] = await Promise.all([
       part('database', deps.backlog()),
       part('database', offset(deps.databaseTime())),
+      part('database', deps.notifyQueueUsage()),
       part('Redis', offset(heard.then(({ redisTime }) => redisTime))),
       part('Redis', deps.queues()),
       part('Redis', heard),
@@ -62,6 +66,7 @@ export function createFigures(deps: {
     ]);
     return {
       ...(backlog && { backlog }),
+      ...(notifyQueueUsage !== undefined && { notifyQueueUsage }),
       ...(queues && { queues }),
       ...(fleet && { fleet }),
       ...(streams && { streams }),

@@ -5,6 +5,7 @@ import { createJobRemoval } from '../finalize/job-removal.ts';
 import { createDeadRows } from '../outbox/dead-rows.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import { createPublished } from '../outbox/published.ts';
+import { createProblemOf, rulesOf } from '../publish/event-check.ts';
 import { createQueues, type Queues } from '../queue/queues.ts';
 import { createScheduler } from '../queue/scheduler.ts';
 import { streamOptionsOf } from '../stream-options.ts';
@@ -38,6 +39,8 @@ export function openOperations(
   const lookup = createLookup(streamRedis, streamOptions);
   const queues = servers.queues ?? createQueues(redis, config, logger);
   const { pollIntervalMs } = config;
+  /** Made when it is needed: compiling the schemas takes longer than most commands. */
+  let problemOf: ReturnType<typeof createProblemOf> | undefined;
   return {
     deadLetters: createDeadLetters({
       rows: createDeadRows(pool, options),
@@ -54,6 +57,10 @@ export function openOperations(
     }),
     republish: createRepublish({
       published: createPublished(pool, options),
+      problemOf(event) {
+        problemOf ??= createProblemOf(rulesOf(config, logger));
+        return problemOf(event);
+      },
       republisher: createRepublisher(streamRedis, streamOptions),
       logger,
     }),

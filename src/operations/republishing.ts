@@ -31,7 +31,7 @@ export type RepublishOptions = Readonly<{
 
 export type RepublishResult = Readonly<{
   appended: number;
-  /** Left out, since their stream refuses them, or they are above a limit that was lowered since. */
+  /** Left out: their topic or payload is not what may be published (any more), or their stream refuses them. */
   refused: number;
   /** Why the first of them was. */
   reason: string | null;
@@ -78,6 +78,8 @@ export type Republish = ReturnType<typeof createRepublish>;
 
 export function createRepublish(deps: {
   published: Pick<Published, 'publishedRows' | 'finalizedEvents'>;
+  /** Why the event must not be appended, or null: the same check as before it is published. */
+  problemOf: (event: OutboxEvent) => string | null;
   republisher: Republisher;
   logger: Logger;
 }) {
@@ -209,7 +211,7 @@ export function createRepublish(deps: {
           for (const row of step) {
             if (seen >= limit || stopped()) return false;
             const event = events.get(row.id);
-            const refusal = event === undefined ? null : (event.withheld ?? (await append(event)));
+            const refusal = event === undefined ? null : (deps.problemOf(event) ?? (await append(event)));
             if (refusal === null && event !== undefined) appended++;
             if (refusal !== null) refused++;
             reason ??= refusal;

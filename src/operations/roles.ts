@@ -1,5 +1,6 @@
 import type { RelayConfig } from '../config/config.ts';
 import { isCluster, streamPlace } from '../config/redis-places.ts';
+import { redisOptions } from '../config/redis-urls.ts';
 import { allowing, patternsOf } from '../config/topics.ts';
 
 /** The rights that the relay uses with this configuration, and no others. A change here is a change of what it may do. */
@@ -15,6 +16,14 @@ const CHANGED_BY_OPERATORS = ['replayed_at', 'discard_reason', 'discarded_by'] a
 const INSERTED_BY_OPERATORS = [
   ...['event_id', 'event_type', 'aggregate_type', 'aggregate_id', 'topic', 'payload', 'created_at'],
   'replayed_at',
+] as const;
+
+/**
+ * What producers say about an event. The rest says what became of it: `published` with an entry id that never was, a
+ * number of attempts, who discarded it. Nor `id`, which gives the order and must come from the sequence.
+ */
+const INSERTED_BY_PRODUCERS = [
+  ...['event_id', 'event_type', 'aggregate_type', 'aggregate_id', 'payload', 'topic', 'created_at'],
 ] as const;
 
 export type Grantees = Readonly<{
@@ -54,7 +63,10 @@ export function databaseGrants(
     `GRANT USAGE ON SEQUENCE identity.outbox_id_seq TO ${operators};`,
     '-- Producers; SELECT is for appendEvent, which returns both.',
     `GRANT USAGE ON SCHEMA identity TO ${producers};`,
-    `GRANT INSERT, SELECT (id, event_id) ON identity.outbox TO ${producers};`,
+    `GRANT INSERT (${INSERTED_BY_PRODUCERS.join(', ')}),`,
+    `  SELECT (id, event_id) ON identity.outbox TO ${producers};`,
+    '-- The column for trace headers, where a team has added it.',
+    `DO ${literalText(`BEGIN GRANT INSERT (headers) ON identity.outbox TO ${producers}; EXCEPTION WHEN undefined_column THEN NULL; END`)};`,
     `GRANT USAGE ON SEQUENCE identity.outbox_id_seq TO ${producers};`,
     'COMMIT;',
   ].join('\n');
@@ -69,25 +81,40 @@ export function redisAcls(config: RelayConfig, grantees: Pick<Grantees, 'redisUs
   const { queuePrefix, queueName, dlqStreamName, allowedTopics } = config;
   const topics = patternsOf(allowedTopics).map(inGlob);
   const own = literal(`${queuePrefix}:${queueName}`);
-  const queues = [`${own}-*`, `${own}:*`];
+  // Each queue by its name: `relay-*` would be every queue whose name begins like ours, such as `relay-emails`.
+  const queues = [`${own}:*`, `${own}-claim:*`, `${own}-publish:*`];
   const dlq = allowing(allowedTopics)(dlqStreamName) ? [] : [literal(dlqStreamName)];
   // RELAY_STREAM_NAME is one of the topics that are allowed.
   const streams = [...topics, ...dlq];
   const place = streamPlace(config);
   if (place === config) return [aclOf([...queues, ...streams], config, grantees)];
-  return [aclOf(queues, config, grantees), aclOf([`${own}:*`, ...streams], place, grantees)];
+  return [aclOf(queues, config, grantees), aclOf([`${own}:*`, ...streams], place, grantees, true)];
 }
+
+/**
+ * BullMQ uses dozens of commands on the data of its own keys, so these are given by their kind; all others by their
+ * name. A kind reaches nothing but keys of the user's patterns: no SCAN, RANDOMKEY, COPY, MOVE, FUNCTION or FLUSHALL,
+ * no other database. Of streams only what the relay does itself: it cannot destroy a consumer group. INFO tells whether
+ * the server is still the same.
+ */
+const COMMANDS = [
+  '-@all +@hash +@list +@set +@sortedset +@string +@connection -@dangerous -select',
+  '+xadd +xdel +xinfo|groups +xinfo|stream +xlen +xpending +xrange +xrevrange +xtrim',
+  '+del +exists +persist +pexpire +pttl +rename +type +eval +evalsha +info',
+];
 
 function aclOf(
   keys: readonly string[],
   place: RelayConfig,
   { redisUser }: Pick<Grantees, 'redisUser'>,
+  /** A server of their own: what jobs remember elsewhere is in keys here, which end by themselves. */
+  ofStreams = false,
 ): string {
   const patterns = [...new Set(keys.includes('*') ? ['*'] : keys)].map((key) => `~${key}`).join(' ');
-  // BullMQ uses dozens of commands on its own keys; INFO tells whether the server is still the same.
-  const basic = '-@all +@read +@write +@connection +eval +evalsha -@dangerous +info';
-  const commands = isCluster(place) ? `${basic} +cluster|slots` : basic;
-  return `ACL SETUSER ${redisUser} on resetpass >password resetkeys resetchannels ${patterns} ${commands}`;
+  const { db } = redisOptions(place.redisUrl);
+  const commands = [...COMMANDS, ...(db === 0 ? [] : [`+select|${db}`]), ...(ofStreams ? ['+expire'] : [])];
+  if (isCluster(place)) commands.push('+cluster|slots');
+  return `ACL SETUSER ${redisUser} on resetpass >password resetkeys resetchannels ${patterns} ${commands.join(' ')}`;
 }
 
 /** The same for sentinels that know users, or nothing where there are none. It is asked where the master is. */
@@ -102,6 +129,8 @@ export function sentinelAcl(
 
 /** Always in quotes: `user` and other words of SQL are names, too. */
 const identifier = (name: string) => `"${name.replaceAll('"', '""')}"`;
+
+const literalText = (text: string) => `'${text.replaceAll("'", "''")}'`;
 
 /** Our patterns know `*` and `?`; those of Redis have brackets, and a backslash takes its meaning from any. */
 const inGlob = (pattern: string) => pattern.replace(/[[\]\\]/g, '\\$&');

@@ -1,5 +1,7 @@
-import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { FIRST, LIVE, OF_AGGREGATE } from './conditions.ts';
+import { printable, printableType } from './event-of-row.ts';
+import { lacks, missingFromTable } from './required.ts';
 
 /** What operators ask of the table: how much waits, for how long, for what, and how fast it goes. Changes nothing. */
 
@@ -57,6 +59,9 @@ export type Rates = Readonly<{
   dead: { lastMinute: number; lastFiveMinutes: number };
 }>;
 
+/** SQLSTATEs of an undefined table, column and schema. */
+const UNDEFINED: ReadonlySet<unknown> = new Set(['42P01', '42703', '3F000']);
+
 /** Rows looked at for one answer, of each state: 100,000 take the database about 50 ms. */
 const LIMIT = 100_000;
 
@@ -89,7 +94,13 @@ export function createBacklog(
 ) {
   const { streamName, statementTimeoutMs } = options;
   const read = <T>(work: (tx: Queryable) => Promise<T>) =>
-    transaction(pool, statementTimeoutMs, 'repeatable', work);
+    transaction(pool, statementTimeoutMs, 'repeatable', work).catch(async (error) => {
+      // An operator who has not migrated yet is told so, and not which relation or column a statement missed.
+      const missing = UNDEFINED.has(error?.code)
+        ? await missingFromTable(asking(pool, statementTimeoutMs))
+        : [];
+      throw missing.length > 0 ? new Error(lacks(missing)) : error;
+    });
 
   return {
     count: (): Promise<Backlog> =>
@@ -130,11 +141,21 @@ export function createBacklog(
 
     /** The database's clock, ms since the epoch. */
     async time(): Promise<number> {
-      const { rows } = await pool.query<{ ms: number }>(
-        'SELECT (extract(epoch FROM clock_timestamp()) * 1000)::float8 AS ms',
+      const { rows } = await read((tx) =>
+        tx.query<{ ms: number }>('SELECT (extract(epoch FROM clock_timestamp()) * 1000)::float8 AS ms'),
       );
       return (rows[0] as { ms: number }).ms;
     },
+
+    /**
+     * How full the queue of NOTIFY is, of 1: the wake-up trigger, and so the commit of a producer, fails when it is full.
+     * It fills while a session listens and does not read.
+     */
+    notifyQueueUsage: (): Promise<number> =>
+      read(async (tx) => {
+        const { rows } = await tx.query<{ used: number }>('SELECT pg_notification_queue_usage() AS used');
+        return (rows[0] as { used: number }).used;
+      }),
 
     /** The oldest row of each state that has any, the oldest of all first. */
     oldest: (): Promise<OldestRow[]> =>
@@ -154,9 +175,11 @@ export function createBacklog(
              UNION ALL SELECT 'retrying', min(id) FROM in_hand WHERE NOT due AND again
              UNION ALL SELECT 'parked', min(id) FROM (SELECT o.id FROM ${ROWS} WHERE ${PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x
            )
-           SELECT oldest.state, o.id::text AS id, o.event_id AS "eventId", o.event_type AS "eventType",
-                  o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId",
-                  coalesce(o.topic, $1) AS topic, o.attempts, o.error_message AS error,
+           SELECT oldest.state, o.id::text AS id, o.event_id AS "eventId",
+                  ${printable('left(o.event_type, 200)')} AS "eventType",
+                  ${printableType('left(o.aggregate_type, 200)')} AS "aggregateType", o.aggregate_id AS "aggregateId",
+                  ${printable('left(coalesce(o.topic, $1), 512)')} AS topic, o.attempts,
+                  left(o.error_message, 2000) AS error,
                   CASE WHEN isfinite(o.created_at) THEN extract(epoch FROM now() - o.created_at)::float8 END AS "ageSeconds",
                   CASE WHEN isfinite(o.next_attempt_at)
                     THEN extract(epoch FROM o.next_attempt_at - now())::float8 END AS "nextInSeconds",

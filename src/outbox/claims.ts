@@ -144,7 +144,9 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
         const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${CLAIMING}) AS mine`);
         return rows[0].mine ? work() : 'busy';
       };
-      return transaction(pool, statementTimeoutMs, 'repeatable', take, { idleMs: CLAIM_LOCK_LIMIT_MS });
+      // It holds this session while it claims by another.
+      const ofTwo = pool.leaving?.(1) ?? pool;
+      return transaction(ofTwo, statementTimeoutMs, 'repeatable', take, { idleMs: CLAIM_LOCK_LIMIT_MS });
     },
 
     /**

@@ -17,6 +17,22 @@ export const PARKED = (row: string) => `${row}.next_attempt_at = 'infinity'`;
 export const WAITS_FOR_RETRY = (row: string) => `${row}.attempts > 0`;
 
 /**
+ * The row's entry id, or null where what it has is none. Whoever may write the column can put anything there, of any
+ * length, and one such row must not fail a statement, a call of Redis or a comparison that names other rows as well.
+ * Redis makes ids of 13 digits by its clock; 18 are what cursors take.
+ */
+export const ENTRY_ID = (row: string) =>
+  `CASE WHEN octet_length(${row}.stream_entry_id) > 37 THEN NULL
+        WHEN ${row}.stream_entry_id ~ '^[0-9]{1,18}-[0-9]{1,18}$' THEN ${row}.stream_entry_id END`;
+
+/** The stream of a row, `otherwise` where it names none. Of a topic that is too long for a stream only the beginning. */
+export const TOPIC = (row: string, otherwise: string) =>
+  `CASE WHEN octet_length(${row}.topic) > 2048 THEN left(${row}.topic, 600) ELSE coalesce(${row}.topic, ${otherwise}) END`;
+
+/** Failed attempts, within what the arithmetic of retries is meant for: no producer makes it overflow, or retry for ever. */
+export const ATTEMPTS = (row: string) => `least(greatest(${row}.attempts, 0), 1000000)`;
+
+/**
  * The rows of an aggregate in their order: condition and order.
  *
  * Not two equalities and an order by id: with those the planner may walk the primary key instead, when it takes one

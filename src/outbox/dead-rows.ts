@@ -1,6 +1,7 @@
 import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
-import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
+import { ENTRY_ID, TOPIC } from './conditions.ts';
+import { eventsOf, payloadMayBeAtFault, printable, printableType, storedType } from './event-of-row.ts';
 
 /**
  * Dead rows, as operators list, replay and discard them. Nothing here reads published or live rows, but for those that
@@ -87,6 +88,12 @@ export type DeadRows = ReturnType<typeof createDeadRows>;
 
 const EVERY_TYPE_SHOWN = 10;
 const ERROR_SHOWN = 300;
+/**
+ * Texts are cut where they are read: the relay writes no error of more than 2,000 characters, but whoever may write to
+ * the table can put 40 MB there, and in a list of a thousand rows these would all be in the memory of one pod.
+ */
+const MOST_CHARACTERS = 2_000;
+const cut = (text: string, characters = MOST_CHARACTERS) => `left((${text})::text, ${characters})`;
 const NUMBERS_AND_IDS = '[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9]+';
 
 const DEAD = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NOT NULL`;
@@ -119,7 +126,7 @@ export function createDeadRows(
     add(filter.topic, (it) => `coalesce(o.topic, $1) = ${it}`);
     add(filter.aggregateType, (it) => `o.aggregate_type = ${it}`);
     add(filter.aggregateId, (it) => `o.aggregate_id = ${it}::uuid`);
-    add(filter.error, (it) => `strpos(lower(o.error_message), lower(${it})) > 0`);
+    add(filter.error, (it) => `strpos(lower(${cut('o.error_message')}), lower(${it})) > 0`);
     add(filter.since, (it) => `o.dead_lettered_at >= ${it}::timestamptz`);
     add(filter.until, (it) => `o.dead_lettered_at <= ${it}::timestamptz`);
     // Each statement names $1: PostgreSQL wants to know its type.
@@ -130,9 +137,9 @@ export function createDeadRows(
    * All that match. In an order that only the index on dead rows has: the platform's index on `published` looks as
    * good to the planner, and holds every row that waits (122,000 were read to find none, seen in the test of plans).
    */
-  const allMatching = (filter: DeadLetterFilter, values: unknown[]) =>
+  const allMatching = (filter: DeadLetterFilter, values: unknown[], direction = '', bound = 'OFFSET 0') =>
     `(SELECT o.* FROM identity.outbox o WHERE ${matching(filter, values)}
-      ORDER BY o.dead_lettered_at, o.id OFFSET 0) o`;
+      ORDER BY o.dead_lettered_at ${direction}, o.id ${direction} ${bound}) o`;
 
   const details = (eventId: string, printing: boolean): Promise<RowDetails[]> =>
     within(async (tx) => {
@@ -145,11 +152,11 @@ export function createDeadRows(
                           WHEN o.next_attempt_at IS NULL THEN 'fresh'
                           WHEN o.next_attempt_at = 'infinity' THEN 'parked'
                           WHEN o.next_attempt_at <= now() THEN 'due' ELSE 'leased' END AS "state",
-             o.error_message AS "error", ${isoOrNull('o.next_attempt_at')} AS "nextAttemptAt",
+             ${cut('o.error_message')} AS "error", ${isoOrNull('o.next_attempt_at')} AS "nextAttemptAt",
              ${iso('o.dead_lettered_at')} AS "deadLetteredAt", ${iso('o.replayed_at')} AS "replayedAt",
-             ${iso('o.published_at')} AS "publishedAt", o.stream_entry_id AS "entryId",
-             o.discard_reason AS "discardReason", o.discarded_by AS "discardedBy",`,
-           ...(!printing && { printed: 'false', otherwise: 'o.error_message' }),
+             ${iso('o.published_at')} AS "publishedAt", ${ENTRY_ID('o')} AS "entryId",
+             ${cut('o.discard_reason')} AS "discardReason", ${cut('o.discarded_by')} AS "discardedBy",`,
+           ...(!printing && { printed: 'false', otherwise: cut('o.error_message') }),
          })}`,
         [streamName, eventId],
       );
@@ -178,28 +185,35 @@ export function createDeadRows(
           ? ''
           : `AND (o.dead_lettered_at, o.id) < ($${values.push(after.at)}::timestamptz, $${values.push(after.id)}::bigint)`;
       return read(
-        `SELECT o.id::text AS "id", o.event_id AS "eventId", left(o.event_type, 200) AS "eventType",
-                o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId",
-                left(coalesce(o.topic, $1), 512) AS "topic", o.attempts AS "attempts",
-                coalesce(o.error_message, '') AS "error", ${iso('o.created_at')} AS "createdAt",
-                ${iso('o.dead_lettered_at')} AS "deadLetteredAt", o.stream_entry_id AS "entryId"
+        `SELECT o.id::text AS "id", o.event_id AS "eventId", ${printable(cut('o.event_type', 200))} AS "eventType",
+                ${printableType(cut('o.aggregate_type', 200))} AS "aggregateType", o.aggregate_id AS "aggregateId",
+                ${printable(cut('coalesce(o.topic, $1)', 512))} AS "topic", o.attempts AS "attempts",
+                ${cut("coalesce(o.error_message, '')")} AS "error", ${iso('o.created_at')} AS "createdAt",
+                ${iso('o.dead_lettered_at')} AS "deadLetteredAt", ${ENTRY_ID('o')} AS "entryId"
          FROM identity.outbox o WHERE ${match} ${from}
          ORDER BY o.dead_lettered_at DESC, o.id DESC LIMIT $2`,
         values,
       );
     },
 
-    /** The same, counted by reason, the most frequent first. */
-    groups: (filter: DeadLetterFilter, limit: number): Promise<DeadLetterGroup[]> => {
-      const values: unknown[] = [streamName, limit];
-      const from = allMatching(filter, values);
+    /**
+     * The same, counted by reason, the most frequent first.
+     * @param look of the latest that match at most so many are counted
+     */
+    groups: (
+      filter: DeadLetterFilter,
+      limit: number,
+      look = Number.MAX_SAFE_INTEGER,
+    ): Promise<DeadLetterGroup[]> => {
+      const values: unknown[] = [streamName, limit, look];
+      const from = allMatching(filter, values, 'DESC', 'LIMIT $3');
       return read(
         `SELECT g.error, g.count, ${iso('g.first')} AS "first", ${iso('g.last')} AS "last",
                 (SELECT event_id FROM identity.outbox WHERE id = g.example) AS "example", g.types AS "eventTypes"
-         FROM (SELECT left(regexp_replace(coalesce(o.error_message, ''), '${NUMBERS_AND_IDS}', '#', 'g'), ${ERROR_SHOWN}) AS error,
+         FROM (SELECT left(regexp_replace(${cut("coalesce(o.error_message, '')")}, '${NUMBERS_AND_IDS}', '#', 'g'), ${ERROR_SHOWN}) AS error,
                       count(*)::int AS count, min(o.dead_lettered_at) AS first, max(o.dead_lettered_at) AS last,
                       max(o.id) AS example,
-                      (array_agg(DISTINCT left(o.event_type, 200)))[1:${EVERY_TYPE_SHOWN}] AS types
+                      (array_agg(DISTINCT ${printable(cut('o.event_type', 200))}))[1:${EVERY_TYPE_SHOWN}] AS types
                FROM ${from} GROUP BY 1) g
          ORDER BY g.count DESC, g.error LIMIT $2`,
         values,
@@ -232,7 +246,7 @@ export function createDeadRows(
         after === null
           ? ''
           : `AND (o.aggregate_type, o.aggregate_id, o.id) >
-                 ($${values.push(after.aggregateType)}, $${values.push(after.aggregateId)}::uuid, $${values.push(after.id)}::bigint)`;
+                 (${storedType(`$${values.push(after.aggregateType)}::text`)}, $${values.push(after.aggregateId)}::uuid, $${values.push(after.id)}::bigint)`;
       return read(
         `SELECT ${DEAD_ROW} FROM identity.outbox o WHERE ${match} ${from}
          ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT $2`,
@@ -254,7 +268,7 @@ export function createDeadRows(
      */
     async lock(tx: Queryable, ids: readonly string[]): Promise<LockedRow[]> {
       const { rows } = await tx.query<LockedRow>(
-        `SELECT ${DEAD_ROW}, coalesce(o.topic, $2) AS "topic", o.stream_entry_id AS "entryId"
+        `SELECT ${DEAD_ROW}, ${printable(TOPIC('o', '$2'))} AS "topic", ${ENTRY_ID('o')} AS "entryId"
          FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${STILL_DEAD('o')}
          ORDER BY o.aggregate_type, o.aggregate_id, o.id FOR UPDATE`,
         [ids, streamName],
@@ -305,14 +319,16 @@ export function createDeadRows(
      * @throws when PostgreSQL does not take what the entry says, or the role may not insert
      */
     async insert(lost: LostRow): Promise<boolean> {
-      const { rowCount } = await pool.query(
-        `INSERT INTO identity.outbox
-           (event_id, event_type, aggregate_type, aggregate_id, topic, payload, created_at, replayed_at)
-         VALUES ($1::uuid, $2, $3, $4::uuid, $5, $6::jsonb, $7::timestamptz, now()) ON CONFLICT (event_id) DO NOTHING`,
-        [
-          ...[lost.eventId, lost.eventType, lost.aggregateType, lost.aggregateId, lost.topic],
-          ...[lost.payload, lost.occurredAt],
-        ],
+      const { rowCount } = await within((tx) =>
+        tx.query(
+          `INSERT INTO identity.outbox
+             (event_id, event_type, aggregate_type, aggregate_id, topic, payload, created_at, replayed_at)
+           VALUES ($1::uuid, $2, $3, $4::uuid, $5, $6::jsonb, $7::timestamptz, now()) ON CONFLICT (event_id) DO NOTHING`,
+          [
+            ...[lost.eventId, lost.eventType, lost.aggregateType, lost.aggregateId, lost.topic],
+            ...[lost.payload, lost.occurredAt],
+          ],
+        ),
       );
       return rowCount === 1;
     },
@@ -329,5 +345,5 @@ export function createDeadRows(
   };
 }
 
-const DEAD_ROW = `o.id::text AS "id", o.event_id AS "eventId", o.aggregate_type AS "aggregateType",
+const DEAD_ROW = `o.id::text AS "id", o.event_id AS "eventId", ${printableType('o.aggregate_type')} AS "aggregateType",
   o.aggregate_id AS "aggregateId"`;

@@ -1,5 +1,6 @@
 import type pg from 'pg';
 import { isNoAnswer } from '../connections/pool-health.ts';
+import { ATTEMPTS } from './conditions.ts';
 
 /**
  * How a row becomes an OutboxEvent, in SQL. Anybody who may write the table chooses what is in it, so nothing of a
@@ -41,11 +42,49 @@ const OCCURRED_AT = `
 
 /** The sizes of these are known without reading them. `$1` is the topic of rows that have none. */
 const TEXT_BYTES = (row: string) =>
-  `octet_length(${row}.event_type)::bigint + octet_length(${row}.aggregate_type)
+  `coalesce(octet_length(${row}.event_type), 0)::bigint + octet_length(${row}.aggregate_type)
    + octet_length(coalesce(${row}.topic, $1))`;
+
+/**
+ * A database in SQL_ASCII keeps whatever bytes it is given, and refuses to send what is no UTF-8: one such text would
+ * fail every statement that answers it. One that is asked for its encoding costs nothing where that is another.
+ */
+const isUtf8 = (text: string) => `
+  CASE WHEN current_setting('server_encoding') <> 'SQL_ASCII' THEN true ELSE ${text} ~ ${UTF8} END`;
+/** Of bytes, each of which is a character in SQL_ASCII. */
+const UTF8 = `'^(${[
+  String.raw`[\x01-\x7f]`,
+  String.raw`[\xc2-\xdf][\x80-\xbf]`,
+  String.raw`\xe0[\xa0-\xbf][\x80-\xbf]`,
+  String.raw`[\xe1-\xec\xee\xef][\x80-\xbf]{2}`,
+  String.raw`\xed[\x80-\x9f][\x80-\xbf]`,
+  String.raw`\xf0[\x90-\xbf][\x80-\xbf]{2}`,
+  String.raw`[\xf1-\xf3][\x80-\xbf]{3}`,
+  String.raw`\xf4[\x80-\x8f][\x80-\xbf]{2}`,
+].join('|')})*$'`;
+
+/** The text as it is; one that is no UTF-8 with its bytes beyond ASCII as `\\nnn`. */
+export const printable = (text: string) =>
+  `CASE WHEN ${isUtf8(text)} THEN ${text} ELSE encode(convert_to(${text}, 'SQL_ASCII'), 'escape') END`;
+
+/** The type of an aggregate, by which its rows are found again: `storedType` undoes it. */
+export const printableType = (text: string) =>
+  `CASE WHEN ${isUtf8(text)} THEN ${text} ELSE '\\x' || encode(convert_to(${text}, 'SQL_ASCII'), 'hex') END`;
+export const storedType = (text: string) => `
+  CASE WHEN current_setting('server_encoding') = 'SQL_ASCII' AND ${text} ~ '^\\\\x([0-9a-f]{2})+$'
+       THEN convert_from(decode(substr(${text}, 3), 'hex'), 'SQL_ASCII') ELSE ${text} END`;
 
 const cut = (text: string) =>
   `CASE WHEN octet_length(${text}) > ${CUT_BYTES} THEN left(${text}, ${CUT_CHARACTERS}) || '...' ELSE ${text} END`;
+
+/** Why a row cannot be published as it is, or null. `payload` is its text, null where it may be too long to print. */
+const flaw = (row: string, payload: string) => {
+  const isNull = (column: string) => `WHEN ${row}.${column} IS NULL THEN '${column} is null'`;
+  const isForeign = (column: string, text = `${row}.${column}`) =>
+    `WHEN NOT ${isUtf8(text)} THEN '${column} has bytes that are no UTF-8'`;
+  return `CASE ${['event_type', 'payload', 'created_at'].map(isNull).join(' ')}
+    ${isForeign('payload', payload)} ${['event_type', 'aggregate_type', 'topic'].map((it) => isForeign(it)).join(' ')} END`;
+};
 
 const idFrom = (member: string) =>
   `CASE WHEN jsonb_typeof(${member}) = 'string' AND length(${member} #>> '{}') BETWEEN 1 AND ${MAX_ID_CHARACTERS}
@@ -88,19 +127,19 @@ export const eventsOf = (
   maxEventBytes: number,
   { columns = '', printed = 'true', otherwise = 'NULL', unasked = false } = {},
 ) => {
-  const whole = `json.bytes <= ${maxEventBytes}`;
+  const whole = `json.bytes <= ${maxEventBytes} AND json.flaw IS NULL`;
   return `
   SELECT ${columns} o.id::text AS "id", o.event_id AS "eventId",
-    CASE WHEN ${whole} THEN o.event_type ELSE ${cut('o.event_type')} END AS "eventType",
-    o.aggregate_type AS "aggregateType", o.aggregate_id AS "aggregateId",
-    CASE WHEN ${whole} THEN coalesce(o.topic, $1) ELSE ${cut('coalesce(o.topic, $1)')} END AS "topic",
+    CASE WHEN ${whole} THEN o.event_type ELSE ${printable(cut("coalesce(o.event_type, '')"))} END AS "eventType",
+    ${printableType('o.aggregate_type')} AS "aggregateType", o.aggregate_id AS "aggregateId",
+    CASE WHEN ${whole} THEN coalesce(o.topic, $1) ELSE ${printable(cut('coalesce(o.topic, $1)'))} END AS "topic",
     CASE WHEN ${whole} THEN json.text ELSE 'null' END AS "payload",
     CASE WHEN ${whole} THEN NULL ELSE coalesce(
-      'event has ' || coalesce(json.bytes::text, CASE WHEN NOT json.may_fit THEN 'far too many' END)
+      json.flaw, 'event has ' || coalesce(json.bytes::text, CASE WHEN NOT json.may_fit THEN 'far too many' END)
       || ' bytes; RELAY_MAX_EVENT_BYTES allows ${maxEventBytes}', ${otherwise}
     ) END AS "withheld",
-    o.attempts AS "attempts", ${OCCURRED_AT} AS "occurredAt",
-    ${idFrom('json.tenant')} AS "tenantId", ${idFrom('json.correlation')} AS "correlationId",
+    ${ATTEMPTS('o')} AS "attempts", coalesce(${OCCURRED_AT}, '') AS "occurredAt",
+    ${printable(idFrom('json.tenant'))} AS "tenantId", ${printable(idFrom('json.correlation'))} AS "correlationId",
     coalesce(header.trace, json.trace) AS "trace"
   FROM ${source} o
   CROSS JOIN (SELECT NULL::jsonb AS headers) outer_headers
@@ -111,7 +150,7 @@ export const eventsOf = (
     OFFSET 0
   ) header ON true
   LEFT JOIN LATERAL (
-    SELECT p.*, octet_length(p.text) + ${TEXT_BYTES('o')} AS bytes,
+    SELECT p.*, octet_length(p.text) + ${TEXT_BYTES('o')} AS bytes, ${flaw('o', 'p.text')} AS flaw,
       ${traceContext('p.parent', `(${textOf("o.payload #> '{metadata,tracestate}'")})`)} AS trace
     FROM (SELECT f.may_fit, CASE WHEN f.may_fit THEN o.payload::text END AS text,
                  CASE WHEN f.may_fit THEN ${textOf("o.payload #> '{metadata,traceparent}'")} END AS parent,
@@ -143,7 +182,7 @@ const mayFit = (payload: string, maxEventBytes: number) => `
 
 /** What `weighed` needs of a row. */
 export const WEIGHT_COLUMNS = (row: string) =>
-  `${row}.payload, pg_column_size(${row}.payload) AS stored_bytes, ${TEXT_BYTES(row)} AS text_bytes`;
+  `${row}.payload, coalesce(pg_column_size(${row}.payload), 0) AS stored_bytes, ${TEXT_BYTES(row)} AS text_bytes`;
 
 /**
  * The first rows of `source`, by id, that together are no more than a claim may fetch; one at least. First by what they
@@ -164,13 +203,14 @@ export const weighed = (source: string, maxEventBytes: number) => {
 };
 
 /**
+ * - `22021`, `22P05`: it has characters that UTF-8 does not have (see isUtf8 for the common case)
  * - `54000`: the text is longer than PostgreSQL's 1 GB
  * - `54001`: it is nested deeper than PostgreSQL's stack allows
  * - `53200`: there is no memory for it
  * - `57014`: printing takes longer than a statement may
  * - `XX000`, `XX001`: the row is damaged
  */
-const AT_FAULT = new Set(['54000', '54001', '53200', '57014', 'XX000', 'XX001']);
+const AT_FAULT = new Set(['22021', '22P05', '54000', '54001', '53200', '57014', 'XX000', 'XX001']);
 
 /**
  * Whether a statement may have failed by the payload of a row that it was to print. One that printed for longer than

@@ -54,12 +54,14 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
     async recordFailure(
       failure: RowName & Readonly<{ attempts: number; reason: string; retryInMs: number }>,
     ): Promise<void> {
-      await pool.query(
-        `UPDATE identity.outbox o
-         SET attempts = $3, error_message = $4, next_attempt_at = now() + $5 ${MS}
-         -- Not "and leased": an attempt may fail before the lease that started it is committed.
-         WHERE o.id = $1 AND o.event_id = $2 AND ${STILL_LIVE('o')} AND o.attempts <= $3`,
-        [failure.id, failure.eventId, failure.attempts, failure.reason, failure.retryInMs],
+      await transaction(pool, options.statementTimeoutMs, 'durable', (tx) =>
+        tx.query(
+          `UPDATE identity.outbox o
+           SET attempts = $3, error_message = $4, next_attempt_at = now() + $5 ${MS}
+           -- Not "and leased": an attempt may fail before the lease that started it is committed.
+           WHERE o.id = $1 AND o.event_id = $2 AND ${STILL_LIVE('o')} AND o.attempts <= $3`,
+          [failure.id, failure.eventId, failure.attempts, failure.reason, failure.retryInMs],
+        ),
       );
     },
 

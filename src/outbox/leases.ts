@@ -1,5 +1,6 @@
 import { type Pool, type Queryable, transaction } from '../connections/database.ts';
-import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
+import { ATTEMPTS, ENTRY_ID, MS, type OutboxOptions, STILL_LIVE, TOPIC } from './conditions.ts';
+import { printable, printableType } from './event-of-row.ts';
 
 /** Leases that have ended, and what the lease reaper makes of their rows. */
 
@@ -30,8 +31,8 @@ const ENDED_AT = (row: string) =>
 export function createLeases(pool: Pool, options: OutboxOptions) {
   const { streamName, claimLeaseMs, statementTimeoutMs } = options;
 
-  async function expireLeases(db: Pick<Queryable, 'query'>, eventIds: readonly string[]): Promise<void> {
-    await db.query(
+  async function expireLeases(tx: Queryable, eventIds: readonly string[]): Promise<void> {
+    await tx.query(
       `UPDATE identity.outbox o SET next_attempt_at = now()
        WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}
          AND o.next_attempt_at > now() AND o.next_attempt_at < 'infinity'`,
@@ -62,10 +63,10 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
     expired: (limit: number): Promise<ExpiredRow[]> =>
       transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
         const { rows } = await tx.query<ExpiredRow>(
-          `SELECT o.id::text AS "id", o.event_id AS "eventId", o.aggregate_type AS "aggregateType",
-                  o.aggregate_id AS "aggregateId", coalesce(o.topic, $1) AS "topic",
-                  o.dead_lettered_at IS NOT NULL AS "isDead", o.stream_entry_id AS "knownLetter",
-                  o.attempts AS "attempts", ${ENDED_AT('o')} AS "endedAt"
+          `SELECT o.id::text AS "id", o.event_id AS "eventId", ${printableType('o.aggregate_type')} AS "aggregateType",
+                  o.aggregate_id AS "aggregateId", ${printable(TOPIC('o', '$1'))} AS "topic",
+                  o.dead_lettered_at IS NOT NULL AS "isDead", ${ENTRY_ID('o')} AS "knownLetter",
+                  ${ATTEMPTS('o')} AS "attempts", ${ENDED_AT('o')} AS "endedAt"
            FROM identity.outbox o WHERE ${EXPIRED('o')} ORDER BY o.next_attempt_at LIMIT $2`,
           [streamName, limit],
         );
@@ -122,7 +123,8 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
 
     /** These leases end now, so that the reaper asks what became of the jobs. */
     expireLeases,
-    expireLeasesOf: (eventIds: readonly string[]): Promise<void> => expireLeases(pool, eventIds),
+    expireLeasesOf: (eventIds: readonly string[]): Promise<void> =>
+      transaction(pool, statementTimeoutMs, 'durable', (tx) => expireLeases(tx, eventIds)),
 
     /**
      * Redis may have lost jobs: every lease ends now. Rows that wait for a retry go on waiting: their time comes.
@@ -138,10 +140,12 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
 
     /** Of these events, those whose row is live: neither published, nor dead, nor gone. */
     async liveOf(eventIds: readonly string[]): Promise<string[]> {
-      const { rows } = await pool.query<{ eventId: string }>(
-        `SELECT o.event_id AS "eventId" FROM identity.outbox o
-         WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}`,
-        [eventIds],
+      const { rows } = await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
+        tx.query<{ eventId: string }>(
+          `SELECT o.event_id AS "eventId" FROM identity.outbox o
+           WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}`,
+          [eventIds],
+        ),
       );
       return rows.map((row) => row.eventId);
     },

@@ -4,6 +4,16 @@ import { drizzle } from 'drizzle-orm/node-postgres';
 import { migrate as runMigrations } from 'drizzle-orm/node-postgres/migrator';
 import type pg from 'pg';
 import type { Logger } from '../telemetry/logger.ts';
+import { RequirementError } from '../verdict.ts';
+import {
+  columnsWithNulls,
+  missingFromTable,
+  NO_TABLE,
+  nullableColumns,
+  nullsIn,
+  topicByDefault,
+  unsuitableInTable,
+} from './required.ts';
 import { installWakeup, removeWakeup } from './wakeup.ts';
 
 const MIGRATIONS = fileURLToPath(new URL('../../drizzle', import.meta.url));
@@ -18,12 +28,20 @@ const TABLE_LOCK_TIMEOUT_MS = 10_000;
  * several pods migrate at once (they take turns) and when it is run again.
  *
  * @param notify install the wake-up trigger; false removes it
+ * @param topic of rows that name none, in a table that is made here; an adopted one keeps its default
+ * @throws {RequirementError} when there is a table, or something of its name, that cannot be adopted: nothing was done
  * @throws when the database refuses a step: nothing of that step was done
  */
-export async function migrate(client: pg.Client, notify: boolean, logger: Logger): Promise<void> {
+export async function migrate(
+  client: pg.Client,
+  notify: boolean,
+  logger: Logger,
+  topic?: string,
+): Promise<void> {
   await takeTurn(client, logger);
   try {
     await client.query(`SET lock_timeout = ${TABLE_LOCK_TIMEOUT_MS}`);
+    const isNew = await refuseUnsuitable(client);
     await indexWithoutBlocking(client, logger);
     const before = await applied(client);
     await runMigrations(drizzle(client), {
@@ -31,13 +49,38 @@ export async function migrate(client: pg.Client, notify: boolean, logger: Logger
       migrationsSchema: 'identity',
       migrationsTable: 'relay_migrations',
     });
+    await client.query('INSERT INTO identity.relay_owner DEFAULT VALUES ON CONFLICT DO NOTHING');
     const after = await applied(client);
     logger.info({ applied: after - before, total: after }, 'migrations are up to date');
+    if (isNew && topic !== undefined) await setTopicByDefault(client, topic);
     const trigger = notify ? await installWakeup(client) : await removeWakeup(client);
     logger.info({ trigger }, 'wake-up trigger');
   } finally {
     await client.query(`SELECT pg_advisory_unlock(${MIGRATING})`);
   }
+}
+
+/**
+ * @returns whether there is no table yet
+ * @throws {RequirementError} naming everything that has to be changed by hand
+ */
+async function refuseUnsuitable(client: pg.Client): Promise<boolean> {
+  const problems = await unsuitableInTable(client);
+  const nullable = problems.length > 0 ? [] : await nullableColumns(client);
+  const withNulls = nullable.length > 0 ? await columnsWithNulls(client, nullable) : [];
+  if (withNulls.length > 0) problems.push(nullsIn(withNulls));
+  if (problems.length > 0)
+    throw new RequirementError(
+      `nothing was changed, since identity.outbox cannot be adopted as it is: ${problems.join('; ')}`,
+    );
+  return (await missingFromTable(client)).includes(NO_TABLE);
+}
+
+async function setTopicByDefault(client: pg.Client, topic: string): Promise<void> {
+  if ((await topicByDefault(client)) === topic) return;
+  await client.query(
+    `ALTER TABLE identity.outbox ALTER COLUMN topic SET DEFAULT ${client.escapeLiteral(topic)}`,
+  );
 }
 
 /**

@@ -1,7 +1,9 @@
 import { type Durability, GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { createGeneration } from '../connections/generation.ts';
 import { createClaims } from './claims.ts';
 import type { OutboxOptions } from './conditions.ts';
 import { createFinalize } from './finalize.ts';
+import { createForgotten } from './forgotten.ts';
 import { createLeases } from './leases.ts';
 import { createParked } from './parked.ts';
 import { createPublished } from './published.ts';
@@ -19,13 +21,11 @@ const COMPARING = '1919705465, 1936028780';
  * in the WHERE; the states are described in table.ts. The database clock (`now()`) alone decides leases.
  */
 export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
-  // biome-ignore lint/nursery/noMisusedPromises: it is no promise
   ...createClaims(pool, options),
   ...createFinalize(pool, options),
+  ...createForgotten(pool, options),
   ...createLeases(pool, options),
-  // biome-ignore lint/nursery/noMisusedPromises: it is no promise
   ...createParked(pool, options),
-  // biome-ignore lint/nursery/noMisusedPromises: it is no promise
   ...createPublished(pool, options),
 
   /**
@@ -47,6 +47,16 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
       tx.query(`SELECT pg_advisory_xact_lock(${COMPARING})`),
     );
   },
+
+  /**
+   * Which generation of the database this is, and its time to the microsecond; see Generation.look.
+   * @throws when it does not answer, or is not the primary
+   */
+  look: (known?: string | null): Promise<Readonly<{ now: string; generation: string }>> =>
+    (pool.generation ?? createGeneration()).look(pool, options.statementTimeoutMs, known),
+
+  /** From now on transactions of any other generation fail. */
+  accept: (generation: string): void => pool.generation?.accept(generation),
 
   transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
     transaction(pool, options.statementTimeoutMs, durability, work, GENERIC),

@@ -1,6 +1,7 @@
 import { type Pool, transaction } from '../connections/database.ts';
 import type { Aggregate } from '../event.ts';
 import { FIRST, LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, STILL_LIVE } from './conditions.ts';
+import { printableType, storedType } from './event-of-row.ts';
 import { orderOf } from './order.ts';
 
 /** Parked rows wait behind an earlier row of their aggregate; here they are freed, and asked about. */
@@ -29,13 +30,16 @@ export function createParked(pool: Pool, options: OutboxOptions) {
      * @returns how many rows became fresh, and how many of the aggregates have parked rows
      */
     async refill(aggregates: readonly Aggregate[]): Promise<{ fresh: number; waiting: number }> {
+      // A list that is computed is planned as if it were long.
+      const isEscaped = aggregates.some((it) => it.aggregateType.startsWith('\\x'));
+      const types = isEscaped ? `array(SELECT ${storedType('t')} FROM unnest($1::text[]) t)` : '$1::text[]';
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
         const { rows } = await tx.query<{ fresh: number; waiting: number }>({
-          name: `relay-refill-${variant}`,
+          name: `relay-refill-${variant}${isEscaped ? '-escaped' : ''}`,
           // Most aggregates have no parked row, which their own index says at once. Asked one by one: EXISTS became a
           // join with all parked rows (100 aggregates beside 100,000 parked rows: 4 s instead of 1 ms).
           text: `WITH waiting AS MATERIALIZED (
-             SELECT a.* FROM unnest($1::text[], $2::uuid[]) AS a (aggregate_type, aggregate_id)
+             SELECT a.* FROM unnest(${types}, $2::uuid[]) AS a (aggregate_type, aggregate_id)
              CROSS JOIN LATERAL (
                SELECT p.id FROM identity.outbox p
                WHERE ${LIVE('p')} AND ${PARKED('p')} AND ${OF_AGGREGATE('p', 'a')} ${FIRST('p')}
@@ -103,11 +107,11 @@ export function createParked(pool: Pool, options: OutboxOptions) {
           ORDER BY p.aggregate_type, p.aggregate_id LIMIT 1`;
         const { rows } = await tx.query<Aggregate>(
           `WITH RECURSIVE walk AS (
-             (${next('($1::text, $2::uuid)')})
+             (${next(`(${storedType('$1::text')}, $2::uuid)`)})
              UNION ALL
              SELECT step.* FROM walk w CROSS JOIN LATERAL (${next('(w.aggregate_type, w.aggregate_id)')}) step
            )
-           SELECT aggregate_type AS "aggregateType", aggregate_id AS "aggregateId" FROM walk LIMIT $3`,
+           SELECT ${printableType('aggregate_type')} AS "aggregateType", aggregate_id AS "aggregateId" FROM walk LIMIT $3`,
           [after?.aggregateType ?? '', after?.aggregateId ?? '00000000-0000-0000-0000-000000000000', limit],
         );
         return rows;

@@ -1,6 +1,7 @@
+import { sql } from 'drizzle-orm';
 import { drizzle } from 'drizzle-orm/node-postgres';
 import {
-  bigserial,
+  bigint,
   jsonb,
   type PgDatabase,
   type PgQueryResultHKT,
@@ -9,7 +10,6 @@ import {
   uuid,
 } from 'drizzle-orm/pg-core';
 import type pg from 'pg';
-import { outbox } from './table.ts';
 
 /** A domain event as its producer knows it. */
 export type NewEvent = {
@@ -36,17 +36,22 @@ export type NewEvent = {
 // biome-ignore lint/suspicious/noExplicitAny: drizzle's schema parameters are invariant; ours are irrelevant here
 export type Transaction = pg.ClientBase | PgDatabase<PgQueryResultHKT, any, any>;
 
-/** What a producer fills, with the column that a team may have added. It is not ours: no migration makes it. */
-const withHeaders = pgSchema('identity').table('outbox', {
-  id: bigserial('id', { mode: 'bigint' }),
+/**
+ * What a producer fills. drizzle names every column of a table in an INSERT, and PostgreSQL asks for the right to each
+ * that is named: so no others, and `id` as one that drizzle leaves out.
+ */
+const columns = {
+  id: bigint('id', { mode: 'bigint' }).notNull().generatedAlwaysAs(sql`nextval`),
   eventId: uuid('event_id').notNull().defaultRandom(),
   eventType: text('event_type').notNull(),
   aggregateType: text('aggregate_type').notNull().default('user'),
   aggregateId: uuid('aggregate_id').notNull(),
   payload: jsonb('payload').notNull(),
   topic: text('topic').default('identity.user.v1'),
-  headers: jsonb('headers'),
-});
+};
+const events = pgSchema('identity').table('outbox', columns);
+/** The same with the column that a team may have added. It is not ours: no migration makes it. */
+const eventsWithHeaders = pgSchema('identity').table('outbox', { ...columns, headers: jsonb('headers') });
 
 /**
  * Writes an event into the outbox, within the caller's own transaction: it exists if and only if that commits.
@@ -70,14 +75,13 @@ export async function appendEvent(
     ...(topic !== undefined && { topic }),
     ...(eventId !== undefined && { eventId }),
   };
-  // An insert names all columns of its table, and most tables have no headers.
   const [row] =
     headers === undefined
-      ? await db.insert(outbox).values(values).returning({ id: outbox.id, eventId: outbox.eventId })
+      ? await db.insert(events).values(values).returning({ id: events.id, eventId: events.eventId })
       : await db
-          .insert(withHeaders)
+          .insert(eventsWithHeaders)
           .values({ ...values, headers })
-          .returning({ id: withHeaders.id, eventId: withHeaders.eventId });
+          .returning({ id: eventsWithHeaders.id, eventId: eventsWithHeaders.eventId });
   if (!row) throw new Error('the insert into identity.outbox returned no row');
   return row;
 }

@@ -1,4 +1,6 @@
+import type pg from 'pg';
 import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { errorText } from '../telemetry/logger.ts';
 
 /**
  * Deleting published rows that are old enough. They are found by two indexes, in the order of their time: those with
@@ -25,8 +27,12 @@ export type PruneStep = Readonly<{
   dryRun?: boolean;
 }>;
 
+/** A row that may go, and which the database keeps: a foreign key, a trigger or row security of somebody else's. */
+export type KeptRow = Readonly<{ id: string; reason: string }>;
+
 export type PruneResult = Readonly<{
   deleted: number;
+  kept: readonly KeptRow[];
   /** Where the next step begins; null: there is nothing further. */
   next: PrunePlace | null;
 }>;
@@ -51,49 +57,118 @@ const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
  */
 const PRUNABLE = 'CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE false END';
 
+/** A row that was kept is not tried again for so long. */
+const KEPT_FOR_MS = 3_600_000;
+/** So many of them are remembered, at most. */
+const KEPT_MAX = 10_000;
+
+/** SQLSTATEs of what has nothing to do with the rows: connection, permission on the table, resources, shutdown. */
+const BY_NO_ROW = /^(08|25|28|3D|3F|42|53|57P|58)/;
+const mayBeByRow = (error: unknown): error is Error => {
+  const { code } = error as Partial<pg.DatabaseError>;
+  return typeof code === 'string' && code.length === 5 && !BY_NO_ROW.test(code);
+};
+const SILENTLY = 'it was not deleted, and no error said why: a trigger, a rule or row security keeps it';
+
 export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ statementTimeoutMs: number }>) {
-  async function look(tx: Queryable, step: PruneStep): Promise<PruneResult> {
+  /** Rows that were kept lately, and until when they are not tried. */
+  const kept = new Map<string, number>();
+
+  function keptNow(): string[] {
+    for (const [id, until] of kept) if (until <= Date.now()) kept.delete(id);
+    return [...kept.keys()];
+  }
+
+  function keep(rows: readonly KeptRow[]): void {
+    for (const { id } of rows) if (kept.size < KEPT_MAX) kept.set(id, Date.now() + KEPT_FOR_MS);
+  }
+
+  /** Looks at the next rows, and tells which of them may go. */
+  async function look(tx: Queryable, step: PruneStep): Promise<{ ids: string[]; next: PrunePlace | null }> {
     const { at, condition } = WALKS[step.kind];
-    const { rows } = await tx.query<{ deleted: number; looked: number; last: [string, string] | null }>({
-      name: `relay-prune-${step.kind}-${step.dryRun === true}`,
+    const { rows } = await tx.query<{ ids: string[]; looked: number; last: [string, string] | null }>({
+      name: `relay-prune-look-${step.kind}`,
       text: `WITH looked AS MATERIALIZED (
          SELECT o.id, ${at} AS at, ${PRUNABLE} AS prunable FROM identity.outbox o
          WHERE ${condition} AND (${at}, o.id) > ($1::timestamptz, $2::bigint) AND ${at} < $3::timestamptz
          ORDER BY ${at}, o.id LIMIT $4
-       ), gone AS (
-         ${
-           step.dryRun
-             ? 'SELECT FROM looked WHERE prunable'
-             : `DELETE FROM identity.outbox o
-                WHERE o.id = ANY (ARRAY(SELECT id FROM looked WHERE prunable)) AND ${PRUNABLE} RETURNING o.id`
-         }
        )
-       SELECT (SELECT count(*) FROM gone)::int AS deleted, (SELECT count(*) FROM looked)::int AS looked,
+       SELECT array(SELECT id::text FROM looked WHERE prunable AND id <> ALL ($5::bigint[])) AS ids,
+              (SELECT count(*) FROM looked)::int AS looked,
               (SELECT json_build_array(at::text, id::text) FROM looked ORDER BY at DESC, id DESC LIMIT 1) AS last`,
-      values: [step.after.at, step.after.id, step.before, step.limit],
+      values: [step.after.at, step.after.id, step.before, step.limit, keptNow()],
     });
-    const [{ deleted, looked, last }] = rows as [(typeof rows)[number]];
+    const [{ ids, looked, last }] = rows as [(typeof rows)[number]];
     const isEnd = looked < step.limit || last === null;
-    return { deleted, next: isEnd ? null : { at: last[0], id: last[1] } };
+    return { ids, next: isEnd ? null : { at: last[0], id: last[1] } };
+  }
+
+  /** Deletes these rows as far as they may still go, and tells which stayed. */
+  async function remove(tx: Queryable, ids: readonly string[]): Promise<KeptRow[]> {
+    const { rows } = await tx.query<{ id: string }>({
+      name: 'relay-prune',
+      text: `WITH gone AS (
+         DELETE FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${PRUNABLE} RETURNING o.id
+       ) SELECT id::text FROM unnest($1::bigint[]) AS wanted (id) WHERE id NOT IN (SELECT id FROM gone)`,
+      values: [ids],
+    });
+    return rows.map(({ id }) => ({ id, reason: SILENTLY }));
+  }
+
+  /** While no other process deletes. Done again after a crash of PostgreSQL, should that undo it. */
+  const alone = <T>(work: (tx: Queryable) => Promise<T>): Promise<T | 'busy'> =>
+    transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+      const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${PRUNING}) AS mine`);
+      return rows[0].mine ? work(tx) : 'busy';
+    });
+
+  /**
+   * One of these rows makes their deletion fail, or all of them take too long: by halves, each in a transaction of its
+   * own, until it is known which.
+   */
+  async function removeByHalves(ids: readonly string[]): Promise<KeptRow[] | 'busy'> {
+    try {
+      return await alone((tx) => remove(tx, ids));
+    } catch (error) {
+      const [id] = ids;
+      if (!mayBeByRow(error) || id === undefined) throw error;
+      if (ids.length === 1) return [{ id, reason: errorText(error) }];
+      const middle = Math.ceil(ids.length / 2);
+      const first = await removeByHalves(ids.slice(0, middle));
+      const second = first === 'busy' ? first : await removeByHalves(ids.slice(middle));
+      return first === 'busy' || second === 'busy' ? 'busy' : [...first, ...second];
+    }
   }
 
   return {
     /**
-     * One short transaction: looks at the next rows and deletes those that may go, unless another process is doing so.
-     * Done again after a crash of PostgreSQL, should that undo it.
+     * Looks at the next rows and deletes those that may go, in one short transaction, unless another process is doing
+     * so. A row that the database keeps stays, and is not tried again for an hour; the others go.
      */
-    step: (step: PruneStep): Promise<PruneResult | 'busy'> =>
-      transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        if (step.dryRun) return look(tx, step);
-        const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${PRUNING}) AS mine`);
-        return rows[0].mine ? look(tx, step) : 'busy';
-      }),
+    async step(step: PruneStep): Promise<PruneResult | 'busy'> {
+      let found = { ids: [] as string[], next: null as PrunePlace | null };
+      const lookAndRemove = async (tx: Queryable): Promise<KeptRow[]> => {
+        found = await look(tx, step);
+        return step.dryRun || found.ids.length === 0 ? [] : remove(tx, found.ids);
+      };
+      let stayed: KeptRow[] | 'busy';
+      try {
+        stayed = step.dryRun
+          ? await transaction(pool, statementTimeoutMs, 'repeatable', lookAndRemove)
+          : await alone(lookAndRemove);
+      } catch (error) {
+        if (!mayBeByRow(error) || found.ids.length === 0) throw error;
+        stayed = await removeByHalves(found.ids);
+      }
+      if (stayed === 'busy') return 'busy';
+      keep(stayed);
+      return { deleted: found.ids.length - stayed.length, kept: stayed, next: found.next };
+    },
 
     /** The database's time so long ago. */
     async ago(ms: number): Promise<string> {
-      const { rows } = await pool.query<{ at: string }>(
-        `SELECT (now() - $1 * interval '1 millisecond')::text AS at`,
-        [ms],
+      const { rows } = await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
+        tx.query<{ at: string }>(`SELECT (now() - $1 * interval '1 millisecond')::text AS at`, [ms]),
       );
       return (rows[0] as { at: string }).at;
     },

@@ -1,6 +1,6 @@
 import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
-import { byId, type OutboxOptions } from './conditions.ts';
+import { byId, ENTRY_ID, type OutboxOptions, TOPIC } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
 /**
@@ -14,6 +14,7 @@ export type FinalizedRow = Readonly<{
   eventId: string;
   /** Key of its stream; null for the dead-letter stream. */
   topic: string | null;
+  /** Empty where the row has something that is no entry id: it counts as lost. */
   entryId: string;
   /** When it was published or given up, as the database prints it. */
   settledAt: string;
@@ -66,7 +67,7 @@ export function createPublished(
            SELECT * FROM identity.outbox WHERE id = ANY ($2::bigint[]) AND ${condition}
          ) ${eventsOf('finalized', maxEventBytes, {
            columns: `o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",
-                     o.stream_entry_id AS "entryId",`,
+                     ${ENTRY_ID('o')} AS "entryId",`,
            ...(!printing && { printed: 'false', otherwise: 'o.error_message' }),
          })}`,
         [streamName, ids],
@@ -90,16 +91,18 @@ export function createPublished(
   return {
     /** The database's time, to the microsecond. */
     async databaseTime(): Promise<string> {
-      const { rows } = await pool.query<{ now: string }>('SELECT clock_timestamp()::text AS now');
+      const { rows } = await read((tx) => tx.query<{ now: string }>('SELECT clock_timestamp()::text AS now'));
       return (rows[0] as { now: string }).now;
     },
 
     /** Where a comparison begins: `windowMs` ago, or at `intactUntil` if that is later. */
     async comparedFrom(windowMs: number, intactUntil: string | null): Promise<string> {
-      const { rows } = await pool.query<{ since: string }>(
-        `SELECT greatest(now() - $1 * interval '1 millisecond',
-                         $2::timestamptz - $3 * interval '1 millisecond')::text AS since`,
-        [windowMs, intactUntil, CLOCK_STEP_MS],
+      const { rows } = await read((tx) =>
+        tx.query<{ since: string }>(
+          `SELECT greatest(now() - $1 * interval '1 millisecond',
+                           $2::timestamptz - $3 * interval '1 millisecond')::text AS since`,
+          [windowMs, intactUntil, CLOCK_STEP_MS],
+        ),
       );
       return (rows[0] as { since: string }).since;
     },
@@ -109,8 +112,8 @@ export function createPublished(
       read(async (tx) => {
         const { rows } = await tx.query<FinalizedRow>(
           `SELECT o.id::text AS "id", o.event_id AS "eventId",
-                  CASE WHEN o.dead_lettered_at IS NULL THEN coalesce(o.topic, $1) END AS "topic",
-                  o.stream_entry_id AS "entryId", ${SETTLED_AT}::text AS "settledAt"
+                  CASE WHEN o.dead_lettered_at IS NULL THEN ${TOPIC('o', '$1')} END AS "topic",
+                  coalesce(${ENTRY_ID('o')}, '') AS "entryId", ${SETTLED_AT}::text AS "settledAt"
            FROM identity.outbox o
            WHERE o.stream_entry_id IS NOT NULL AND (${SETTLED_AT}, o.id) > ($2::timestamptz, $3::bigint)
              AND ${SETTLED_AT} <= $4::timestamptz
@@ -120,7 +123,10 @@ export function createPublished(
         return rows;
       }),
 
-    /** Of the same rows, those that are in the stream of their topic and match. */
+    /**
+     * Of the same rows, those that are in the stream of their topic and match. Those whose entry id is none are left out:
+     * they were not published by a relay, and "relay verify --repair" has them published.
+     */
     publishedRows: (
       filter: PublishedFilter,
       after: FinalizedPlace,
@@ -129,13 +135,13 @@ export function createPublished(
     ): Promise<PublishedRow[]> =>
       read(async (tx) => {
         const { rows } = await tx.query<PublishedRow>(
-          `SELECT o.id::text AS "id", o.event_id AS "eventId", coalesce(o.topic, $1) AS "topic",
+          `SELECT o.id::text AS "id", o.event_id AS "eventId", ${TOPIC('o', '$1')} AS "topic",
                   o.stream_entry_id AS "entryId",
                   ${SETTLED_AT}::text AS "settledAt", pg_column_size(o.payload) AS "bytes",
                   round(extract(epoch FROM ${SETTLED_AT}) * 1000000)::bigint::text AS "settledUs"
            FROM identity.outbox o
            WHERE o.stream_entry_id IS NOT NULL AND (${SETTLED_AT}, o.id) > ($2::timestamptz, $3::bigint)
-             AND ${SETTLED_AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL
+             AND ${SETTLED_AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL AND (${ENTRY_ID('o')}) IS NOT NULL
              AND ($6::text IS NULL OR coalesce(o.topic, $1) = $6) AND ($7::text IS NULL OR o.event_type = $7)
              AND ($8::text IS NULL OR o.aggregate_type = $8) AND ($9::uuid IS NULL OR o.aggregate_id = $9)
            ORDER BY ${SETTLED_AT}, o.id LIMIT $5`,
@@ -176,8 +182,8 @@ export function createPublished(
                      attempts = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.attempts ELSE 0 END,
                      error_message = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.error_message END
                  FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS l (id, event_id, entry_id)
-                 -- Not "equal", by which the index of rows with an entry seems to answer, and is read from end to end.
-                 WHERE o.id = l.id AND o.event_id = l.event_id AND o.stream_entry_id IS NOT DISTINCT FROM l.entry_id
+                 -- Not the column itself, by which the index of rows with an entry seems to answer, and is read to its end.
+                 WHERE o.id = l.id AND o.event_id = l.event_id AND coalesce(${ENTRY_ID('o')}, '') = l.entry_id
                    AND CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE o.dead_lettered_at IS NOT NULL END`,
           values: [lost.map((it) => it.id), lost.map((it) => it.eventId), lost.map((it) => it.entryId)],
         });

@@ -2,6 +2,7 @@ import { sql } from 'drizzle-orm';
 import {
   bigserial,
   boolean,
+  check,
   index,
   integer,
   jsonb,
@@ -11,6 +12,7 @@ import {
   uuid,
 } from 'drizzle-orm/pg-core';
 
+const identity = pgSchema('identity');
 const instant = (name: string) => timestamp(name, { withTimezone: true });
 
 /**
@@ -30,7 +32,7 @@ const instant = (name: string) => timestamp(name, { withTimezone: true });
  * `relay_outbox_settled`, which finds entry ids by the time of their row, should Redis lose its last entries, and
  * `relay_outbox_unreceipted`, which finds published rows that have none. By these two, old rows are found to be deleted.
  */
-export const outbox = pgSchema('identity').table(
+export const outbox = identity.table(
   'outbox',
   {
     id: bigserial('id', { mode: 'bigint' }).primaryKey(),
@@ -82,4 +84,17 @@ export const outbox = pgSchema('identity').table(
       .on(sql`coalesce(published_at, created_at)`, row.id)
       .where(sql`published and stream_entry_id is null`),
   ],
+);
+
+/**
+ * One row: by its token the database is known again, beside the queues in Redis (connections/ownership.ts), wherever it
+ * is restored or copied to. No secret.
+ */
+export const relayOwner = identity.table(
+  'relay_owner',
+  {
+    isOnly: boolean('is_only').primaryKey().default(true),
+    token: uuid('token').notNull().defaultRandom(),
+  },
+  (row) => [check('relay_owner_is_only', sql`${row.isOnly}`)],
 );

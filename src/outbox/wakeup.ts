@@ -1,5 +1,6 @@
 import type pg from 'pg';
 import type { Pool, Queryable } from '../connections/database.ts';
+import { type HealthyPool, ReadOnlyError, TooFewSessionsError } from '../connections/pool-health.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /**
@@ -50,6 +51,36 @@ export async function hasWakeup(db: Queryable): Promise<boolean> {
   return rowCount === 1;
 }
 
+/** Whether somebody has switched the trigger off (DISABLE TRIGGER). */
+export async function isWakeupOff(db: Queryable): Promise<boolean> {
+  const { rowCount } = await db.query(
+    `SELECT FROM pg_trigger WHERE tgrelid = 'identity.outbox'::regclass AND tgname = 'relay_outbox_wakeup'
+     AND tgenabled IN ('D', 'R')`,
+  );
+  return rowCount === 1;
+}
+
+/** Longest time that a notification takes where any arrives. */
+const HEARD_WITHIN_MS = 2_000;
+
+/**
+ * Whether a session that listens hears another one. Of a pooler in transaction mode the same session might hear itself,
+ * while both its transactions are on one connection.
+ */
+export async function hearsNotifications(pool: Pool & Queryable): Promise<boolean> {
+  const client = await (pool.leaving?.(1) ?? pool).connect();
+  client.on('error', () => {}); // it is closed in any case
+  try {
+    const heard = new Promise<true>((resolve) => client.once('notification', () => resolve(true)));
+    await client.query('LISTEN relay_check');
+    await pool.query(`SELECT pg_notify('relay_check', '')`);
+    return await Promise.race([heard, pause(HEARD_WITHIN_MS, heard).then(() => false)]);
+  } finally {
+    // It goes on listening.
+    client.release(true);
+  }
+}
+
 /**
  * - `armed`: writers notify from now on; claim once more, then sleep.
  * - `already-armed`: this or another pod had armed it: sleep.
@@ -64,8 +95,19 @@ export type Wakeup = Readonly<{
   arm(): Promise<Arming>;
 }>;
 
-export function createWakeup(deps: { pool: Pool; logger: Logger; onWake: () => void }): Wakeup {
-  const { pool, logger, onWake } = deps;
+/** Sessions that claiming takes beside the one that listens. */
+const OTHER_SESSIONS = 2;
+
+export function createWakeup(deps: {
+  pool: Pool & Partial<Pick<HealthyPool, 'sessions'>>;
+  logger: Logger;
+  onWake: () => void;
+}): Wakeup {
+  const { logger, onWake } = deps;
+  const pool = deps.pool.leaving?.(OTHER_SESSIONS) ?? deps.pool;
+  /** A session that only listens is the first that a pod does without. */
+  const hasTooFewSessions = () => (deps.pool.sessions?.().granted ?? OTHER_SESSIONS + 1) <= OTHER_SESSIONS;
+  let isLost = false;
   let stopped = true;
   /** The listening connection, once it has proved that notifications arrive. */
   let listener: pg.PoolClient | undefined;
@@ -107,11 +149,16 @@ export function createWakeup(deps: { pool: Pool; logger: Logger; onWake: () => v
       }
       client.on('notification', onNotification(client));
       listener = client;
+      if (isLost) logger.info({}, 'notifications of new events arrive again');
+      isLost = false;
       onWake(); // whatever was missed while nobody listened
       while (!stopped) {
         const beat = await Promise.race([broken.then(() => 'broken'), pause(HEARTBEAT_MS, broken)]);
         if (beat === 'broken' || stopped) break;
-        await query(client, 'SELECT 1');
+        // On a server that has become a standby nobody writes, so nobody notifies.
+        const { rows } = await query(client, 'SELECT pg_is_in_recovery() AS "isStandby"');
+        if (rows[0].isStandby) throw new ReadOnlyError(true);
+        if (hasTooFewSessions()) throw new TooFewSessionsError('its session is needed to claim and publish');
       }
     } catch (error) {
       failed = error as Error;
@@ -141,10 +188,12 @@ export function createWakeup(deps: { pool: Pool; logger: Logger; onWake: () => v
           try {
             await listen();
           } catch (error) {
-            logger.warn(
-              { err: error },
-              'lost the connection that listens for new events; polling until it is back',
-            );
+            if (!isLost)
+              logger.warn(
+                { err: error },
+                'lost the connection that listens for new events; polling until it is back',
+              );
+            isLost = true;
           }
           if (!stopped) {
             const stopping = new Promise<void>((resolve) => {

@@ -1,4 +1,7 @@
+import type { RelayConfig } from '../config/config.ts';
 import { brief, type OutboxEvent } from '../event.ts';
+import { streamOptionsOf } from '../stream-options.ts';
+import { createValidator } from '../streams/validate.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 
 /** How Redis says that the user may not: for the call itself, and from within a script. */
@@ -6,35 +9,55 @@ const NO_PERMISSION = /NOPERM|ACL failure/;
 
 export type EventCheck = ReturnType<typeof createEventCheck>;
 
-/** What can be wrong with an event before it is appended, and when Redis refuses it. */
-export function createEventCheck(deps: {
+type Rules = Readonly<{
   /** Why the topic can never be the key of a stream, or null. */
   topicProblem: (topic: string) => string | null;
   /** How the payload breaks the schema of its event type, without quoting it. */
   violations: (eventType: string, payload: string) => string[];
   /** Whether a violation keeps the event out of the stream. */
   strict: boolean;
-  /** Rejects with the reason when Redis refuses the relay everything, also what is not the event's stream. */
-  assertPermitted: (event: OutboxEvent) => Promise<unknown>;
   logger: Logger;
-}) {
+}>;
+
+export const rulesOf = (config: RelayConfig, logger: Logger): Rules => ({
+  topicProblem: streamOptionsOf(config).topicProblem,
+  violations: config.validation === 'off' ? () => [] : createValidator(),
+  strict: config.validation === 'strict',
+  logger,
+});
+
+/**
+ * What can be wrong with an event before it is appended. Whatever appends an event asks here: a row that was inserted
+ * as published has never been asked before it is republished.
+ * @returns why the event can never be appended, or null
+ */
+export const createProblemOf =
+  (rules: Rules) =>
+  (event: OutboxEvent): string | null => {
+    if (event.withheld) return event.withheld;
+    const topicProblem = rules.topicProblem(event.topic);
+    if (topicProblem !== null) return topicProblem;
+    const violations = rules.violations(event.eventType, event.payload);
+    if (violations.length === 0) return null;
+    const { eventId } = event;
+    const eventType = brief(event.eventType);
+    if (rules.strict) return `payload breaks the schema of ${eventType}: ${violations.join('; ')}`;
+    rules.logger.warn(
+      { eventId, eventType, violations },
+      'payload breaks the schema of its event type; published all the same',
+    );
+    return null;
+  };
+
+/** The same, and what a refusal by Redis means. */
+export function createEventCheck(
+  deps: Rules & {
+    /** Rejects with the reason when Redis refuses the relay everything, also what is not the event's stream. */
+    assertPermitted: (event: OutboxEvent) => Promise<unknown>;
+  },
+) {
   return {
-    /** Why the event can never be published, or null. */
-    problemOf(event: OutboxEvent): string | null {
-      if (event.withheld) return event.withheld;
-      const topicProblem = deps.topicProblem(event.topic);
-      if (topicProblem !== null) return topicProblem;
-      const violations = deps.violations(event.eventType, event.payload);
-      if (violations.length === 0) return null;
-      const { eventId } = event;
-      const eventType = brief(event.eventType);
-      if (deps.strict) return `payload breaks the schema of ${eventType}: ${violations.join('; ')}`;
-      deps.logger.warn(
-        { eventId, eventType, violations },
-        'payload breaks the schema of its event type; published all the same',
-      );
-      return null;
-    },
+    problemOf: createProblemOf(deps),
 
     /** Of a refusal: why Redis refuses the relay everything, or null when it is this event's stream. */
     async refusedEverything(event: OutboxEvent, reason: string): Promise<string | null> {

@@ -1,5 +1,5 @@
 import pLimit from 'p-limit';
-import { type AppendOutcome, type Attempt, brief, type OutboxEvent } from '../event.ts';
+import { type AppendOutcome, type Attempt, brief, isEvent, type OutboxEvent } from '../event.ts';
 import type { Acknowledger } from '../finalize/acknowledger.ts';
 import type { DeadLetters } from '../finalize/dead-letter.ts';
 import type { RemoveJobs } from '../finalize/job-removal.ts';
@@ -12,6 +12,7 @@ import { type Epoch, epochId } from '../streams/epoch.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
+import type { Tally } from '../telemetry/tally.ts';
 import type { Tracing } from '../telemetry/tracing.ts';
 import type { EventCheck } from './event-check.ts';
 import type { Parker } from './parker.ts';
@@ -46,6 +47,10 @@ export type Released = Readonly<{ failedBefore: boolean }>;
 
 type PublishRun = Run<OutboxEvent>;
 
+/** The job's event, or null where it has none: anybody who may use the queue's Redis may add jobs. */
+const eventOf = ({ id, data }: PublishRun): OutboxEvent | null =>
+  isEvent(data) && data.eventId === id ? data : null;
+
 /**
  * One attempt to publish one event: check, append in order, decide; then acknowledge, retry, park or dead-letter. The
  * job's fate is decided first, and what follows from its end comes after it has ended in Redis.
@@ -68,20 +73,22 @@ export function createPublish(deps: {
   /** The event of this topic was published: for the heartbeat. */
   onPublished: (topic: string) => void;
   options: PublishOptions;
+  tally: Omit<Tally, 'stop'>;
   logger: Logger;
 }) {
-  const { streams, epoch: epochs, outbox, guard, options, logger } = deps;
+  const { streams, epoch: epochs, outbox, guard, options, tally, logger } = deps;
   const reportPostponed = createPostponedReport(logger);
   const writing = pLimit(WRITTEN_AT_ONCE);
   const handlers = new Set<Promise<void>>();
 
   /** The worker's processor. */
   async function process(run: PublishRun): Promise<Fate<Released | null>> {
-    const event = run.data;
-    if (!event?.eventId) {
-      logger.warn(
-        { jobId: run.id },
-        'a publish job holds no event: Redis lost it, or it is not the relay’s; ignored',
+    const event = eventOf(run);
+    if (event === null) {
+      tally.warn(
+        run.id,
+        {},
+        'publish jobs hold no event: Redis lost it, or they are not the relay’s; ignored',
       );
       return { kind: 'completed', result: null };
     }
@@ -136,10 +143,7 @@ export function createPublish(deps: {
       case 'over':
         return { kind: 'done' };
       case 'gone':
-        logger.warn(
-          { eventId: event.eventId, topic: brief(event.topic) },
-          'the job vanished before its append; its row decides',
-        );
+        tally.warn(event.eventId, {}, 'jobs vanished before their appends; their rows decide');
         await outbox.expireLeasesOf([event.eventId]).catch((error) => {
           logger.debug({ err: error, eventId: event.eventId }, 'the lease reaper asks when the lease ends');
         });
@@ -225,8 +229,9 @@ export function createPublish(deps: {
   }
 
   async function recordFailure(run: FailedRun<OutboxEvent>): Promise<void> {
-    const { data: event, failedForGoodAt, retryInMs, madeAt } = run;
-    if (!event?.eventId) return;
+    const { failedForGoodAt, retryInMs, madeAt } = run;
+    const event = eventOf(run);
+    if (event === null) return;
     const { id, eventId } = event;
     const attempts = event.attempts + run.failures;
     const reason = run.error.message;
@@ -238,19 +243,18 @@ export function createPublish(deps: {
         return;
       }
       await outbox.recordFailure({ id, eventId, attempts, reason, retryInMs });
-      logger.info(
-        { eventId, topic: brief(event.topic), attempt: attempts, reason, retryInMs },
-        'publishing failed; retry scheduled',
-      );
+      const about = { topic: brief(event.topic), attempt: attempts, reason, retryInMs };
+      tally.info(eventId, about, 'publishing failed; retries are scheduled');
       // Fresh events must always find room: when retries take up more than their share of the jobs in Redis, this
       // one waits on its row, whose lease ends when its time has come. Counted after it was added, so that any
       // number that fail at once all see themselves.
       const { delayed } = await deps.queues.inFlight();
       if (delayed > Math.floor(options.maxInFlight * RETRIES_SHARE)) await deps.removeJobs([event]);
     } catch (err) {
-      logger.error(
-        { err, eventId, attempts },
-        'cannot record a failed attempt on its row; the lease reaper does when its lease ends',
+      tally.error(
+        eventId,
+        { err },
+        'cannot record failed attempts on their rows; the lease reaper does when their leases end',
       );
     }
   }

@@ -1,12 +1,9 @@
-import { isCluster, streamPlace } from '../config/redis-places.ts';
-import { createTopicCheck } from '../config/topics.ts';
 import type { Context } from '../context.ts';
 import type { OutboxEvent } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { publishQueueName } from '../queue/queues.ts';
 import { createWorkers } from '../queue/workers.ts';
-import { createValidator } from '../streams/validate.ts';
-import { createEventCheck } from './event-check.ts';
+import { createEventCheck, rulesOf } from './event-check.ts';
 import { createParker } from './parker.ts';
 import { createPoisonGuard } from './poison-guard.ts';
 import { createPublish, type Released } from './publish.ts';
@@ -16,17 +13,11 @@ export type Publishing = ReturnType<typeof createPublishing>;
 
 /** The publish stage: its workers, and what an attempt needs besides the stores. */
 export function createPublishing(context: Context) {
-  const { config, servers, queues, outbox, logger } = context;
+  const { config, servers, queues, outbox, tally, logger } = context;
   const { queuePrefix, concurrency, publishTimeoutMs } = config;
 
   const check = createEventCheck({
-    topicProblem: createTopicCheck({
-      ...config,
-      queueKeyPrefix: `${queuePrefix}:`,
-      neighbour: isCluster(streamPlace(config)) ? config.streamName : undefined,
-    }),
-    violations: config.validation === 'off' ? () => [] : createValidator(),
-    strict: config.validation === 'strict',
+    ...rulesOf(config, logger),
     assertPermitted: ({ eventId }) =>
       Promise.all([
         context.queuesWritable(),
@@ -53,9 +44,14 @@ export function createPublishing(context: Context) {
     process: publish.process,
     onCompleted: publish.onCompleted,
     onFailed: publish.onFailed,
+    onRefused: context.metrics.refused,
     telemetry: context.tracing.jobs,
   });
-  workers.onStalled((eventId) => logger.warn({ eventId }, 'took over an event from a pod that stopped'));
+  workers.onStalled(async (eventId) => {
+    if (await queues.removeUnreadable(queues.publish, eventId).catch(() => false))
+      tally.warn(eventId, {}, 'publish jobs that nobody can read, and are not the relay’s, are removed');
+    else tally.warn(eventId, {}, 'took over events from a pod that stopped or hung');
+  });
 
   return {
     workers,

@@ -1,8 +1,17 @@
 import { Queue, QueueKeys } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
-import { brief, type Failure, type OutboxEvent, type TraceContext } from '../event.ts';
+import {
+  closesConnection,
+  isConnectionLoss,
+  isRefusal,
+  LARGE_BYTES,
+  reasonOf,
+  untilConnected,
+} from '../connections/refusals.ts';
+import { brief, type Failure, inSteps, isEvent, type OutboxEvent, type TraceContext } from '../event.ts';
 import { NotReadyError, succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import { createJobViews } from './job-views.ts';
 
 export type QueueOptions = Readonly<{
   queuePrefix: string;
@@ -72,6 +81,11 @@ export const ANSWER_TIMEOUT_MS = 4_000;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
+/** A job without its event's payload has no more bytes, about. */
+const JOB_BYTES = 800;
+/** Events that are remembered to be too large, at most. */
+const TOO_LARGE_KEPT = 1_000;
+
 /** What bullmq-otel puts the job's runs below. */
 const traced = (trace: TraceContext) => ({
   telemetry: { metadata: JSON.stringify(trace) },
@@ -95,6 +109,8 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     },
   });
 
+  const publishViews = createJobViews(redis, publish);
+
   // Whoever owns the connection reports its errors; without a listener BullMQ would print them.
   for (const queue of [claim, publish]) queue.on('error', (error) => logger.debug({ err: error }, 'queue'));
 
@@ -108,26 +124,74 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     return { attempts, backoff: { type: 'exponential', delay } };
   }
 
+  const jobOf = (event: OutboxEvent) => ({
+    name: brief(event.eventType),
+    data: event,
+    opts: { jobId: event.eventId, ...retries(event.attempts), ...(event.trace && traced(event.trace)) },
+  });
+
+  async function add(event: OutboxEvent): Promise<void> {
+    const { name, data, opts } = jobOf(event);
+    await publish.add(name, data, opts);
+  }
+
+  /** Events whose jobs the server does not take, and why: a claim that fails for another reason need not find out again. */
+  const tooLarge = new Map<string, string>();
+
+  async function addLarge(event: OutboxEvent): Promise<void> {
+    const reason = tooLarge.get(event.eventId) ?? (await refusalOf(event));
+    if (reason === null) return;
+    if (tooLarge.size >= TOO_LARGE_KEPT) tooLarge.clear();
+    tooLarge.set(event.eventId, reason);
+    // That this one is taken proves that it was the size.
+    await add({ ...event, payload: 'null', withheld: reason });
+    tooLarge.delete(event.eventId);
+  }
+
+  /**
+   * Why the server does not take the event's job, or null when it has.
+   * @throws when it takes no job now
+   */
+  async function refusalOf(event: OutboxEvent): Promise<string | null> {
+    const bytes = Buffer.byteLength(JSON.stringify(event));
+    for (let losses = 1; ; losses++) {
+      try {
+        await add(event);
+        return null;
+      } catch (error) {
+        if (isRefusal(error as Error))
+          return `Redis does not take its job of ${bytes} bytes: ${reasonOf(error as Error)}`;
+        if (!isConnectionLoss(error as Error)) throw error;
+        await untilConnected(redis);
+        // Twice in a row, each time right after the server has answered: a network that fails does not fail by the event.
+        if (losses === 2) return closesConnection(bytes);
+      }
+    }
+  }
+
   return {
     claim,
     publish,
 
+    /** Jobs as a dashboard shows them. */
+    views: { claim: createJobViews(redis, claim), publish: publishViews },
+
     jobKey: (eventId: string): string => publishJobKey(options, eventId),
 
     /**
-     * Adds one publish job per event; one that is there already is left as it is.
+     * Adds one publish job per event; one that is there already is left as it is. A large event that the server does
+     * not take gets a job without its payload, by which it is dead-lettered.
      * @throws when any of them could not be added (others may have been)
      */
     async addPublishJobs(events: readonly OutboxEvent[]): Promise<void> {
-      const jobs = events.map((event) => ({
-        name: brief(event.eventType),
-        data: event,
-        opts: { jobId: event.eventId, ...retries(event.attempts), ...(event.trace && traced(event.trace)) },
-      }));
-      const [job] = jobs;
-      // A transaction of Redis costs 150 µs of this process to begin: too much for one.
-      if (job !== undefined && jobs.length === 1) await publish.add(job.name, job.data, job.opts);
-      else await publish.addBulk(jobs);
+      const sized = events.map((event) => ({ event, bytes: JOB_BYTES + event.payload.length }));
+      for (const step of inSteps(sized, events.length, LARGE_BYTES)) {
+        const [{ event, bytes }] = step as [(typeof step)[number]];
+        // A transaction of Redis costs 150 µs of this process to begin: too much for one.
+        if (step.length > 1) await publish.addBulk(step.map((it) => jobOf(it.event)));
+        else if (bytes < LARGE_BYTES) await add(event);
+        else await addLarge(event);
+      }
     },
 
     async inFlight(): Promise<InFlight> {
@@ -200,7 +264,10 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       const excess = (await publish.getJobCountByTypes('failed')) - kept;
       if (excess <= 0) return [];
       const jobs = await publish.getFailed(kept, kept + Math.min(excess, limit) - 1);
-      return jobs.flatMap((job) => (job?.id ? [{ eventId: job.id, topic: job.data?.topic ?? '' }] : []));
+      // What is no event was not added by the relay, and is not its to remove.
+      return jobs.flatMap((job) =>
+        isEvent(job?.data) ? [{ eventId: job.data.eventId, topic: job.data.topic }] : [],
+      );
     },
 
     /** Of these events, those that have a job. */
@@ -218,9 +285,25 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
      */
     remove: async (eventId: string): Promise<boolean> => (await publish.remove(eventId)) === 1,
 
+    /**
+     * Removes a job of which BullMQ cannot read data or options: every worker that takes it fails by it, and finds it
+     * stalled.
+     * @returns whether it was such a job
+     */
+    async removeUnreadable(queue: Queue, jobId: string): Promise<boolean> {
+      try {
+        await queue.getJob(jobId);
+        return false;
+      } catch (error) {
+        if (!(error instanceof SyntaxError)) throw error;
+        await queue.remove(jobId);
+        return true;
+      }
+    },
+
     /** The event's job, or null. */
     async view(eventId: string): Promise<JobView | null> {
-      const [job, state] = await Promise.all([publish.getJob(eventId), publish.getJobState(eventId)]);
+      const [job, state] = await Promise.all([publishViews.brief(eventId), publish.getJobState(eventId)]);
       if (!job) return null;
       const time = (ms: number | undefined) => (ms ? new Date(ms).toISOString() : null);
       return {

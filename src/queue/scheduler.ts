@@ -2,6 +2,7 @@ import type { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
 import { repeating } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import { redisTime } from './clock.ts';
 
 /** Names of the claim queue's jobs. */
 export const TICK = 'tick';
@@ -40,12 +41,6 @@ export function createScheduler(deps: {
   let retired = deps.retired ?? [];
   let lookedAt = Date.now();
 
-  async function redisTime(): Promise<number> {
-    // From INFO, which the relay may ask for in any case, as it may not for TIME.
-    const microseconds = /^server_time_usec:(\d+)/m.exec(await redis.info('server'))?.[1];
-    return microseconds === undefined ? Date.now() : Number(microseconds) / 1_000;
-  }
-
   async function heal(): Promise<void> {
     // Upserting while the queue is paused leaves one more tick behind each time.
     if (await queue.isPaused()) return;
@@ -58,7 +53,7 @@ export function createScheduler(deps: {
     // The next tick is set by the clock of whoever starts the one before. A pod whose clock is minutes fast, and then
     // gone, left the others without any for so long.
     const next = (await queue.getJobScheduler(name))?.next;
-    if (next !== undefined && next - (await redisTime()) > everyMs + TOO_FAR_MS) {
+    if (next !== undefined && next - (await redisTime(redis)) > everyMs + TOO_FAR_MS) {
       await queue.removeJobScheduler(name);
     }
     await queue.upsertJobScheduler(

@@ -32,6 +32,7 @@ const FEWEST_SLOTS = 8;
 const REFUSED_PAUSE_MS = 1_000;
 /** The same error of a worker is reported once in so long: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
+const JOB_ID = /[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}/g;
 
 /** What becomes of a job whose processor has ended. */
 export type Fate<R> =
@@ -74,6 +75,7 @@ export type Workers = ReturnType<typeof createWorkers>;
  *
  * @param deps.onCompleted told after the job has ended in Redis, if it was this worker that ended it
  * @param deps.onFailed told after each failed attempt; must not throw
+ * @param deps.onRefused told what Redis answers where it lets a worker take or end no job: then there are no attempts
  */
 export function createWorkers<T, R = void>(deps: {
   queueName: string;
@@ -83,6 +85,7 @@ export function createWorkers<T, R = void>(deps: {
   process: (run: Run<T>) => Promise<Fate<R>>;
   onCompleted?: (run: Run<T>, result: R) => void;
   onFailed?: (run: FailedRun<T>) => void;
+  onRefused?: (reason: string) => void;
   telemetry?: Telemetry | undefined;
   /**
    * Time after which a job is given up. When one takes more than half of it, half as many are in progress at once from
@@ -99,9 +102,10 @@ export function createWorkers<T, R = void>(deps: {
   let lastStartedAt = Date.now();
   let isStopping = false;
   const startedAt = new Map<Job<T>, number>();
-  const reportedAt = new Map<string, number>();
+  /** By kind: when it was last reported, and how many there were since. */
+  const reported = new Map<string, { at: number; errors: number }>();
   const pauses = new Set<NodeJS.Timeout>();
-  const stalledListeners: ((jobId: string) => void)[] = [];
+  const stalledListeners: ((jobId: string) => unknown)[] = [];
   /** None before the start: each connects as soon as it is made. */
   let workers: Worker<T, R>[] = [];
 
@@ -148,7 +152,9 @@ export function createWorkers<T, R = void>(deps: {
     });
     worker.on('error', (error) => {
       report(error);
-      if (error.name === 'ReplyError') pauseAWhile(worker);
+      if (error.name !== 'ReplyError') return;
+      deps.onRefused?.(error.message);
+      pauseAWhile(worker);
     });
     worker.on('stalled', (jobId) => {
       for (const listener of stalledListeners) listener(jobId);
@@ -181,10 +187,17 @@ export function createWorkers<T, R = void>(deps: {
   }
 
   function report(error: Error): void {
-    if (Date.now() - (reportedAt.get(error.message) ?? 0) < REPEAT_AFTER_MS) return;
-    if (reportedAt.size >= 100) reportedAt.clear();
-    reportedAt.set(error.message, Date.now());
-    logger.warn({ err: error, queue: queueName }, 'a worker met an error; it goes on');
+    // After a pod has slept every job that it worked on makes the same error, by its own name.
+    const kind = error.message.replace(JOB_ID, '#');
+    const { at, errors } = reported.get(kind) ?? { at: 0, errors: 0 };
+    const isDue = Date.now() - at >= REPEAT_AFTER_MS;
+    if (reported.size >= 100) reported.clear();
+    reported.set(kind, isDue ? { at: Date.now(), errors: 0 } : { at, errors: errors + 1 });
+    if (!isDue) return;
+    logger.warn(
+      { err: error, queue: queueName, ...(errors > 0 && { sinceTheLast: errors }) },
+      'a worker met an error; it goes on',
+    );
   }
 
   function setSlots(wanted: number): void {
@@ -249,7 +262,8 @@ export function createWorkers<T, R = void>(deps: {
       return undefined;
     },
 
-    onStalled(listener: (jobId: string) => void): void {
+    /** `listener` must not throw. */
+    onStalled(listener: (jobId: string) => unknown): void {
       stalledListeners.push(listener);
     },
   };

@@ -1,6 +1,8 @@
 import type { FinalizedPlace, FinalizedRow, Published } from '../outbox/published.ts';
+import type { Loss } from '../streams/epoch.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import type { FindForgotten } from './forgotten.ts';
 
 /** Rows compared in one step. */
 const PAGE_ROWS = 1_000;
@@ -14,7 +16,7 @@ export type Found = {
   unpublished: number;
   /** Before the stream's first entry: trimmed on purpose. */
   trimmed: number;
-  /** Their stream's key holds something else, or must not be read: nothing can be said of them. */
+  /** Their stream's key holds something else, or is none that the relay may read: nothing can be said of them. */
   unreadable: number;
 };
 
@@ -94,23 +96,25 @@ export function createCompare(deps: {
 }
 
 /**
- * Redis may have lost entries and jobs. The epoch is over, so nothing is appended and no row is marked meanwhile: rows
+ * Redis may have lost entries and jobs, and PostgreSQL may have forgotten what became of rows. The epoch is over, so nothing is appended and no row is marked meanwhile: rows
  * whose entries are missing become unpublished, leases end, and the road does the rest, in order.
  */
 export const createRecoverLostData =
   (deps: {
     outbox: Pick<Published, 'comparedFrom' | 'unpublish'> &
       Readonly<{ epochsEnded: () => Promise<void>; expireAllLeases: () => Promise<number> }>;
+    findForgotten: FindForgotten;
     compare: Compare;
     /** How far back, at most. */
     windowMs: number;
     onRecovered: (found: Found) => void;
     logger: Logger;
   }) =>
-  async ({ intactUntil }: Readonly<{ intactUntil: string | null }>): Promise<void> => {
+  async ({ intactUntil, forgotten, confirm }: Loss): Promise<void> => {
     const { outbox, logger } = deps;
     const startedAt = Date.now();
     await outbox.epochsEnded();
+    if (forgotten) await deps.findForgotten(confirm);
     const since = await outbox.comparedFrom(deps.windowMs, intactUntil);
     const found = totals(
       await deps.compare({ since, until: 'infinity', noting: true, onLost: outbox.unpublish }),
@@ -118,6 +122,11 @@ export const createRecoverLostData =
     const leases = await outbox.expireAllLeases();
     const about = { since, ...found, leases, ms: Date.now() - startedAt };
     if (found.lost + found.unreadable === 0) logger.info(about, 'nothing that was published is missing');
-    else logger.warn(about, 'Redis had lost entries; their events are published again');
+    if (found.lost > 0) logger.warn(about, 'Redis had lost entries; their events are published again');
+    if (found.unreadable > 0)
+      logger.warn(
+        about,
+        'not all entries could be looked for: some rows name a key that holds no stream, or that this relay must not read; "relay verify" tells which',
+      );
     deps.onRecovered(found);
   };

@@ -1,5 +1,13 @@
 import type { Redis, RedisOptions, Result } from 'ioredis';
 import { Packr } from 'msgpackr';
+import {
+  closesConnection,
+  isConnectionLoss,
+  isRefusal,
+  LARGE_BYTES,
+  reasonOf,
+  untilConnected,
+} from '../connections/refusals.ts';
 import { type AppendOutcome, type Failure, inSteps, type OutboxEvent } from '../event.ts';
 import { deadLetterFields, pushEnvelope } from './envelope.ts';
 import { type Epoch, epochId } from './epoch.ts';
@@ -9,13 +17,16 @@ export type { Gate } from './gate-script.ts';
 
 const packr = new Packr({ useRecords: false });
 
-/** What one call takes at most: Redis does nothing else meanwhile. */
+/** What one call takes at most, and LARGE_BYTES: Redis does nothing else meanwhile. */
 const CALL_ENTRIES = 64;
-const CALL_BYTES = 256 * 1024;
 /** Streams that are known to be there, at most; then they are learnt anew. */
 const KNOWN_STREAMS_MAX = 10_000;
 /** Events that are remembered to be in their stream: the latest so many at least, and twice as many at most. */
 const KNOWN_EVENTS = 4_000;
+/** A network that fails does not fail by one event so often in a row. */
+const LOSSES_OF_A_REFUSAL = 3;
+/** Events that are remembered so, at most. */
+const LOST_AT_KEPT = 1_000;
 /** Between the question about a job and the append no more time passes than this, or nothing is appended. */
 const FACTS_TRUE_FOR_MS = 5_000;
 
@@ -46,6 +57,8 @@ export type StreamOptions = Readonly<{
   memoryPrefix: string;
   /** Redis key of the epoch's name. */
   epochKey: string;
+  /** Why the topic can never be the key of a stream of events, or null. Rows can name any topic. */
+  topicProblem: (topic: string) => string | null;
 }>;
 
 /** Redis key that remembers an event's entry, where the jobs are on another server. */
@@ -122,6 +135,8 @@ export function createStreams(deps: {
   };
   /** Who waits for the append of an event, by its id. */
   const waiting = new Map<string, (() => void)[]>();
+  /** Large events at whose appends the connection was lost, and how often in a row. */
+  const lostAt = new Map<string, number>();
   /** By the epoch that they belong to. */
   let requested = new Map<string, Request[]>();
 
@@ -173,7 +188,7 @@ export function createStreams(deps: {
       ofEpoch.sort(
         ({ event: a }, { event: b }) => a.id.length - b.id.length || (a.id < b.id ? -1 : a.id > b.id ? 1 : 0),
       );
-      for (const some of inSteps(ofEpoch, CALL_ENTRIES, CALL_BYTES)) void call(epoch, some);
+      for (const some of inSteps(ofEpoch, CALL_ENTRIES, LARGE_BYTES)) void call(epoch, some);
     }
   }
 
@@ -197,14 +212,28 @@ export function createStreams(deps: {
       const cascaded = answers[some.length] as string[];
       for (let i = 0; i < cascaded.length; i += 2) noteAppended(epoch, cascaded[i] as string);
       some.forEach((it, i) => {
+        lostAt.delete(it.event.eventId);
         it.resolve(String(answers[i]));
       });
     } catch (error) {
       // One that may not be appended can stop the whole call. Who was appended all the same is remembered.
       if (some.length > 1 && outcomeOfError(error as Error).status === 'refused') {
         for (const one of some) void call(epoch, [one]);
-      } else for (const it of some) it.reject(error as Error);
+        return;
+      }
+      const reason = refusalByLoss(some, error as Error) ?? (error as Error);
+      for (const it of some) it.reject(reason);
     }
+  }
+
+  /** A large entry is in a call by itself. When the connection is lost at it again and again, it is refused. */
+  function refusalByLoss([first]: readonly Request[], error: Error): Error | undefined {
+    if (first === undefined || first.bytes < LARGE_BYTES || !isConnectionLoss(error)) return undefined;
+    const { event, bytes } = first;
+    const losses = (lostAt.get(event.eventId) ?? 0) + 1;
+    if (lostAt.size >= LOST_AT_KEPT) lostAt.clear();
+    lostAt.set(event.eventId, losses);
+    return losses < LOSSES_OF_A_REFUSAL ? undefined : refusal(closesConnection(bytes));
   }
 
   async function fillInFacts(some: readonly Request[], ask: NonNullable<typeof jobFacts>): Promise<void> {
@@ -259,6 +288,32 @@ export function createStreams(deps: {
     return outcomeOfError(error);
   }
 
+  async function appendDeadLetter(
+    failure: Failure,
+    madeAt: number | null,
+  ): Promise<AppendOutcome | PublishedAfterAll> {
+    const { event } = failure;
+    const epoch = await epochs.known();
+    if (epoch === undefined) return NOT_KNOWN;
+    try {
+      const [facts] = (await jobFacts?.([event.eventId])) ?? [];
+      if (jobFacts !== undefined) assertLasts(epoch);
+      const answer = await redis.appendLetter(
+        ...[options.epochKey, notesKey, options.dlqStreamName],
+        ...[memoryKey(event.eventId), letterKey(event.eventId, madeAt ?? 0)],
+        ...[epoch, epochId(epoch), event.eventId, event.topic, madeAt === null ? '0' : '1', String(madeAt)],
+        packr.pack(facts ?? false),
+        ...[...trimmedTo(options.dlqMaxLen), '*', ...deadLetterFields(event, failure)],
+      );
+      const entryId = entryIdOf(answer);
+      if (entryId === undefined) return outcomeOf(answer, epoch);
+      if (answer.startsWith('^')) return { status: 'published', entryId, epoch };
+      return { status: answer.startsWith('=') ? 'remembered' : 'appended', entryId, epoch };
+    } catch (error) {
+      return failed(error as Error);
+    }
+  }
+
   return {
     /**
      * Appends the event to the stream of its topic, once and in its order. Never throws.
@@ -311,31 +366,18 @@ export function createStreams(deps: {
 
     /**
      * Appends the event to the dead-letter stream, once for each job. Never throws. Answers `published` with its entry
-     * when the job remembers that it was appended: it is not dead.
+     * when the job remembers that it was appended: it is not dead. A large payload that the server does not take stays
+     * in the table.
      *
      * @param madeAt of the failed job; null where the row says that the letter is lost, and there may be no job
      */
     async deadLetter(failure: Failure, madeAt: number | null): Promise<AppendOutcome | PublishedAfterAll> {
-      const { event } = failure;
-      const epoch = await epochs.known();
-      if (epoch === undefined) return NOT_KNOWN;
-      try {
-        const [facts] = (await jobFacts?.([event.eventId])) ?? [];
-        if (jobFacts !== undefined) assertLasts(epoch);
-        const answer = await redis.appendLetter(
-          ...[options.epochKey, notesKey, options.dlqStreamName],
-          ...[memoryKey(event.eventId), letterKey(event.eventId, madeAt ?? 0)],
-          ...[epoch, epochId(epoch), event.eventId, event.topic, madeAt === null ? '0' : '1', String(madeAt)],
-          packr.pack(facts ?? false),
-          ...[...trimmedTo(options.dlqMaxLen), '*', ...deadLetterFields(event, failure)],
-        );
-        const entryId = entryIdOf(answer);
-        if (entryId === undefined) return outcomeOf(answer, epoch);
-        if (answer.startsWith('^')) return { status: 'published', entryId, epoch };
-        return { status: answer.startsWith('=') ? 'remembered' : 'appended', entryId, epoch };
-      } catch (error) {
-        return failed(error as Error);
-      }
+      const { event, reason } = failure;
+      const outcome = await appendDeadLetter(failure, madeAt);
+      const isTaken = outcome.status !== 'refused' && outcome.status !== 'unavailable';
+      if (isTaken || event.payload.length < LARGE_BYTES) return outcome;
+      await untilConnected(redis);
+      return appendDeadLetter({ ...failure, event: { ...event, payload: 'null', withheld: reason } }, madeAt);
     },
 
     /** Whether a job that was made then may be older than what is remembered of it: row and stream are asked first. */
@@ -355,7 +397,8 @@ export const trimmedTo = (maxLen: number): string[] => (maxLen === 0 ? [] : ['MA
 
 export const NOT_KNOWN = {
   status: 'unavailable',
-  reason: 'Redis may have lost entries; nothing is appended until table and streams were compared',
+  reason:
+    'Redis may have lost entries, or PostgreSQL rows; nothing is appended until table and streams were compared',
 } satisfies AppendOutcome;
 
 /** As ioredis has what Redis answers instead of a reply. */
@@ -364,16 +407,6 @@ const refusal = (message: string) => Object.assign(new Error(message), { name: '
 /** The server is no master any more: it may come back with another one's data. */
 const DEMOTED = /\b(READONLY|MASTERDOWN)\b/;
 
-/** Replies by which Redis refuses everybody, whatever the event. */
-const NOBODY_NOW =
-  /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED|NOAUTH|WRONGPASS)/;
-
 export function outcomeOfError(error: Error): AppendOutcome & { status: 'refused' | 'unavailable' } {
-  // Redis says where in the script it refused: before the refusal up to version 6, after it since 7.
-  const reason = error.message
-    .replace(/^ERR Error running script.*?@user_script:\s*\d+:\s*-?/, '')
-    .replace(/ script: [0-9a-f]{40}, on @user_script:\d+\.?$/, '')
-    .slice(0, 500);
-  const answered = error.name === 'ReplyError';
-  return { status: answered && !NOBODY_NOW.test(reason) ? 'refused' : 'unavailable', reason };
+  return { status: isRefusal(error) ? 'refused' : 'unavailable', reason: reasonOf(error) };
 }

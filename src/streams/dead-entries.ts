@@ -27,6 +27,8 @@ const STEP_ENTRIES = 20;
 /** A page has no more entries, and ends with the step in which its payloads come to so many characters. */
 export const PAGE_ENTRIES = 200;
 const PAGE_LENGTH = 4 << 20;
+/** Of an error; the relay writes none that is longer. */
+const MOST_CHARACTERS = 2_000;
 
 /** @param findAll ids of the entries of these events in the stream, the last one first */
 export function createDeadEntries(
@@ -109,7 +111,7 @@ function parsed(entryId: string, flat: readonly string[]): DeadEntry | null {
     withheld: fields.get('payload_withheld') ?? null,
     occurredAt: field('created_at'),
     attempts: Number(field('attempts')),
-    error: field('error_message'),
+    error: field('error_message').slice(0, MOST_CHARACTERS),
     failedAt: field('failed_at'),
   };
 }

@@ -4,13 +4,15 @@ import { NotReadyError } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /**
- * An epoch is a time in which Redis has lost nothing. Its name stands in a key of Redis and is given with every
- * append, whose script refuses when it finds another one. So after a restart, a failover, FLUSHALL or a stream that
- * vanished nothing is appended before one pod has compared table and streams, has made unpublished what is missing,
- * and has begun the next epoch.
+ * An epoch is a time in which neither Redis nor PostgreSQL has lost anything. Its name stands in a key of Redis and is
+ * given with every append, whose script refuses when it finds another one. So after a restart, a failover, FLUSHALL or a
+ * stream that vanished nothing is appended before one pod has compared table and streams, has made unpublished what is
+ * missing, and has begun the next epoch.
  *
  * A pod takes the epoch that it finds only if it names the server that it is connected to, and forgets it when the
- * connection closes: data that was rolled back brings an old name back, on a server that has started anew.
+ * connection closes: data that was rolled back brings an old name back, on a server that has started anew. Beside it
+ * stands the generation of the database (connections/generation.ts) whose rows were looked up in their streams: a pod
+ * that is connected to another one ends the epoch, and looks up first what that one may have forgotten.
  */
 export type Epoch = Readonly<{
   start(): void;
@@ -19,6 +21,8 @@ export type Epoch = Readonly<{
   current(): string | undefined;
   /** The same, waited for a moment: most interruptions are short. */
   known(): Promise<string | undefined>;
+  /** Why none is known, for operators. */
+  reason(): string;
   /**
    * To be asked before the commit of whatever rests on an append.
    * @throws {EpochOverError} when what was appended in that epoch may be lost
@@ -43,10 +47,20 @@ export class EpochOverError extends Error {
 }
 
 /**
- * What is to be compared before the next epoch begins: `intactUntil` is the time of the database (ISO 8601) up to which
- * nothing can have been lost; null when that is not known.
+ * What is to be compared before the next epoch begins.
+ * - `intactUntil`: time of the database (ISO 8601) up to which Redis can have lost nothing; null when that is not known
+ * - `forgotten`: the database is of another generation, so its rows may be older than the streams
+ * - `confirm`: to be asked before the commit of whatever rests on what was found; throws {EpochOverError} when another
+ *   pod compares by now, since Redis may have lost it meanwhile
  */
-export type Loss = Readonly<{ intactUntil: string | null }>;
+export type Loss = Readonly<{
+  intactUntil: string | null;
+  forgotten: boolean;
+  confirm: () => Promise<void>;
+}>;
+
+/** What the database says of itself; see connections/generation.ts. */
+export type DatabaseState = Readonly<{ now: string; generation: string }>;
 
 /** What the epoch's key begins with while table and streams are compared. */
 const COMPARING = 'checking:';
@@ -70,7 +84,8 @@ declare module 'ioredis' {
       epochKey: string,
       intactKey: string,
       checkerKey: string,
-      ...args: [guard: string, epoch: string, at: string]
+      generationKey: string,
+      ...args: [guard: string, epoch: string, at: string, generation: string]
     ): Result<number, Context>;
   }
 }
@@ -104,12 +119,13 @@ end
 if ARGV[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2]) end
 return {1, notes[1]}`;
 
-/** KEYS: epoch, intact, checker. ARGV: guard, new epoch, database time. */
+/** KEYS: epoch, intact, checker, generation. ARGV: guard, new epoch, database time, generation ('' = as it is). */
 const BEGIN = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 redis.call('SET', KEYS[2], ARGV[3])
 redis.call('DEL', KEYS[3])
+if ARGV[4] ~= '' then redis.call('SET', KEYS[4], ARGV[4]) end
 return 1`;
 
 /** How often Redis is asked whether it is still the same; also how much has to be compared after a restart. */
@@ -117,6 +133,8 @@ const LOOK_INTERVAL_MS = 2_000;
 /** Between two looks at what another pod's comparison has come to. */
 const RETRY_MS = 100;
 const RETRY_AFTER_ERROR_MS = 500;
+/** The same reason is logged again after so long. */
+const REPORT_INTERVAL_MS = 10_000;
 /** A pod that dies in mid-comparison is replaced after so long. */
 const CHECKER_TTL_MS = 4_000;
 const CHECKER_RENEWAL_MS = 1_000;
@@ -125,37 +143,45 @@ const KNOWN_TIMEOUT_MS = 2_000;
 
 const keysOf = (key: string) => ({
   checker: `${key}:checker`,
+  generation: `${key}:generation`,
   intact: `${key}:intact`,
   notes: `${key}:notes`,
 });
 
 /**
  * Ends the epoch, runs `recover` while nothing is appended, and begins the next one. The caller has the checker's key.
+ * @param generation of the database; null leaves the question to the pods
  * @param isLost whether the connection was lost meanwhile: then no epoch begins
  * @returns the new epoch, or undefined when another pod has gone on
  */
 async function renewEpoch(
-  deps: Pick<EpochDeps, 'redis' | 'key' | 'databaseTime' | 'recover'>,
+  deps: Pick<EpochDeps, 'redis' | 'key' | 'database' | 'recover'>,
   server: string,
+  generation: string | null,
   isLost: () => boolean,
 ): Promise<string | undefined> {
   const { redis, key } = deps;
   const keys = keysOf(key);
-  redis.defineCommand('beginEpoch', { numberOfKeys: 3, lua: BEGIN });
+  redis.defineCommand('beginEpoch', { numberOfKeys: 4, lua: BEGIN });
   const guard = `${COMPARING}${randomUUID()}`;
   const renewal = setInterval(() => {
     redis.pexpire(keys.checker, CHECKER_TTL_MS).catch(() => {});
   }, CHECKER_RENEWAL_MS);
   try {
-    const intactUntil = await redis.get(keys.intact);
+    const [intactUntil = null, looked = null] = await redis.mget(keys.intact, keys.generation);
     // From here on no earlier append is confirmed, by any pod.
     await redis.set(key, guard);
     await redis.del(keys.notes);
-    await deps.recover({ intactUntil });
+    const confirm = async () => {
+      if ((await redis.get(key)) !== guard) throw new EpochOverError();
+    };
+    await deps.recover({ intactUntil, forgotten: generation !== null && generation !== looked, confirm });
     const next = `${server}:${randomBytes(9).toString('base64url')}`;
-    const now = await deps.databaseTime();
-    if (isLost()) return undefined;
-    const begun = await redis.beginEpoch(key, keys.intact, keys.checker, guard, next, now);
+    const { now, generation: after } = await deps.database(generation ?? looked);
+    if (isLost() || (generation !== null && generation !== after)) return undefined;
+    const begun = await redis.beginEpoch(
+      ...[key, keys.intact, keys.checker, keys.generation, guard, next, now, generation ?? ''],
+    );
     return begun === 1 ? next : undefined;
   } finally {
     clearInterval(renewal);
@@ -167,15 +193,17 @@ async function renewEpoch(
  * @throws {NotReadyError} when another process compares table and streams for longer than `timeoutMs`
  */
 export async function endEpoch(
-  deps: Pick<EpochDeps, 'redis' | 'key' | 'databaseTime' | 'recover'> & Readonly<{ timeoutMs: number }>,
+  deps: Pick<EpochDeps, 'redis' | 'key' | 'database' | 'assertOwner' | 'recover'> &
+    Readonly<{ timeoutMs: number }>,
 ): Promise<void> {
   const { redis, key, timeoutMs } = deps;
+  await deps.assertOwner?.();
   const endsAt = Date.now() + timeoutMs;
   for (;;) {
     const server = await identityOf(redis);
     if (server === null) throw new NotReadyError('this Redis is a replica: it takes no appends');
     if (await redis.set(keysOf(key).checker, randomUUID(), 'PX', CHECKER_TTL_MS, 'NX')) {
-      if ((await renewEpoch(deps, server, () => false)) !== undefined) return;
+      if ((await renewEpoch(deps, server, null, () => false)) !== undefined) return;
     }
     if (Date.now() >= endsAt)
       throw new NotReadyError('another process compares table and streams; try again when it has ended');
@@ -183,16 +211,52 @@ export async function endEpoch(
   }
 }
 
+/**
+ * The next pod begins an epoch as on a Redis that it has never seen: everything is compared, and every row that is not
+ * published is looked up in its stream.
+ */
+export async function forgetEpoch(redis: Redis, key: string): Promise<void> {
+  const keys = keysOf(key);
+  await redis.del(key, keys.intact, keys.generation);
+}
+
+/**
+ * Begins an epoch with keys of its own and stamps it, as pods do all the time. The caller deletes the keys.
+ * @returns its name
+ * @throws what Redis has against it
+ */
+export async function tryEpoch(redis: Redis, key: string, ttlMs: number): Promise<string> {
+  const server = await identityOf(redis);
+  if (server === null) throw new Error('this Redis is a replica: it takes no appends');
+  const epoch = `${server}:trial`;
+  await redis.set(key, epoch, 'PX', ttlMs);
+  redis.defineCommand('stampEpoch', { numberOfKeys: 3, lua: STAMP });
+  const [lasts] = await redis.stampEpoch(key, keysOf(key).intact, keysOf(key).notes, epoch, '', '0');
+  if (lasts !== 1)
+    throw new Error('Redis is another server each time that it is asked (a proxy in front of several?)');
+  return epoch;
+}
+
 type EpochDeps = {
   redis: Redis;
   /** Prefix of the keys. */
   key: string;
-  databaseTime: () => Promise<string>;
+  /**
+   * Asked again and again, with the generation whose rows were looked up last, null where there is none. Rejects when the
+   * database does not answer, takes no writes, or is a primary of before a failover.
+   */
+  database: (known: string | null) => Promise<DatabaseState>;
+  /** Rejects when another database has the queue on this Redis. */
+  assertOwner?: () => Promise<void>;
+  /** Told which generation the epoch rests on. */
+  accept?: (generation: string) => void;
   recover: (loss: Loss) => Promise<void>;
   /** What that is, for the log. */
   recovering?: string;
   logger: Logger;
 };
+
+const NOT_COMPARED = 'Redis may have lost entries, or PostgreSQL rows: they are looked for';
 
 /**
  * @param redis the append connection: what is known ends with it
@@ -205,6 +269,9 @@ export function createEpoch(deps: EpochDeps): Epoch {
 
   let stopped = true;
   let epoch: string | undefined;
+  let generation: string | undefined;
+  let reason = NOT_COMPARED;
+  let reportedAt = Number.NEGATIVE_INFINITY;
   /** Counts connections, so that no answer of one is taken for an answer of the next. */
   let connection = 0;
   let finding: Promise<void> | undefined;
@@ -215,8 +282,12 @@ export function createEpoch(deps: EpochDeps): Epoch {
   let wakeSleeper = (): void => {};
   const waiting = new Set<() => void>();
 
-  function take(found: string): void {
+  function take(found: string, of: string): void {
     epoch = found;
+    generation = of;
+    reason = NOT_COMPARED;
+    reportedAt = Number.NEGATIVE_INFINITY;
+    deps.accept?.(of);
     for (const resume of waiting) resume();
     waiting.clear();
   }
@@ -243,10 +314,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
           if (epoch === undefined) await sleep(RETRY_MS);
         } catch (error) {
           if (connection !== mine) break;
-          logger.warn(
-            { err: error },
-            'cannot tell whether Redis has lost anything; nothing is appended until then',
-          );
+          report(error as Error);
           await sleep(RETRY_AFTER_ERROR_MS);
         }
       }
@@ -254,6 +322,16 @@ export function createEpoch(deps: EpochDeps): Epoch {
       finding = undefined;
       if (!stopped && epoch === undefined && redis.status === 'ready') find();
     });
+  }
+
+  function report(error: Error): void {
+    if (error.message === reason && performance.now() - reportedAt < REPORT_INTERVAL_MS) return;
+    reason = error.message;
+    reportedAt = performance.now();
+    logger.warn(
+      { err: error },
+      'cannot tell whether Redis or PostgreSQL has lost anything; nothing is appended until then',
+    );
   }
 
   async function identify(mine: number): Promise<void> {
@@ -264,24 +342,35 @@ export function createEpoch(deps: EpochDeps): Epoch {
     }
     const server = await identityOf(redis);
     if (server === null) return; // a replica takes no appends
-    const found = await redis.get(key);
+    // Redis may have been emptied since the start: the first that comes has the queue.
+    await deps.assertOwner?.();
+    const [found, looked = null] = await redis.mget(key, keys.generation);
+    const { generation: mineNow } = await deps.database(looked);
     if (connection !== mine) return;
-    if (found?.startsWith(`${server}:`)) return take(found);
+    const isOfServer = (name?: string | null): name is string => name?.startsWith(`${server}:`) === true;
+    if (isOfServer(found) && looked === mineNow) return take(found, mineNow);
     const isChecker = await redis.set(keys.checker, randomUUID(), 'PX', CHECKER_TTL_MS, 'NX');
     if (!isChecker) return;
     // The checker before this one may have begun the next epoch since.
-    const begun = await redis.get(key);
-    if (begun?.startsWith(`${server}:`)) {
+    const [begun, lookedNow] = await redis.mget(key, keys.generation);
+    if (isOfServer(begun) && lookedNow === mineNow) {
       await redis.del(keys.checker);
-      if (connection === mine) take(begun);
+      if (connection === mine) take(begun, mineNow);
       return;
     }
-    logger.info(
-      { known: found !== null },
-      `Redis is new here, or was restarted, replaced or emptied: ${recovering}`,
-    );
-    const next = await renewEpoch(deps, server, () => connection !== mine);
-    if (next !== undefined && connection === mine) take(next);
+    if (isOfServer(begun) && lookedNow)
+      logger.warn(
+        { generation: mineNow, before: lookedNow },
+        `PostgreSQL was restarted, promoted, replaced or restored, or the table was emptied or rewritten: ${recovering}`,
+      );
+    else
+      logger.info(
+        { known: found !== null },
+        `Redis is new here, or was restarted, replaced or emptied: ${recovering}`,
+      );
+    deps.accept?.(mineNow);
+    const next = await renewEpoch(deps, server, mineNow, () => connection !== mine);
+    if (next !== undefined && connection === mine) take(next, mineNow);
   }
 
   async function look(): Promise<void> {
@@ -291,8 +380,11 @@ export function createEpoch(deps: EpochDeps): Epoch {
       return;
     }
     // Without the database nothing is stamped: more is compared, should Redis fail now.
-    const now = await deps.databaseTime().catch(() => '');
+    const { now, ...database } = await deps
+      .database(generation ?? null)
+      .catch(() => ({ now: '', generation }));
     if (epoch !== known) return;
+    if (database.generation !== generation) return forget();
     const [found, next] = await redis.stampEpoch(key, keys.intact, keys.notes, known, now, cursor);
     cursor = next;
     if (found === 2) endFor(known);
@@ -343,6 +435,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
       await Promise.all([looking, finding]);
     },
     current: () => epoch,
+    reason: () => reason,
     async known() {
       if (epoch !== undefined || stopped) return epoch;
       await new Promise<void>((resolve) => {

@@ -79,16 +79,23 @@ export type Absent<T> = Readonly<{
   lost: T[];
   /** Before the stream's first entry: trimmed on purpose. */
   trimmed: number;
-  /** The key holds something else, or must not be read: nothing can be said. */
+  /** The key holds something else, or is none that the relay may read: nothing can be said. */
   unreadable: boolean;
 }>;
 
 export type Lookup = ReturnType<typeof createLookup>;
 
-export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStreamName' | 'epochKey'>) {
+export function createLookup(
+  redis: Redis,
+  options: Pick<StreamOptions, 'dlqStreamName' | 'epochKey' | 'topicProblem'>,
+) {
   redis.defineCommand('absentEntries', { numberOfKeys: 2, lua: ABSENT });
   redis.defineCommand('stepBack', { numberOfKeys: 2, lua: STEP_BACK });
   const notes = notesKeyOf(options.epochKey);
+
+  /** Rows can name any key: one that can be no stream of events is not asked. */
+  const mayBeStream = (stream: string): boolean =>
+    stream === options.dlqStreamName || options.topicProblem(stream) === null;
 
   /** From the stream's end back, until `take` has seen enough. */
   async function search(
@@ -124,8 +131,41 @@ export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStre
     return found;
   }
 
+  /** What a dead letter says. */
+  async function letter(entryId: string): Promise<{ attempts: number; reason: string }> {
+    const [entry] = await redis.xrange(options.dlqStreamName, entryId, entryId);
+    const field = (name: string) => entry?.[1][entry[1].indexOf(name) + 1] ?? '';
+    return { attempts: Number(field('attempts')), reason: field('error_message') };
+  }
+
   return {
     find,
+    letter,
+
+    /**
+     * The entries of a stream from its end back to that time of Redis, `size` or a few more at once. Of an event that
+     * has several, each one. A stream that cannot be read has none.
+     * @throws when Redis does not answer
+     */
+    async *walkBack(stream: string, sinceMs: number, size: number): AsyncGenerator<NamedEntry[]> {
+      if (!mayBeStream(stream)) return;
+      let from = '+';
+      let entries: NamedEntry[] = [];
+      for (;;) {
+        const answer = await orRefusal(redis.stepBack(stream, notes, from, FIND_STEP));
+        const pairs = Array.isArray(answer) ? answer : [];
+        for (let i = 0; i < pairs.length; i += 2)
+          entries.push({ entryId: pairs[i] as string, eventId: pairs[i + 1] as string });
+        const last = pairs.at(-2);
+        const isOver = last === undefined || Number(last.split('-')[0]) < sinceMs;
+        if (entries.length >= size || (isOver && entries.length > 0)) {
+          yield entries;
+          entries = [];
+        }
+        if (isOver) return;
+        from = `(${last}`;
+      }
+    },
 
     /**
      * Which of these entries are not in the stream. `noting`: see ABSENT.
@@ -136,6 +176,7 @@ export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStre
       entries: readonly T[],
       noting: boolean,
     ): Promise<Absent<T>> {
+      if (!mayBeStream(stream)) return { lost: [], trimmed: 0, unreadable: true };
       const pairs = entries.flatMap(({ entryId, eventId }) => [entryId, eventId]);
       const answer = await orRefusal(redis.absentEntries(stream, notes, noting ? '1' : '0', ...pairs));
       const [kind, before = '0-0', ...places] = Array.isArray(answer) ? answer : [];
@@ -165,9 +206,7 @@ export function createLookup(redis: Redis, options: Pick<StreamOptions, 'dlqStre
       const found = new Map<string, { entryId: string; attempts: number; reason: string }>();
       for (const [eventId, entryId] of await find(options.dlqStreamName, eventIds)) {
         if (entryId === known.get(eventId)) continue;
-        const [entry] = await redis.xrange(options.dlqStreamName, entryId, entryId);
-        const field = (name: string) => entry?.[1][entry[1].indexOf(name) + 1] ?? '';
-        found.set(eventId, { entryId, attempts: Number(field('attempts')), reason: field('error_message') });
+        found.set(eventId, { entryId, ...(await letter(entryId)) });
       }
       return found;
     },

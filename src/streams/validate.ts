@@ -10,7 +10,8 @@ export type Validate = (eventType: string, payloadJson: string) => string[];
 
 /** A payload of a thousand wrong members must not make a log line or a dead letter of a thousand lines. */
 const MAX_VIOLATIONS = 50;
-const MAX_NAME_LENGTH = 100;
+/** Of a member, or of one in a list: `changed_fields/1`. */
+const MEMBER_NAME = /^([A-Za-z_]\w{0,39}(\/\d{1,6})?)?$/;
 
 export function createValidator(): Validate {
   const ajv = new Ajv2020({ allErrors: true, allowUnionTypes: true });
@@ -59,8 +60,5 @@ function violationOf({ keyword, params, instancePath, message }: ErrorObject): s
   }
 }
 
-/** A member's name comes from the payload: cut, and without control characters. */
-function shown(name: string): string {
-  const cut = name.length > MAX_NAME_LENGTH ? `${name.slice(0, MAX_NAME_LENGTH)}...` : name;
-  return cut.replace(/[\p{C}\p{Z}]/gu, '?');
-}
+/** A member that no schema knows has its name from the payload, which may hold personal data: only names are shown. */
+const shown = (name: string): string => (MEMBER_NAME.test(name) ? name : 'a member whose name is not shown');

@@ -6,9 +6,11 @@
  * only named parts are taken, and these are cleaned.
  */
 import { hostname } from 'node:os';
+import { format } from 'node:util';
 import { type DestinationStream, pino, stdTimeFunctions } from 'pino';
 import type { RelayConfig } from '../config/config.ts';
 import { redactUrls } from '../config/connection-urls.ts';
+import { printableJson } from '../config/printable.ts';
 
 type LogMethod = (fields: Record<string, unknown>, message: string) => void;
 
@@ -39,8 +41,30 @@ export function createLogger(level: LogLevel, destination: DestinationStream = p
       formatters: { level: (label) => ({ level: label }) },
       serializers: { err: serializeError },
     },
-    destination,
+    // Sooner or later somebody looks at the line in a terminal.
+    { write: (line) => destination.write(printableJson(line)) },
   );
+}
+
+const CONSOLE = { debug: 'debug', log: 'info', info: 'info', warn: 'warn', error: 'error' } as const;
+
+/**
+ * Libraries print with `console`; Node.js writes its warnings, and the error that ends the process, as text to stderr.
+ * From now on all of that is lines of this log. An error that nobody caught ends the process as before.
+ */
+export function logWhatOthersPrint(logger: Logger): void {
+  for (const [method, level] of Object.entries(CONSOLE) as [keyof typeof CONSOLE, LogLevel][])
+    console[method] = (...parts: unknown[]) => {
+      const text = format(...parts.map((part) => (part instanceof Error ? errorText(part) : part)));
+      logger[level]({ text: cut(redactUrls(text)) }, 'a library printed this');
+    };
+  process.removeAllListeners('warning'); // the first one is Node's own, which prints
+  process.on('warning', (warning) => logger.warn({ err: warning }, 'warning of Node.js'));
+  process.removeAllListeners('uncaughtException');
+  process.on('uncaughtException', (error, origin) => {
+    logger.fatal({ err: error, origin }, 'the pod ends: nobody caught this error');
+    process.exit(1);
+  });
 }
 
 const MAX_MESSAGE_LENGTH = 2_000;

@@ -49,6 +49,8 @@ export type MetricsSources = Readonly<{
   inProgress: () => number;
   /** Since this pod last ran a tick, or started. */
   tickSecondsAgo: () => number;
+  /** By how much the clock of this machine is ahead of that of Redis. */
+  clockAheadMs: () => number;
   epochIsKnown: () => boolean;
   isRunning: () => boolean;
   ready: () => Promise<Record<string, Check>>;
@@ -105,7 +107,7 @@ export function createMetrics(deps: {
   });
   const retries = counter(
     'relay_retries_total',
-    'Attempts that are made again, by reason; postponed ones cost the event nothing',
+    'Attempts that are made again, by reason; postponed ones cost the event nothing, or Redis let them not begin',
     ['kind', 'reason'],
   );
   const expired = counter('relay_leases_expired_total', 'Leases that ended, by what was found of the job', [
@@ -141,6 +143,10 @@ export function createMetrics(deps: {
     'relay_tick_age_seconds',
     'Time since this pod ran a tick of the schedule, or started',
   );
+  const clockAhead = gauge(
+    'relay_pod_clock_ahead_seconds',
+    "Clock of this pod's machine minus that of Redis; the relay goes by that of Redis",
+  );
   const inProgress = gauge('relay_jobs_in_hand', 'Publish jobs that the pod works on');
   gauge('relay_jobs_in_hand_limit', 'RELAY_CONCURRENCY').set(deps.concurrency);
   gauge('relay_jobs_in_flight_limit', 'RELAY_MAX_IN_FLIGHT').set(deps.maxInFlight);
@@ -174,6 +180,10 @@ export function createMetrics(deps: {
       'relay_group_at_risk_entries',
       'Unacknowledged entries that are trimmed when a tenth of the limit is appended',
       ['stream', 'group'],
+    ),
+    notifyQueue: gauge(
+      'relay_notify_queue_usage_ratio',
+      "Share of the database's NOTIFY queue that waits to be read; at 1 writers fail",
     ),
     clocks: gauge('relay_clock_difference_seconds', 'Clock of the database minus that of Redis'),
   };
@@ -223,12 +233,13 @@ export function createMetrics(deps: {
   }
 
   function showFigures(shared: SharedFigures | undefined): void {
-    const { backlog, queues, streams = [], clockDifferenceMs } = shared?.figures ?? {};
+    const { backlog, queues, streams = [], clockDifferenceMs, notifyQueueUsage } = shared?.figures ?? {};
     show(fleet.age, shared?.ageSeconds);
     show(fleet.waiting, backlog?.oldestSeconds.waiting);
     show(fleet.retrying, backlog?.oldestSeconds.retrying);
     show(fleet.parked, backlog?.oldestSeconds.parked);
     show(fleet.dead, backlog?.oldestSeconds.dead);
+    show(fleet.notifyQueue, notifyQueueUsage);
     show(fleet.clocks, clockDifferenceMs === undefined ? undefined : clockDifferenceMs / 1_000);
     const { publish } = queues ?? {};
     show(fleet.inFlight, publish && publish.waiting + publish.active + publish.delayed + publish.prioritized);
@@ -264,6 +275,7 @@ export function createMetrics(deps: {
     ready.set(isReady ? 1 : 0);
     epochKnown.set(sources.epochIsKnown() ? 1 : 0);
     tickAge.set(sources.tickSecondsAgo());
+    clockAhead.set(sources.clockAheadMs() / 1_000);
     inProgress.set(sources.inProgress());
     showFigures(figures);
     const texts = await Promise.all([registry.metrics(), processMetrics().metrics()]);
@@ -299,6 +311,11 @@ export function createMetrics(deps: {
       if (outcome.kind === 'postpone') retries.inc({ kind: 'postponed', reason: reasonOf(outcome.reason) });
       else it.failed.inc();
       if (outcome.kind === 'retry') retries.inc({ kind: 'failed', reason: reasonOf(outcome.reason) });
+    },
+
+    /** Redis let a worker take no job, or end none: no event comes as far as an attempt. */
+    refused(reason: string): void {
+      retries.inc({ kind: 'postponed', reason: reasonOf(reason) });
     },
 
     deadLettered(event: OutboxEvent): void {

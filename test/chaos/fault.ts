@@ -14,6 +14,10 @@ export type Fault = Readonly<{
   lane: Lane;
   /** From the injection to its undoing. Default: none, it is over at once. */
   lastsMs?: number;
+  /** A server loses data that it had confirmed. That both do at once is not promised to do no harm: they take turns. */
+  losesData?: true;
+  /** Events must flow while it lasts: the time to recover begins with it. */
+  flowsMeanwhile?: true;
   /** Within this time after its end events must flow again. Default: 15 s. */
   recoveryMs?: number;
   /**

@@ -1,8 +1,16 @@
+import { randomBytes } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
+import pg from 'pg';
+import { startPod } from '../demo/pod.ts';
+import { sampleEvent } from '../demo/sample.ts';
+import { insertEvents } from '../support/events.ts';
+import { grantLeast } from '../support/least-privilege.ts';
 import type { Fault } from './fault.ts';
-import { pause, persistently } from './patience.ts';
+import { CLI } from './fleet.ts';
+import { comesTrue, pause, persistently } from './patience.ts';
 import { between, pick } from './random.ts';
-import type { World } from './world.ts';
+import { patientTopic } from './topics.ts';
+import { as, POD_SETTINGS, POSTGRES_ROLE, PRODUCER_ROLE, type World } from './world.ts';
 
 const DOOMED_POD = fileURLToPath(new URL('./doomed-pod.ts', import.meta.url));
 const SKEWED_CLOCK = new URL('./skewed-clock.mjs', import.meta.url).href;
@@ -31,7 +39,16 @@ const POISON_PER_FEED = 15;
 const LURE_EVERY_MS = 1_000;
 /** Long enough for the claim job that runs to come to its end (2 s at most). */
 const PAUSED_MS = 2_100;
-const CLOCK_OFF_BY_MIN = 2;
+const CLOCK_OFF_BY_MS = 3_600_000;
+/** Nobody dies of it: retries come after 0.5, 1, 2 and 4 s, so the last one 7.5 s after the first attempt. */
+const REFUSED_MS = 6_000;
+const PATIENT_EVENTS = 50;
+/** The longest retry, and what it may be late. */
+const RETRIES_END_MS = 15_000;
+const SECOND_EVENTS = 50;
+/** Above the start-up timeout of a pod, whose servers may be away meanwhile. */
+const REFUSAL_DEADLINE_MS = 60_000;
+const EXIT_CONFIG = 78;
 
 /** Gives the doomed pod the occasion, as often as it takes. */
 async function lureInto(world: World, window: Window, signal: AbortSignal): Promise<void> {
@@ -142,18 +159,74 @@ export const podFaults: readonly Fault[] = [
   ...['slow', 'fast'].map(
     (kind): Fault => ({
       name: `pod-clock-${kind}`,
-      describe: `one more pod, whose clock is ${CLOCK_OFF_BY_MIN} minutes ${kind}`,
+      describe: `one more pod, whose clock is an hour ${kind}, while events are refused for ${REFUSED_MS / 1_000} s and tried again`,
       lane: 'pods',
-      lastsMs: 8_000,
-      async inject({ fleet }) {
-        const offsetMs = CLOCK_OFF_BY_MIN * 60_000 * (kind === 'slow' ? -1 : 1);
+      flowsMeanwhile: true,
+      async inject({ fleet, client, workload, sql }, random) {
         const pod = await fleet.extra({
           NODE_OPTIONS: `--import=${SKEWED_CLOCK}`,
-          CHAOS_CLOCK_OFFSET_MS: String(offsetMs),
+          CHAOS_CLOCK_OFFSET_MS: String(CLOCK_OFF_BY_MS * (kind === 'slow' ? -1 : 1)),
         });
         await pod.waitReady(60_000);
+        const topic = patientTopic(between(random, 1, 1_000_000));
+        await client.set(topic, 'not a stream');
+        await workload.write(Array.from({ length: PATIENT_EVENTS }, () => ({ ...sampleEvent(), topic })));
+        await pause(REFUSED_MS);
+        if ((await client.type(topic)) === 'string') await client.del(topic);
+        const areOut = async () => (await sql(LIVE_OF_TOPIC, [topic])).length === 0;
+        await comesTrue(areOut, RETRIES_END_MS);
         return () => pod.kill('SIGTERM');
       },
     }),
   ),
+  {
+    name: 'pod-second-owner',
+    describe: 'a pod with another database on the same Redis and queue name: it must end with exit code 78',
+    lane: 'pods',
+    async inject(world) {
+      await meetSecondOwner(world);
+      return undefined;
+    },
+  },
 ];
+
+const LIVE_OF_TOPIC = `SELECT FROM identity.outbox WHERE topic = $1 AND NOT published AND dead_lettered_at IS NULL`;
+
+/** @throws when the second owner was not refused, or has changed anything of its own table */
+async function meetSecondOwner(world: World): Promise<void> {
+  const name = `second_${randomBytes(4).toString('hex')}`;
+  const urlOf = (url: string) => Object.assign(new URL(url), { pathname: `/${name}` }).href;
+  const url = urlOf(world.postgres.url);
+  await world.sql(`CREATE DATABASE ${name}`);
+  try {
+    const migration = await startPod({ cli: CLI, args: ['migrate'], env: { RELAY_DATABASE_URL: url } });
+    if ((await migration.exited).code !== 0)
+      throw new Error(`relay migrate failed: ${migration.lines.join(' ')}`);
+    await grantLeast(url, POD_SETTINGS, { role: POSTGRES_ROLE, producer: PRODUCER_ROLE });
+    const client = new pg.Client({ connectionString: url });
+    client.on('error', () => {});
+    await client.connect();
+    try {
+      await insertEvents(
+        client,
+        Array.from({ length: SECOND_EVENTS }, () => ({ ...sampleEvent(), topic: null })),
+      );
+      const pod = await world.fleet.extra({ RELAY_DATABASE_URL: as(url, POSTGRES_ROLE) });
+      const late = pause(REFUSAL_DEADLINE_MS).then(() => undefined);
+      const end = await Promise.race([pod.exited, late]);
+      if (end === undefined) await pod.kill('SIGKILL');
+      if (end?.code !== EXIT_CONFIG) {
+        const how = end === undefined ? 'it runs' : `${end.signal ?? `exit code ${end.code}`}`;
+        throw new Error(`a second owner was not refused: ${how}\n${pod.lines.slice(-3).join('\n')}`);
+      }
+      const { rows } = await client.query(
+        'SELECT FROM identity.outbox WHERE published OR next_attempt_at IS NOT NULL',
+      );
+      if (rows.length > 0) throw new Error(`the second owner has changed ${rows.length} rows of its table`);
+    } finally {
+      await client.end().catch(() => {});
+    }
+  } finally {
+    await world.sql(`DROP DATABASE IF EXISTS ${name} WITH (FORCE)`);
+  }
+}

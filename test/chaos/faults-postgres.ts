@@ -1,13 +1,18 @@
 import pg from 'pg';
+import { sampleEvent } from '../demo/sample.ts';
 import { type Fault, SERVER_BACK_MS, type Undo } from './fault.ts';
-import { persistently } from './patience.ts';
+import { LAG_MS, promoteLaggingStandby, truncate } from './forgetting.ts';
+import { judgeBeforeErasing } from './grade.ts';
+import { comesTrue, persistently } from './patience.ts';
 import { between } from './random.ts';
-import { POSTGRES_ROLE, type World } from './world.ts';
+import { POSTGRES_ROLE, PRODUCER_ROLE, type World } from './world.ts';
 
 /** Longer than the deadline of the relay's statements (RELAY_PUBLISH_TIMEOUT, 10 s). */
 const HANG_MS = 12_000;
 /** More than the server will ever give away. */
 const CONNECTIONS_MAX = 300;
+
+const BURST_EVENTS = 500;
 
 const terminateRelay = (world: World) =>
   world.sql('SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1', [POSTGRES_ROLE]);
@@ -72,6 +77,33 @@ const isolated = (level: string): Fault => ({
   },
 });
 
+const RELAY_SESSIONS = 'SELECT FROM pg_stat_activity WHERE usename = $1';
+
+/**
+ * A session takes its role's setting when it begins, and follows the server's where the role has none. So those that are
+ * there become read-only, and those that begin later are as they should be.
+ */
+async function spoilSessions(world: World): Promise<Undo> {
+  const { sql } = world;
+  const sessions = async () => (await sql(RELAY_SESSIONS, [POSTGRES_ROLE])).length;
+  // Those that began in such a time before are immune.
+  const before = await sessions();
+  await terminateRelay(world);
+  const areBack = async () => (await sessions()) >= before;
+  await comesTrue(areBack, SERVER_BACK_MS);
+  const ofRoles = async (setting: string): Promise<void> => {
+    for (const role of [POSTGRES_ROLE, PRODUCER_ROLE]) await sql(`ALTER ROLE ${role} ${setting}`);
+  };
+  await ofRoles('SET default_transaction_read_only = off');
+  await sql('ALTER SYSTEM SET default_transaction_read_only = on');
+  await sql('SELECT pg_reload_conf()');
+  return async () => {
+    await sql('ALTER SYSTEM RESET default_transaction_read_only');
+    await sql('SELECT pg_reload_conf()');
+    await ofRoles('RESET default_transaction_read_only');
+  };
+}
+
 export const postgresFaults: readonly Fault[] = [
   {
     name: 'postgres-restart',
@@ -132,6 +164,54 @@ export const postgresFaults: readonly Fault[] = [
         await sql('ALTER SYSTEM RESET default_transaction_read_only');
         await sql('SELECT pg_reload_conf()');
       };
+    },
+  },
+  {
+    name: 'postgres-sessions-read-only',
+    describe: 'the sessions that are there become read-only for good; new ones are not',
+    lane: 'postgres',
+    lastsMs: 1_000,
+    flowsMeanwhile: true,
+    inject: spoilSessions,
+  },
+  {
+    name: 'postgres-alter-type',
+    describe: 'ALTER TYPE of a column, and back after 3 s: plans that sessions have kept are void',
+    lane: 'postgres',
+    lastsMs: 3_000,
+    flowsMeanwhile: true,
+    async inject({ sql }) {
+      const becomes = (type: string) =>
+        sql(`ALTER TABLE identity.outbox ALTER COLUMN event_type TYPE ${type}`);
+      await becomes('varchar(200)');
+      return () => becomes('text');
+    },
+  },
+  {
+    name: 'postgres-promotion',
+    describe: `a standby that is ${LAG_MS / 1_000} s behind is promoted under the same address: rows are lost, ids come again`,
+    lane: 'postgres',
+    losesData: true,
+    recoveryMs: SERVER_BACK_MS,
+    async inject(world) {
+      await promoteLaggingStandby(world);
+      return undefined;
+    },
+  },
+  {
+    name: 'postgres-truncate',
+    describe: 'TRUNCATE … RESTART IDENTITY, twice, while events are on their way: ids come again',
+    lane: 'postgres',
+    losesData: true,
+    async inject(world) {
+      await persistently(() => judgeBeforeErasing(world));
+      await truncate(world);
+      // On their way, with ids from 1 on, when these are given out again.
+      await world.workload.write(
+        Array.from({ length: BURST_EVENTS }, () => ({ ...sampleEvent(), topic: null })),
+      );
+      await truncate(world);
+      return undefined;
     },
   },
 ];

@@ -5,9 +5,9 @@ import { redisRules } from '../support/least-privilege.ts';
 import { type Fault, SERVER_BACK_MS } from './fault.ts';
 import { judgeBeforeErasing } from './grade.ts';
 import { persistently } from './patience.ts';
-import { between } from './random.ts';
-import { REFUSED_TOPICS, turncoatTopic } from './topics.ts';
-import { REDIS_USER, type World } from './world.ts';
+import { between, pick } from './random.ts';
+import { REFUSED_TOPICS, TOPICS, turncoatTopic } from './topics.ts';
+import { REDIS_USER, STREAM, type World } from './world.ts';
 
 /** What `appendfsync everysec` may lose. */
 const LOST_TAIL_MS = 1_000;
@@ -60,6 +60,7 @@ export const redisFaults: readonly Fault[] = [
     name: 'redis-power-cut',
     describe: 'kill -9, and the last second of the append-only file was never written',
     lane: 'redis',
+    losesData: true,
     lastsMs: 1_000,
     recoveryMs: SERVER_BACK_MS,
     async inject({ redis, redisFolder }) {
@@ -74,9 +75,22 @@ export const redisFaults: readonly Fault[] = [
     name: 'redis-flushall',
     describe: 'FLUSHALL',
     lane: 'redis',
+    losesData: true,
     async inject(world) {
       await persistently(() => judgeBeforeErasing(world));
       await emptied(world);
+      return undefined;
+    },
+  },
+  {
+    name: 'redis-stream-remade',
+    describe: 'a stream is deleted, and made again at once by a consumer: XGROUP CREATE … MKSTREAM',
+    lane: 'redis',
+    losesData: true,
+    async inject(world, random) {
+      await persistently(() => judgeBeforeErasing(world));
+      const stream = pick(random, TOPICS) ?? STREAM;
+      await world.client.multi().del(stream).xgroup('CREATE', stream, 'consumer', '$', 'MKSTREAM').exec();
       return undefined;
     },
   },

@@ -2,6 +2,7 @@
 import { cpSync, mkdtempSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import pLimit from 'p-limit';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { takeEvidence } from './evidence.ts';
 import { type Fault, LANES, RECOVERY_MS, type Undo } from './fault.ts';
@@ -171,7 +172,25 @@ async function oneByOne(
   return injections;
 }
 
-async function injectOne(
+/** Of a server that has lost data, until nothing of it is left to be done. */
+const AFTERMATH_MS = 5_000;
+const losing = pLimit(1);
+
+function injectOne(
+  world: World,
+  scheduled: Scheduled,
+  underWay: Set<string>,
+  options: RunOptions,
+): Promise<Injection> {
+  if (!scheduled.fault.losesData) return inject(world, scheduled, underWay, options);
+  return losing(async () => {
+    const injection = await inject(world, scheduled, underWay, options);
+    await pause(AFTERMATH_MS, options.signal);
+    return injection;
+  });
+}
+
+async function inject(
   world: World,
   { fault, seed }: Scheduled,
   underWay: Set<string>,
@@ -180,13 +199,15 @@ async function injectOne(
   underWay.add(fault.name);
   try {
     let undo: Undo | undefined;
+    let meanwhile: Awaited<ReturnType<typeof recovery>> | undefined;
     try {
       undo = await withDeadline(INJECT_DEADLINE_MS, fault.inject(world, createRandom(seed)));
+      if (fault.flowsMeanwhile) meanwhile = await recovery(world, fault);
       await pause(fault.lastsMs ?? 0, signal);
     } finally {
       if (undo !== undefined) await persistently(undo);
     }
-    const { recoveryMs, evidence } = await recovery(world, fault);
+    const { recoveryMs, evidence } = meanwhile ?? (await recovery(world, fault));
     onNote(
       `${fault.name}: ${recoveryMs === undefined ? 'no flow' : `flow after ${Math.round(recoveryMs)} ms`}`,
     );

@@ -45,6 +45,8 @@ export type Workload = Readonly<{
   probe(timeoutMs: number): Promise<number | undefined>;
   /** Events whose commit was answered. */
   committed(): ReadonlySet<string>;
+  /** Events that were sent to the database, whatever became of them. */
+  attempted(): ReadonlySet<string>;
   counts(): Readonly<{ committed: number; rolledBack: number; late: number; unknown: number }>;
   close(): Promise<void>;
 }>;
@@ -62,6 +64,7 @@ export function createWorkload(options: { url: string; client: Redis; seed: numb
   });
   survive(pool);
   const committed = new Set<string>();
+  const attempted = new Set<string>();
   const counts = { rolledBack: 0, late: 0, unknown: 0 };
   const hot = Array.from({ length: HOT_AGGREGATES }, () => newAggregate(random));
   const warm: Aggregate[] = [];
@@ -119,6 +122,7 @@ export function createWorkload(options: { url: string; client: Redis; seed: numb
 
   async function transact(events: readonly SampleEvent[], fate: Fate): Promise<void> {
     const connection = await pool.connect();
+    for (const event of events) attempted.add(event.eventId);
     let committing = false;
     try {
       await connection.query('BEGIN');
@@ -188,6 +192,7 @@ export function createWorkload(options: { url: string; client: Redis; seed: numb
       return Promise.race([arrived(), expired]);
     },
     committed: () => committed,
+    attempted: () => attempted,
     counts: () => ({ committed: committed.size, ...counts }),
     async close() {
       closed = true;

@@ -43,6 +43,8 @@ export type World = Readonly<{
   redis: PrivateRedis;
   /** Folder of the Redis' data. */
   redisFolder: string;
+  /** Folder of the PostgreSQL; its data is in `data`. */
+  postgresFolder: string;
   fleet: Fleet;
   workload: Workload;
   /** A superuser's pool, not through a proxy, in reserved connections. */
@@ -55,6 +57,8 @@ export type World = Readonly<{
   sql<R extends pg.QueryResultRow>(text: string, values?: unknown[]): Promise<R[]>;
   /** Violations that streams had shown before a fault erased them. */
   erased: { doubled: string[]; outOfOrder: string[] };
+  /** Events whose rows a fault took away, for good: nothing is promised of them. Their entries may be there. */
+  forgotten: Set<string>;
   /** URL of a session that counts against max_connections. */
   producerUrl: string;
   stop(): Promise<void>;
@@ -77,13 +81,14 @@ async function build(
   const folder = await temporaryFolder('relay-chaos-');
   undo.push(folder.remove);
   const redisFolder = join(folder.path, 'redis');
+  const postgresFolder = join(folder.path, 'postgres');
   const [redis, postgres] = await Promise.all([
     startPrivateRedis({
       directory: redisFolder,
       args: ['--aof-use-rdb-preamble', 'yes', ...redisArgs(POD_SETTINGS, undefined, REDIS_USER)],
     }),
     startPrivatePostgres({
-      directory: join(folder.path, 'postgres'),
+      directory: postgresFolder,
       settings: { max_connections: MAX_CONNECTIONS, superuser_reserved_connections: RESERVED_CONNECTIONS },
     }),
   ]);
@@ -136,9 +141,10 @@ async function build(
   await fleet.waitReady();
 
   return {
-    ...{ postgres, redis, redisFolder, fleet, workload, admin, client, sql, producerUrl },
+    ...{ postgres, redis, redisFolder, postgresFolder, fleet, workload, admin, client, sql, producerUrl },
     queues: { claim, publish },
     erased: { doubled: [], outOfOrder: [] },
+    forgotten: new Set(),
     stop: () => tearDown(undo),
   };
 }
@@ -158,7 +164,7 @@ async function prepare(admin: pg.Pool, url: string): Promise<void> {
     GRANT SELECT ON identity.outbox TO ${PRODUCER_ROLE}`);
 }
 
-function as(url: string, role: string, port?: number): string {
+export function as(url: string, role: string, port?: number): string {
   const changed = new URL(url);
   changed.username = role;
   changed.password = RELAY_PASSWORD;

@@ -237,8 +237,8 @@ describe('a claim worker', () => {
         return NOTHING;
       },
     });
-    await queue.add('a', {}, { removeOnComplete: true });
-    await queue.add('b', {}, { removeOnComplete: true });
+    await queue.add('wake', {}, { removeOnComplete: true });
+    await queue.add('wake', {}, { removeOnComplete: true });
     await waitFor(() => begun === 1, { what: 'a claim' });
     expect([workers.slots(), workers.inProgress()]).toEqual([1, 1]);
     expect(await queue.getJobCounts('waiting', 'active')).toEqual({ waiting: 1, active: 1 });

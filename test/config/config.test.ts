@@ -34,6 +34,7 @@ describe('defaults', () => {
   test('an empty environment gives the documented configuration', () => {
     expect(loadConfig({})).toEqual({
       databaseUrl: 'postgresql://postgres:postgres@localhost:5432/markdown_manager',
+      databasePoolSize: 10,
       redisUrl: 'redis://localhost:6379/0',
       redisCluster: false,
       redisSentinels: 'none',
@@ -228,6 +229,7 @@ describe('bad values', () => {
       ...['rediss://h/0?ssl_cert_reqs=maybe', 'rediss://h/0?ssl_check_hostname=1', 'redis://h?db=x'],
       `rediss://h/0?ssl_ca_certs=${folder}/missing.pem`,
     ],
+    RELAY_DATABASE_POOL_SIZE: [...notWhole, '2', '101'],
     RELAY_BATCH_SIZE: [...notWhole, '0', '-1', '10001'],
     RELAY_MAX_BATCH_SIZE: [...notWhole, '0', '-1', '10001'],
     RELAY_POLL_INTERVAL: [...notSeconds, '0', '0.049', '3600.1'],

@@ -1,25 +1,53 @@
 import { expect, onTestFinished, test } from 'vitest';
 import { transaction } from '../../src/connections/database.ts';
-import { distrustful } from '../../src/connections/pool-health.ts';
+import { createPool } from '../../src/connections/pool.ts';
+import { type HealthyPool, healthyPool, TooFewSessionsError } from '../../src/connections/pool-health.ts';
+import type { Logger } from '../../src/telemetry/logger.ts';
+import { anEvent, insertEvents } from '../support/events.ts';
+import { asRelay } from '../support/least-privilege.ts';
 import { startProxy, through } from '../support/proxy.ts';
 import { createDatabase } from '../support/servers.ts';
-import { openPool } from '../support/stages.ts';
+import { openAdminPool, openPool, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
-const { url } = await createDatabase();
+const { url, adminUrl, name } = await createDatabase();
+const admin = openAdminPool(adminUrl);
 
-/** A pool whose connections have all been used, on a network that then dies for them. */
-async function aDeadPool(size: number, { usedByUs }: { usedByUs: boolean }) {
+/** `size` sessions that have all been used, by the relay or by others. */
+async function usedPool(at: string, size: number, { byOthers = false } = {}) {
+  const pool = openPool(at, { max: size });
+  const healthy = byOthers ? undefined : healthyPool(pool, { size, logger: silent });
+  const clients = await Promise.all(Array.from({ length: size }, () => (healthy ?? pool).connect()));
+  for (const client of clients) client.release();
+  return { pool, healthy: healthy ?? healthyPool(pool, { size, logger: silent }) };
+}
+
+/** The same on a network that then dies for these sessions. */
+async function deadPool(size: number, options = {}) {
   const proxy = await startProxy(Number(new URL(url).port));
   onTestFinished(proxy.close);
-  const pool = openPool(through(proxy, url), { max: size });
-  const trusted = distrustful(pool, 400);
-  const by = usedByUs ? trusted : pool;
-  const clients = await Promise.all(Array.from({ length: size }, () => by.connect()));
-  for (const client of clients) client.release();
+  const used = await usedPool(through(proxy, url), size, options);
   proxy.loseTrack();
-  return { pool, trusted };
+  return used;
 }
+
+const pidOf = async (pool: HealthyPool): Promise<number> =>
+  transaction(pool, 5_000, 'durable', async (tx) => {
+    const { rows } = await tx.query<{ pid: number }>('SELECT pg_backend_pid() AS pid');
+    return (rows[0] as { pid: number }).pid;
+  });
+
+const ask = (pool: HealthyPool, deadlineMs: number, text = 'SELECT 1 AS one') =>
+  transaction(pool, deadlineMs, 'durable', async (tx) => (await tx.query(text)).rows);
+
+const write = (pool: HealthyPool) =>
+  transaction(pool, 5_000, 'durable', async (tx) => {
+    const { rowCount } = await tx.query({
+      name: 'a-statement-that-is-kept',
+      text: 'UPDATE identity.outbox SET attempts = attempts RETURNING *',
+    });
+    return rowCount;
+  });
 
 const took = async (work: () => Promise<unknown>): Promise<number> => {
   const begun = performance.now();
@@ -27,49 +55,160 @@ const took = async (work: () => Promise<unknown>): Promise<number> => {
   return performance.now() - begun;
 };
 
-test('of a pool whose connections are all dead only the first costs time', async () => {
-  const { pool, trusted } = await aDeadPool(10, { usedByUs: true });
+function warnings() {
+  const lines: string[] = [];
+  const logger: Logger = { ...silent, warn: (_fields, message) => void lines.push(message) };
+  return { lines, logger };
+}
+
+test('of a pool whose sessions are all dead only the first costs time', async () => {
+  const { pool, healthy } = await deadPool(10);
   let closed = 0;
   pool.on('remove', () => closed++);
-  await expect(trusted.query('SELECT 1')).rejects.toThrow('Query read timeout');
+  await expect(ask(healthy, 300)).rejects.toThrow('Query read timeout');
   const ms = await took(() =>
-    Promise.all(Array.from({ length: 10 }, () => trusted.query('SELECT pg_sleep(0.05)'))),
+    Promise.all(Array.from({ length: 10 }, () => ask(healthy, 5_000, 'SELECT pg_sleep(0.05)'))),
   );
-  expect(ms).toBeLessThan(2_000);
+  expect(ms).toBeLessThan(3_000);
   expect(pool.totalCount).toBeLessThanOrEqual(10);
-  await waitFor(() => closed === 10, { what: 'the dead ones to be closed', timeoutMs: 3_000 });
-}, 30_000);
+  await waitFor(() => closed === 10, { what: 'the dead ones to be closed', timeoutMs: 10_000 });
+}, 60_000);
 
-test('connections of a pool that others use are asked for a sign of life before they are trusted', async () => {
-  const { trusted } = await aDeadPool(4, { usedByUs: false });
-  await expect(trusted.query('SELECT 1')).rejects.toThrow('Query read timeout');
-  const { rows } = await trusted.query('SELECT 1 AS one');
-  expect(rows).toEqual([{ one: 1 }]);
-}, 30_000);
+test('sessions of a pool that others use are asked for a sign of life before they are used', async () => {
+  const { healthy } = await deadPool(4, { byOthers: true });
+  await expect(ask(healthy, 300)).rejects.toThrow('Query read timeout');
+  expect(await ask(healthy, 5_000)).toEqual([{ one: 1 }]);
+}, 60_000);
 
-test('a transaction that gets no answer ends after one timeout, and the next one has a sound connection', async () => {
-  const { trusted } = await aDeadPool(3, { usedByUs: true });
-  const ms = await took(() =>
-    expect(transaction(trusted, 300, 'durable', (tx) => tx.query('SELECT 1'))).rejects.toThrow(
-      'Query read timeout',
-    ),
-  );
-  expect(ms).toBeLessThan(2_000);
-  const { rows } = await transaction(trusted, 2_000, 'durable', (tx) => tx.query('SELECT 1 AS one'));
-  expect(rows).toEqual([{ one: 1 }]);
-}, 30_000);
+test('a transaction that gets no answer ends after one timeout, and the next one has a sound session', async () => {
+  const { healthy } = await deadPool(3);
+  const ms = await took(() => expect(ask(healthy, 300)).rejects.toThrow('Query read timeout'));
+  expect(ms).toBeLessThan(2_500);
+  expect(await ask(healthy, 5_000)).toEqual([{ one: 1 }]);
+}, 60_000);
 
-test('a statement that fails says nothing about other connections', async () => {
-  const pool = openPool(url, { max: 2 });
-  const trusted = distrustful(pool, 5_000);
-  const pid = async () => (await trusted.query('SELECT pg_backend_pid() AS pid')).rows[0].pid as number;
-  const [first, second] = await Promise.all([trusted.connect(), trusted.connect()]);
-  first.release();
-  second.release();
-  const failing = trusted.connect().then(async (client) => {
-    await client.query('SELECT 1/0').catch((error) => client.release(error));
+test('a statement that fails says nothing about its session, nor about others', async () => {
+  const { healthy } = await usedPool(url, 1);
+  const before = await pidOf(healthy);
+  await expect(ask(healthy, 5_000, 'SELECT 1/0')).rejects.toThrow('division by zero');
+  expect(await pidOf(healthy)).toBe(before);
+});
+
+test('a table that is altered under kept statements costs no transaction, in any session', async () => {
+  await insertEvents(admin, [anEvent()]);
+  const { healthy } = await usedPool(url, 4);
+  const inAll = () => Promise.all(Array.from({ length: 4 }, () => write(healthy)));
+  await inAll();
+  for (const type of ['varchar(500)', 'text']) {
+    await admin.query(`ALTER TABLE identity.outbox ALTER COLUMN error_message TYPE ${type}`);
+    // All at once, then one by one.
+    expect(await inAll()).toEqual([1, 1, 1, 1]);
+    for (let i = 0; i < 6; i++) expect(await write(healthy)).toBe(1);
+  }
+}, 60_000);
+
+test('work of a session that is ended by an administrator is done by another one at once', async () => {
+  const { healthy } = await usedPool(url, 2);
+  let runs = 0;
+  const rows = await transaction(healthy, 5_000, 'durable', async (tx) => {
+    runs++;
+    const { rows: found } = await tx.query('SELECT pg_backend_pid() AS pid');
+    // Returns when the backend has ended.
+    if (runs === 1) await admin.query('SELECT pg_terminate_backend($1, 5000)', [found[0].pid]);
+    return (await tx.query('SELECT 1 AS one')).rows;
   });
-  const before = await pid();
-  await failing;
-  expect(await pid()).toBe(before);
+  expect({ rows, runs }).toEqual({ rows: [{ one: 1 }], runs: 2 });
+});
+
+test('a transaction that fails after its COMMIT was sent is not done again', async () => {
+  const pool = openPool(url);
+  let commits = 0;
+  const losing = Object.create(pool, {
+    connect: {
+      value: async () => {
+        const client = await pool.connect();
+        const send = client.query.bind(client) as unknown as (query: { text: string }) => Promise<unknown>;
+        const query = async (sent: { text: string }) => {
+          const result = await send(sent);
+          if (sent.text !== 'COMMIT') return result;
+          commits++;
+          throw new Error('Connection terminated unexpectedly');
+        };
+        const release = { value: () => client.release(), writable: true };
+        return Object.create(client, { query: { value: query }, release });
+      },
+    },
+  });
+  await expect(ask(healthyPool(losing, { size: 2, logger: silent }), 5_000)).rejects.toThrow('terminated');
+  expect(commits).toBe(1);
+});
+
+test('sessions that became read-only leave the pool at once, and cost no transaction while new ones can write', async () => {
+  const { pool, healthy } = await usedPool(url, 4);
+  const clients = await Promise.all(Array.from({ length: 4 }, () => healthy.connect()));
+  for (const client of clients) await client.query('SET default_transaction_read_only = on');
+  for (const client of clients) client.release();
+  const removed = new Set<unknown>();
+  pool.on('remove', (client) => removed.add(client));
+  await write(healthy);
+  await Promise.all(Array.from({ length: 4 }, () => write(healthy)));
+  await waitFor(() => clients.every((client) => removed.has(client)), { what: 'all four to leave' });
+});
+
+test('while only read-only sessions can be had, a transaction fails with that as its reason', async () => {
+  const { healthy } = await usedPool(url, 2);
+  const [client] = await Promise.all([healthy.connect()]);
+  await client.query('SET default_transaction_read_only = on');
+  client.release();
+  await admin.query(`ALTER DATABASE ${name} SET default_transaction_read_only = on`);
+  try {
+    await waitFor(
+      () =>
+        write(healthy).then(
+          () => false,
+          (error) => /new ones are read-only/.test(error.message),
+        ),
+      {
+        what: 'the reason',
+      },
+    );
+  } finally {
+    await admin.query(`ALTER DATABASE ${name} RESET default_transaction_read_only`);
+  }
+  await write(healthy);
+}, 30_000);
+
+test('a role that gets fewer sessions than the pool may have works with these, says so once, and gets more later', async () => {
+  await admin.query(`CREATE ROLE few_sessions LOGIN PASSWORD 'open-sesame' CONNECTION LIMIT 3`);
+  onTestFinished(async () => {
+    await admin.query('DROP ROLE few_sessions');
+  });
+  const pool = createPool(asRelay(url, 'few_sessions'), { max: 10, connectionTimeoutMillis: 5_000 });
+  const { lines, logger } = warnings();
+  const healthy = healthyPool(pool, { size: 10, logger });
+  const burst = () =>
+    Promise.all(Array.from({ length: 30 }, () => ask(healthy, 5_000, 'SELECT pg_sleep(0.02)')));
+  await burst();
+  await burst();
+  expect(healthy.sessions()).toEqual({ size: 10, granted: 3 });
+  expect(lines).toEqual([expect.stringContaining('RELAY_DATABASE_POOL_SIZE')]);
+  // Who holds a session while he waits for another is refused before all wait for each other.
+  await expect(healthy.leaving?.(3).connect()).rejects.toThrow(TooFewSessionsError);
+  await admin.query('ALTER ROLE few_sessions CONNECTION LIMIT -1');
+  await waitFor(async () => (await burst()) && healthy.sessions().granted > 3, {
+    what: 'it to get more',
+    timeoutMs: 40_000,
+  });
+  await pool.end();
+}, 90_000);
+
+// The last one: no statement of this process is kept after it.
+test('a session that has forgotten its kept statements costs no transaction', async () => {
+  const { healthy } = await usedPool(url, 1);
+  const [rows] = (await admin.query('SELECT count(*)::int AS n FROM identity.outbox')).rows;
+  expect(await write(healthy)).toBe(rows.n);
+  const client = await healthy.connect();
+  await client.query('DISCARD ALL');
+  client.release();
+  expect(await write(healthy)).toBe(rows.n);
 });

@@ -31,12 +31,19 @@ export type PodOptions = {
   /** RELAY_* variables; none is taken over from our own environment. */
   env: Readonly<Record<string, string>>;
   args?: readonly string[];
+  /** Path of the Node.js that runs it. Default: ours. */
+  node?: string;
 };
 
 /** A relay in a process of its own: `node cli.js start`, on a free HTTP port. It ends with us at the latest. */
-export async function startPod({ cli, env, args = ['start'] }: PodOptions): Promise<Pod> {
+export async function startPod({
+  cli,
+  env,
+  args = ['start'],
+  node = process.execPath,
+}: PodOptions): Promise<Pod> {
   const httpPort = env.RELAY_HTTP_PORT ?? String(await freePort());
-  const child = spawn(process.execPath, [cli, ...args], {
+  const child = spawn(node, [cli, ...args], {
     env: { ...cleanEnvironment(), RELAY_HTTP_HOST: '127.0.0.1', RELAY_HTTP_PORT: httpPort, ...env },
     // Its own process group: Ctrl-C in a terminal reaches us alone, and we stop the pods in our order.
     detached: true,

@@ -4,7 +4,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { accessSync, constants } from 'node:fs';
-import { chown, mkdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { appendFile, chmod, chown, cp, mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { connect } from 'node:net';
 import { delimiter, dirname, join, resolve } from 'node:path';
 import { openTheWayTo, postgresUser, run, runnableBinaries } from './postgres-binaries.ts';
@@ -21,7 +21,18 @@ export type PrivateRedis = PrivateServer &
     resume(): void;
   }>;
 
+/** A folder with the data of another server that was started here, e.g. a copy of it. */
+export type CopiedData = Readonly<{
+  /** `directory` of that server; it must not run while its data is copied. */
+  of: string;
+  url: string;
+  /** How to reach the primary, to be a standby of it (`primary_conninfo`). Default: a server of its own. */
+  primary?: string;
+}>;
+
 export type PrivatePostgresOptions = {
+  /** The data to start with. Default: new. */
+  copied?: CopiedData;
   /** Folder of this server alone; made when missing. */
   directory: string;
   /** Server settings over our fast ones, e.g. `{ max_connections: 20 }`. */
@@ -65,12 +76,14 @@ export async function startPrivatePostgres(options: PrivatePostgresOptions): Pro
   }
   const binaries = await runnableBinaries(directory, identity, onLog);
 
+  const environment = { PATH: process.env.PATH ?? '/usr/bin:/bin', LC_ALL: 'C' };
+  if (options.copied !== undefined) return start(await copyData(options.copied, data, user));
+
   // A password, because a superuser without one is open to every local user, and may run programs as us.
   const password = randomBytes(12).toString('hex');
   const passwordFile = join(directory, 'password');
   await writeFile(passwordFile, `${password}\n`, { mode: 0o600 });
   if (user !== undefined) await chown(passwordFile, user.uid, user.gid);
-  const environment = { PATH: process.env.PATH ?? '/usr/bin:/bin', LC_ALL: 'C' };
   const initdb = await run(
     join(binaries, 'initdb'),
     [
@@ -89,37 +102,58 @@ export async function startPrivatePostgres(options: PrivatePostgresOptions): Pro
     throw new Error(`PostgreSQL's initdb failed: ${initdb.failure}\n${initdb.output}`);
   }
   await rm(passwordFile);
+  return start(password);
 
-  return supervise({
-    name: 'PostgreSQL',
-    url: (port) => `postgresql://postgres:${password}@127.0.0.1:${port}/postgres`,
-    directory,
-    command: join(binaries, 'postgres'),
-    args: (port) => [
-      '-D',
-      data,
-      ...Object.entries({ ...FAST_SETTINGS, ...settings, port }).flatMap(([key, value]) => [
-        '-c',
-        `${key}=${value}`,
-      ]),
-    ],
-    identity,
-    environment,
-    // SIGINT ends open sessions and stops; SIGTERM would wait for every client to leave.
-    stopSignal: 'SIGINT',
-    // SIGQUIT ends at once, and still frees the shared memory, which SIGKILL cannot.
-    watchdogSignal: 'QUIT',
-    isReady: (pid) => postmasterIsReady(data, pid),
-    portIsTaken: /could not bind|could not create any TCP\/IP sockets/,
-    // Sessions of a killed server need a moment to notice that it is gone.
-    isPassing: /pre-existing shared memory block|lock file "postmaster.pid" already exists/,
-  });
+  function start(withPassword: string): Promise<PrivatePostgres> {
+    return supervise({
+      name: 'PostgreSQL',
+      url: (port) => `postgresql://postgres:${withPassword}@127.0.0.1:${port}/postgres`,
+      directory,
+      command: join(binaries, 'postgres'),
+      args: (port) => [
+        '-D',
+        data,
+        ...Object.entries({ ...FAST_SETTINGS, ...settings, port }).flatMap(([key, value]) => [
+          '-c',
+          `${key}=${value}`,
+        ]),
+      ],
+      identity,
+      environment,
+      // SIGINT ends open sessions and stops; SIGTERM would wait for every client to leave.
+      stopSignal: 'SIGINT',
+      // SIGQUIT ends at once, and still frees the shared memory, which SIGKILL cannot.
+      watchdogSignal: 'QUIT',
+      isReady: (pid) => postmasterIsReady(data, pid),
+      portIsTaken: /could not bind|could not create any TCP\/IP sockets/,
+      // Sessions of a killed server need a moment to notice that it is gone.
+      isPassing: /pre-existing shared memory block|lock file "postmaster.pid" already exists/,
+    });
+  }
+}
+
+/** @returns the superuser's password */
+async function copyData(
+  { of, url, primary }: CopiedData,
+  data: string,
+  user: { name: string; uid: number; gid: number } | undefined,
+): Promise<string> {
+  await cp(join(of, 'data'), data, { recursive: true });
+  if (primary !== undefined) {
+    await appendFile(join(data, 'postgresql.auto.conf'), `primary_conninfo = '${primary}'\n`);
+    await writeFile(join(data, 'standby.signal'), '');
+  }
+  if (user !== undefined)
+    for (const path of ['', ...(await readdir(data, { recursive: true }))])
+      await chown(join(data, path), user.uid, user.gid);
+  await chmod(data, 0o700);
+  return new URL(url).password;
 }
 
 /** Its own pid file says so (as pg_ctl reads it): another server on the same port cannot be mistaken for it. */
 async function postmasterIsReady(data: string, pid: number): Promise<boolean> {
   const lines = (await readFile(join(data, 'postmaster.pid'), 'utf8').catch(() => '')).split('\n');
-  return lines[0]?.trim() === String(pid) && lines[7]?.trim() === 'ready';
+  return lines[0]?.trim() === String(pid) && /^(ready|standby)$/.test(lines[7]?.trim() ?? '');
 }
 
 // ------------------------------------------------------------------------------------------------ Redis

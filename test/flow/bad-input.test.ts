@@ -1,8 +1,11 @@
 /** Whoever may write the table may write anything: it is published intact, or dead-lettered with a clear reason. */
 import { readFile } from 'node:fs/promises';
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, type Entry, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { startProxy, through } from '../support/proxy.ts';
+import { createDatabase } from '../support/servers.ts';
+import { waitFor } from '../support/wait.ts';
 
 const MIB = 1024 * 1024;
 /** Unpacked 144 kB, in the table 2.5 kB; as text more than 1 GB, which PostgreSQL cannot print. */
@@ -219,3 +222,146 @@ test('payloads nested as deep as PostgreSQL takes them are published, and judged
     /^payload breaks the schema of UserCreated: /,
   );
 }, 120_000);
+
+test('a database in SQL_ASCII holds bytes that are no UTF-8: their events are dead-lettered, the others arrive', async () => {
+  const { adminUrl } = await createDatabase({ encoding: 'SQL_ASCII' });
+  const stage = await setStage({ databaseUrl: adminUrl });
+  expect((await stage.command(['migrate'])).code).toBe(0);
+  const foreign = {
+    payload: { payload: String.raw`('{"tenant_id": "' || E'caf\xe9' || '"}')::jsonb` },
+    event_type: { event_type: String.raw`E'caf\xe9'` },
+    topic: { topic: String.raw`E'x.caf\xe9'` },
+    aggregate_type: { aggregate_type: String.raw`E'caf\xe9'` },
+  };
+  const bad = Object.keys(foreign).map((column) => ({ ...anEvent(), column }));
+  const umlauts = anEvent({ eventType: 'Größe', payload: { ключ: '🦊' } });
+  await insertEvents(stage.pool, [...someEvents(100), ...bad, umlauts, ...someEvents(100)]);
+  for (const { eventId, column } of bad)
+    for (const [name, value] of Object.entries(foreign[column as keyof typeof foreign]))
+      await stage.pool.query(`UPDATE identity.outbox SET ${name} = ${value} WHERE event_id = $1`, [eventId]);
+  await stage.pod();
+  await stage.rested();
+
+  const entries = fieldsById(await stage.entries());
+  expect(entries.size).toBe(201);
+  expect(entries.get(umlauts.eventId)).toMatchObject({ event_type: 'Größe', payload: '{"ключ": "🦊"}' });
+  const deadLetters = fieldsById(await stage.entries(DLQ));
+  expect(deadLetters.size).toBe(bad.length);
+  for (const { eventId, column } of bad)
+    expect(deadLetters.get(eventId)).toMatchObject({
+      error_message: `${column} has bytes that are no UTF-8`,
+      payload_withheld: expect.stringContaining('identity.outbox'),
+    });
+  expect(deadLetters.get(bad[1]?.eventId)?.event_type).toBe(String.raw`caf\351`);
+  // Operators see them, and what is replayed dies of the same again.
+  const listed = await stage.command(['dlq', 'list', '--json']);
+  expect(listed.code, listed.lines.join('\n')).toBe(0);
+  for (const { eventId } of bad) expect(listed.lines.join('')).toContain(eventId);
+  expect((await stage.command(['dlq', 'replay', '--all', '--yes'])).code).toBe(0);
+  await stage.rested();
+  expect(await stage.count('dead_lettered_at IS NOT NULL')).toBe(bad.length);
+  expect((await stage.command(['status'])).code).toBe(0);
+}, 120_000);
+
+test.each(['close', 'error'] as const)(
+  'a Redis that takes no request above a size stops nobody but who is larger (it answers by: %s)',
+  async (by) => {
+    const stage = await setStage({ env: { RELAY_MAX_EVENT_BYTES: '4000000' } });
+    const proxy = await startProxy(stage.server.port);
+    onTestFinished(proxy.close);
+    proxy.limit(MIB, by);
+    const huge = anEvent({ payload: { x: 'x'.repeat(2 * MIB) } });
+    // In its job, where it is written as a text, it is as large as the other.
+    const quoting = anEvent({ payload: { x: '"'.repeat(MIB / 2) } });
+    const behind = anEvent({ aggregateId: huge.aggregateId });
+    const large = anEvent({ payload: { x: 'x'.repeat(MIB / 2) } });
+    await insertEvents(stage.pool, [...someEvents(300), huge, quoting, behind, large, ...someEvents(300)]);
+    const pod = await stage.pod({ RELAY_REDIS_URL: through(proxy, stage.env.RELAY_REDIS_URL) });
+    await stage.rested();
+    const entries = fieldsById(await stage.entries());
+    expect(entries.size).toBe(602);
+    expect(entries.has(behind.eventId)).toBe(true);
+    expect(entries.get(large.eventId)?.payload?.length).toBeGreaterThan(MIB / 2);
+    const deadLetters = fieldsById(await stage.entries(DLQ));
+    expect([...deadLetters.keys()].toSorted()).toEqual([huge.eventId, quoting.eventId].toSorted());
+    for (const [, fields] of deadLetters)
+      expect(fields).toMatchObject({
+        error_message: expect.stringMatching(
+          by === 'close'
+            ? /^Redis, or what is before it, closes the connection at this request of 2\d{6} bytes$/
+            : /^Redis does not take its job of 2\d{6} bytes: ERR .*TOO_LARGE/,
+        ),
+        payload_withheld: expect.stringContaining('identity.outbox'),
+      });
+    // What is there was tried twice for each of them, not again and again.
+    expect(pod.lines.filter((line) => line.includes('no connection to Redis')).length).toBeLessThan(12);
+  },
+  120_000,
+);
+
+test('jobs that are not the relay’s are ignored with a line in the log, whatever they hold; events flow past them', async () => {
+  const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '0.5', RELAY_FAILED_JOBS_KEPT: '1' } });
+  const { redis } = stage;
+  const [publish, claim] = [stage.queue('publish'), stage.queue('claim')];
+  const { eventId, aggregateId, eventType, topic } = anEvent();
+  const like = {
+    ...{ id: '1', eventId, eventType, aggregateType: 'user', aggregateId, topic, payload: '{}', attempts: 0 },
+    ...{ occurredAt: new Date().toISOString(), tenantId: null, correlationId: null, after: null },
+  };
+  const shapes: unknown[] = [
+    ...[null, undefined, '', 'text', 7, true, [], [null], {}, { eventId: null }, { eventId: 'no uuid' }],
+    ...[
+      { eventId },
+      { ...like, id: 1 },
+      { ...like, id: 'x' },
+      { ...like, payload: {} },
+      { ...like, topic: 5 },
+    ],
+    ...[
+      { ...like, aggregateId: null },
+      { ...like, after: 'x' },
+      { ...like, trace: 'x' },
+      { ...like, attempts: '1' },
+    ],
+    like, // under another id than its own
+  ];
+  let foreign = 0;
+  for (const data of shapes) {
+    const options = { attempts: 3, backoff: 10, removeOnComplete: false };
+    await publish.add('theirs', data as object, options);
+    await publish.add('theirs', data as object, { ...options, jobId: `x${foreign++}` });
+    await claim.add('theirs', data as object);
+  }
+  // As no BullMQ writes them: without options, without anything, with what is no JSON.
+  for (const [i, fields] of [
+    { name: 'x', data: 'null' },
+    { data: '[1' },
+    { name: 'x', opts: '{' },
+    { x: '1' },
+  ].entries())
+    for (const queue of [publish, claim]) {
+      await redis.hset(queue.toKey(`raw${i}`), fields);
+      await redis.lpush(queue.toKey('wait'), `raw${i}`);
+    }
+  for (const queue of [publish, claim]) await redis.lpush(queue.toKey('wait'), 'nothing at all');
+  await insertEvents(stage.pool, someEvents(200, 20));
+  const pod = await stage.pod();
+  await stage.rested();
+  await insertEvents(stage.pool, someEvents(200, 20));
+  await stage.rested();
+  expect(await stage.entries()).toHaveLength(400);
+  expect(await stage.entries(DLQ)).toEqual([]);
+  const ignored = () =>
+    pod.logs().filter(({ msg }) => /hold no event|nobody can read|none of the relay/.test(String(msg)));
+  await waitFor(() => ignored().some(({ events }) => Number(events) > 1), {
+    what: 'a line that counts them',
+  });
+  expect(ignored().filter(({ events }) => events !== undefined).length).toBeLessThan(8);
+  // Nobody goes round and round with those that cannot be read.
+  await waitFor(async () => (await publish.getJobCounts('waiting', 'active')).active === 0, {
+    what: 'the queue to be empty',
+    timeoutMs: 60_000,
+  });
+  expect(pod.logs().filter(({ level }) => level === 'error')).toEqual([]);
+  await stage.expectPromisesHeld();
+}, 150_000);

@@ -15,7 +15,7 @@ const WARM_EVENTS = 300;
 const EVENTS = 3_000;
 const BATCH_SIZE = 100;
 const MOST_TRIES = 3;
-const TAKEN_OVER = 'took over an event from a pod that stopped';
+const TAKEN_OVER = 'took over events from a pod that stopped or hung';
 
 /** Of one aggregate: each waits for the one before it. */
 const HOT_EVENTS = 1_000;
@@ -85,7 +85,8 @@ afterAll(async () => {
 
 test('an event is written twice, by its claim and by its acknowledgement', () => {
   expect(rows.updated).toBe(2 * (WARM_EVENTS + EVENTS));
-  expect(rows.deleted).toBe(0);
+  // By the benchmark, between warming up and counting.
+  expect(rows.deleted).toBe(WARM_EVENTS);
 });
 
 test('claims are as few as their batches allow, and acknowledgements are gathered', () => {

@@ -1,8 +1,9 @@
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
-import { anEvent, insertEvents } from '../support/events.ts';
+import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { setStage } from '../support/flow.ts';
+import { catchMidAppend } from '../support/mid-append.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -66,3 +67,33 @@ test('a pod whose worker no longer takes jobs says so, one with nothing to do an
   expect(await paused.count('next_attempt_at IS NOT NULL AND NOT published')).toBe(1);
   expect(await livez(pausedPod.url)).toEqual({ status: 200, reasons: [] });
 }, 150_000);
+
+test('pods that were all stopped for a while, as on a laptop that slept, tell of it in a line or two, not job by job', async () => {
+  const stage = await setStage();
+  const { pod, release } = await catchMidAppend(stage);
+  const other = await stage.pod();
+  const pods = [pod, other];
+  for (const { pid } of pods) process.kill(pid, 'SIGSTOP');
+  // Until every lock on a job has ended.
+  const publish = stage.queue('publish');
+  await waitFor(async () => (await stage.redis.keys(`${publish.toKey('')}*:lock`)).length === 0, {
+    what: 'the locks to end',
+  });
+  await release();
+  for (const { pid } of pods) process.kill(pid, 'SIGCONT');
+  await stage.rested();
+  await insertEvents(stage.pool, someEvents(100));
+  await stage.rested();
+  await stage.expectPromisesHeld();
+  const logs = pods.flatMap((it) => it.logs());
+  const takenOver = () =>
+    pods.flatMap((it) => it.logs()).filter(({ msg }) => String(msg).startsWith('took over events'));
+  await waitFor(() => takenOver().length > 0, { what: 'the line about what was taken over' });
+  expect(takenOver().length).toBeLessThan(5);
+  const events = takenOver().reduce((sum, line) => sum + Number(line.events), 0);
+  expect(events).toBeGreaterThan(10);
+  for (const text of new Set(logs.map(({ msg }) => String(msg)))) {
+    const lines = logs.filter(({ msg }) => msg === text);
+    expect(lines.length, `${text}: ${JSON.stringify(lines[0])}`).toBeLessThan(12);
+  }
+}, 120_000);

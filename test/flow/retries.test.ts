@@ -1,8 +1,10 @@
 import { expect, onTestFinished, test } from 'vitest';
+import type { Pod } from '../demo/pod.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, type RowChange, recordHistory, STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
+const SKEWED_CLOCK = new URL('../chaos/skewed-clock.mjs', import.meta.url).href;
 /** A topic whose key holds a string: Redis refuses every append to it. */
 const BAD_TOPIC = 'identity.broken.v1';
 
@@ -93,6 +95,55 @@ test('what is behind an event that waits for a retry leaves Redis within seconds
   await stage.rested();
   await stage.expectPromisesHeld();
 }, 90_000);
+
+test.each([
+  ['an hour ahead', 3_600_000],
+  ['an hour behind', -3_600_000],
+  ['a day ahead', 86_400_000],
+])(
+  'retries come when they are due although the clock of one pod is %s; it is told, and is a metric',
+  async (_, offsetMs) => {
+    const stage = await setStage({
+      env: { RELAY_RETRY_BASE_DELAY: '2', RELAY_MAX_RETRY_ATTEMPTS: '3', RELAY_CONCURRENCY: '2' },
+    });
+    await stage.redis.set(BAD_TOPIC, 'a string');
+    const historyOf = await recordHistory(stage.pool);
+    const [off, right] = await Promise.all([
+      stage.pod({ NODE_OPTIONS: `--import=${SKEWED_CLOCK}`, CHAOS_CLOCK_OFFSET_MS: String(offsetMs) }),
+      stage.pod(),
+    ]);
+    // So many that each pod makes some of the attempts.
+    const failing = someEvents(24, 24, { topic: BAD_TOPIC });
+    await insertEvents(stage.pool, [...failing, ...someEvents(200)]);
+    await stage.rested();
+    for (const { eventId } of failing) {
+      const failed = failures(await historyOf(eventId));
+      expect(failed).toHaveLength(3);
+      const { dead_lettered_at: diedAt } = await stage.row(eventId);
+      const times = [...failed.map((row) => row.at), diedAt as Date].map((time) => time.getTime());
+      for (const [i, delay] of [2_000, 4_000, 8_000].entries()) {
+        const waited = (times[i + 1] as number) - (times[i] as number);
+        // The history sees an attempt some time after it was made, on a busy machine the more so.
+        expect(waited, `time until attempt ${i + 2}`).toBeGreaterThan(delay - 1_000);
+        expect(waited, `time until attempt ${i + 2}`).toBeLessThan(delay + 10_000);
+      }
+    }
+    await stage.expectPromisesHeld();
+    const told = (pod: Pod) =>
+      pod.logs().filter((line) => String(line.msg).startsWith('the clock of this pod'));
+    expect(told(right)).toEqual([]);
+    expect(told(off)).toEqual([
+      expect.objectContaining({ aheadSeconds: expect.closeTo(offsetMs / 1_000, -1) }),
+    ]);
+    const metrics = await (await fetch(`${off.url}/metrics`)).text();
+    const ahead = Number(/^relay_pod_clock_ahead_seconds (\S+)$/m.exec(metrics)?.[1]);
+    expect(ahead).toBeCloseTo(offsetMs / 1_000, -1);
+    // What it writes down for others: its log, its heartbeat.
+    for (const { time } of off.logs().slice(-3))
+      expect(Math.abs(Date.parse(String(time)) - Date.now())).toBeLessThan(300_000);
+  },
+  120_000,
+);
 
 test('with the default configuration the retries wait 60, 120, 240, 480 and 960 seconds', async () => {
   const stage = await setStage();

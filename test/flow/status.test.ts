@@ -124,3 +124,17 @@ test('a watch goes on until it is interrupted, and shows what has changed', asyn
   expect(last()?.oldest?.[0]?.waitsFor).toBe('to be claimed, but no pod is there');
   expect(await watch.kill('SIGINT')).toEqual({ code: 0, signal: null });
 });
+
+test('before the migration, status and check say in one sentence what to run', async () => {
+  const stage = await setStage();
+  await stage.pool.query('DROP SCHEMA identity CASCADE');
+  const sentence = 'the outbox lacks table identity.outbox: run "relay migrate" on this database first';
+  const status = await stage.command(['status']);
+  expect(status.code).toBe(1);
+  expect(status.lines.filter((line) => line.includes('database'))).toEqual([`relay: ${sentence}`]);
+  const check = await stage.command(['check']);
+  expect(check.code).toBe(1);
+  expect(check.lines.filter((line) => line.startsWith('failed'))).toEqual([
+    `failed  table                  ${sentence}`,
+  ]);
+}, 60_000);

@@ -1,4 +1,10 @@
-import { expect, test } from 'vitest';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
+import { describe, expect, inject, onTestFinished, test } from 'vitest';
+import { cleanEnvironment } from '../demo/pod.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
@@ -89,3 +95,58 @@ test('SIGTERM ends a pod that is still waiting for its servers', async () => {
   });
   expect(await pod.kill('SIGTERM')).toEqual({ code: 0, signal: null });
 });
+
+describe('while it starts, a pod ends at once when it is told to', () => {
+  const unreachable = { RELAY_DATABASE_URL: 'postgres://relay@127.0.0.1:1/none' };
+
+  test.each([
+    ['SIGTERM', 'as any process', []],
+    ['SIGINT', 'as any process', []],
+    ['SIGTERM', 'as process 1 of its container', ['unshare', '--map-root-user', '--pid', '--fork']],
+    ['SIGINT', 'as process 1 of its container', ['unshare', '--map-root-user', '--pid', '--fork']],
+  ] as const)(
+    '%s %s',
+    async (signal, _, container) => {
+      const { env } = await setStage({ env: { RELAY_STARTUP_TIMEOUT: '120' } });
+      // From the first moment at which a process can hear of a signal, to waiting for a server that is not there.
+      for (const afterMs of [5, 50, 100, 200, 400, 800, 2_000]) {
+        const { pid, exited, output } = await startListening({ ...env, ...unreachable }, container);
+        await delay(afterMs);
+        const signalledAt = performance.now();
+        process.kill(pid, signal);
+        expect(await exited, `${signal} after ${afterMs} ms\n${output()}`).toEqual([0, null]);
+        expect(performance.now() - signalledAt).toBeLessThan(15_000);
+      }
+    },
+    120_000,
+  );
+});
+
+/** Starts a pod that waits for a database, and resolves as soon as it listens to signals. */
+async function startListening(env: Readonly<Record<string, string>>, container: readonly string[]) {
+  const [command = '', ...args] = [
+    ...container,
+    process.execPath,
+    join(inject('root'), 'dist/cli.js'),
+    'start',
+  ];
+  const child = spawn(command, args, {
+    env: { ...cleanEnvironment(), ...env, NODE_OPTIONS: `--import=${SAYS_SO}` },
+    stdio: ['ignore', 'pipe', 'pipe'],
+  });
+  onTestFinished(() => void child.kill('SIGKILL'));
+  let output = '';
+  for (const stream of [child.stdout, child.stderr])
+    stream.on('data', (chunk) => {
+      output += chunk;
+    });
+  const exited = once(child, 'exit');
+  const outer = child.pid as number;
+  await waitFor(() => output.includes(LISTENS), { what: 'the process to listen' });
+  const inner = await readFile(`/proc/${outer}/task/${outer}/children`, 'utf8');
+  return { pid: container.length === 0 ? outer : Number(inner.trim()), exited, output: () => output };
+}
+
+const LISTENS = 'listens to SIGTERM';
+/** Preloaded: says so. */
+const SAYS_SO = `data:text/javascript,process.on('newListener',(it)=>it==='SIGTERM'%26%26process.stderr.write('${encodeURIComponent(LISTENS)}'))`;

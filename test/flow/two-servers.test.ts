@@ -1,16 +1,18 @@
 /** Queues on one Redis, streams on another: whichever of them fails, once and in order. */
 import { dirname } from 'node:path';
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
 import type { PrivateRedis } from '../demo/servers.ts';
 import { cutAof, endOfAof } from '../support/aof.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { DLQ, STREAM, setStageOn } from '../support/flow.ts';
 import { catchMidAppend } from '../support/mid-append.ts';
+import { startProxy, through } from '../support/proxy.ts';
 import { createRedis } from '../support/servers.ts';
 import { openAdminRedis } from '../support/stages.ts';
 import { underTraffic } from '../support/traffic.ts';
 import { waitFor } from '../support/wait.ts';
 
+const MIB = 1024 * 1024;
 const BROKEN = 'identity.broken.v1';
 const QUICK_DEATH = { RELAY_RETRY_BASE_DELAY: '0.1', RELAY_MAX_RETRY_ATTEMPTS: '1' };
 /** Of what the rights depend on; the address does not matter to them. */
@@ -47,6 +49,8 @@ test('events flow from the one to the other, each command and endpoint looks whe
   const check = await stage.command(['check']);
   expect(check.code, check.lines.join('\n')).toBe(0);
   expect(check.lines.join('\n')).toMatch(/^ok\s+stream AOF\s+on$/m);
+  // It tries whether it may do more.
+  for (const redis of [stage.redis, stage.queueRedis]) await redis.call('ACL', 'LOG', 'RESET');
   const pod = await stage.pod();
   await stage.redis.set(BROKEN, 'a string');
   const dead = anEvent({ topic: BROKEN });
@@ -149,3 +153,29 @@ test('the queues’ server loses its end, and everything, under traffic: no even
     await stage.queues.restart();
   });
 }, 90_000);
+
+test('streams on a server that takes no request above a size: who is larger is dead-lettered, without its payload', async () => {
+  const stage = await setTwoServers();
+  const proxy = await startProxy(stage.streams.port);
+  onTestFinished(proxy.close);
+  proxy.limit(MIB, 'close');
+  const huge = anEvent({ payload: { x: 'x'.repeat(2 * MIB) } });
+  await insertEvents(stage.pool, [...someEvents(100), huge, ...someEvents(100)]);
+  await stage.pod({
+    RELAY_MAX_EVENT_BYTES: '4000000',
+    RELAY_STREAM_REDIS_URL: through(proxy, stage.streams.url),
+  });
+  await stage.rested();
+  expect(await stage.entries()).toHaveLength(200);
+  const reason = expect.stringMatching(
+    /^Redis, or what is before it, closes the connection at this request of 2\d{6}/,
+  );
+  expect(await stage.entries(DLQ)).toEqual([
+    expect.objectContaining({
+      fields: expect.objectContaining({
+        ...{ event_id: huge.eventId, payload: 'null', error_message: reason, attempts: '2' },
+        payload_withheld: expect.stringContaining('identity.outbox'),
+      }),
+    }),
+  ]);
+}, 120_000);

@@ -117,7 +117,7 @@ test('relay verify says in words what it found, and what it needs', async () => 
   for (const since of ['yesterday', '', '5y']) {
     const { code, lines } = await stage.command(['verify', '--since', since]);
     expect(code).toBe(1);
-    expect(lines.join('\n')).toMatch(/Expected a time like/);
+    expect(lines.join('\n')).toMatch(/Expected how long ago/);
   }
 }, 60_000);
 

@@ -4,25 +4,33 @@ import { type ApiDeps, registerApi } from '../../src/http/api.ts';
 import { NotReadyError } from '../../src/lifecycle.ts';
 import { CursorError } from '../../src/operations/cursor.ts';
 import { anEvent } from '../support/events.ts';
-import { silent } from '../support/stages.ts';
+import { deferred, silent } from '../support/stages.ts';
 
 const { eventId } = anEvent();
 const SINCE = '2026-01-31T12:00:00Z';
 const TRACE = { traceparent: '00-1-2-01' };
-const PRIVATE = { payload: '{"email":"a@b.c"}', tenantId: 'a@b.c', correlationId: 'a@b.c', trace: TRACE };
+const PRIVATE = {
+  ...{ payload: '{"email":"a@b.c"}', tenantId: 'a@b.c', correlationId: 'a@b.c', trace: TRACE },
+  // Whatever an event gets in later versions.
+  headers: { email: 'a@b.c' },
+};
 
 let app: FastifyInstance;
 /** What was asked of the operations, in words. */
 let asked: unknown[];
 let fail: Error | undefined;
+/** What each question takes. */
+let wait: Promise<void> | undefined;
 /** As the description writes them, e.g. `get /api/dlq/{eventId}`. */
 let served: string[];
 
 beforeEach(() => {
   asked = [];
   fail = undefined;
+  wait = undefined;
   const answer = async (...question: unknown[]): Promise<object> => {
     asked.push(question);
+    await wait;
     if (fail) throw fail;
     return { done: 1, refused: 0, refusals: [], next: null, letters: [], more: 'kept' };
   };
@@ -86,8 +94,43 @@ test('the list takes filters, a limit and a cursor', async () => {
       { limit: 7, after: 'abc', pruned: true, look: 1_000 },
     ],
     ['list', {}, { limit: 50, pruned: false, look: 1_000 }],
-    ['groups', { error: 'no' }, 100],
+    ['groups', { error: 'no' }, 100, 10_000],
   ]);
+});
+
+test('the same groups are asked for once in a second, whoever asks', async () => {
+  const answers = await Promise.all(
+    Array.from({ length: 10 }, () => call('GET', '/dlq/groups?limit=7', undefined, 'viewer')),
+  );
+  await call('GET', '/dlq/groups?limit=7');
+  await call('GET', '/dlq/groups?limit=8');
+  expect(new Set(answers.map(({ status }) => status))).toEqual(new Set([200]));
+  expect(asked).toEqual([
+    ['groups', {}, 7, 10_000],
+    ['groups', {}, 8, 10_000],
+  ]);
+});
+
+test('a viewer’s requests are worked on one by one, some wait, the others are told to come back; operators go on', async () => {
+  const { promise, resolve } = deferred();
+  wait = promise;
+  const urls = Array.from({ length: 30 }, (_, i) => `/dlq?limit=${i + 1}`);
+  // Not asked before somebody waits for the answer.
+  const all = urls.map(
+    async (url) => await app.inject({ url: `/api${url}`, headers: { 'x-role': 'viewer' } }),
+  );
+  const refused = await Promise.all(all.slice(21));
+  expect(asked).toHaveLength(1);
+  for (const reply of refused) {
+    expect([reply.statusCode, reply.headers['retry-after']]).toEqual([503, '1']);
+    expect(reply.json().error).toContain('too much is asked at once');
+  }
+  wait = undefined;
+  expect((await call('GET', '/dlq')).status).toBe(200);
+  resolve();
+  expect(new Set((await Promise.all(all.slice(0, 21))).map(({ statusCode }) => statusCode))).toEqual(
+    new Set([200]),
+  );
 });
 
 test('one event is shown, or not found', async () => {
@@ -159,6 +202,19 @@ describe('refused with what is wrong, and nothing is done:', () => {
   });
 });
 
+test('a body is not even read of who may not ask', async () => {
+  const send = async (role: string) =>
+    (
+      await app.inject({
+        ...{ method: 'POST', url: '/api/dlq/replay', payload: '{"no JSON' },
+        headers: { 'content-type': 'application/json', ...(role !== '' && { 'x-role': role }) },
+      })
+    ).statusCode;
+  expect(await send('')).toBe(401);
+  expect(await send('viewer')).toBe(403);
+  expect(await send('operator')).toBe(400);
+});
+
 test('viewers see and cannot act; nobody else sees anything, not even what is wrong', async () => {
   for (const url of ['/dlq', '/dlq/groups', `/dlq/${eventId}`, '/openapi.json']) {
     expect((await call('GET', url, undefined, 'viewer')).status, url).toBe(200);
@@ -183,6 +239,8 @@ test('a bad cursor is the asker’s fault, a server that is away is not', async 
   expect((await call('GET', '/dlq?after=x')).status).toBe(400);
   fail = Object.assign(new Error('date/time field value out of range'), { code: '22008' });
   expect((await call('GET', '/dlq?since=0000-01-01T00:00:00Z')).status).toBe(400);
+  fail = Object.assign(new Error('time zone displacement out of range'), { code: '22009' });
+  expect((await call('GET', '/dlq?since=2026-01-31T12:00:00%2B23:59')).status).toBe(400);
   fail = new NotReadyError('Redis is away');
   expect(await call('POST', '/dlq/replay', { all: true })).toEqual({
     status: 503,

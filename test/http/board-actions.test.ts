@@ -1,25 +1,6 @@
-import { createBullBoard } from '@bull-board/api';
-import type { AppControllerRoute, IServerAdapter } from '@bull-board/api/typings/app';
 import { expect, test } from 'vitest';
 import { actionOf, type QueueKind, refusalOf } from '../../src/http/board-actions.ts';
-
-/** Every route that Bull Board registers, as `method route`. */
-function routesOfBullBoard(): string[] {
-  const routes: AppControllerRoute[] = [];
-  const adapter: Record<string, unknown> = new Proxy(
-    {},
-    {
-      get: (_, name) => (given: unknown) => {
-        if (name === 'setApiRoutes') routes.push(...(given as AppControllerRoute[]));
-        return adapter;
-      },
-    },
-  );
-  createBullBoard({ queues: [], serverAdapter: adapter as unknown as IServerAdapter });
-  return routes.flatMap(({ method, route }) =>
-    [method].flat().flatMap((it) => [route].flat().map((path) => `${it} ${path}`)),
-  );
-}
+import { routesOfBullBoard } from '../support/board.ts';
 
 const actions = routesOfBullBoard().filter((it) => !it.startsWith('get '));
 const refused = (kind: QueueKind | undefined) =>

@@ -92,22 +92,29 @@ test('an operator logs in, sees both queues, and retries a failed job: its event
   expect(Date.now() - startedAt).toBeGreaterThan(1_000);
   await shot(olga.page, '1-wrong-password');
   expect(olga.refused.splice(0)).toEqual(['401 /login']);
+  expect(await olga.page.getByLabel('Name').inputValue()).toBe('olga');
   await olga.logIn('olga');
 
   const queue = (page: Page, name: string) => page.getByRole('link', { name: new RegExp(name) }).first();
   await queue(olga.page, 'relay-claim').waitFor();
   await queue(olga.page, 'relay-publish').waitFor();
   await olga.page.locator('main').getByText('relay-claim').waitFor();
+  await olga.page.getByText('olga (operator)').waitFor();
   await shot(olga.page, '2-overview');
   const failed = `${pod.url}/board/queue/relay-publish?status=failed`;
   await olga.page.goto(failed);
   const title = olga.page.getByText(/DictionaryWordAdded · user .* · given up after 1 attempt/).first();
   await title.waitFor();
+  await olga.page
+    .getByText(/0 events wait.* 1 are dead/)
+    .first()
+    .waitFor();
   await shot(olga.page, '3-failed');
 
   const vera = await person(browser, pod.url);
   await vera.logIn('vera');
   await queue(vera.page, 'relay-publish').waitFor();
+  await vera.page.getByText('vera (viewer)').waitFor();
   await vera.page.goto(failed);
   await vera.page
     .getByText(/DictionaryWordAdded/)

@@ -87,6 +87,7 @@ export function createModelEpoch(
     stop: async () => {},
     current: () => epoch,
     known: async () => epoch,
+    reason: () => '',
     async confirm(of: string) {
       if (epoch !== of) throw new EpochOverError();
       await hold(actor, 'epoch: confirm');

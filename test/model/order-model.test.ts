@@ -64,7 +64,7 @@ beforeAll(async () => {
     operators: openPool(asRelay(adminUrl, OPERATOR_ROLE)),
     streamOptions: {
       ...{ dlqStreamName: `${TOPIC}.dlq`, streamMaxLen: 0, dlqMaxLen: 0, jobKey: queues.jobKey },
-      ...{ memoryPrefix: 'bull:relay', epochKey: 'bull:relay:epoch' },
+      ...{ memoryPrefix: 'bull:relay', epochKey: 'bull:relay:epoch', topicProblem: () => null },
     },
   };
 });

@@ -29,6 +29,7 @@ import { createDeadEntries } from '../../src/streams/dead-entries.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { createMemory } from '../../src/streams/memory.ts';
 import type { Logger } from '../../src/telemetry/logger.ts';
+import { createTally } from '../../src/telemetry/tally.ts';
 import { untraced } from '../../src/telemetry/tracing.ts';
 import { silent } from '../support/stages.ts';
 import type { Interleaving } from './interleaving.ts';
@@ -108,12 +109,15 @@ export function createPod(deps: PodDeps, name: string) {
   const recoverOutbox = outboxOf('recover');
   const recover = createRecoverLostData({
     outbox: recoverOutbox,
+    findForgotten: async () => {},
     compare: createCompare({ published: recoverOutbox, lookup, dlqStreamName: streamOptions.dlqStreamName }),
     windowMs: WINDOW_MS,
     onRecovered: () => {},
     logger,
   });
-  const epoch = createModelEpoch(interleaving, actor, epochWorld, () => recover({ intactUntil: null }));
+  const epoch = createModelEpoch(interleaving, actor, epochWorld, () =>
+    recover({ intactUntil: null, forgotten: false, confirm: async () => {} }),
+  );
 
   /** Time passes between what the jobs' server says and the append. */
   async function jobFacts(eventIds: readonly string[]): Promise<JobFacts[]> {
@@ -153,15 +157,16 @@ export function createPod(deps: PodDeps, name: string) {
       for (const it of aggregates) requested.set(aggregateKey(it), it);
     },
   };
+  const tally = createTally(logger);
   const removeJobs = createJobRemoval({ queues, memory });
   const acknowledger = createAcknowledger({ outbox: outboxOf('acknowledge'), epoch, refiller, logger });
   const deadLetters = createDeadLetters({
-    ...{ streams, queues, epoch, acknowledger, refiller, logger },
+    ...{ streams, queues, epoch, acknowledger, refiller, tally, logger },
     ...{ outbox: outboxOf('dead letter'), metrics: NOTHING, tracing: untraced },
   });
   const parker = createParker({ outbox: outboxOf('park'), refiller, logger });
   const publish = createPublish({
-    ...{ streams, lookup, epoch, queues, removeJobs, acknowledger, deadLetters, parker, logger },
+    ...{ streams, lookup, epoch, queues, removeJobs, acknowledger, deadLetters, parker, tally, logger },
     outbox: outboxOf('publish'),
     rows: createRowQuestions(outboxOf('ask rows')),
     check: {

@@ -213,6 +213,49 @@ describe('the list', () => {
 });
 
 describe('one event', () => {
+  test('is cut where it is read: no list and no page brings the megabytes that somebody wrote into the table', async () => {
+    const events = someEvents(3, 3);
+    await dead(events, { error: `${'x'.repeat(1_990)} ${'y'.repeat(1 << 20)}` });
+    await pool.query(
+      `UPDATE identity.outbox SET discard_reason = repeat('z', 1 << 20), discarded_by = repeat('z', 1 << 20)`,
+    );
+    const size = (it: unknown) => JSON.stringify(it).length;
+    const { letters } = await deadLetters.list({});
+    expect(letters).toHaveLength(3);
+    expect(letters[0]?.error).toHaveLength(2_000);
+    expect(size(letters)).toBeLessThan(10_000);
+    const [group] = await deadLetters.groups({});
+    expect([group?.count, group?.error.length]).toEqual([3, 300]);
+    const shown = await deadLetters.show(events[0]?.eventId ?? '');
+    expect(size(shown)).toBeLessThan(10_000);
+    // What is beyond is not looked through either.
+    expect((await deadLetters.list({ error: 'y'.repeat(100) })).letters).toEqual([]);
+    expect((await deadLetters.list({ error: 'xy' })).letters).toEqual([]);
+    expect((await deadLetters.list({ error: 'X Y' })).letters).toHaveLength(3);
+    const backlog = createBacklog(operators, {
+      ...{ streamName: 'identity.user.v1', deadLetterPolicy: 'continue', statementTimeoutMs: 10_000 },
+    });
+    await pool.query(
+      'UPDATE identity.outbox SET dead_lettered_at = NULL, next_attempt_at = NULL WHERE id = 1',
+    );
+    expect(size(await backlog.oldest())).toBeLessThan(10_000);
+
+    await pool.query('DELETE FROM identity.outbox');
+    const { letters: pruned } = await deadLetters.list({}, { pruned: true });
+    expect(pruned).toHaveLength(3);
+    expect(size(pruned)).toBeLessThan(10_000);
+  });
+
+  test('is counted among the latest so many alone, where that is asked for', async () => {
+    await dead(someEvents(2, 2), { error: 'old', at: '2026-01-01T00:00:00Z' });
+    await dead(someEvents(3, 3), { error: 'new', at: '2026-01-02T00:00:00Z' });
+    expect((await deadLetters.groups({}, 10, 4)).map(({ error, count }) => [error, count])).toEqual([
+      ['new', 3],
+      ['old', 1],
+    ]);
+    expect((await deadLetters.groups({ error: 'old' }, 10, 4)).map(({ count }) => count)).toEqual([2]);
+  });
+
   test('is shown with envelope, error, times, dead letter and job', async () => {
     const event = anEvent();
     await dead([event]);

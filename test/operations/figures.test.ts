@@ -22,10 +22,6 @@ function counting(pool: pg.Pool): Pool & { statements: string[] } {
   };
   return {
     statements,
-    query: ((text: string, values: unknown[] = []) => {
-      note(text);
-      return pool.query(text, values);
-    }) as unknown as Pool['query'],
     connect: (async () => {
       const client = await pool.connect();
       return Object.create(client, {
@@ -50,6 +46,7 @@ function readerOn(pool: Pool, redis: Redis) {
   const read = createFigures({
     backlog: backlog.count,
     databaseTime: backlog.time,
+    notifyQueueUsage: backlog.notifyQueueUsage,
     queues: createQueues(redis, QUEUES, silent).figures,
     fleet: createFleetReader(redis, 'bull:relay'),
     inspectStreams: createStreamInspector(redis),

@@ -169,6 +169,7 @@ const besideTable = (append: (event: OutboxEvent) => Promise<null>) =>
       statementTimeoutMs: 15_000,
     }),
     republisher: { epoch: async () => epoch, append },
+    problemOf: () => null,
     logger: silent,
   });
 

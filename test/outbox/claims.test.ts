@@ -74,6 +74,21 @@ describe('a claim', () => {
     ]);
   });
 
+  test('withholds a row that lacks what an event must have, where an adopted table allows it', async () => {
+    await insert({}, {}, {}, {});
+    for (const column of ['event_type', 'payload', 'created_at'])
+      await admin.query(`ALTER TABLE identity.outbox ALTER ${column} DROP NOT NULL`);
+    await set(1, 'event_type = NULL');
+    await set(2, 'payload = NULL');
+    await set(3, 'created_at = NULL');
+    expect((await claim()).leased).toEqual([
+      expect.objectContaining({ withheld: 'event_type is null', eventType: '', payload: 'null' }),
+      expect.objectContaining({ withheld: 'payload is null', payload: 'null' }),
+      expect.objectContaining({ withheld: 'created_at is null', occurredAt: '', payload: 'null' }),
+      expect.objectContaining({ withheld: null }),
+    ]);
+  });
+
   test('knows no tenant where the payload names none, or is no object', async () => {
     await insert(
       { payload: '{"tenant_id": "", "correlation_id": null}' },
@@ -368,7 +383,7 @@ function failingPool(codes: string[]): Pool {
       const query = (config: pg.QueryConfig) => {
         const code = config.text.includes('RETURNING') ? codes.shift() : undefined;
         if (code === 'no answer') throw new Error('Query read timeout');
-        if (code !== undefined) throw Object.assign(new Error('out of memory'), { code });
+        if (code !== undefined) throw Object.assign(new Error('out of memory'), { code, severity: 'ERROR' });
         return client.query(config);
       };
       return Object.create(client, { query: { value: query } });

@@ -147,7 +147,6 @@ async function pagesRead(): Promise<number> {
 /** The pool, which notes how many rows of the table each transaction has read by the time it commits. */
 function countingRows(real: pg.Pool, rows: number[]): Pool {
   return {
-    query: real.query.bind(real),
     connect: (async () => {
       const client = await real.connect();
       const query = async (config: pg.QueryConfig) => {

@@ -30,6 +30,7 @@ const ADDED = [
   'index relay_outbox_dead_at',
   'index relay_outbox_settled',
   'index relay_outbox_unreceipted',
+  'table identity.relay_owner',
 ];
 
 test('what a pod looks for is what the table is described as', () => {

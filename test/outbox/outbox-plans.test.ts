@@ -323,14 +323,6 @@ function explaining(real: pg.Pool, plan: PlanKind, costs: Cost[]): Pool {
     return { rows: text.startsWith('SELECT id FROM') ? [{ id: String(HOT_FRESH) }] : [], rowCount: 0 };
   }
   return {
-    query: (async (text: string, values: unknown[]) => {
-      const client = await real.connect();
-      await client.query('BEGIN');
-      const result = await explain(client, { text, values });
-      await client.query('ROLLBACK');
-      client.release();
-      return result;
-    }) as unknown as pg.Pool['query'],
     connect: (async () => {
       const client = await real.connect();
       const query = (config: pg.QueryConfig) => explain(client, config);

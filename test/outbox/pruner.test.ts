@@ -1,6 +1,6 @@
-import { beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { ComparingError, createRetention } from '../../src/maintenance/retention.ts';
-import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/pruner.ts';
+import { createPruner, FIRST_PLACE, type KeptRow, PRUNABLE_KINDS } from '../../src/outbox/pruner.ts';
 import { asRelay, grantLeast, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
 import { createDatabase } from '../support/servers.ts';
 import { openAdminPool, openPool } from '../support/stages.ts';
@@ -12,13 +12,15 @@ await grantLeast(adminUrl, { RELAY_PUBLISHED_RETENTION: '86400' });
 const pool = openAdminPool(adminUrl);
 const prunerAs = (user: string) => createPruner(openPool(asRelay(url, user)), { statementTimeoutMs: 10_000 });
 const pruner = prunerAs(RELAY_USER);
+const kept: KeptRow[] = [];
 const retentionWith = (comparing: () => Promise<boolean>, by = pruner) =>
-  createRetention({ ...by, comparing, resyncWindowMs: HOUR_MS });
+  createRetention({ ...by, comparing, onKept: (rows) => kept.push(...rows), resyncWindowMs: HOUR_MS });
 const retention = retentionWith(async () => false);
 const operators = retentionWith(async () => false, prunerAs(OPERATOR_ROLE));
 
 beforeEach(async () => {
-  await pool.query('TRUNCATE identity.outbox');
+  kept.length = 0;
+  await pool.query('TRUNCATE identity.outbox CASCADE');
 });
 
 /** Rows of one kind, each with its name in event_type; `columns` are further columns and their values. */
@@ -152,8 +154,76 @@ test('each step says where the next one begins, and the last one that it is the 
   const before = await pruner.ago(HOUR_MS);
   for (const kind of PRUNABLE_KINDS) {
     expect(await pruner.step({ kind, after: FIRST_PLACE, before, limit: 10 })).toEqual({
-      deleted: 0,
+      ...{ deleted: 0, kept: [] },
       next: null,
     });
   }
+});
+
+describe('a row that the database keeps', () => {
+  const idsOf = async (name: string): Promise<string[]> =>
+    (
+      await pool.query('SELECT id::text FROM identity.outbox WHERE event_type = $1 ORDER BY id', [name])
+    ).rows.map((row) => row.id);
+  const fails = (condition: string, what: string) =>
+    pool.query(`
+      CREATE FUNCTION keep_some() RETURNS trigger LANGUAGE plpgsql AS $$
+      BEGIN IF ${condition} THEN ${what}; END IF; RETURN OLD; END $$;
+      CREATE TRIGGER keep_some BEFORE DELETE ON identity.outbox FOR EACH ROW EXECUTE FUNCTION keep_some()`);
+
+  beforeEach(async () => {
+    await add('old', published(30), 700);
+    await add('kept', published(29), 2);
+    await add('kept, of another system', { published: 'true', published_at: ago(30) });
+    await add('old', published(28), 700);
+  });
+  afterEach(async () => {
+    await pool.query('DROP TABLE IF EXISTS theirs; DROP FUNCTION IF EXISTS keep_some CASCADE');
+  });
+
+  test('since a foreign key leads to it stays by itself, is told once with the reason, and is tried again later', async () => {
+    await pool.query(`CREATE TABLE theirs AS SELECT id FROM identity.outbox WHERE event_type LIKE 'kept%'`);
+    await pool.query('ALTER TABLE theirs ADD FOREIGN KEY (id) REFERENCES identity.outbox');
+    const ids = [...(await idsOf('kept')), ...(await idsOf('kept, of another system'))];
+    expect(await retention.run(24 * HOUR_MS, () => true)).toBe(1_400);
+    expect(await names()).toEqual(['kept', 'kept, of another system']);
+    expect(kept.map(({ id }) => id)).toEqual(ids);
+    for (const { reason } of kept) expect(reason).toMatch(/violates foreign key constraint "theirs_id_fkey"/);
+    // Of what comes next, nothing waits for them.
+    await add('old', published(28), 10);
+    expect(await retention.run(24 * HOUR_MS, () => true)).toBe(10);
+    expect(kept).toHaveLength(3);
+    // As an hour later.
+    await pool.query('DROP TABLE theirs');
+    expect(await retentionWith(async () => false, prunerAs(RELAY_USER)).run(24 * HOUR_MS, () => true)).toBe(
+      3,
+    );
+  });
+
+  test.each([
+    ['raises', `RAISE 'not this one'`, /not this one/],
+    ['returns nothing', 'RETURN NULL', /a trigger, a rule or row security keeps it/],
+  ])('since a trigger %s stays by itself', async (_, what, reason) => {
+    await fails(`OLD.event_type LIKE 'kept%'`, what);
+    expect(await retention.run(24 * HOUR_MS, () => true)).toBe(1_400);
+    expect(await names()).toEqual(['kept', 'kept, of another system']);
+    expect(kept).toHaveLength(3);
+    for (const it of kept) expect(it.reason).toMatch(reason);
+  });
+
+  test('is none where all together take longer than a statement may: fewer go at once', async () => {
+    await pool.query('TRUNCATE identity.outbox');
+    await add('old', published(30), 40);
+    await fails('true', 'PERFORM pg_sleep(0.02)');
+    const hasty = createPruner(openPool(asRelay(url, RELAY_USER)), { statementTimeoutMs: 500 });
+    expect(await retentionWith(async () => false, hasty).run(24 * HOUR_MS, () => true)).toBe(40);
+    expect(kept).toEqual([]);
+  });
+
+  test('is not blamed for what concerns the whole table', async () => {
+    await pool.query(`REVOKE DELETE ON identity.outbox FROM ${RELAY_USER}`);
+    await expect(retention.run(24 * HOUR_MS, () => true)).rejects.toThrow(/permission denied/);
+    await pool.query(`GRANT DELETE ON identity.outbox TO ${RELAY_USER}`);
+    expect(kept).toEqual([]);
+  });
 });

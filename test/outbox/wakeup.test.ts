@@ -251,7 +251,6 @@ describe('the listening connection', () => {
     const through = openPool(databaseUrl);
     let listens = 0;
     const pooler: Pool = {
-      query: through.query.bind(through) as Pool['query'],
       connect: (async () => {
         const client = await through.connect();
         const query = (config: { text: string }) => {

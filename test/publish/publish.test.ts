@@ -15,6 +15,7 @@ import {
   type Workers,
 } from '../../src/queue/workers.ts';
 import type { Appending } from '../../src/streams/append.ts';
+import { createTally } from '../../src/telemetry/tally.ts';
 import { untraced } from '../../src/telemetry/tracing.ts';
 import { createRedis } from '../support/servers.ts';
 import {
@@ -106,7 +107,7 @@ function setUp(outcomes: readonly AppendOutcome[] = [APPENDED], deps: Partial<De
     tracing: untraced,
     onPublished: (topic) => void steps.push(`published to ${topic}`),
     options: { publishTimeoutMs: 20_000, maxInFlight: 400 },
-    logger: silent,
+    ...{ tally: createTally(silent), logger: silent },
     ...deps,
   });
   return { publish, steps, appendings, questions, standings, recorded, dead, epoch };
@@ -702,7 +703,7 @@ describe('a failed attempt', () => {
       },
       deadLetters: { bury: () => Promise.reject(new Error('no database')) },
       queues: { inFlight: async () => ({ waiting: 0, active: 0, delayed: 400, failed: 0, total: 400 }) },
-      logger: { ...silent, error: (_, message) => void logged.push(message) },
+      tally: { ...createTally(silent), error: (_, __, text) => void logged.push(text) },
     });
     publish.onFailed(failedRun(anEvent()));
     publish.onFailed(failedRun(anEvent(), { failedForGoodAt: new Date(), stalls: 1 }));

@@ -210,8 +210,8 @@ test('a job whose pod stopped is taken over, and that is logged', async () => {
   const { publish } = one.context.queues;
   await one.redis.lmove(publish.toKey('wait'), publish.toKey('active'), 'RIGHT', 'LEFT');
   const warned: unknown[] = [];
-  const warn = (fields: Record<string, unknown>) => void warned.push(fields.eventId);
-  start(one, { logger: { ...one.context.logger, warn } });
+  const warn = (eventId: string) => void warned.push(eventId);
+  start(one, { tally: { ...one.context.tally, warn } });
   await becomes(one, 'published');
   expect(await idsIn(one)).toEqual([event?.eventId]);
   expect(warned).toEqual([event?.eventId]);

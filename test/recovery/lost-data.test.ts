@@ -47,10 +47,16 @@ async function recover(
 ) {
   const found: Found[] = [];
   await createRecoverLostData({
-    ...{ outbox, compare: compareWith(deps), windowMs: WINDOW_MS, logger: silent },
+    ...{
+      outbox,
+      findForgotten: async () => {},
+      compare: compareWith(deps),
+      windowMs: WINDOW_MS,
+      logger: silent,
+    },
     onRecovered: (it) => void found.push(it),
     ...deps,
-  })({ intactUntil });
+  })({ intactUntil, forgotten: false, confirm: async () => {} });
   return found[0];
 }
 

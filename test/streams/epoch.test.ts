@@ -3,10 +3,12 @@ import { NotReadyError } from '../../src/lifecycle.ts';
 import { APPEND_CONNECTION, notesKeyOf } from '../../src/streams/append.ts';
 import {
   createEpoch,
+  type DatabaseState,
   type Epoch,
   EpochOverError,
   endEpoch,
   epochId,
+  forgetEpoch,
   isComparing,
   type Loss,
 } from '../../src/streams/epoch.ts';
@@ -33,17 +35,25 @@ afterEach(async () => {
   await Promise.all(running.splice(0).map((it) => it.stop()));
 });
 
+const GENERATION = '00000001.1.1';
+const database = async (): Promise<DatabaseState> => ({
+  now: new Date(++clock).toISOString(),
+  generation: GENERATION,
+});
+
 /** A pod's epoch; `losses` are the comparisons that it was asked for. */
 function startPod(
   options: {
     on?: TestRedis;
     recover?: (loss: Loss) => Promise<void>;
-    databaseTime?: () => Promise<string>;
+    database?: (known: string | null) => Promise<DatabaseState>;
+    assertOwner?: () => Promise<void>;
     /** Between its look at the epoch and its attempt to be the one that compares. */
     beforeChecking?: () => Promise<void>;
   } = {},
 ) {
   const losses: Loss[] = [];
+  const accepted: string[] = [];
   const redis = openRedis((options.on ?? server).url, { ...APPEND_CONNECTION, retryStrategy: () => 50 });
   const set = redis.set.bind(redis) as (...args: unknown[]) => Promise<'OK' | null>;
   if (options.beforeChecking)
@@ -53,7 +63,9 @@ function startPod(
     }) as typeof redis.set;
   const epoch = createEpoch({
     ...{ redis, key: KEY, logger: silent },
-    databaseTime: options.databaseTime ?? (async () => new Date(++clock).toISOString()),
+    database: options.database ?? database,
+    accept: (generation) => void accepted.push(generation),
+    ...(options.assertOwner && { assertOwner: options.assertOwner }),
     recover: async (loss) => {
       losses.push(loss);
       await options.recover?.(loss);
@@ -61,7 +73,13 @@ function startPod(
   });
   running.push(epoch);
   epoch.start();
-  return { ...epoch, redis, losses, found: () => waitFor(epoch.current, { what: 'an epoch', ...NOTICED }) };
+  return {
+    ...epoch,
+    redis,
+    losses,
+    accepted,
+    found: () => waitFor(epoch.current, { what: 'an epoch', ...NOTICED }),
+  };
 }
 
 describe('an epoch', () => {
@@ -69,7 +87,7 @@ describe('an epoch', () => {
     const pod = startPod();
     const name = await pod.found();
     expect(await admin.get(KEY)).toBe(name);
-    expect(pod.losses).toEqual([{ intactUntil: null }]);
+    expect(pod.losses).toMatchObject([{ intactUntil: null, forgotten: true }]);
     await pod.confirm(name);
   });
 
@@ -163,7 +181,9 @@ describe('an epoch', () => {
 
 describe('a stream that was noted in an epoch', () => {
   const STREAM = 'identity.user.v1';
-  const lookup = createLookup(openRedis(server.url), { dlqStreamName: 'dlq', epochKey: KEY });
+  const lookup = createLookup(openRedis(server.url), {
+    ...{ dlqStreamName: 'dlq', epochKey: KEY, topicProblem: () => null },
+  });
 
   /** Two entries, of which an append or a comparison has noted the last one. */
   async function noted(stream = STREAM): Promise<void> {
@@ -211,7 +231,7 @@ describe('a stream that was noted in an epoch', () => {
     await noted();
     await lose();
     await waitFor(() => pod.losses.length === 2, { what: 'the loss to be noticed', ...NOTICED });
-    expect(pod.losses[1]).toEqual({ intactUntil: null });
+    expect(pod.losses[1]).toMatchObject({ intactUntil: null, forgotten: false });
     expect(await pod.found()).not.toBe(name);
     // The next one has its own notes.
     expect(await admin.exists(notesKeyOf(KEY))).toBe(0);
@@ -250,7 +270,7 @@ describe('an operator who ends the epoch', () => {
   function end(recover: (loss: Loss) => Promise<void>, timeoutMs = 15_000, on = redis): Promise<void> {
     return endEpoch({
       ...{ redis: on, key: KEY, timeoutMs, recover },
-      databaseTime: async () => new Date(++clock).toISOString(),
+      database,
     });
   }
 
@@ -271,7 +291,7 @@ describe('an operator who ends the epoch', () => {
     const next = await admin.get(KEY);
     for (const pod of pods) expect(await pod.found()).toBe(next);
     expect(names).not.toContain(next);
-    expect(losses).toEqual([{ intactUntil: expect.any(String) }]);
+    expect(losses).toMatchObject([{ intactUntil: expect.any(String), forgotten: false }]);
     expect((losses[0]?.intactUntil as string) >= stamp).toBe(true);
     // What the pods did at their start.
     expect(pods.flatMap((pod) => pod.losses)).toHaveLength(1);
@@ -362,10 +382,9 @@ describe('a Redis that an idle pod is connected to', () => {
     let isAway = false;
     let asked = 0;
     const pod = startPod({
-      databaseTime: async () => {
+      database: () => {
         asked++;
-        if (isAway) throw new Error('no database');
-        return new Date(++clock).toISOString();
+        return isAway ? Promise.reject(new Error('no database')) : database();
       },
     });
     await pod.found();
@@ -375,11 +394,11 @@ describe('a Redis that an idle pod is connected to', () => {
     await waitFor(() => asked >= before + 2, { what: 'the first of two looks to be over', ...NOTICED });
     expect(await admin.get(`${KEY}:intact`)).toBe(stamp);
     await admin.set(KEY, 'another');
-    await waitFor(() => pod.losses.length >= 2, { what: 'the comparison', ...NOTICED });
-    expect(pod.losses.at(-1)?.intactUntil).toBe(stamp);
+    await waitFor(() => pod.reason() === 'no database', { what: 'the end of the epoch', ...NOTICED });
     expect(pod.current()).toBeUndefined();
     isAway = false;
     await pod.found();
+    expect(pod.losses.at(-1)?.intactUntil).toBe(stamp);
   });
 });
 
@@ -446,5 +465,155 @@ describe('after a restart', () => {
     await reader.call('REPLICAOF', 'NO', 'ONE');
     expect(await pod.found()).not.toBe(name);
     expect(pod.losses).toHaveLength(1);
+  });
+});
+
+describe('a database of another generation', () => {
+  /** A database that all pods are connected to. */
+  function aDatabase(first = GENERATION) {
+    const state = { generation: first };
+    return { state, database: async () => ({ ...(await database()), generation: state.generation }) };
+  }
+
+  test('ends the epoch, and its rows are looked up before the next one begins, by one pod for all', async () => {
+    const { state, database } = aDatabase();
+    const pods = [startPod({ database }), startPod({ database })];
+    const [name] = await Promise.all(pods.map((pod) => pod.found()));
+    state.generation = '00000002.2.1';
+    // Nobody asks for anything: the pods look by themselves.
+    await waitFor(() => pods.flatMap((pod) => pod.losses).length === 2, { what: 'a comparison', ...NOTICED });
+    await waitFor(() => pods.every((pod) => pod.current() && pod.current() !== name), {
+      what: 'the next epoch',
+      ...NOTICED,
+    });
+    expect(pods.flatMap((pod) => pod.losses).filter((loss) => loss.forgotten)).toHaveLength(2); // at the start, too
+    expect(pods[0]?.current()).toBe(pods[1]?.current());
+    for (const pod of pods) expect(pod.accepted.at(-1)).toBe('00000002.2.1');
+    // Each later one knows it.
+    const late = startPod({ database });
+    await late.found();
+    expect(late.losses).toEqual([]);
+  });
+
+  test('is looked up anew where it changed while its rows were looked up', async () => {
+    const { state, database } = aDatabase();
+    const pod = startPod({
+      database,
+      recover: async () => {
+        if (pod.losses.length === 1) state.generation = '00000001.2.1';
+      },
+    });
+    await pod.found();
+    expect(pod.losses.map((loss) => loss.forgotten)).toEqual([true, true]);
+  });
+
+  test('is not looked up again because Redis lost something, or an operator ended the epoch', async () => {
+    const pod = startPod();
+    const name = await pod.found();
+    pod.endFor(name);
+    await waitFor(() => pod.losses.length === 2, { what: 'the comparison', ...NOTICED });
+    await pod.found();
+    await endEpoch({
+      redis: openRedis(server.url),
+      key: KEY,
+      timeoutMs: 15_000,
+      database,
+      recover: async () => {},
+    });
+    await waitFor(async () => pod.current() === (await admin.get(KEY)), {
+      what: 'the next epoch',
+      ...NOTICED,
+    });
+    expect(pod.losses.map((loss) => loss.forgotten)).toEqual([true, false]);
+  });
+
+  test('is left to the pods by an operator who ends the epoch first', async () => {
+    await startPod().found();
+    await Promise.all(running.splice(0).map((it) => it.stop()));
+    const { database } = aDatabase('00000002.2.1');
+    await endEpoch({
+      redis: openRedis(server.url),
+      key: KEY,
+      timeoutMs: 15_000,
+      database,
+      recover: async () => {},
+    });
+    const pod = startPod({ database });
+    await pod.found();
+    expect(pod.losses).toMatchObject([{ forgotten: true }]);
+  });
+
+  test('is told which one was looked up last, and again that there is none once an operator has said so', async () => {
+    const told: (string | null)[] = [];
+    const pod = startPod({
+      database: (known) => {
+        told.push(known);
+        return database();
+      },
+    });
+    await pod.found();
+    expect(new Set(told)).toEqual(new Set([null, GENERATION]));
+    told.length = 0;
+    await forgetEpoch(openRedis(server.url), KEY);
+    await waitFor(() => pod.losses.length === 2 && pod.current(), { what: 'the next epoch', ...NOTICED });
+    expect(told).toContain(null);
+    expect(pod.losses[1]).toMatchObject({ intactUntil: null, forgotten: true });
+  });
+});
+
+test('an epoch is taken by no pod of a database that does not have the queue, also after Redis was emptied', async () => {
+  let owner = 'ours';
+  const pod = startPod({
+    assertOwner: async () => {
+      if (owner !== 'ours') throw new Error('belongs to another');
+    },
+  });
+  await pod.found();
+  owner = 'theirs';
+  await admin.flushall();
+  await waitFor(() => pod.reason() === 'belongs to another', { what: 'the reason', ...NOTICED });
+  expect(pod.current()).toBeUndefined();
+  expect(await admin.exists(KEY)).toBe(0);
+});
+
+describe('two comparisons', () => {
+  test('of one pod follow one another, though its connection is lost in the middle of the first', async () => {
+    let comparing = 0;
+    let most = 0;
+    const first = deferred();
+    const pod = startPod({
+      recover: async () => {
+        most = Math.max(most, ++comparing);
+        if (pod.losses.length === 1) await first.promise;
+        comparing--;
+      },
+    });
+    await waitFor(() => pod.losses.length === 1, { what: 'the comparison', ...NOTICED });
+    const ready = new Promise((resolve) => pod.redis.once('ready', resolve));
+    await admin.call('CLIENT', 'KILL', 'TYPE', 'normal', 'SKIPME', 'yes');
+    await ready;
+    // Nobody else keeps it from beginning another.
+    await admin.del(`${KEY}:checker`);
+    pod.doubt();
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(pod.losses).toHaveLength(1);
+    first.resolve();
+    await pod.found();
+    expect(pod.losses).toHaveLength(2);
+    expect(most).toBe(1);
+  });
+
+  test('of two pods do not confirm what the other has found', async () => {
+    const done = deferred();
+    const slow = startPod({ recover: () => done.promise });
+    await waitFor(() => slow.losses.length === 1, { what: 'the comparison', ...NOTICED });
+    await slow.losses[0]?.confirm();
+    // It hung, and was replaced.
+    await admin.del(`${KEY}:checker`);
+    const other = startPod();
+    const name = await other.found();
+    await expect(slow.losses[0]?.confirm()).rejects.toThrow(EpochOverError);
+    done.resolve();
+    expect(await slow.found()).toBe(name);
   });
 });

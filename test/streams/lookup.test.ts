@@ -8,7 +8,10 @@ import { aClaimedEvent, openAdminRedis, openRedis } from '../support/stages.ts';
 const TOPIC = 'identity.user.v1';
 const DLQ = 'identity.user.v1.dlq';
 const EPOCH_KEY = 'bull:relay:epoch';
-const OPTIONS = { dlqStreamName: DLQ, epochKey: EPOCH_KEY };
+const OPTIONS = {
+  ...{ dlqStreamName: DLQ, epochKey: EPOCH_KEY },
+  topicProblem: (topic: string) => (topic.startsWith('bull:') ? 'a key of BullMQ' : null),
+};
 
 const server = await createRedis();
 const redis = openAdminRedis(server.adminUrl);
@@ -87,6 +90,15 @@ describe('of the entries that a stream should have', () => {
     const row = { entryId: '1-0', eventId: 'x' };
     expect(await limited.absent('forbidden', [row], false)).toMatchObject({ lost: [], unreadable: true });
     expect(await limited.absent(TOPIC, [row], false)).toMatchObject({ lost: [row], unreadable: false });
+  });
+
+  test('nothing is said of a key that can be no stream of events, and it is not even noted', async () => {
+    await redis.xadd('bull:relay-publish:events', '5-5', 'event', 'completed');
+    const row = { entryId: '9-9', eventId: 'x' };
+    expect(await lookup.absent('bull:relay-publish:events', [row], true)).toEqual({
+      ...{ lost: [], trimmed: 0, unreadable: true },
+    });
+    expect(await notes()).toEqual({});
   });
 
   test('ids are compared as numbers', async () => {

@@ -1,3 +1,5 @@
+import { createBullBoard } from '@bull-board/api';
+import type { AppControllerRoute, IServerAdapter } from '@bull-board/api/typings/app';
 import { entryOf } from '../../src/config/board-users.ts';
 import { hashPassword } from '../../src/http/passwords.ts';
 
@@ -36,4 +38,22 @@ export function boardApi(url: string, name: string) {
     const text = await response.text();
     return { status: response.status, body: text === '' ? null : JSON.parse(text) };
   };
+}
+
+/** Every route that Bull Board registers, as `method route`. */
+export function routesOfBullBoard(): string[] {
+  const routes: AppControllerRoute[] = [];
+  const adapter: Record<string, unknown> = new Proxy(
+    {},
+    {
+      get: (_, name) => (given: unknown) => {
+        if (name === 'setApiRoutes') routes.push(...(given as AppControllerRoute[]));
+        return adapter;
+      },
+    },
+  );
+  createBullBoard({ queues: [], serverAdapter: adapter as unknown as IServerAdapter });
+  return routes.flatMap(({ method, route }) =>
+    [method].flat().flatMap((it) => [route].flat().map((path) => `${it} ${path}`)),
+  );
 }

@@ -4,6 +4,7 @@ import { openServers } from '../../src/connections/servers.ts';
 import { type Context, createContext } from '../../src/context.ts';
 import { loadConfig } from '../../src/index.ts';
 import type { LeasedEvent } from '../../src/outbox/outbox.ts';
+import { createClock } from '../../src/queue/clock.ts';
 import { openQueues } from '../../src/queue/queues.ts';
 import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
 import { epochId } from '../../src/streams/epoch.ts';
@@ -53,7 +54,8 @@ export async function openContext(
   atEndOfFile(servers.close);
   const queues = await openQueues(servers.queueRedis, config, silent, STARTUP_MS);
   atEndOfFile(queues.close);
-  const context: Context = createContext(config, servers, queues, untraced, logger);
+  const clock = createClock({ redisTime: async () => Date.now(), logger });
+  const context: Context = createContext(config, servers, queues, untraced, logger, clock);
   const { outbox, epoch, refiller } = context;
   atEndOfFile(refiller.stop);
   const pool: AdminPool = openAdminPool(database.adminUrl);

@@ -7,8 +7,10 @@ import { atEndOfFile } from './cleanup.ts';
 export async function startPod(
   env: Readonly<Record<string, string>>,
   args?: readonly string[],
+  node?: string,
 ): Promise<Pod> {
-  const pod = await startDemoPod({ cli: join(inject('root'), 'dist/cli.js'), env, ...(args && { args }) });
+  const cli = join(inject('root'), 'dist/cli.js');
+  const pod = await startDemoPod({ cli, env, ...(args && { args }), ...(node && { node }) });
   atEndOfFile(() => pod.kill('SIGKILL'));
   return pod;
 }

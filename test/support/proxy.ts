@@ -13,6 +13,13 @@ export type NetworkLink = Readonly<{
   halfOpen(): void;
   /** The same for the connections of this moment, for ever; new ones work. */
   loseTrack(): void;
+  /** New connections lead to that port from now on; those of this moment go on as they are. */
+  leadTo(port: number): void;
+  /**
+   * A Redis that takes no larger command, of which it says nothing before: it closes the connection at such a one, or
+   * answers it with an error. For connections to come.
+   */
+  limit(bytes: number, by: 'close' | 'error'): void;
   /** All is well again. Connections that had become half-open are reset, as by a peer that knows nothing of them. */
   heal(): Promise<void>;
   /** Connections at this moment. */
@@ -23,10 +30,12 @@ export type NetworkLink = Readonly<{
 type Link = { client: Socket; server: Socket | undefined; dead: boolean };
 
 /** Forwards connections to a port of this machine. */
-export async function startProxy(targetPort: number): Promise<NetworkLink> {
+export async function startProxy(firstPort: number): Promise<NetworkLink> {
+  let targetPort = firstPort;
   const links = new Set<Link>();
   let delayMs = 0;
   let swallowing = false;
+  let limit: { bytes: number; by: 'close' | 'error' } | undefined;
   let listener = await listen(0);
   const { port } = listener.address() as { port: number };
 
@@ -52,12 +61,13 @@ export async function startProxy(targetPort: number): Promise<NetworkLink> {
       client.resume();
       return;
     }
-    forward(link, client, server);
+    const limited = limit && limitCommands(limit.bytes, limit.by, () => reset(link));
+    forward(link, client, server, limited);
     forward(link, server, client);
   }
 
   /** In order, each chunk after its delay, no faster than the other side reads. */
-  function forward(link: Link, from: Socket, to: Socket): void {
+  function forward(link: Link, from: Socket, to: Socket, change = (chunk: Buffer) => chunk): void {
     const waiting: { chunk: Buffer; dueAt: number }[] = [];
     let timer: NodeJS.Timeout | undefined;
     const flush = (): void => {
@@ -78,7 +88,7 @@ export async function startProxy(targetPort: number): Promise<NetworkLink> {
     };
     from.on('data', (chunk) => {
       if (link.dead) return;
-      waiting.push({ chunk, dueAt: performance.now() + delayMs });
+      waiting.push({ chunk: change(chunk as Buffer), dueAt: performance.now() + delayMs });
       if (timer === undefined) flush();
     });
     from.once('end', () => {
@@ -123,6 +133,12 @@ export async function startProxy(targetPort: number): Promise<NetworkLink> {
       loseTrack();
     },
     loseTrack,
+    leadTo(to) {
+      targetPort = to;
+    },
+    limit(bytes, by) {
+      limit = { bytes, by };
+    },
     async heal() {
       delayMs = 0;
       swallowing = false;
@@ -132,6 +148,48 @@ export async function startProxy(targetPort: number): Promise<NetworkLink> {
     connections: () => links.size,
     close: stopListening,
   };
+}
+
+/** What the server answers with an error, in its turn. */
+const REFUSED = Buffer.from('*1\r\n$20\r\nREQUEST_IS_TOO_LARGE\r\n');
+
+/** Lets whole commands through. Of one that is larger, `close` is called, or the server gets another one to refuse. */
+function limitCommands(bytes: number, by: 'close' | 'error', close: () => void): (chunk: Buffer) => Buffer {
+  let rest = Buffer.alloc(0);
+  return (chunk) => {
+    rest = Buffer.concat([rest, chunk]);
+    const passed: Buffer[] = [];
+    for (let end = endOfCommand(rest); end !== undefined; end = endOfCommand(rest)) {
+      const command = rest.subarray(0, end);
+      rest = rest.subarray(end);
+      if (command.length <= bytes) passed.push(command);
+      else if (by === 'error') passed.push(REFUSED);
+      else close();
+    }
+    if (rest.length > bytes && by === 'close') close();
+    return Buffer.concat(passed);
+  };
+}
+
+/** Where the first command ends: `*<words>`, then of each word `$<bytes>` and these, with line ends. */
+function endOfCommand(data: Buffer): number | undefined {
+  let at = 0;
+  const number = (): number | undefined => {
+    const end = data.indexOf('\r\n', at);
+    if (end < 0) return undefined;
+    const found = Number(data.toString('latin1', at + 1, end));
+    at = end + 2;
+    return found;
+  };
+  const words = number();
+  if (words === undefined) return undefined;
+  for (let word = 0; word < words; word++) {
+    const length = number();
+    if (length === undefined) return undefined;
+    at += length + 2;
+    if (at > data.length) return undefined;
+  }
+  return at;
 }
 
 /** `url`, through the proxy. */

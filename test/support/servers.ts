@@ -24,16 +24,23 @@ export type TwoUrls = { url: string; adminUrl: string };
 export type TestDatabase = TwoUrls & { name: string; drop(): Promise<void> };
 export type TestRedis = PrivateRedis & TwoUrls;
 
-/** A database of the run's server: a copy of the migrated template, or an empty one. Dropped after the test file. */
+/**
+ * A database of the run's server: a copy of the migrated template, or an empty one, as it is in an encoding of its own.
+ * Dropped after the test file.
+ */
 export async function createDatabase({
-  template = true,
+  encoding,
+  template = encoding === undefined,
 }: {
   template?: boolean;
+  encoding?: string;
 } = {}): Promise<TestDatabase> {
   const name = `test_${randomBytes(8).toString('hex')}`;
   await asAdmin(async (admin) => {
     await admin.query('SELECT pg_advisory_lock($1)', [COPY_LOCK]);
-    await admin.query(`CREATE DATABASE ${name} TEMPLATE ${template ? TEMPLATE : 'template0'}`);
+    await admin.query(
+      `CREATE DATABASE ${name} TEMPLATE ${template ? TEMPLATE : 'template0'} ${encoding ? `ENCODING '${encoding}'` : ''}`,
+    );
   });
   const drop = (): Promise<void> =>
     asAdmin(async (admin) => {
@@ -87,8 +94,21 @@ export async function folderOfFile(): Promise<string> {
   return (await folder).path;
 }
 
+export type TestPostgres = PrivatePostgres & TwoUrls & Readonly<{ directory: string }>;
+
+/** Another PostgreSQL with the data that `of` has now; `of` is stopped meanwhile. @param primary see CopiedData */
+export async function copyPostgres(of: TestPostgres, primary?: string): Promise<TestPostgres> {
+  const directory = join(await folderOfFile(), `postgres-${randomBytes(4).toString('hex')}`);
+  await of.stop();
+  const copied = { of: of.directory, url: of.adminUrl, ...(primary !== undefined && { primary }) };
+  const postgres = await startPrivatePostgres({ directory, copied });
+  atEndOfFile(() => postgres.kill('SIGQUIT'));
+  await of.restart();
+  return Object.assign(postgres, { directory, ...asBoth(postgres.url) });
+}
+
 /** A PostgreSQL of this test file's own, to be killed or stopped, with a migrated database. */
-export async function createPostgres(): Promise<PrivatePostgres & TwoUrls> {
+export async function createPostgres(): Promise<TestPostgres> {
   const directory = join(await folderOfFile(), `postgres-${randomBytes(4).toString('hex')}`);
   const postgres = await startPrivatePostgres({ directory });
   atEndOfFile(() => postgres.kill('SIGQUIT'));
@@ -96,5 +116,5 @@ export async function createPostgres(): Promise<PrivatePostgres & TwoUrls> {
   const { code } = await migration.exited;
   if (code !== 0) throw new Error(`The migration failed:\n${migration.lines.join('\n')}`);
   await grantLeast(postgres.url);
-  return Object.assign(postgres, asBoth(postgres.url));
+  return Object.assign(postgres, { directory, ...asBoth(postgres.url) });
 }

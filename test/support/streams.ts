@@ -39,7 +39,7 @@ const TWO = { RELAY_STREAM_REDIS_URL: 'redis://streams' };
 export const jobKey = (eventId: string): string => publishJobKey(QUEUES, eventId);
 
 export const STREAM_OPTIONS: StreamOptions = {
-  ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0 },
+  ...{ dlqStreamName: DLQ, streamMaxLen: 0, dlqMaxLen: 0, topicProblem: () => null },
   ...{ jobKey, memoryPrefix: 'bull:relay', epochKey: EPOCH_KEY },
 };
 
@@ -77,6 +77,7 @@ export async function openStreams(side: Side) {
     start() {},
     stop: async () => {},
     confirm: async () => {},
+    reason: () => '',
     current: () => epoch.name,
     known: async () => epoch.name,
     doubt: () => void epoch.doubts++,

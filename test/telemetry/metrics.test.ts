@@ -10,7 +10,13 @@ import { aClaimedEvent } from '../support/stages.ts';
 const never = new Promise<never>(() => {});
 
 const SOURCES: MetricsSources = {
-  ...{ inProgress: () => 0, tickSecondsAgo: () => 1, epochIsKnown: () => true, isRunning: () => true },
+  ...{
+    inProgress: () => 0,
+    tickSecondsAgo: () => 1,
+    epochIsKnown: () => true,
+    clockAheadMs: () => 0,
+    isRunning: () => true,
+  },
   ready: async () => ({ database: { status: 'healthy' }, redis: { status: 'degraded' } }),
   figures: async () => undefined,
 };

@@ -1,0 +1,71 @@
+import type { Redis } from 'ioredis';
+import type { RelayConfig } from '../config/config.ts';
+import { type Owner, readOwner } from '../outbox/owner.ts';
+import { type Finding, failed, ok, type Requirement, RequirementError } from '../verdict.ts';
+import { asking, type Pool } from './database.ts';
+
+/**
+ * A queue in Redis belongs to one database: with two, each takes the other's jobs for its own, whose events have no row
+ * there. Beside the queue, and beside the epoch where the streams have a server of their own, stands which database that
+ * is: the first that comes. Streams themselves may be shared by relays with queues of their own.
+ */
+
+type QueueName = Pick<RelayConfig, 'queuePrefix' | 'queueName'>;
+
+export const ownerKey = ({ queuePrefix, queueName }: QueueName): string =>
+  `${queuePrefix}:${queueName}:owner`;
+
+/** Who has the queue on this Redis; null when nobody has. */
+export async function ownerOf(redis: Redis, queue: QueueName): Promise<Owner | null> {
+  const text = await redis.get(ownerKey(queue));
+  return text === null ? null : (JSON.parse(text) as Owner);
+}
+
+export const describeOwner = ({ database, system }: Owner): string =>
+  `database "${database}"${system && ` of PostgreSQL ${system}`}`;
+
+/** A server whose role may not tell its identifier is taken at its word. */
+export const isSame = (a: Owner, b: Owner): boolean =>
+  a.token === b.token &&
+  a.database === b.database &&
+  (a.system === b.system || a.system === '' || b.system === '');
+
+/** What is wrong about a queue that has this owner, and what to do; null when nothing is. */
+function problemOf(mine: Owner, there: Owner, queue: QueueName): string | null {
+  if (isSame(mine, there)) return null;
+  const which =
+    there.token === mine.token ? 'which this one was restored or copied from, or renamed' : 'another one';
+  return (
+    `queue "${queue.queueName}" (prefix "${queue.queuePrefix}") on this Redis belongs to ${describeOwner(there)}, ${which}: ` +
+    `RELAY_DATABASE_URL leads to ${describeOwner(mine)}. Give this relay a RELAY_QUEUE_NAME or RELAY_QUEUE_PREFIX of its own, ` +
+    'or another Redis or database number (RELAY_REDIS_URL, RELAY_STREAM_REDIS_URL); if this database takes the place of that one, ' +
+    'stop the relay of that one and run "relay own"'
+  );
+}
+
+/** Deadline of one question to PostgreSQL. */
+const ASK_MS = 5_000;
+
+export type OnBoth = Readonly<{ pool: Pool; redis: Redis; place: RelayConfig }>;
+
+export const OWNER_REQUIREMENTS: readonly Requirement<OnBoth>[] = [{ subject: 'owner', check: isOurs }];
+
+/** Whether the queue on this Redis is, or would be, this database's. Changes nothing. */
+async function isOurs({ pool, redis, place: queue }: OnBoth): Promise<Finding> {
+  const [mine, there] = await Promise.all([readOwner(asking(pool, ASK_MS)), ownerOf(redis, queue)]);
+  const problem = there && problemOf(mine, there, queue);
+  if (problem) return failed(problem);
+  return ok(`queue "${queue.queueName}" ${there ? 'belongs to' : 'is free for'} ${describeOwner(mine)}`);
+}
+
+/**
+ * Makes the queue on this Redis this database's, unless another one has it.
+ * @throws {RequirementError} when another one has it
+ */
+export async function claimQueue(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
+  const mine = await readOwner(asking(pool, ASK_MS));
+  await redis.set(ownerKey(queue), JSON.stringify(mine), 'NX');
+  const there = await ownerOf(redis, queue);
+  const problem = there && problemOf(mine, there, queue);
+  if (problem) throw new RequirementError(problem);
+}

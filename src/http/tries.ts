@@ -1,0 +1,54 @@
+import { isIP, isIPv6 } from 'node:net';
+
+/** Who has tried too many passwords. Imports nothing of ours. */
+
+/** More addresses than anyone attacks from; the ones that tried longest ago are forgotten first. */
+const MAX_KEYS = 10_000;
+
+export type Tries = ReturnType<typeof createTries>;
+
+/** Counts tries in a window that begins with the first of them. */
+export function createTries({ max, windowMs }: Readonly<{ max: number; windowMs: number }>) {
+  const tries = new Map<string, { count: number; until: number }>();
+  return {
+    /** Counts one more, or answers in how many seconds one may try again. */
+    take(key: string): number {
+      const now = Date.now();
+      const found = tries.get(key);
+      if (found !== undefined && now < found.until) {
+        if (found.count >= max) return Math.max(1, Math.ceil((found.until - now) / 1_000));
+        found.count++;
+        return 0;
+      }
+      tries.delete(key);
+      if (tries.size >= MAX_KEYS) tries.delete(tries.keys().next().value as string);
+      tries.set(key, { count: 1, until: now + windowMs });
+      return 0;
+    },
+    /** It was none: the password was right, or not looked at. */
+    giveBack(key: string): void {
+      const found = tries.get(key);
+      if (found !== undefined) found.count = Math.max(0, found.count - 1);
+    },
+  };
+}
+
+/**
+ * Whose tries are counted together: an IPv4 address, or a /64 of IPv6, which is what one customer has. Proxies write
+ * `address:port`, `[address]:port` and `::ffff:192.0.2.1`; what is no address counts as all others that are none.
+ */
+export function addressOf(text: string): string {
+  const bare = text
+    .trim()
+    .replace(/^\[(.*)\](:\d+)?$/, '$1')
+    .replace(/^(\d+\.\d+\.\d+\.\d+):\d+$/, '$1')
+    .replace(/%.*$/, '')
+    .replace(/^::ffff:(\d+\.\d+\.\d+\.\d+)$/i, '$1');
+  if (!isIPv6(bare)) return isIP(bare) > 0 ? bare : 'no address';
+  // As URLs write it: lower case, no leading zeros, no dots.
+  const [head = '', tail] = new URL(`http://[${bare}]`).hostname.slice(1, -1).split('::');
+  const groups = (part: string) => (part === '' ? [] : part.split(':'));
+  const after = groups(tail ?? '');
+  const zeros = tail === undefined ? 0 : 8 - groups(head).length - after.length;
+  return `${[...groups(head), ...Array<string>(zeros).fill('0'), ...after].slice(0, 4).join(':')}::/64`;
+}

@@ -1,0 +1,35 @@
+import type { Pool } from '../connections/database.ts';
+import type { OutboxOptions } from './conditions.ts';
+import { payloadMayBeAtFault } from './event-of-row.ts';
+import { createOutbox } from './outbox.ts';
+
+/** A row that nobody has: the statements are tried where there is no other. */
+const NOBODY = { id: '0', eventId: '00000000-0000-0000-0000-000000000000' };
+
+class RolledBack extends Error {}
+
+/**
+ * Claims the first fresh row and marks it published and dead, if there is one, in a transaction that is rolled back:
+ * with the rights, the types and the triggers that the relay will meet.
+ * @throws what the database has against it
+ */
+export async function tryClaim(pool: Pool, options: OutboxOptions): Promise<void> {
+  const outbox = createOutbox(pool, options);
+  const trial = outbox.inEpoch(
+    async (tx) => {
+      // A row that cannot be printed is no fault of the database: the claim knows what to do about it.
+      const { leased } = await outbox.claimFresh(tx, 1);
+      const [row = NOBODY] = leased;
+      await outbox.markDead(tx, { ...row, attempts: 1, reason: 'a trial of relay check', entryId: '0-1' });
+      await outbox.markPublished(tx, [{ ...row, entryId: '0-1' }]);
+      throw new RolledBack();
+    },
+    { generic: true },
+  );
+  await trial.catch((error) => {
+    if (!(error instanceof RolledBack || payloadMayBeAtFault(error))) throw error;
+  });
+  // These are transactions of their own, and change nothing: nobody has that event.
+  await outbox.recordFailure({ ...NOBODY, attempts: 1, reason: '', retryInMs: 0 });
+  await outbox.park([NOBODY.eventId], []);
+}

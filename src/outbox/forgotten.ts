@@ -1,0 +1,120 @@
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { DEAD, LIVE, type OutboxOptions, STILL_LIVE } from './conditions.ts';
+import { printable, printableType, storedType } from './event-of-row.ts';
+
+/** What the table is asked after PostgreSQL may have forgotten what became of rows; see recovery/forgotten.ts. */
+
+/** Rows in one statement, whose topics are asked for. */
+const PAGE_ROWS = 10_000;
+/** Rows that were published last, whose entries tell how far the table knows. Several: one may be of another Redis. */
+const LATEST_ROWS = 1_000;
+
+/** An entry of a stream, as anybody may have written it. */
+type Entry = Readonly<{ eventId: string; entryId: string }>;
+
+const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
+
+/** The last entry of each event; `$1` and `$2` of the statement. */
+function byEvent(entries: readonly Entry[]): [eventIds: string[], entryIds: string[]] {
+  const last = new Map<string, string>();
+  for (const { eventId, entryId } of entries)
+    if (UUID.test(eventId) && !last.has(eventId)) last.set(eventId, entryId);
+  return [[...last.keys()], [...last.values()]];
+}
+
+export function createForgotten(pool: Pool, options: OutboxOptions) {
+  const { streamName, statementTimeoutMs } = options;
+
+  type Place = { aggregateType: string; aggregateId: string; id: string };
+
+  const topicsOf = (condition: (row: string) => string, after: Place | null) =>
+    transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+      const from = after
+        ? `AND (o.aggregate_type, o.aggregate_id, o.id) > (${storedType('$2::text')}, $3, $4)`
+        : '';
+      const { rows } = await tx.query<{ topics: string[] | null; last: Place | null }>(
+        `WITH page AS MATERIALIZED (
+           SELECT coalesce(o.topic, $1) AS topic, o.aggregate_type, o.aggregate_id, o.id FROM identity.outbox o
+           WHERE ${condition('o')} ${from} ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT ${PAGE_ROWS}
+         ) SELECT (SELECT array_agg(DISTINCT ${printable('topic')}) FROM page) AS topics,
+             (SELECT json_build_object('aggregateType', ${printableType('p.aggregate_type')}, 'aggregateId', p.aggregate_id, 'id', p.id::text)
+              FROM (SELECT * FROM page OFFSET ${PAGE_ROWS - 1} LIMIT 1) p) AS last`,
+        [streamName, ...(after ? [after.aggregateType, after.aggregateId, after.id] : [])],
+      );
+      return rows[0] ?? { topics: null, last: null };
+    });
+
+  return {
+    /** The streams that rows which are not published belong to. */
+    async unpublishedTopics(): Promise<string[]> {
+      const topics = new Set<string>();
+      for (const condition of [LIVE, DEAD]) {
+        let after: Place | null = null;
+        do {
+          const page: { topics: string[] | null; last: Place | null } = await topicsOf(condition, after);
+          for (const topic of page.topics ?? []) topics.add(topic);
+          after = page.last;
+        } while (after !== null);
+      }
+      return [...topics];
+    },
+
+    /** The time (ms since the epoch, of Redis) up to which the table knows entries, by rows that were published last; 0 where there are none. */
+    async latestEntryMs(): Promise<number> {
+      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
+        const { rows } = await tx.query<{ ms: string | null }>(
+          `SELECT min(split_part(o.stream_entry_id, '-', 1)::bigint)::text AS ms FROM (
+             SELECT o.stream_entry_id FROM identity.outbox o WHERE o.stream_entry_id IS NOT NULL
+             ORDER BY coalesce(o.dead_lettered_at, o.published_at) DESC, o.id DESC LIMIT ${LATEST_ROWS}
+           ) o WHERE o.stream_entry_id ~ '^[0-9]{1,15}-[0-9]+$'`,
+        );
+        return Number(rows[0]?.ms ?? 0);
+      });
+    },
+
+    /**
+     * Those of the events which have a row with this topic that is not published become published with their entry; a
+     * dead one as well, since a replay may be what was forgotten.
+     * @returns how many
+     */
+    async markFound(tx: Queryable, topic: string, entries: readonly Entry[]): Promise<number> {
+      const { rowCount } = await tx.query(
+        `WITH locked AS MATERIALIZED (
+           SELECT o.id, o.event_id, named.entry_id FROM (
+             SELECT o.id, f.entry_id FROM unnest($1::uuid[], $2::text[]) AS f (event_id, entry_id)
+             CROSS JOIN LATERAL (SELECT o.id, o.published, o.topic FROM identity.outbox o WHERE o.event_id = f.event_id LIMIT 1) o
+             WHERE CASE WHEN o.published THEN false ELSE coalesce(o.topic, $3) = $4 END ORDER BY o.id
+           ) named CROSS JOIN LATERAL (
+             SELECT l.id, l.event_id FROM identity.outbox l WHERE l.id = named.id FOR UPDATE
+           ) o
+         )
+         UPDATE identity.outbox o
+         SET published = true, published_at = clock_timestamp(), next_attempt_at = NULL, stream_entry_id = locked.entry_id,
+             dead_lettered_at = NULL
+         FROM locked WHERE o.id = locked.id AND o.event_id = locked.event_id AND CASE WHEN o.published THEN false ELSE true END`,
+        [...byEvent(entries), streamName, topic],
+      );
+      return rowCount ?? 0;
+    },
+
+    /**
+     * Locks the live rows of events that have these dead letters: that they were given up is forgotten. Not those of
+     * events that were replayed since.
+     */
+    async lockUngiven(
+      tx: Queryable,
+      letters: readonly Entry[],
+    ): Promise<{ id: string; eventId: string; entryId: string }[]> {
+      const { rows } = await tx.query<{ id: string; eventId: string; entryId: string }>(
+        `SELECT o.id::text AS "id", o.event_id AS "eventId", f.entry_id AS "entryId"
+         FROM unnest($1::uuid[], $2::text[]) AS f (event_id, entry_id)
+         JOIN identity.outbox o ON o.event_id = f.event_id
+         WHERE ${STILL_LIVE('o')} AND o.stream_entry_id IS DISTINCT FROM f.entry_id
+           AND (o.replayed_at IS NULL OR to_timestamp(split_part(f.entry_id, '-', 1)::bigint / 1000.0) > o.replayed_at)
+         ORDER BY o.id FOR UPDATE OF o`,
+        byEvent(letters),
+      );
+      return rows;
+    },
+  };
+}

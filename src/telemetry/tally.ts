@@ -1,0 +1,51 @@
+import type { Logger } from './logger.ts';
+
+/** What happens to one event often happens to hundreds in the same moment. */
+const GATHER_MS = 3_000;
+/** Events that a line names. */
+const NAMED = 3;
+
+export type Tally = ReturnType<typeof createTally>;
+
+/**
+ * Log lines about single events, one for all that come within 3 s: with their number, the first of them by name, and
+ * what was said of the first.
+ */
+export function createTally(logger: Logger) {
+  type Line = {
+    level: 'info' | 'warn' | 'error';
+    events: number;
+    eventIds: string[];
+    fields: Record<string, unknown>;
+  };
+  const lines = new Map<string, Line>();
+  let timer: NodeJS.Timeout | undefined;
+
+  function flush(): void {
+    clearTimeout(timer);
+    timer = undefined;
+    const all = [...lines];
+    lines.clear();
+    for (const [text, { level, fields, events, eventIds }] of all)
+      logger[level]({ events, eventIds, ...fields }, text);
+  }
+
+  const counting =
+    (level: Line['level']) =>
+    (eventId: string, fields: Record<string, unknown>, text: string): void => {
+      logger.debug({ eventId, ...fields }, text);
+      const line = lines.get(text) ?? { level, events: 0, eventIds: [], fields };
+      line.events++;
+      if (line.eventIds.length < NAMED) line.eventIds.push(eventId);
+      lines.set(text, line);
+      timer ??= setTimeout(flush, GATHER_MS);
+    };
+
+  return {
+    info: counting('info'),
+    warn: counting('warn'),
+    error: counting('error'),
+    /** Writes what was gathered. */
+    stop: flush,
+  };
+}

@@ -1,0 +1,198 @@
+/** One queue belongs to one database: a second is refused, whatever its rows are. */
+import { expect, test } from 'vitest';
+import { createRelay, loadConfig } from '../../src/index.ts';
+import { insertEvents, someEvents } from '../support/events.ts';
+import { PATIENCE_MS, setStage } from '../support/flow.ts';
+import { asRelay } from '../support/least-privilege.ts';
+import { createDatabase, createPostgres, createRedis } from '../support/servers.ts';
+import { openAdminPool, openAdminRedis, silent } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+const OWNER = 'bull:relay:owner';
+
+type Outcome = Readonly<{ code: number | null; lines: readonly string[] }>;
+
+function expectRefused({ code, lines }: Outcome, exit: number): void {
+  const text = lines.join('\n');
+  expect(code, text).toBe(exit);
+  expect(text).toContain('RELAY_QUEUE_NAME');
+  expect(text).toContain('RELAY_QUEUE_PREFIX');
+  expect(text).toContain('relay own');
+}
+
+/** A second database, whose token is another one. */
+async function anotherDatabase(): Promise<{ url: string; adminUrl: string }> {
+  const database = await createDatabase();
+  await openAdminPool(database.adminUrl).query('UPDATE identity.relay_owner SET token = gen_random_uuid()');
+  return database;
+}
+
+test('the relay of a second database is refused by start and check, and the first goes on', async () => {
+  const stage = await setStage();
+  await stage.pod();
+  await insertEvents(stage.pool, someEvents(30, 3));
+  const second = await anotherDatabase();
+  await insertEvents(openAdminPool(second.adminUrl), someEvents(30, 3));
+  const env = { RELAY_DATABASE_URL: second.url };
+  expectRefused(await stage.command(['start'], env), 78);
+  expectRefused(await stage.command(['check'], env), 1);
+  await stage.rested();
+  expect((await stage.expectPromisesHeld()).entries).toBe(30);
+  // With a queue of its own it may share Redis, and the streams.
+  const own = { ...env, RELAY_QUEUE_NAME: 'second' };
+  expect((await stage.command(['check'], own)).code).toBe(0);
+  await stage.pod(own);
+  const pool = openAdminPool(second.adminUrl);
+  await waitFor(
+    async () => (await pool.query('SELECT FROM identity.outbox WHERE NOT published')).rowCount === 0,
+    { what: 'the events of the second', timeoutMs: PATIENCE_MS },
+  );
+  expect(await stage.entries()).toHaveLength(60);
+}, 180_000);
+
+test('a copy of the database, with the same token, is refused as well; so is an embedded relay', async () => {
+  const stage = await setStage();
+  await stage.pod();
+  const copy = await createDatabase();
+  const [pool, other] = [stage.pool, openAdminPool(copy.adminUrl)];
+  const { rows } = await pool.query('SELECT token FROM identity.relay_owner');
+  await other.query('UPDATE identity.relay_owner SET token = $1', [rows[0].token]);
+  const refused = await stage.command(['start'], { RELAY_DATABASE_URL: copy.url });
+  expectRefused(refused, 78);
+  expect(refused.lines.join('\n')).toContain('restored or copied from');
+  const relay = createRelay(stage.config({ RELAY_DATABASE_URL: copy.url }), { logger: silent, http: false });
+  await expect(relay.start()).rejects.toThrow(/RELAY_QUEUE_NAME/);
+}, 120_000);
+
+test('of two that start at the same moment on an empty Redis, one has the queue', async () => {
+  const server = await createRedis();
+  const databases = [await anotherDatabase(), await anotherDatabase()];
+  const relays = databases.map(({ url }) =>
+    createRelay(loadConfig({ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: server.url }), {
+      logger: silent,
+      http: false,
+    }),
+  );
+  const started = await Promise.allSettled(relays.map((it) => it.start()));
+  await Promise.all(relays.map((it) => it.stop()));
+  expect(started.map(({ status }) => status).toSorted()).toEqual(['fulfilled', 'rejected']);
+  const reason = started.find((it) => it.status === 'rejected')?.reason as Error;
+  expect(reason.message).toMatch(/belongs to database/);
+}, 120_000);
+
+test('Redis that was emptied gets its owner again, and the first pod that comes to it has the queue', async () => {
+  const stage = await setStage();
+  const pod = await stage.pod();
+  const owner = await stage.redis.get(OWNER);
+  await insertEvents(stage.pool, someEvents(20));
+  await stage.rested();
+  await stage.redis.flushall();
+  await waitFor(async () => (await stage.redis.get(OWNER)) === owner, {
+    what: 'the owner to be written again',
+    timeoutMs: PATIENCE_MS,
+  });
+  await stage.rested();
+  // Another one came first: the pod publishes nothing, and says so.
+  const other = JSON.stringify({ token: 'x', system: '1', database: 'other' });
+  await stage.redis.multi().flushall().set(OWNER, other).exec();
+  const readiness = async () => (await fetch(`${pod.url}/readyz`)).text();
+  await waitFor(async () => (await readiness()).includes('belongs to database'), {
+    what: 'the pod to say whose the queue is',
+    timeoutMs: PATIENCE_MS,
+  });
+  await insertEvents(stage.pool, someEvents(5));
+  expect(await stage.redis.exists('identity.user.v1')).toBe(0);
+  const { code, lines } = await stage.command(['own', '--yes']);
+  expect(code, lines.join('\n')).toBe(0);
+  await stage.rested();
+  expect((await stage.expectPromisesHeld()).entries).toBe(25);
+}, 180_000);
+
+test('a build without owners has left none: its database has the queue without a word', async () => {
+  const stage = await setStage();
+  const pod = await stage.pod();
+  await insertEvents(stage.pool, someEvents(20));
+  await stage.rested();
+  await pod.kill();
+  await stage.redis.del(OWNER, 'bull:relay:epoch:generation');
+  await stage.pool.query('DROP TABLE identity.relay_owner');
+  expect((await stage.command(['check'])).lines.join('\n')).toMatch(
+    /lacks table identity.relay_owner.*relay migrate/,
+  );
+  await stage.pool.query(
+    `DELETE FROM identity.relay_migrations WHERE id = (SELECT max(id) FROM identity.relay_migrations)`,
+  );
+  expect((await stage.command(['migrate'])).code).toBe(0);
+  // Rights as they were given for the build before.
+  await stage.pod();
+  await insertEvents(stage.pool, someEvents(20));
+  await stage.rested();
+  expect((await stage.expectPromisesHeld()).entries).toBe(40);
+}, 120_000);
+
+test('a server that holds the streams of two relays has an owner as well', async () => {
+  const env = { RELAY_STREAM_REDIS_URL: 'redis://streams' };
+  const streams = await createRedis({ env, on: 'streams' });
+  const [first, second] = await Promise.all([
+    createRedis({ env, on: 'queues' }),
+    createRedis({ env, on: 'queues' }),
+  ]);
+  const databases = [await anotherDatabase(), await anotherDatabase()];
+  const start = async (i: 0 | 1, on: typeof first) => {
+    const relay = createRelay(
+      loadConfig({
+        RELAY_DATABASE_URL: databases[i]?.url,
+        RELAY_REDIS_URL: on.url,
+        RELAY_STREAM_REDIS_URL: streams.url,
+      }),
+      { logger: silent, http: false },
+    );
+    await relay.start();
+    return relay;
+  };
+  const relay = await start(0, first);
+  await expect(start(1, second)).rejects.toThrow(/stream owner.*RELAY_STREAM_REDIS_URL/);
+  expect(await openAdminRedis(streams.adminUrl).exists(OWNER)).toBe(1);
+  await relay.stop();
+}, 120_000);
+
+test('a database that was restored to another server is refused until an operator says that it is the one', async () => {
+  const first = await createPostgres();
+  const stage = await setStage({ databaseUrl: first.adminUrl });
+  const pod = await stage.pod();
+  await insertEvents(stage.pool, someEvents(60, 6));
+  await stage.rested();
+  await pod.kill();
+  // As pg_restore would: the rows as the dump of before has them, and the token, on another server.
+  const restored = await createPostgres();
+  const [from, to] = [stage.pool, openAdminPool(restored.adminUrl)];
+  const { rows } = await from.query('SELECT token FROM identity.relay_owner');
+  await to.query('UPDATE identity.relay_owner SET token = $1', [rows[0].token]);
+  const dump = await from.query(
+    'SELECT id, event_id, event_type, aggregate_id, payload, topic FROM identity.outbox ORDER BY id',
+  );
+  for (const row of dump.rows)
+    await to.query(
+      'INSERT INTO identity.outbox (id, event_id, event_type, aggregate_id, payload, topic) VALUES ($1, $2, $3, $4, $5, $6)',
+      [row.id, row.event_id, row.event_type, row.aggregate_id, row.payload, row.topic],
+    );
+  const env = { RELAY_DATABASE_URL: asRelay(restored.adminUrl) };
+  expectRefused(await stage.command(['start'], env), 78);
+  expectRefused(await stage.command(['check'], env), 1);
+  // Nobody can answer here.
+  expect((await stage.command(['own'], env)).lines.join('\n')).toContain('say --yes');
+  expectRefused(await stage.command(['start'], env), 78);
+  const own = await stage.command(['own', '--yes'], env);
+  expect(own.code, own.lines.join('\n')).toBe(0);
+  expect((await stage.command(['check'], env)).code).toBe(0);
+  expectRefused(await stage.command(['check']), 1);
+  await stage.pod(env);
+  await waitFor(
+    async () => (await to.query('SELECT FROM identity.outbox WHERE NOT published')).rowCount === 0,
+    {
+      what: 'the rows to be found in their stream',
+      timeoutMs: PATIENCE_MS,
+    },
+  );
+  expect(await stage.entries()).toHaveLength(60);
+}, 240_000);

@@ -1,0 +1,128 @@
+import { execFile } from 'node:child_process';
+import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
+import { expect, inject, onTestFinished, test } from 'vitest';
+import { VERSION } from '../../src/version.ts';
+import { cleanEnvironment } from '../demo/pod.ts';
+import { insertEvents, someEvents } from '../support/events.ts';
+import { setStage } from '../support/flow.ts';
+import { createDatabase } from '../support/servers.ts';
+
+/** What the command line says to somebody who asks for something that is not to be had. */
+
+test('a sentence that helps, each', async () => {
+  const stage = await setStage();
+  const since = (...args: string[]) => ['republish', ...args];
+  const cases: readonly [
+    args: readonly string[],
+    code: number,
+    said: RegExp,
+    env?: Record<string, string>,
+  ][] = [
+    [
+      since('--since', '2h', '--until', '3h', '--dry-run'),
+      1,
+      /--since must be earlier than --until, and \S+Z is not before \S+Z/,
+    ],
+    [since('--since', '1h', '--until', '1h', '--dry-run'), 1, /--since must be earlier/],
+    [['verify', '--since', '2h', '--until', '3h'], 1, /--since must be earlier/],
+    [['dlq', 'list', '--since', '2h', '--until', '3h'], 1, /--since must be earlier/],
+    [
+      ['verify', '--since', 'yesterday'],
+      1,
+      /'yesterday' is invalid\. Expected how long ago \(90s, 15m, 2h, 7d\), "now", or a time with its zone \(2026-01-31T12:00:00Z\)/,
+    ],
+    // What a guess would make another time of.
+    [['verify', '--since', 'in 1 hour'], 1, /Expected how long ago/],
+    [['verify', '--since', '2026-01-31T12:00:00'], 1, /Expected how long ago/],
+    [['verify', '--since', '2026-02-30T12:00:00+25:00'], 1, /Expected how long ago/],
+    [['verify', '--since', '2026-01-31'], 0, /No row has an entry id/],
+    [['verify', '--since', '2026-01-31T12:00:00+05:30'], 0, /No row has an entry id/],
+    [
+      ['dlq', 'discard', '--all', '--reason', 'x', '--yes'],
+      0,
+      /^There is nothing to discard: no dead letter is there\.$/m,
+    ],
+    [
+      ['dlq', 'replay', '--type', 'X', '--dry-run'],
+      0,
+      /^There is nothing to replay: no dead letter matches\.$/m,
+    ],
+    [['check'], 0, /^relay: RELAY_FOO is no variable of the relay and has no effect$/m, { RELAY_FOO: '1' }],
+    [
+      ['dlq', 'list'],
+      0,
+      /RELAY_STREAM_NAM is no variable .*: is RELAY_STREAM_NAME meant\?/,
+      { RELAY_STREAM_NAM: 'x' },
+    ],
+    [['hash-password', 'alice'], 1, /--role viewer \(look\), or --role operator \(replay/],
+    [['--version'], 0, new RegExp(`^${VERSION.replaceAll('.', '\\.')}$`, 'm')],
+    [['help', 'verify'], 0, /--repair/],
+    [['verfy'], 1, /unknown command 'verfy'[\s\S]*Did you mean verify/],
+  ];
+  for (const [args, code, said, env] of cases) {
+    const result = await stage.command(args, env);
+    const printed = result.lines.join('\n');
+    expect(printed, args.join(' ')).toMatch(said);
+    expect(result.code, `${args.join(' ')}:\n${printed}`).toBe(code);
+  }
+}, 120_000);
+
+test('before relay migrate every command says what to do, and names no figure that it does not have', async () => {
+  const { adminUrl } = await createDatabase({ template: false });
+  const stage = await setStage({ databaseUrl: adminUrl });
+  for (const args of [
+    ['status'],
+    ['check'],
+    ['dlq', 'list'],
+    ['verify', '--since', '1h'],
+    ['republish', '--since', '1h', '--until', 'now', '--dry-run'],
+  ]) {
+    const { code, lines } = await stage.command(args);
+    const printed = lines.join('\n');
+    expect([1, 69], printed).toContain(code);
+    expect(printed).toContain('run "relay migrate"');
+    expect(printed).not.toMatch(/no answer/);
+  }
+}, 60_000);
+
+test('progress that comes to its end says 100 %', async () => {
+  const stage = await setStage();
+  await stage.pod();
+  await insertEvents(stage.pool, someEvents(20));
+  await stage.rested();
+  for (const args of [
+    ['verify', '--since', '1h'],
+    ['republish', '--since', '1h', '--until', 'now', '--yes'],
+  ]) {
+    const { lines } = await stage.command(args);
+    expect(lines.filter((line) => line.includes('%')).at(-1), lines.join('\n')).toMatch(/ 100% /);
+  }
+}, 60_000);
+
+test('help and version load neither a client of a server nor a command', async () => {
+  const coverage = await mkdtemp(join(tmpdir(), 'relay-loaded-'));
+  onTestFinished(() => rm(coverage, { recursive: true }));
+  const cli = join(inject('root'), 'dist/cli.js');
+  for (const args of [['--help'], ['--version'], []])
+    await promisify(execFile)(process.execPath, [cli, ...args], {
+      env: { ...cleanEnvironment(), NODE_V8_COVERAGE: coverage },
+    }).catch((error) => expect(error.code).toBe(1)); // no command: help, on stderr
+  const loaded = new Set<string>();
+  for (const file of await readdir(coverage)) {
+    const { result } = JSON.parse(await readFile(join(coverage, file), 'utf8'));
+    for (const { url } of result)
+      if (url.startsWith('file:')) loaded.add(url.replace(/.*\/(dist|node_modules)\//, ''));
+  }
+  expect(loaded).toContain('cli.js');
+  expect(
+    [...loaded].filter(
+      (it) =>
+        !/^(commander\/|cli\.js|version\.js|commands\/(terminal|signals)\.js|config\/printable\.js|picocolors\/)/.test(
+          it,
+        ),
+    ),
+  ).toEqual([]);
+}, 60_000);

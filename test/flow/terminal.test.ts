@@ -1,0 +1,196 @@
+import { randomUUID } from 'node:crypto';
+import { readdir, readFile } from 'node:fs/promises';
+import { userInfo } from 'node:os';
+import { join } from 'node:path';
+import { expect, inject, test } from 'vitest';
+import { insertEvents, someEvents } from '../support/events.ts';
+import { STREAM, setStage } from '../support/flow.ts';
+import { waitFor } from '../support/wait.ts';
+
+/** A title, the clipboard, a cleared screen, C1, a direction, what is not seen, and lines of its own. */
+const NASTY =
+  'A\x1b]0;title\x07\x1b]52;c;aGFjaw==\x07\x1b[2J\x9b31m\u202e\u200b\u{e0041}\x7f\u2066\r\nok      forged\u2028ok      forged';
+const SEEN =
+  'A\\u001b]0;title\\u0007\\u001b]52;c;aGFjaw==\\u0007\\u001b[2J\\u009b31m\\u202e\\u200b\\udb40\\udc41\\u007f';
+
+const UNPRINTABLE = /[\p{C}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]/u;
+
+test('whatever names and texts hold, nothing of them acts in the terminal of who looks at them, and JSON has the same values', async () => {
+  const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '0.5' } });
+  const row = (columns: Readonly<Record<string, string | boolean | Date>>) => {
+    const all = {
+      ...{ event_id: randomUUID(), aggregate_id: randomUUID(), payload: JSON.stringify({ text: NASTY }) },
+      ...{ event_type: NASTY, aggregate_type: NASTY, topic: NASTY },
+      ...columns,
+    };
+    return stage.pool
+      .query(
+        `INSERT INTO identity.outbox (${Object.keys(all)}) VALUES (${Object.keys(all).map((_, i) => `$${i + 1}`)}) RETURNING event_id`,
+        Object.values(all),
+      )
+      .then(({ rows }) => rows[0].event_id as string);
+  };
+  const now = new Date();
+  const dead = { error_message: NASTY, dead_lettered_at: now, next_attempt_at: 'infinity' };
+  const deadId = await row(dead);
+  const discarded = { published: true, discard_reason: NASTY, discarded_by: NASTY, published_at: now };
+  const discardedId = await row({ ...dead, ...discarded });
+  await row({ published: true, published_at: now, stream_entry_id: '1-1' });
+  await row({ attempts: '3', error_message: NASTY, next_attempt_at: new Date(Date.now() + 3_600_000) });
+  // A dead letter whose row is gone.
+  const prunedId = randomUUID();
+  await stage.redis.xadd(
+    'identity.user.v1.dlq',
+    '*',
+    ...[
+      'event_id',
+      prunedId,
+      'original_event_id',
+      prunedId,
+      'event_type',
+      NASTY,
+      'aggregate_type',
+      NASTY,
+      'topic',
+      NASTY,
+    ],
+    ...[
+      'aggregate_id',
+      randomUUID(),
+      'payload',
+      JSON.stringify(NASTY),
+      'attempts',
+      '6',
+      'error_message',
+      NASTY,
+    ],
+    ...['created_at', now.toISOString(), 'failed_at', now.toISOString()],
+  );
+  // Consumers and pods have names, too.
+  await stage.redis.xgroup('CREATE', STREAM, NASTY, '$', 'MKSTREAM');
+  const facts = {
+    pod: NASTY,
+    version: NASTY,
+    phase: NASTY,
+    upSeconds: 1,
+    inHand: 0,
+    concurrency: 1,
+    tickSecondsAgo: null,
+  };
+  await stage.redis.hset(
+    'bull:relay:pods',
+    NASTY,
+    `${Date.now()} ${JSON.stringify({ ...facts, protocol: 2 })}`,
+  );
+
+  const all = ['--since', '1h', '--until', 'now'];
+  const commands: readonly Readonly<{
+    args: readonly string[];
+    quiet?: boolean;
+    env?: Record<string, string>;
+  }>[] = [
+    { args: ['status'] },
+    { args: ['verify', '--since', '1h'] },
+    { args: ['republish', ...all, '--dry-run'] },
+    { args: ['republish', ...all, '--yes'], env: { SUDO_USER: NASTY } },
+    { args: ['dlq', 'list'] },
+    { args: ['dlq', 'list', '--pruned'] },
+    { args: ['dlq', 'list', '--group'] },
+    { args: ['dlq', 'show', deadId] },
+    { args: ['dlq', 'show', discardedId] },
+    { args: ['dlq', 'show', prunedId] },
+    { args: ['dlq', 'replay', '--all', '--dry-run'] },
+    { args: ['dlq', 'replay', '--pruned', '--yes'], quiet: true },
+    { args: ['dlq', 'discard', '--all', '--dry-run', '--reason', NASTY] },
+    { args: ['dlq', 'list', '--topic', NASTY, '--type', NASTY, '--error', NASTY] },
+    { args: ['dlq', 'list', '--since', NASTY] },
+    { args: ['dlq', NASTY] },
+    { args: [NASTY] },
+    { args: ['prune', '--older-than', '2h', '--dry-run'], quiet: true },
+    { args: ['check'], quiet: true },
+    { args: ['check'], env: { RELAY_LOG_LEVEL: NASTY } },
+    { args: ['hash-password', NASTY, '--role', 'viewer'] },
+    { args: ['grants', '--role', NASTY] },
+  ];
+  for (const { args, quiet = false, env } of commands) {
+    const { lines } = await stage.command(args, env);
+    const printed = lines.join('\n');
+    const what = `${args.join(' ').replaceAll(NASTY, 'NASTY')}:\n${printed}`;
+    // It was printed, and harmless. The first escape is enough where lines are cut.
+    if (!quiet) expect(printed, what).toContain(SEEN.slice(0, 20));
+    // Who did it is the system's user; the environment is anybody's.
+    if (env?.SUDO_USER) expect(printed).toContain(`${userInfo().username} (SUDO_USER: A`);
+    for (const line of lines) {
+      expect(line, what).not.toMatch(UNPRINTABLE);
+      expect(line, what).not.toMatch(/^ok {6}forged/);
+    }
+  }
+
+  const json = async (...args: string[]) => {
+    const { lines } = await stage.command([...args, '--json']);
+    const line = lines.find((it) => it.startsWith('{')) ?? '';
+    expect(line).not.toMatch(UNPRINTABLE);
+    return JSON.parse(line);
+  };
+  expect((await json('dlq', 'list')).letters[0]).toMatchObject({
+    eventType: NASTY,
+    topic: NASTY,
+    error: NASTY,
+  });
+  expect((await json('dlq', 'list', '--group')).groups[0].eventTypes).toEqual([NASTY]);
+  expect(JSON.parse((await json('dlq', 'show', deadId)).event.payload)).toEqual({ text: NASTY });
+  expect(Object.keys((await json('verify', '--since', '1h')).streams)).toContain(NASTY);
+  const status = await json('status');
+  expect(status.oldest[0]).toMatchObject({ eventType: NASTY, topic: NASTY });
+  expect(status.figures.fleet.pods[0]).toMatchObject({ pod: NASTY });
+
+  // A pod's log is looked at in terminals as well.
+  const pod = await stage.pod({ RELAY_LOG_LEVEL: 'debug' });
+  await row({});
+  await waitFor(() => pod.lines.some((line) => line.includes('moved to the dead-letter stream')), {
+    what: 'the event to be given up',
+  });
+  expect(pod.lines.join('\n')).toContain(SEEN.slice(1, 20).replaceAll('\\', '\\'));
+  for (const line of pod.lines) expect(line).not.toMatch(UNPRINTABLE);
+}, 240_000);
+
+test('commands write to the terminal by one road alone', async () => {
+  const folder = join(inject('root'), 'src/commands');
+  for (const file of await readdir(folder)) {
+    if (file === 'terminal.ts') continue;
+    const source = await readFile(join(folder, file), 'utf8');
+    // hash-password prompts, and what it prints is in the source.
+    const prompts =
+      file === 'hash-password.ts' ? /console\.|process\.stdout/ : /console\.|std(out|err)\.write/;
+    expect(source, file).not.toMatch(prompts);
+  }
+});
+
+test('lists fit into 100 columns, and times have their zone', async () => {
+  const stage = await setStage();
+  await insertEvents(stage.pool, someEvents(3, 3, { eventType: 'X'.repeat(300), topic: 't'.repeat(400) }));
+  await stage.pool.query(
+    `UPDATE identity.outbox SET dead_lettered_at = '2026-01-31T13:14:15.678+01:00', next_attempt_at = 'infinity',
+            error_message = repeat('reason ', 200), attempts = 6`,
+  );
+  const { rows } = await stage.pool.query(
+    `SELECT event_id AS "eventId", aggregate_id AS "aggregateId" FROM identity.outbox`,
+  );
+  for (const args of [
+    ['dlq', 'list'],
+    ['dlq', 'list', '--group'],
+    ['dlq', 'replay', '--all', '--dry-run'],
+  ]) {
+    const { lines } = await stage.command(args, { COLUMNS: '100' });
+    for (const line of lines) expect([...line].length, line).toBeLessThanOrEqual(100);
+    expect(lines.join('\n')).toContain('2026-01-31T12:14:15Z');
+    expect(lines.join('\n')).toContain('reason reason');
+    if (!args.includes('--group') && args.includes('list')) {
+      // What somebody copies from a list is there to its last character.
+      for (const { eventId, aggregateId } of rows) {
+        expect(lines.join('\n')).toContain(eventId);
+        expect(lines.join('\n')).toContain(aggregateId);
+      }
+    }
+  }
+}, 60_000);

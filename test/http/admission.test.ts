@@ -1,0 +1,55 @@
+import { expect, test } from 'vitest';
+import { BusyError, createGate, createPace, shareAnswers } from '../../src/http/admission.ts';
+import { deferred } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
+
+test('who asks the same while it is answered, and soon after, gets the same answer; a failure is asked anew', async () => {
+  let asked = 0;
+  const { promise, resolve } = deferred();
+  const share = shareAnswers(500, async (question) => {
+    asked++;
+    if (question === 'bad') throw new Error('no');
+    await promise;
+    return `${question} ${asked}`;
+  });
+  const all = [share('a'), share('a'), share('b')];
+  resolve();
+  expect(await Promise.all(all)).toEqual(['a 2', 'a 2', 'b 2']);
+  expect(await share('a')).toBe('a 2');
+  await waitFor(async () => (await share('a')) === 'a 3', { what: 'a new answer' });
+  for (let i = 0; i < 2; i++) await expect(share('bad')).rejects.toThrow('no');
+  expect(asked).toBe(5);
+});
+
+test('a gate lets few through at a time, in turn, keeps some waiting, and goes on after a failure', async () => {
+  const gate = createGate({ atOnce: 2, waiting: 3 });
+  const works = Array.from({ length: 5 }, () => deferred<string>());
+  const begun: number[] = [];
+  const results = works.map(({ promise }, i) =>
+    gate(() => {
+      begun.push(i);
+      return promise;
+    }),
+  );
+  await expect(gate(async () => 'never')).rejects.toThrow(BusyError);
+  expect(begun).toEqual([0, 1]);
+  const failed = expect(results[0]).rejects.toThrow('broken');
+  works[0]?.reject(new Error('broken'));
+  await failed;
+  await waitFor(() => begun.length === 3, { what: 'the third to begin' });
+  for (const { resolve } of works.slice(1)) resolve('done');
+  expect(await Promise.all(results.slice(1))).toEqual(['done', 'done', 'done', 'done']);
+  expect(begun).toEqual([0, 1, 2, 3, 4]);
+  expect(await gate(async () => 'again')).toBe('again');
+});
+
+test('a pace lets a burst through, slows down what comes after, and refuses when too many wait', async () => {
+  const pace = createPace({ perSecond: 100, burst: 10, waiting: 20 });
+  const startedAt = performance.now();
+  const all = await Promise.allSettled(Array.from({ length: 50 }, pace));
+  const passed = all.filter(({ status }) => status === 'fulfilled');
+  expect(passed).toHaveLength(30);
+  // 20 of them at 100 a second.
+  expect(performance.now() - startedAt).toBeGreaterThan(150);
+  expect((all.at(-1) as PromiseRejectedResult).reason).toBeInstanceOf(BusyError);
+});
