@@ -14,7 +14,7 @@ const { pool } = stage;
 const { outbox } = stage.context;
 
 beforeEach(async () => {
-  await pool.query('TRUNCATE identity.outbox RESTART IDENTITY');
+  await pool.query('DELETE FROM identity.outbox');
 });
 
 type Deps = Parameters<typeof createRefiller>[0];

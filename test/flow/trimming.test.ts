@@ -14,7 +14,7 @@ const ACKNOWLEDGED = { RELAY_STREAM_TRIM: 'acknowledged', RELAY_POLL_INTERVAL: '
  * had in a set. It acknowledges a batch when it is through with it.
  */
 async function startConsumer(stage: Stage, group: string, pause: (seen: number) => Promise<void>) {
-  const redis = new Redis(stage.server.url);
+  const redis = new Redis(stage.server.adminUrl);
   redis.on('error', () => {});
   await redis.xgroup('CREATE', STREAM, group, '0', 'MKSTREAM');
   const seen = new Set<string>();

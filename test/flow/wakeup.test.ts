@@ -12,7 +12,7 @@ const NEVER_POLLS = { RELAY_POLL_INTERVAL: '600' };
 
 /** Milliseconds from the answer to the commit until a blocking reader holds the entry. */
 async function latencies(stage: Stage, count: number): Promise<number[]> {
-  const reader = new Redis(stage.server.url);
+  const reader = new Redis(stage.server.adminUrl);
   onTestFinished(() => reader.disconnect());
   const measured: number[] = [];
   for (let i = 0; i < count; i++) {
