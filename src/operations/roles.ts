@@ -88,7 +88,7 @@ export function redisAcls(config: RelayConfig, grantees: Pick<Grantees, 'redisUs
   const streams = [...topics, ...dlq];
   const place = streamPlace(config);
   if (place === config) return [aclOf([...queues, ...streams], config, grantees)];
-  return [aclOf(queues, config, grantees), aclOf([`${own}:*`, ...streams], place, grantees, true)];
+  return [aclOf(queues, config, grantees), aclOf([`${own}:*`, ...streams], place, grantees)];
 }
 
 /**
@@ -107,12 +107,10 @@ function aclOf(
   keys: readonly string[],
   place: RelayConfig,
   { redisUser }: Pick<Grantees, 'redisUser'>,
-  /** A server of their own: what jobs remember elsewhere is in keys here, which end by themselves. */
-  ofStreams = false,
 ): string {
   const patterns = [...new Set(keys.includes('*') ? ['*'] : keys)].map((key) => `~${key}`).join(' ');
   const { db } = redisOptions(place.redisUrl);
-  const commands = [...COMMANDS, ...(db === 0 ? [] : [`+select|${db}`]), ...(ofStreams ? ['+expire'] : [])];
+  const commands = [...COMMANDS, ...(db === 0 ? [] : [`+select|${db}`])];
   if (isCluster(place)) commands.push('+cluster|slots');
   return `ACL SETUSER ${redisUser} on resetpass >password resetkeys resetchannels ${patterns} ${commands.join(' ')}`;
 }

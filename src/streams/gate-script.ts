@@ -130,7 +130,7 @@ local function look(key, job, letterKey)
   if released then it.released = released == it.made
   elseif value then
     it.entry = value
-    redis.call('EXPIRE', key, ${MEMORY_TTL_S})
+    redis.call('PEXPIRE', key, ${MEMORY_TTL_S * 1_000})
   end
   if letterKey and it.failures and it.failures > 0 then it.letter = redis.call('GET', letterKey) end
   return it
