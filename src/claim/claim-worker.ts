@@ -28,8 +28,6 @@ const AGAIN_AFTER_MS = 1_000;
 /** A failure is reported once in so long: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
 export const FOREIGN_JOB = 'a job of the claim queue is none of the relay’s; ignored';
-/** Retry interval while another pod holds the claim lock. */
-const BUSY_PAUSE_MS = 25;
 /** Longest time for a claim job: its claims, and one that goes on row by row. */
 export const CLAIM_JOB_DEADLINE_MS = 120_000;
 
@@ -75,8 +73,7 @@ export function createClaimWorker(deps: {
       return COMPLETED;
     }
     const claimed = await deps.outbox.withClaimLock(claimAll);
-    if (claimed === 'busy') await pause(BUSY_PAUSE_MS);
-    else if (claimed.events > 0) logger.info({ events: claimed.events }, 'claimed events');
+    if (claimed !== 'busy' && claimed.events > 0) logger.info({ events: claimed.events }, 'claimed events');
     // What another pod has seen when its claim job ends may be older than the request that brought us here.
     if ((claimed === 'busy' || !claimed.exhausted) && !stopping) await scheduler.wake();
     return COMPLETED;

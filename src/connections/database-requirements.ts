@@ -196,7 +196,8 @@ async function rowsBeginFresh({ pool }: OnDatabase): Promise<Finding | undefined
 async function mayDelete({ pool, config }: OnDatabase): Promise<Finding | undefined> {
   if (config.publishedRetentionMs === 0) return undefined;
   const { rows } = await pool.query<{ may: boolean }>(
-    `SELECT has_table_privilege('identity.outbox', 'DELETE') AS may`,
+    `SELECT has_table_privilege('identity.outbox', 'DELETE')
+            AND has_table_privilege('identity.relay_prune_lock', 'UPDATE') AS may`,
   );
   if (rows[0]?.may) return undefined;
   return advice(

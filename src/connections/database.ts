@@ -1,6 +1,8 @@
 import type pg from 'pg';
 import { type Generation, OtherGenerationError } from './generation.ts';
 import { isNoAnswer, isSick, STATEMENT_FORGOTTEN, sqlState } from './pool-health.ts';
+import { RESULT_TYPES } from './result-types.ts';
+import { heldBy, LOCK_NOT_AVAILABLE, lockStatement, type TableLock } from './table-lock.ts';
 
 /** What the statements need of a connection; node-postgres' Client and PoolClient have it. */
 export type Queryable = Pick<pg.ClientBase, 'query'>;
@@ -27,6 +29,8 @@ export type Pool = Readonly<{
  * PostgreSQL compiles it each time it is planned (3.4 s for a claim of 100 rows, seen with version 15).
  */
 const PLANNER: Readonly<Record<string, string>> = {
+  enable_indexscan: 'on',
+  enable_nestloop: 'on',
   enable_seqscan: 'off',
   enable_bitmapscan: 'off',
   enable_sort: 'off',
@@ -35,6 +39,21 @@ const PLANNER: Readonly<Record<string, string>> = {
   enable_incremental_sort: 'off',
   jit: 'off',
 };
+
+/**
+ * How values are read and printed, whatever a role, a database or the owner of a pool has set: places in the order of
+ * published rows are kept as text. What is not here is not ours to change: triggers of others run in these transactions.
+ */
+const PRINTED: Readonly<Record<string, string>> = {
+  DateStyle: 'ISO, YMD',
+  IntervalStyle: 'postgres',
+  TimeZone: 'UTC',
+  bytea_output: 'hex',
+  extra_float_digits: '1',
+  standard_conforming_strings: 'on',
+};
+/** What a function of the relay's statements means is not decided by a schema that comes first. */
+const SEARCH_PATH = "concat_ws(', ', 'pg_catalog', nullif(pg_catalog.current_setting('search_path'), ''))";
 
 /**
  * A named statement is planned once per connection: 0.5 ms less for each acknowledgement. A pooler that hands out
@@ -55,8 +74,8 @@ export type Durability = 'durable' | 'repeatable';
 export const GENERIC = { generic: true } as const;
 
 type TransactionOptions = Readonly<{
-  /** A lock to begin with, as an expression: at no further statement, and under no deadline on the server. */
-  lock?: string;
+  /** A lock to begin with, in the statement that begins. */
+  lock?: TableLock;
   /** Statements are planned whatever their parameters are: those that are named, once. */
   generic?: boolean;
   /** How long the transaction may idle between two statements, i.e. `work` be busy with other things. */
@@ -114,30 +133,36 @@ async function attemptTransaction<T>(
   const settings = {
     ...(durability === 'repeatable' && { synchronous_commit: 'off' }),
     statement_timeout: deadlineMs,
+    lock_timeout: lock?.waitMs ?? 0,
     idle_in_transaction_session_timeout: idleMs,
+    ...PRINTED,
     ...PLANNER,
-    ...(generic && { plan_cache_mode: 'force_generic_plan' }),
+    plan_cache_mode: generic ? 'force_generic_plan' : 'auto',
   };
   // One statement for all of them: they are what a transaction costs.
-  const set = Object.entries(settings).map(([name, value]) => `set_config('${name}', '${value}', true)`);
+  const set = Object.entries(settings).map(
+    ([name, value]) => `pg_catalog.set_config('${name}', '${value}', true)`,
+  );
   // The level is said, not left to the database's default: under a stricter one the same statements would fail by chance.
   const asked = [
     ...set,
-    ...(lock ? [lock] : []),
+    `pg_catalog.set_config('search_path', pg_catalog.${SEARCH_PATH}, true)`,
     ...(generation ? [`${generation.sql()} AS generation`] : []),
   ];
-  const begin = `BEGIN ISOLATION LEVEL READ COMMITTED; SELECT ${asked.join(', ')}`;
+  const begin = `BEGIN ISOLATION LEVEL READ COMMITTED; SELECT ${asked.join(', ')}${lock ? `; ${lockStatement(lock)}` : ''}`;
+  const beginDeadlineMs = Math.max(deadlineMs, lock?.waitMs ?? 0);
 
   /** The first error of this session: those after it follow from it. */
   let ownError: unknown;
   let isCommitting = false;
-  async function ask({ name, ...query }: pg.QueryConfig): Promise<pg.QueryResult> {
+  async function ask({ name, ...query }: pg.QueryConfig, answerMs = deadlineMs): Promise<pg.QueryResult> {
     const kept = name !== undefined && statementsKept;
     try {
       return await client.query({
         ...query,
         ...(kept && { name }),
-        query_timeout: deadlineMs + ANSWER_MS,
+        types: RESULT_TYPES,
+        query_timeout: answerMs + ANSWER_MS,
       } as pg.QueryConfig);
     } catch (error) {
       ownError ??= error;
@@ -155,12 +180,12 @@ async function attemptTransaction<T>(
     }) as Queryable['query'],
   };
   try {
-    begun = ask({ text: begin }).then((results) => {
+    begun = ask({ text: begin }, beginDeadlineMs).then((results) => {
       const [, first] = results as unknown as pg.QueryResult<{ generation: string }>[];
       generation?.assert(first?.rows[0]?.generation ?? '');
     });
     // Sent together with the first statement where the connection can do that: a round trip less.
-    if (isPipelined(client)) begun.catch(nextStatementFails);
+    if (isPipelined(client) && lock?.mode !== 'EXCLUSIVE') begun.catch(nextStatementFails);
     else await begun;
     const result = await work(tx);
     await begun;
@@ -174,6 +199,8 @@ async function attemptTransaction<T>(
     const isSessionSick = ownError !== undefined && isSick(ownError);
     if (error instanceof OtherGenerationError && error.isBehind) giveBack(error);
     else giveBack(isSessionSick ? (ownError as Error) : await rollBack());
+    if (lock !== undefined && sqlState(ownError) === LOCK_NOT_AVAILABLE)
+      return { kind: 'failed', error: await heldBy(pool, lock), isWorthAnother: false };
     // Where the BEGIN failed, what came after it says only that.
     const told = ownError !== undefined && sqlState(error) === '25P02' ? ownError : error;
     return {

@@ -29,13 +29,15 @@ export type QueuePlace = Pick<RelayConfig, 'redisUrl' | 'queuePrefix' | 'queueNa
 
 /** One connection to one server: the one that there is, the master that sentinels name, or the node with our slot. */
 export function openRedis(place: QueuePlace, options: RedisOptions): Redis {
-  // ioredis' types want the reply mapping said, though this is the default.
   return new Redis({
     ...redisOptions(place.redisUrl),
     ...whereaboutsOf(place, options.enableOfflineQueue !== false),
     ...options,
-  } as RedisOptions & { replyMapping?: 'legacy' });
+  } as LegacyOptions);
 }
+
+/** ioredis' types want the reply mapping said, though this is the default. */
+type LegacyOptions = RedisOptions & { replyMapping?: 'legacy' };
 
 /** To the Redis of the queues and that of the streams: the same connection, where it is one server. */
 export function openBoth(config: RelayConfig, options: RedisOptions): [queues: Redis, streams: Redis] {
@@ -43,6 +45,26 @@ export function openBoth(config: RelayConfig, options: RedisOptions): [queues: R
   const streams = streamPlace(config);
   return [queues, streams === config ? queues : openRedis(streams, options)];
 }
+
+/**
+ * Options of a client that say which server it is, and who we are there. All others are the relay's own: with automatic
+ * pipelining, key prefixes, numbers as strings or another protocol, BullMQ and its scripts fail or read something else.
+ */
+const ADDRESS = [
+  ...['host', 'port', 'path', 'family', 'tls', 'keepAlive', 'noDelay', 'natMap', 'Connector'],
+  ...['db', 'username', 'password'],
+  ...['sentinels', 'name', 'role', 'preferredSlaves', 'enableTLSForSentinelMode', 'sentinelTLS'],
+  ...['sentinelUsername', 'sentinelPassword', 'sentinelRetryStrategy', 'sentinelReconnectStrategy'],
+  ...['sentinelCommandTimeout', 'sentinelMaxConnections', 'updateSentinels', 'failoverDetector'],
+] as const;
+
+const addressOf = (options: RedisOptions): RedisOptions =>
+  Object.fromEntries(
+    ADDRESS.flatMap((name) => {
+      const value = (options as Readonly<Record<string, unknown>>)[name];
+      return value === undefined ? [] : [[name, value]];
+    }),
+  );
 
 function whereaboutsOf(place: QueuePlace, waits: boolean): RedisOptions {
   const { redisUrl, redisCluster = false, redisSentinels = 'none', redisSentinelName } = place;
@@ -112,7 +134,10 @@ export function openServers(
       connectionName: `relay-${role}`,
       retryStrategy: (tries) => Math.min(tries * 100, RECONNECT_DELAY_MS),
     };
-    const redis = deps.redis && place === config ? deps.redis.duplicate(all) : openRedis(place, all);
+    const redis =
+      deps.redis && place === config
+        ? new Redis({ ...addressOf(deps.redis.options), ...all } as LegacyOptions)
+        : openRedis(place, all);
     redis.on('connect', () => gatherWrites(redis.stream));
     let lost = false;
     redis.on('error', (error) => {

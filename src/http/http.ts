@@ -1,5 +1,6 @@
 import { CLAIM_JOB_DEADLINE_MS } from '../claim/claim-worker.ts';
 import { assertWritable, inspectRedis } from '../connections/preflight.ts';
+import { assertLocksPass } from '../connections/table-lock.ts';
 import { type Context, secondsSince } from '../context.ts';
 import { createFigures, shareFigures } from '../operations/figures.ts';
 import { createFleetReader } from '../operations/heartbeat.ts';
@@ -25,7 +26,7 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
   };
   const health = createHealth({
     database: async () => {
-      await assertWritable(servers.pool);
+      await Promise.all([assertWritable(servers.pool), assertLocksPass(servers.httpPool)]);
       const { size, granted } = servers.pool.sessions();
       return granted < size ? { sessions: granted, sessions_wanted: size } : {};
     },

@@ -33,7 +33,7 @@ export type Fleet = Readonly<{
 }>;
 
 /** Raised by a build whose pods must not work beside those of the build before. */
-export const PROTOCOL = 2;
+export const PROTOCOL = 3;
 
 const INTERVAL_MS = 5_000;
 /** A pod that has missed two beats is likely to be gone. */

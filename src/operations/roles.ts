@@ -52,6 +52,8 @@ export function databaseGrants(
     'BEGIN;',
     `REVOKE ALL ON identity.outbox FROM ${relay}, ${operators}, ${producers};`,
     `GRANT USAGE ON SCHEMA identity TO ${relay};`,
+    '-- Locks between pods: a right to change them is one to lock them. There is nothing in them.',
+    `GRANT UPDATE ON identity.relay_claim_lock, identity.relay_epoch_lock, identity.relay_prune_lock TO ${relay};`,
     `GRANT SELECT${deletes ? ', DELETE' : ''} ON identity.outbox TO ${relay};`,
     `GRANT UPDATE (${CHANGED.join(', ')})`,
     `  ON identity.outbox TO ${relay};`,

@@ -15,6 +15,7 @@ class RolledBack extends Error {}
  */
 export async function tryClaim(pool: Pool, options: OutboxOptions): Promise<void> {
   const outbox = createOutbox(pool, options);
+  await outbox.withClaimLock(async () => {});
   const trial = outbox.inEpoch(
     async (tx) => {
       // A row that cannot be printed is no fault of the database: the claim knows what to do about it.

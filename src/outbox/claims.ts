@@ -1,5 +1,6 @@
 import { GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { isNoAnswer } from '../connections/pool-health.ts';
+import { CLAIM_LOCK, LockHeldError } from '../connections/table-lock.ts';
 import type { Aggregate, OutboxEvent } from '../event.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { byId, MS, type OutboxOptions } from './conditions.ts';
@@ -27,8 +28,6 @@ export type Claim = Readonly<{
   more: boolean;
 }>;
 
-/** Spells "rlay", "clai". */
-const CLAIMING = '1919705465, 1668047209';
 /**
  * A claim job lasts 2 s and a round. One that lasts longer hangs, or its pod is gone without a word: the database ends
  * its transaction, and another pod claims.
@@ -136,17 +135,21 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
 
   return {
     /**
-     * Runs `work` while no other pod claims, or answers `busy`. The claim lock is that of a transaction which does
-     * nothing else: it ends with its connection, so a pod that dies holds up nobody.
+     * Runs `work` while no other pod claims; `busy` when others have had their turns for so long that its own is due to
+     * be asked for again. The lock is that of a transaction which does nothing else: it ends with its connection, so a
+     * pod that dies holds up nobody.
+     * @throws {LockHeldError} when one session has kept it all the time
      */
     async withClaimLock<T>(work: () => Promise<T>): Promise<T | 'busy'> {
-      const take = async (tx: Queryable): Promise<T | 'busy'> => {
-        const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${CLAIMING}) AS mine`);
-        return rows[0].mine ? work() : 'busy';
-      };
       // It holds this session while it claims by another.
       const ofTwo = pool.leaving?.(1) ?? pool;
-      return transaction(ofTwo, statementTimeoutMs, 'repeatable', take, { idleMs: CLAIM_LOCK_LIMIT_MS });
+      return transaction(ofTwo, statementTimeoutMs, 'repeatable', work, {
+        idleMs: CLAIM_LOCK_LIMIT_MS,
+        lock: CLAIM_LOCK,
+      }).catch((error) => {
+        if (error instanceof LockHeldError && !error.isHeldThroughout) return 'busy';
+        throw error;
+      });
     },
 
     /**

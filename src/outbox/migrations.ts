@@ -20,6 +20,13 @@ const MIGRATIONS = fileURLToPath(new URL('../../drizzle', import.meta.url));
 /** Spells "rlay", "migr". */
 const MIGRATING = '1919705465, 1835624306';
 const LOCK_POLL_MS = 200;
+/** Building indexes on a large table takes its time; a session that hangs would be waited for for ever. */
+const TURN_DEADLINE_MS = 3_600_000;
+/** What others may have set for the role or the database, and what the statements of a migration rely on. */
+const SESSION = `
+  SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET lock_timeout = 0;
+  SET search_path = pg_catalog, public; SET default_transaction_isolation = 'read committed';
+  SET standard_conforming_strings = on; SET default_tablespace = ''; SET row_security = on`;
 /** A table's exclusive lock is not waited for longer: every writer would queue up behind us. */
 const TABLE_LOCK_TIMEOUT_MS = 10_000;
 
@@ -38,6 +45,7 @@ export async function migrate(
   logger: Logger,
   topic?: string,
 ): Promise<void> {
+  await client.query(SESSION);
   await takeTurn(client, logger);
   try {
     await client.query(`SET lock_timeout = ${TABLE_LOCK_TIMEOUT_MS}`);
@@ -88,12 +96,27 @@ async function setTopicByDefault(client: pg.Client, topic: string): Promise<void
  * waits for every snapshot, so that two pods would deadlock.
  */
 async function takeTurn(client: pg.Client, logger: Logger): Promise<void> {
+  const deadline = performance.now() + TURN_DEADLINE_MS;
   for (let tries = 0; ; tries++) {
     const { rows } = await client.query(`SELECT pg_try_advisory_lock(${MIGRATING}) AS mine`);
     if (rows[0].mine) return;
-    if (tries === 0) logger.info({}, 'another process is migrating this database; waiting for it');
+    const isOver = performance.now() > deadline;
+    if (tries === 0 || isOver) {
+      const holder = await whoMigrates(client);
+      if (isOver) throw new Error(`${holder} has held the lock of migrations for an hour; nothing was done`);
+      logger.info({ holder }, 'another process is migrating this database; waiting for it');
+    }
     await new Promise((resolve) => setTimeout(resolve, LOCK_POLL_MS));
   }
+}
+
+async function whoMigrates(client: pg.Client): Promise<string> {
+  const { rows } = await client.query(
+    `SELECT format('process %s of PostgreSQL (application "%s", role %s)', pid, application_name, usename) AS holder
+     FROM pg_locks JOIN pg_stat_activity USING (pid)
+     WHERE locktype = 'advisory' AND granted AND (classid, objid) = (${MIGRATING}) AND objsubid = 2`,
+  );
+  return rows[0]?.holder ?? 'another process';
 }
 
 /**

@@ -1,5 +1,6 @@
 import { type Durability, GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { createGeneration } from '../connections/generation.ts';
+import { epochLock } from '../connections/table-lock.ts';
 import { createClaims } from './claims.ts';
 import type { OutboxOptions } from './conditions.ts';
 import { createFinalize } from './finalize.ts';
@@ -12,9 +13,6 @@ export type { Claim, LeasedEvent } from './claims.ts';
 export type { OutboxOptions } from './conditions.ts';
 
 export type Outbox = ReturnType<typeof createOutbox>;
-
-/** Spells "rlay", "setl". */
-const COMPARING = '1919705465, 1936028780';
 
 /**
  * Every statement that takes events through `identity.outbox`. A state change is a named function with its precondition
@@ -37,15 +35,14 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
     { deadlineMs = options.statementTimeoutMs, generic = false } = {},
   ): Promise<T> =>
     transaction(pool, deadlineMs, 'durable', work, {
-      lock: `pg_advisory_xact_lock_shared(${COMPARING})`,
+      lock: epochLock('ROW SHARE', deadlineMs),
       generic,
     }),
 
   /** Resolves when every transaction of `inEpoch` that has begun is committed, and can be seen, or undone. */
   async epochsEnded(): Promise<void> {
-    await transaction(pool, options.statementTimeoutMs, 'repeatable', (tx) =>
-      tx.query(`SELECT pg_advisory_xact_lock(${COMPARING})`),
-    );
+    const { statementTimeoutMs: waitMs } = options;
+    await transaction(pool, waitMs, 'repeatable', async () => {}, { lock: epochLock('EXCLUSIVE', waitMs) });
   },
 
   /**

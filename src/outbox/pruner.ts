@@ -1,5 +1,6 @@
 import type pg from 'pg';
 import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { LockHeldError, PRUNE_LOCK } from '../connections/table-lock.ts';
 import { errorText } from '../telemetry/logger.ts';
 
 /**
@@ -36,9 +37,6 @@ export type PruneResult = Readonly<{
   /** Where the next step begins; null: there is nothing further. */
   next: PrunePlace | null;
 }>;
-
-/** Spells "rlay", "prun". */
-const PRUNING = '1919705465, 1886549358';
 
 const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
   receipted: {
@@ -117,9 +115,9 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
 
   /** While no other process deletes. Done again after a crash of PostgreSQL, should that undo it. */
   const alone = <T>(work: (tx: Queryable) => Promise<T>): Promise<T | 'busy'> =>
-    transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-      const { rows } = await tx.query(`SELECT pg_try_advisory_xact_lock(${PRUNING}) AS mine`);
-      return rows[0].mine ? work(tx) : 'busy';
+    transaction(pool, statementTimeoutMs, 'repeatable', work, { lock: PRUNE_LOCK }).catch((error) => {
+      if (error instanceof LockHeldError) return 'busy';
+      throw error;
     });
 
   /**

@@ -52,25 +52,26 @@ export const REQUIRED = {
     'relay_outbox_settled',
     'relay_outbox_unreceipted',
   ],
+  tables: ['relay_owner', 'relay_claim_lock', 'relay_epoch_lock', 'relay_prune_lock'],
 } as const;
 
 export const NO_TABLE = 'table identity.outbox';
 
 /** What is missing before the relay can work with this table; empty when nothing is. */
 export async function missingFromTable(client: Queryable): Promise<string[]> {
-  const { rows } = await client.query<{ columns: string[]; indexes: string[]; has_owner: boolean }>(
+  const { rows } = await client.query<{ columns: string[]; indexes: string[]; tables: string[] }>(
     `SELECT array(SELECT attname::text FROM pg_attribute WHERE attrelid = to_regclass('identity.outbox')
               AND attnum > 0 AND NOT attisdropped) AS columns,
             array(SELECT c.relname::text FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
               WHERE i.indrelid = to_regclass('identity.outbox') AND i.indisvalid) AS indexes,
-            to_regclass('identity.relay_owner') IS NOT NULL AS has_owner`,
+            array(SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace('identity')) AS tables`,
   );
-  const { columns = [], indexes = [], has_owner = false } = rows[0] ?? {};
+  const { columns = [], indexes = [], tables = [] } = rows[0] ?? {};
   if (columns.length === 0) return [NO_TABLE];
   return [
     ...REQUIRED.columns.filter((it) => !columns.includes(it)).map((it) => `column ${it}`),
     ...REQUIRED.indexes.filter((it) => !indexes.includes(it)).map((it) => `index ${it}`),
-    ...(has_owner ? [] : ['table identity.relay_owner']),
+    ...REQUIRED.tables.filter((it) => !tables.includes(it)).map((it) => `table identity.${it}`),
   ];
 }
 

@@ -98,3 +98,9 @@ export const relayOwner = identity.table(
   },
   (row) => [check('relay_owner_is_only', sql`${row.isOnly}`)],
 );
+
+/** Nobody writes into these: pods lock them (locks.ts). */
+const lockTable = (name: string) => identity.table(name, { unused: boolean('unused') });
+export const relayClaimLock = lockTable('relay_claim_lock');
+export const relayEpochLock = lockTable('relay_epoch_lock');
+export const relayPruneLock = lockTable('relay_prune_lock');

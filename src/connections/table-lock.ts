@@ -1,0 +1,115 @@
+import type { QueryConfig } from 'pg';
+import type { Pool } from './database.ts';
+import { RESULT_TYPES } from './result-types.ts';
+
+/**
+ * Locks between pods are those of empty tables. An advisory lock takes no right: any log-in could hold the relay up. Like
+ * those they write no row, and end with their transaction.
+ */
+export type TableLock = Readonly<{
+  table: string;
+  /** `ROW SHARE` goes with itself and not with `EXCLUSIVE`, which goes with neither. */
+  mode: 'ROW SHARE' | 'EXCLUSIVE';
+  /** How long it is waited for; 0: not at all. */
+  waitMs: number;
+}>;
+
+/** Whose turn it is to claim. Other pods have theirs meanwhile; none has one for so long. */
+export const CLAIM_LOCK: TableLock = {
+  table: 'identity.relay_claim_lock',
+  mode: 'EXCLUSIVE',
+  waitMs: 10_000,
+};
+
+/** Whose turn it is to delete old rows. */
+export const PRUNE_LOCK: TableLock = { table: 'identity.relay_prune_lock', mode: 'EXCLUSIVE', waitMs: 0 };
+
+/** Shared by what rests on an epoch; what waits until all of that has ended has it alone. */
+export const epochLock = (mode: TableLock['mode'], waitMs: number): TableLock => ({
+  table: 'identity.relay_epoch_lock',
+  mode,
+  waitMs,
+});
+
+/** What PostgreSQL answers when the lock was not to be had in time. */
+export const LOCK_NOT_AVAILABLE = '55P03';
+
+export const lockStatement = ({ table, mode, waitMs }: TableLock): string =>
+  `LOCK TABLE ${table} IN ${mode} MODE${waitMs === 0 ? ' NOWAIT' : ''}`;
+
+/** Another session has kept a lock of the relay for too long. */
+export class LockHeldError extends Error {
+  override readonly name = 'LockHeldError';
+  /** Whether its transaction has lasted for longer than it was waited for; else others have had their turns meanwhile. */
+  readonly isHeldThroughout: boolean;
+  constructor({ table, waitMs }: TableLock, holder: Holder | undefined) {
+    super(
+      `waited ${waitMs / 1_000} s for the lock on ${table}` +
+        (holder === undefined
+          ? ', which is free by now'
+          : `, which process ${holder.pid} of PostgreSQL holds (application "${holder.application}", role ${holder.role}, address ${holder.address}): ` +
+            `find out what it does; SELECT pg_terminate_backend(${holder.pid}) ends it`),
+    );
+    this.isHeldThroughout = holder?.isHeldThroughout ?? false;
+  }
+}
+
+type Holder = Readonly<{
+  pid: number;
+  application: string;
+  role: string;
+  address: string;
+  isHeldThroughout: boolean;
+}>;
+
+/**
+ * Who has a lock that excludes others, the longest first. The time of a session of another role is hidden: it counts as
+ * one that has been at it all the time, since no pod is it.
+ */
+async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise<Holder | undefined> {
+  const client = await pool.connect();
+  client.on('error', nextStatementFails);
+  let failure: Error | undefined;
+  try {
+    const { rows } = await client.query<Holder>({
+      text: `SELECT l.pid, coalesce(a.application_name, '') AS application, coalesce(a.usename, '') AS role,
+               coalesce(a.client_addr::text, 'local') AS address,
+               coalesce(a.xact_start < clock_timestamp() - $2 * interval '1 millisecond', true) AS "isHeldThroughout"
+             FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+             WHERE l.relation = to_regclass($1) AND l.granted AND l.pid <> pg_backend_pid()
+               AND l.mode <> ALL ($3::text[])
+               AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+             ORDER BY "isHeldThroughout" DESC, a.xact_start LIMIT 1`,
+      values: [table, waitMs, mode === 'EXCLUSIVE' ? HARMLESS_TO_ALL : HARMLESS_TO_SHARES],
+      types: RESULT_TYPES,
+      query_timeout: ANSWER_MS,
+    } as QueryConfig);
+    return rows[0];
+  } catch (error) {
+    failure = error as Error;
+    throw error;
+  } finally {
+    client.release(failure);
+    if (failure === undefined) client.off('error', nextStatementFails);
+  }
+}
+
+/** Of a lock that was not to be had: what to say of it. */
+export const heldBy = async (pool: Pool, lock: TableLock): Promise<LockHeldError> =>
+  new LockHeldError(lock, await holderOf(pool, lock).catch(() => undefined));
+
+/** @throws {LockHeldError} when one session has had a lock that pods need for longer than they wait for it */
+export async function assertLocksPass(pool: Pool): Promise<void> {
+  for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', CLAIM_LOCK.waitMs)]) {
+    const holder = await holderOf(pool, lock);
+    if (holder?.isHeldThroughout) throw new LockHeldError(lock, holder);
+  }
+}
+
+const HARMLESS_TO_ALL = ['AccessShareLock'];
+const HARMLESS_TO_SHARES = [
+  ...HARMLESS_TO_ALL,
+  ...['RowShareLock', 'RowExclusiveLock', 'ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock'],
+];
+const ANSWER_MS = 5_000;
+const nextStatementFails = (): void => {};
