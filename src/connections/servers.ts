@@ -48,23 +48,21 @@ export function openBoth(config: RelayConfig, options: RedisOptions): [queues: R
 
 /**
  * Options of a client that say which server it is, and who we are there. All others are the relay's own: with automatic
- * pipelining, key prefixes, numbers as strings or another protocol, BullMQ and its scripts fail or read something else.
+ * pipelining, key prefixes, numbers as strings or another protocol, BullMQ and the scripts fail or read something else.
  */
-const ADDRESS = [
+const ADDRESS = new Set([
   ...['host', 'port', 'path', 'family', 'tls', 'keepAlive', 'noDelay', 'natMap', 'Connector'],
   ...['db', 'username', 'password'],
   ...['sentinels', 'name', 'role', 'preferredSlaves', 'enableTLSForSentinelMode', 'sentinelTLS'],
   ...['sentinelUsername', 'sentinelPassword', 'sentinelRetryStrategy', 'sentinelReconnectStrategy'],
   ...['sentinelCommandTimeout', 'sentinelMaxConnections', 'updateSentinels', 'failoverDetector'],
-] as const;
+]);
 
-const addressOf = (options: RedisOptions): RedisOptions =>
+/** For a duplicate: its own options are undone, so that ioredis' defaults are in their place. */
+const withoutHabits = (options: RedisOptions): RedisOptions =>
   Object.fromEntries(
-    ADDRESS.flatMap((name) => {
-      const value = (options as Readonly<Record<string, unknown>>)[name];
-      return value === undefined ? [] : [[name, value]];
-    }),
-  );
+    Object.keys(options).flatMap((name) => (ADDRESS.has(name) ? [] : [[name, undefined]])),
+  ) as RedisOptions;
 
 function whereaboutsOf(place: QueuePlace, waits: boolean): RedisOptions {
   const { redisUrl, redisCluster = false, redisSentinels = 'none', redisSentinelName } = place;
@@ -136,7 +134,7 @@ export function openServers(
     };
     const redis =
       deps.redis && place === config
-        ? new Redis({ ...addressOf(deps.redis.options), ...all } as LegacyOptions)
+        ? deps.redis.duplicate({ ...withoutHabits(deps.redis.options), ...all })
         : openRedis(place, all);
     redis.on('connect', () => gatherWrites(redis.stream));
     let lost = false;
