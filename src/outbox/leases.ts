@@ -109,7 +109,9 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       await tx.query(
         `UPDATE identity.outbox o
          SET next_attempt_at = now() + $4 ${MS}, attempts = greatest(o.attempts, j.attempts),
-             error_message = CASE WHEN j.attempts > o.attempts THEN j.reason ELSE o.error_message END
+             error_message = CASE WHEN j.attempts > o.attempts THEN j.reason
+                                  WHEN j.attempts > 0 THEN coalesce(o.error_message, j.reason)
+                                  ELSE o.error_message END
          FROM unnest($1::uuid[], $2::int[], $3::text[]) AS j (event_id, attempts, reason)
          WHERE o.event_id = j.event_id AND CASE WHEN o.published THEN false ELSE true END`,
         [

@@ -233,13 +233,15 @@ describe('a pod whose event fails, and dies', OPTIONS, () => {
   test('after the attempt, before the row says so: the next pod writes it there', async () => {
     const stage = await setStage({ topic: BROKEN_TOPIC }, LATE_RETRIES);
     await stage.diesAt(at('before record failure', () => stage.becomesLeased(0)));
-    expect((await readRows(stage.pool))[0]).toMatchObject({ attempts: 0, errorMessage: null });
+    // The one behind it may have been released, and told by parking that this one has failed.
+    expect((await readRows(stage.pool))[0]?.errorMessage).toBe(null);
     await stage.anotherPodGoesOn(async () => {
-      await waitFor(async () => (await readRows(stage.pool))[0]?.attempts === 1, {
+      await waitFor(async () => (await readRows(stage.pool))[0]?.errorMessage, {
         what: 'the failure to be on the row',
         timeoutMs: PATIENCE_MS,
       });
-      expect((await readRows(stage.pool))[0]?.errorMessage).toMatch(/^WRONGTYPE/);
+      const [row] = await readRows(stage.pool);
+      expect([row?.attempts, row?.errorMessage]).toEqual([1, expect.stringMatching(/^WRONGTYPE/)]);
       await stage.obstacleIsGone();
     });
     await stage.expectAllPublished();

@@ -93,17 +93,37 @@ function watchedPool(
 
 const SCRIPTS: Readonly<Record<string, Step>> = { appendInOrder: 'append', appendLetter: 'letter' };
 
+/** Before it begins a pod tries claim and append: these are no steps. It begins when its own connection gets the scripts. */
+const STEPS_CONNECTION = 'relay-append';
+
+function fromTheBeginning(watch: Watch): Readonly<{ watch: Watch; begin: () => void }> {
+  let hasBegun = false;
+  return {
+    async watch(moment, detail) {
+      if (hasBegun) await watch(moment, detail);
+    },
+    begin() {
+      hasBegun = true;
+    },
+  };
+}
+
 /** The connection, and every one that is made of it. */
-function watchedRedis(redis: Redis, watch: Watch, onConnection: (redis: Redis) => void): Redis {
+function watchedRedis(
+  redis: Redis,
+  of: ReturnType<typeof fromTheBeginning>,
+  onConnection: (redis: Redis) => void,
+): Redis {
+  const { watch } = of;
   onConnection(redis);
   const duplicate = redis.duplicate.bind(redis);
-  redis.duplicate = (options?: Partial<RedisOptions>) =>
-    watchedRedis(duplicate(options), watch, onConnection);
+  redis.duplicate = (options?: Partial<RedisOptions>) => watchedRedis(duplicate(options), of, onConnection);
   const define = redis.defineCommand.bind(redis);
   redis.defineCommand = (name, definition) => {
     define(name, definition);
     const step = SCRIPTS[name];
-    if (step === undefined) return;
+    if (step === undefined || redis.options.connectionName !== STEPS_CONNECTION) return;
+    of.begin();
     type Command = (this: unknown, ...args: unknown[]) => Promise<Detail['answers']>;
     const commands = redis as unknown as Record<string, Command>;
     const run = commands[name] as Command;
@@ -121,9 +141,10 @@ function watchedRedis(redis: Redis, watch: Watch, onConnection: (redis: Redis) =
 
 /** Starts a pod that tells of its steps. */
 export async function startWatchedPod(config: RelayConfig, watch: Watch): Promise<Relay> {
+  const steps = fromTheBeginning(watch);
   const pod = createRelay(config, {
-    pool: watchedPool(openPool(config.databaseUrl), watch, async () => {}),
-    redis: watchedRedis(openRedis(config.redisUrl), watch, () => {}),
+    pool: watchedPool(openPool(config.databaseUrl), steps.watch, async () => {}),
+    redis: watchedRedis(openRedis(config.redisUrl), steps, () => {}),
     ...{ logger: silent, http: false },
   });
   await pod.start();
@@ -171,23 +192,23 @@ export async function dieAt(
     await died.promise;
     throw new Error('the pod is dead');
   }
-  async function watch(moment: Moment, detail: Detail): Promise<void> {
+  const steps = fromTheBeginning(async (moment, detail) => {
     await assertAlive();
     if ((await isLast(moment, detail)) && !isDead) await die();
     await assertAlive();
-  }
+  });
 
   const pool = openPool(config.databaseUrl, { application_name: MORTAL });
   // Ended while it connects, a connection says so before anybody else can listen.
   pool.on('connect', (client) => client.on('error', () => {}));
-  const redis = watchedRedis(openRedis(config.redisUrl), watch, (connection) => {
+  const redis = watchedRedis(openRedis(config.redisUrl), steps, (connection) => {
     connections.push(connection);
     const connect = connection.connect.bind(connection);
     connection.connect = () => (isDead ? Promise.reject(new Error('Connection is closed.')) : connect());
   });
   const pod = createRelay(
     { ...config, shutdownTimeoutMs: 100 },
-    { pool: watchedPool(pool, watch, assertAlive), redis, logger: silent, http: false },
+    { pool: watchedPool(pool, steps.watch, assertAlive), redis, logger: silent, http: false },
   );
   await pod.start().catch((error: unknown) => {
     if (!isDead) throw error;
