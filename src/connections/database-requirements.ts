@@ -1,4 +1,5 @@
 import { randomInt } from 'node:crypto';
+import type { QueryConfig } from 'pg';
 import type { RelayConfig } from '../config/config.ts';
 import { tryClaim } from '../outbox/claim-trial.ts';
 import {
@@ -85,11 +86,22 @@ const OTHERS: readonly (readonly [pattern: RegExp, name: string])[] = [
   [/RisingWave/i, 'RisingWave'],
 ];
 
+/** Outside of a transaction of ours, whose settings another server may not know. */
 async function isPostgres({ pool }: OnDatabase): Promise<Finding> {
-  const { rows } = await pool.query<{ version: string; text: string; role: string; encoding: string }>(
-    `SELECT current_setting('server_version') AS version, version() AS text, current_user AS role,
-            current_setting('server_encoding') AS encoding`,
-  );
+  const client = await pool.connect();
+  client.on('error', nextStatementFails);
+  let failure: Error | undefined;
+  const { rows } = await client
+    .query<{ version: string; text: string; role: string; encoding: string }>({
+      text: `SELECT current_setting('server_version') AS version, version() AS text, current_user AS role,
+                    current_setting('server_encoding') AS encoding`,
+      query_timeout: STATEMENT_MS,
+    } as QueryConfig)
+    .catch((error) => {
+      failure = error;
+      throw error;
+    })
+    .finally(() => client.release(failure));
   const { version = '', text = '', role, encoding } = rows[0] ?? {};
   const other = OTHERS.find(([pattern]) => pattern.test(text))?.[1];
   if (other !== undefined)
@@ -174,6 +186,7 @@ async function showsRows({ pool, config }: OnDatabase): Promise<Finding | undefi
 
 /** Longest time for a statement of the trial. */
 const STATEMENT_MS = 4_000;
+const nextStatementFails = (): void => {};
 
 async function claims({ pool, config }: OnDatabase): Promise<Finding> {
   await tryClaim(pool, { ...config, statementTimeoutMs: STATEMENT_MS });

@@ -132,7 +132,8 @@ async function attemptTransaction<T>(
   client.on('error', nextStatementFails);
   const settings = {
     ...(durability === 'repeatable' && { synchronous_commit: 'off' }),
-    statement_timeout: deadlineMs,
+    // The lock's own deadline comes first: it says what was waited for.
+    statement_timeout: lock === undefined ? deadlineMs : Math.max(deadlineMs, lock.waitMs + LOCK_MARGIN_MS),
     lock_timeout: lock?.waitMs ?? 0,
     idle_in_transaction_session_timeout: idleMs,
     ...PRINTED,
@@ -230,6 +231,8 @@ async function attemptTransaction<T>(
 }
 
 const nextStatementFails = (): void => {};
+
+const LOCK_MARGIN_MS = 500;
 
 /** The server's deadline comes first; when it says nothing for so long after that, it is not there. */
 const ANSWER_MS = 1_000;

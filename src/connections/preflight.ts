@@ -134,8 +134,12 @@ export function createWriteProbe(redis: Redis, key: string): () => Promise<void>
     if (redis.status !== 'ready') {
       throw lost ?? new Error(`no connection to Redis yet (${redis.status}): is it loading its data?`);
     }
-    await redis.set(key, '', 'PX', PROBE_KEY_TTL_MS);
+    await writeProbeKey(redis, key);
   };
+}
+
+export async function writeProbeKey(redis: Redis, key: string): Promise<void> {
+  await redis.set(key, '', 'PX', PROBE_KEY_TTL_MS);
 }
 
 export type RedisFacts = Readonly<{ version: string; aofEnabled: boolean; maxmemoryPolicy: string }>;

@@ -7,7 +7,7 @@ import type { StreamOptions } from '../streams/append.ts';
 import { isNoStream, tryAppend } from '../streams/append-trial.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../verdict.ts';
-import { connected, createWriteProbe } from './preflight.ts';
+import { connected, writeProbeKey } from './preflight.ts';
 
 /** What the relay needs of a Redis: that of the queues, and that of the streams where it is another one. */
 
@@ -159,7 +159,7 @@ async function evictsNothing({ redis }: OnRedis): Promise<Finding> {
 }
 
 async function takesWrites({ redis, place }: OnRedis): Promise<Finding | undefined> {
-  await createWriteProbe(redis, `${place.queuePrefix}:${place.queueName}:probe`)();
+  await writeProbeKey(redis, `${place.queuePrefix}:${place.queueName}:probe`);
   return undefined;
 }
 

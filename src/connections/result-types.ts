@@ -15,14 +15,22 @@ export function arrayItems(text: string): string[] {
   return items;
 }
 
-/** By the type's OID, see pg_type. */
-const PARSERS = new Map<number, (text: string) => unknown>([
-  [16, (text) => text === 't'],
-  ...[21, 23, 26, 700, 701].map((oid) => [oid, asNumber] as const), // int2, int4, oid, float4, float8
-  ...[114, 3802].map((oid) => [oid, JSON.parse] as const), // json, jsonb
-  ...[1082, 1114, 1184].map((oid) => [oid, (text: string) => new Date(text)] as const), // date, timestamp, timestamptz
-  ...[1002, 1003, 1009, 1015, 2951].map((oid) => [oid, arrayItems] as const), // char[], name[], text[], varchar[], uuid[]
-]);
+const asArrayOf = (parse: (text: string) => unknown) => (text: string) => arrayItems(text).map(parse);
+const asBoolean = (text: string) => text === 't';
+const asDate = (text: string) => new Date(text);
+
+/** Types by their OID (see pg_type), those of arrays beside those of their items. */
+const PARSERS = new Map<number, (text: string) => unknown>();
+for (const [parse, types, arrays] of [
+  [asBoolean, [16], [1000]],
+  [asNumber, [21, 23, 26, 700, 701], [1005, 1007, 1028, 1021, 1022]], // int2, int4, oid, float4, float8
+  [JSON.parse, [114, 3802], [199, 3807]], // json, jsonb
+  [asDate, [1082, 1114, 1184], [1182, 1115, 1185]], // date, timestamp, timestamptz
+  [asIs, [], [1002, 1003, 1009, 1015, 1016, 2951]], // "char", name, text, varchar, int8, uuid
+] as const) {
+  for (const type of types) PARSERS.set(type, parse);
+  for (const type of arrays) PARSERS.set(type, asArrayOf(parse));
+}
 
 export const RESULT_TYPES = {
   getTypeParser: (oid: number) => PARSERS.get(oid) ?? asIs,

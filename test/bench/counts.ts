@@ -112,7 +112,7 @@ export async function startCounting(
 function kindOf(query: string): 'claim' | 'acknowledge' | 'other' | 'control' | 'commits' {
   if (/^\s*(COMMIT|END)\b/i.test(query)) return 'commits';
   if (/^\s*(BEGIN|START|SET|RESET|ROLLBACK|SAVEPOINT|RELEASE)\b/i.test(query)) return 'control';
-  if (/^\s*SELECT set_config\(/i.test(query)) return 'control';
+  if (/^\s*(SELECT pg_catalog\.set_config\(|LOCK TABLE identity\.relay_)/i.test(query)) return 'control';
   if (/\bpublished = (true|\$\d+), published_at\b/i.test(query)) return 'acknowledge';
   // The relay's refill frees parked rows for the next claim.
   if (/\bfreed AS\b/i.test(query)) return 'other';

@@ -97,13 +97,13 @@ test('claims are as few as their batches allow, and acknowledgements are gathere
   expect(acknowledge).toBeLessThanOrEqual(EVENTS / 10);
 });
 
-test('a transaction is one statement, one BEGIN and one for its settings', () => {
+test('a transaction is one statement, one BEGIN, one for its settings and one for its lock', () => {
   const { statements, control, commits } = counts;
   const all = statements.claim + statements.acknowledge + statements.other;
   expect(all - commits, JSON.stringify(counts.others)).toBeLessThanOrEqual(12);
   // Now and then a look at what may have been parked behind what was acknowledged.
   expect(commits).toBeLessThanOrEqual(statements.claim + 2 * statements.acknowledge + 10);
-  expect(control).toBeLessThanOrEqual(2 * commits + 2);
+  expect(control).toBeLessThanOrEqual(3 * commits + 2);
 });
 
 test('an event takes two calls to Redis, for its job to be added and finished, and is appended with others', () => {
@@ -111,8 +111,8 @@ test('an event takes two calls to Redis, for its job to be added and finished, a
   // A worker that finds no job waits, and asks again when there is one.
   const asked = 2 * bzpopmin;
   expect(evalsha).toBeGreaterThanOrEqual(2 * EVENTS);
-  // How many are appended together depends on the load: twenty, where this was written.
-  expect(evalsha).toBeLessThanOrEqual(2.5 * EVENTS + asked);
+  // How many are appended together depends on the load: two on a quiet machine, twenty on a busy one.
+  expect(evalsha).toBeLessThanOrEqual(2.75 * EVENTS + asked);
   // The epoch's name, before each commit of a claim or an acknowledgement.
   expect(get).toBeLessThanOrEqual(counts.statements.claim + counts.statements.acknowledge + 5);
   expect(

@@ -6,11 +6,11 @@ import { pathToFileURL } from 'node:url';
 import { promisify } from 'node:util';
 import { drizzle } from 'drizzle-orm/node-postgres';
 import { Redis } from 'ioredis';
-import { Pool } from 'pg';
+import { Pool, types } from 'pg';
 import { expect, inject, onTestFinished, test } from 'vitest';
 import { appendEvent, createRelay, type Logger } from '../../src/index.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { type Stage, setStage } from '../support/flow.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { asRelay, EMBEDDER_ROLE, PRODUCER_ROLE } from '../support/least-privilege.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { openPool } from '../support/stages.ts';
@@ -226,3 +226,52 @@ test('an event that is appended in a drizzle transaction exists if and only if t
   expect(entry?.fields.event_id).toBe(eventId);
   expect(JSON.parse(entry?.fields.payload ?? '')).toEqual(event.payload);
 }, 60_000);
+
+test('habits of the program around it do no harm: parsers of node-postgres, options of ioredis, settings of the role', async () => {
+  const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '0.5' } });
+  const pool = new Pool({
+    connectionString: asRelay(stage.databaseUrl, EMBEDDER_ROLE),
+    max: 10,
+    options: HABITS.map((it) => `-c ${it}`).join(' '),
+  });
+  // As for all of the process, where its own code wants numbers and strings.
+  const parsers = types as unknown as { setTypeParser(oid: number, parse: (text: string) => unknown): void };
+  const before = [20, 16, 114, 1009, 1184].map((oid) => [oid, types.getTypeParser(oid, 'text')] as const);
+  for (const [oid] of before) parsers.setTypeParser(oid, (text) => `parsed ${text}`);
+  const redis = new Redis(stage.env.RELAY_REDIS_URL, {
+    ...{ enableAutoPipelining: true, keyPrefix: 'theirs:', stringNumbers: true, commandTimeout: 1 },
+    ...{ maxRetriesPerRequest: 1, enableOfflineQueue: true, autoResendUnfulfilledCommands: true },
+  });
+  redis.on('error', () => {});
+  onTestFinished(async () => {
+    for (const [oid, parse] of before) parsers.setTypeParser(oid, parse as (text: string) => unknown);
+    redis.disconnect();
+    await pool.end();
+  });
+  const relay = createRelay(stage.config(), { pool, redis, logger: listeningLogger(), http: false });
+  onTestFinished(() => relay.stop());
+  await relay.start();
+  await insertEvents(stage.pool, someEvents(200, 20));
+  await stage.rested();
+  await stage.expectPromisesHeld();
+  // What is compared with the streams goes by times as they are printed.
+  await stage.redis.flushall();
+  await waitFor(async () => (await stage.redis.xlen(STREAM)) === 200, {
+    what: 'every entry to come back',
+    timeoutMs: 60_000,
+  });
+  await stage.rested();
+  await stage.expectPromisesHeld();
+}, 120_000);
+
+/** Of a role or a database; none of them with a blank, which the driver's option would need escaped. */
+const HABITS = [
+  ...['DateStyle=German,DMY', 'TimeZone=Asia/Kolkata', 'IntervalStyle=sql_standard', 'search_path='],
+  ...['enable_nestloop=off', 'enable_indexscan=off', 'plan_cache_mode=force_custom_plan'],
+  ...[
+    'bytea_output=escape',
+    'extra_float_digits=-10',
+    'lock_timeout=1',
+    'default_transaction_isolation=serializable',
+  ],
+];

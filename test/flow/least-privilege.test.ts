@@ -225,6 +225,7 @@ test('each right in PostgreSQL is needed', async () => {
     await attempt(appendEvent(producer, { eventType: 'X', aggregateId: anEvent().aggregateId, payload: {} }));
     await attempt(insertEvents(producer, someEvents(1)));
     await attempt(outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, 10)));
+    await attempt(outbox.withClaimLock(async () => {}));
     await attempt(outbox.recordFailure({ ...two, attempts: 1, reason: 'x', retryInMs: 1_000 }));
     await attempt(outbox.inEpoch((tx) => outbox.markPublished(tx, [{ ...one, entryId: '1-1' }])));
     const dead = { ...three, attempts: 6, reason: 'x', entryId: '1-1' };
@@ -262,18 +263,24 @@ test('each right in PostgreSQL is needed', async () => {
   // All that there are: none is forgotten here.
   const { rows } = await admin.query<{ granted: string }>(
     `WITH granted AS (
-       SELECT grantee, privilege_type, '' AS columns FROM information_schema.role_table_grants
+       SELECT grantee, table_name, privilege_type, '' AS columns FROM information_schema.role_table_grants
        UNION ALL
-       SELECT c.grantee, c.privilege_type, ' (' || c.column_name || ')' FROM information_schema.role_column_grants c
-        WHERE NOT EXISTS (SELECT FROM information_schema.role_table_grants t
-                           WHERE t.grantee = c.grantee AND t.privilege_type = c.privilege_type)
-     ) SELECT privilege_type || columns || ' to ' || grantee AS granted FROM granted WHERE grantee = ANY ($1)`,
+       SELECT c.grantee, c.table_name, c.privilege_type, ' (' || c.column_name || ')'
+         FROM information_schema.role_column_grants c
+        WHERE NOT EXISTS (SELECT FROM information_schema.role_table_grants t WHERE t.grantee = c.grantee
+                             AND t.table_name = c.table_name AND t.privilege_type = c.privilege_type)
+     ) SELECT privilege_type || columns || ' on ' || table_name || ' to ' || grantee AS granted FROM granted
+        WHERE grantee = ANY ($1)`,
     [[RELAY_USER, OPERATOR_ROLE, PRODUCER_ROLE]],
   );
   expect(rows.map((row) => row.granted).toSorted()).toEqual(
-    rights.map(([right, to]) => `${right} to ${to}`).toSorted(),
+    [
+      ...rights.map(([right, to]) => `${right} on outbox to ${to}`),
+      ...LOCKS.map((it) => `UPDATE on ${it} to ${RELAY_USER}`),
+    ].toSorted(),
   );
   const all: [right: string, on: string, to: string][] = [
+    ...LOCKS.map((it): [string, string, string] => ['UPDATE', `identity.${it}`, RELAY_USER]),
     ...rights.map(([right, to]): [string, string, string] => [right, 'identity.outbox', to]),
     ['USAGE', 'SCHEMA identity', RELAY_USER],
     ['USAGE', 'SCHEMA identity', PRODUCER_ROLE],
@@ -288,6 +295,8 @@ test('each right in PostgreSQL is needed', async () => {
   expect(await refused()).toEqual([]);
   producer.release();
 }, 60_000);
+
+const LOCKS = ['relay_claim_lock', 'relay_epoch_lock', 'relay_prune_lock'];
 
 /** Columns that producers fill, and what an attacker would put into the others. */
 const PRODUCED = [

@@ -80,7 +80,7 @@ test('whatever names and texts hold, nothing of them acts in the terminal of who
   await stage.redis.hset(
     'bull:relay:pods',
     NASTY,
-    `${Date.now()} ${JSON.stringify({ ...facts, protocol: 2 })}`,
+    `${Date.now()} ${JSON.stringify({ ...facts, protocol: 3 })}`,
   );
 
   const all = ['--since', '1h', '--until', 'now'];

@@ -44,7 +44,7 @@ test('a pod waits while one of the build before is at work, says so, and goes on
   const mine = Object.entries(await stage.redis.hgetall(PODS)).filter(([name]) => name !== OLD_POD);
   expect(mine).toHaveLength(1);
   expect(JSON.parse((mine[0]?.[1] ?? '').replace(/^\d+ /, ''))).toMatchObject({
-    ...{ protocol: 2, phase: 'starting' },
+    ...{ protocol: 3, phase: 'starting' },
   });
   // It goes on to wait for as long as the old one is heard of, claims nothing, and repeats nothing.
   const looks = async () =>

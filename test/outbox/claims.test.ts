@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
-import { describe, expect, test } from 'vitest';
+import { describe, expect, onTestFinished, test } from 'vitest';
 import type { Pool } from '../../src/connections/database.ts';
 import type { Claim } from '../../src/outbox/claims.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
@@ -351,14 +351,35 @@ describe('the claim of the first row alone', () => {
 describe('the claim lock', () => {
   test('is one pod’s at a time, until its work ends, well or badly', async () => {
     const other = createOutbox(openPool(table.url), OUTBOX_OPTIONS);
-    const work = async () => 'claimed';
-    const taken = await outbox.withClaimLock(async () => {
-      expect(await other.withClaimLock(work)).toBe('busy');
-      return 'mine';
+    const done: string[] = [];
+    let second: Promise<unknown> = Promise.resolve();
+    await outbox.withClaimLock(async () => {
+      second = other.withClaimLock(async () => done.push('second'));
+      await table.aTransactionWaits();
+      done.push('first');
     });
-    expect(taken).toBe('mine');
+    await second;
+    expect(done).toEqual(['first', 'second']);
     await expect(outbox.withClaimLock(() => Promise.reject(new Error('no room')))).rejects.toThrow('no room');
-    expect(await other.withClaimLock(work)).toBe('claimed');
+    expect(await other.withClaimLock(async () => 'claimed')).toBe('claimed');
+  });
+
+  test.each([
+    ['relay_claim_lock', () => outbox.withClaimLock(async () => 'claimed')],
+    ['relay_epoch_lock', () => outbox.inEpoch(async () => 'in the epoch', { deadlineMs: 1_000 })],
+  ])('whoever holds %s for too long is named', async (name, take) => {
+    const holder = await admin.connect();
+    onTestFinished(() => holder.release(true));
+    await holder.query(`SET application_name = 'psql of somebody'`);
+    const { rows } = await holder.query('SELECT pg_backend_pid() AS pid');
+    await holder.query(`BEGIN; LOCK TABLE identity.${name} IN EXCLUSIVE MODE`);
+    await expect(take()).rejects.toThrow(
+      new RegExp(
+        `identity.${name}, which process ${rows[0].pid} of PostgreSQL holds \\(application "psql of somebody"`,
+      ),
+    );
+    await holder.query('ROLLBACK');
+    await take();
   });
 
   test('does not make a claim by hand wait, nor keep it from the order', async () => {

@@ -31,6 +31,9 @@ const ADDED = [
   'index relay_outbox_settled',
   'index relay_outbox_unreceipted',
   'table identity.relay_owner',
+  'table identity.relay_claim_lock',
+  'table identity.relay_epoch_lock',
+  'table identity.relay_prune_lock',
 ];
 
 test('what a pod looks for is what the table is described as', () => {

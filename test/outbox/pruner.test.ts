@@ -125,7 +125,7 @@ test('one process deletes at a time: another gives way, a command waits for its 
   const holder = await pool.connect();
   try {
     await holder.query('BEGIN');
-    await holder.query('SELECT pg_advisory_xact_lock(1919705465, 1886549358)');
+    await holder.query('LOCK TABLE identity.relay_prune_lock IN EXCLUSIVE MODE');
     expect(await retention.run(24 * HOUR_MS, () => true)).toBe(0);
     const byHand = operators.byHand(24 * HOUR_MS, false);
     const first = byHand.next();
