@@ -20,7 +20,7 @@ const COMMANDS: Readonly<Record<string, Entry>> = {
   },
   check: {
     about:
-      'try everything that the relay needs of configuration, database, table and Redis; each with a verdict',
+      'try everything that the relay needs of configuration, database, table and Redis; each with its result',
     load: async () => (await import('./commands/check.ts')).addCheck,
   },
   status: {

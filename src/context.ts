@@ -7,7 +7,7 @@ import { createAcknowledger } from './finalize/acknowledger.ts';
 import { createDeadLetters } from './finalize/dead-letter.ts';
 import { createJobRemoval } from './finalize/job-removal.ts';
 import { createRefiller } from './finalize/refiller.ts';
-import { createUpkeep, schedulesOf } from './maintenance/maintenance.ts';
+import { createMaintenance, schedulesOf } from './maintenance/maintenance.ts';
 import { createHeartbeat } from './operations/heartbeat.ts';
 import { createBacklog } from './outbox/backlog.ts';
 import { createOutbox } from './outbox/outbox.ts';
@@ -102,7 +102,7 @@ export function createContext(
     }),
     logger,
   });
-  generation.watch(epoch.doubt);
+  generation.watch(epoch.invalidate);
   /** Where the queues have a server of their own, its losses are jobs; the streams have their own epochs. */
   const jobEpoch = createEpoch({
     redis: queueRedis,
@@ -117,13 +117,19 @@ export function createContext(
     recovering: 'asking which jobs are there',
     logger,
   });
-  const upkeep = createUpkeep({ config, servers, statementTimeoutMs, epoch: epoch.current, logger });
+  const maintenance = createMaintenance({
+    config,
+    servers,
+    statementTimeoutMs,
+    epoch: epoch.current,
+    logger,
+  });
   const streams = createStreams({
     redis: appendRedis,
     epoch,
     options: streamOptions,
     jobFacts: hasTwoServers ? queues.jobFacts : undefined,
-    onFirstEntry: upkeep.met,
+    onFirstEntry: maintenance.met,
   });
 
   const refiller = createRefiller({ outbox, scheduler, options: config, logger });
@@ -149,7 +155,7 @@ export function createContext(
       metrics,
       outbox,
       backlog,
-      upkeep,
+      maintenance,
       scheduler,
     },
     ...{ lookup, epoch, jobEpoch, streams, refiller, acknowledger, deadLetters, removeJobs },

@@ -13,7 +13,7 @@ export type Lifecycle = Readonly<{
   stop(timeoutMs: number): Promise<{ overran: string[]; failed: { name: string; error: Error }[] }>;
 }>;
 
-/** A part whose turn comes after the deadline still gets this long to close its connections. */
+/** A part that is stopped after the deadline still gets this long to close its connections. */
 const GRACE_MS = 200;
 
 export function createLifecycle(parts: readonly Part[]): Lifecycle {
@@ -52,17 +52,17 @@ export function createLifecycle(parts: readonly Part[]): Lifecycle {
   };
 }
 
-export type Chore = Readonly<{ kick(): void; stop(): Promise<void> }>;
+export type Task = Readonly<{ begin(): void; stop(): Promise<void> }>;
 
 /**
  * Work that goes on beside the job that asked for it, one run at a time: a wish in the meantime is none. `run` is to
  * end soon once `goesOn()` says no, and owns its errors.
  */
-export function createChore(run: (goesOn: () => boolean) => Promise<void>): Chore {
+export function createTask(run: (goesOn: () => boolean) => Promise<void>): Task {
   let running: Promise<void> | undefined;
   let stopped = false;
   return {
-    kick() {
+    begin() {
       if (stopped || running !== undefined) return;
       running = run(() => !stopped).finally(() => {
         running = undefined;
@@ -82,7 +82,7 @@ export class NotReadyError extends Error {
 
 /**
  * @returns what `work` resolves to
- * @throws DeadlineError when it has not settled within `ms`; it goes on, but nobody waits for it
+ * @throws DeadlineError when it has not ended within `ms`; it goes on, but nobody waits for it
  */
 export function withDeadline<T>(ms: number, work: Promise<T>): Promise<T> {
   return new Promise((resolve, reject) => {
@@ -117,7 +117,7 @@ export const succeedsWithin = (ms: number, work: Promise<unknown>): Promise<bool
  * Does `work`, which must not throw, at once and again and again, `intervalMs` after it has ended.
  * `stop` resolves when it is not being done any more.
  */
-export function repeating(work: () => Promise<unknown>, intervalMs: number) {
+export function loop(work: () => Promise<unknown>, intervalMs: number) {
   let stopped = true;
   let timer: NodeJS.Timeout | undefined;
   let running: Promise<void> = Promise.resolve();

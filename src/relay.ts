@@ -8,7 +8,7 @@ import { meetRequirements } from './connections/requirements.ts';
 import { openServers, type Servers } from './connections/servers.ts';
 import { type Context, createContext, secondsSince } from './context.ts';
 import { createHttp } from './http/http.ts';
-import { createChore, createLifecycle, type Lifecycle, succeedsWithin } from './lifecycle.ts';
+import { createLifecycle, createTask, type Lifecycle, succeedsWithin } from './lifecycle.ts';
 import { createFleetReader, waitForOtherProtocols } from './operations/heartbeat.ts';
 import { createPublishing } from './publish/publishing.ts';
 import { createClock, redisTime } from './queue/clock.ts';
@@ -69,10 +69,10 @@ function assemble(context: Context, http: boolean): Running {
   const { config, servers, queues, state, heartbeat, epoch, jobEpoch, scheduler, logger } = context;
   const publishing = createPublishing(context);
   const recovery = createRecovery(context);
-  const duties = createChore((goesOn) => recovery.maintain(goesOn));
+  const duties = createTask((goesOn) => recovery.maintain(goesOn));
   const claiming = createClaiming(context, () => {
     state.tickedAt = Date.now();
-    duties.kick();
+    duties.begin();
   });
   const workers = { publish: publishing.workers, claim: claiming.workers };
   const { server, progress, metrics } = createHttp(context, workers);
@@ -82,7 +82,7 @@ function assemble(context: Context, http: boolean): Running {
       version: VERSION,
       phase: state.phase,
       upSeconds: secondsSince(context.startedAt),
-      inHand: workers.publish.inProgress(),
+      inProgress: workers.publish.inProgress(),
       concurrency: config.concurrency,
       tickSecondsAgo: state.tickedAt === undefined ? null : secondsSince(state.tickedAt),
     }));
@@ -120,7 +120,7 @@ function assemble(context: Context, http: boolean): Running {
     { name: 'acknowledgements', stop: context.acknowledger.drain },
     { name: 'publish workers', start: publishing.start, stop: publishing.stop },
     { name: 'wake-up', ...claiming.wakeup },
-    { name: 'upkeep', stop: context.upkeep.stop },
+    { name: 'maintenance', stop: context.maintenance.stop },
     { name: 'recovery', stop: duties.stop },
     { name: 'claim worker', start: claiming.start, stop: claiming.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
@@ -170,7 +170,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
     for (const it of new Set([queueRedis, streamRedis])) await claimQueue(pool, it, config);
     const tracing = deps.tracing === false ? untraced : await tracingOf(config);
     const queues = await openQueues(queueRedis, config, logger, config.startupTimeoutMs);
-    // Before anything notes a time down.
+    // Before any time is written down.
     const clock = createClock({ redisTime: () => redisTime(queueRedis), adjust: deps.adjustClock, logger });
     await clock.compare();
     const context = createContext(config, servers, queues, tracing, logger, clock);

@@ -8,13 +8,13 @@ import { createWorkers, type Fate, type Run, type Workers } from '../queue/worke
 import type { Logger } from '../telemetry/logger.ts';
 import type { ClaimOutcome } from './claim.ts';
 
-/** A claim job gives way after so long and asks for another: other pods get their turn, dashboards move. */
+/** A claim job gives way after so long and asks for another: other pods claim, dashboards move. */
 const JOB_MS = 2_000;
 /** Looks again this soon while there is no room, or while a writer has yet to commit. */
 const PAUSE_MS = 5;
 /**
  * While events keep coming, claims begin so far apart: fewer, larger ones, and nobody is woken in between. Small ones
- * cost more than what they carry: 1,100 µs of the pod per event at 600 events/s, 890 with a pause of 20 ms. But every
+ * cost more than the events in them are worth: 1,100 µs of the pod per event at 600 events/s, 890 with a pause of 20 ms. But every
  * event waits for half of it: at half the drain rate p99 is 63 ms with 20 ms, 29 with 10 (measured).
  */
 const PACE_MS = 10;
@@ -49,7 +49,7 @@ export function createClaimWorker(deps: {
   /** What a tick begins besides claiming. */
   onTick: () => void;
   /** Starts the work of another schedule, by the job's name, and waits for none of it. Whether there is such work. */
-  kick?: (name: string) => boolean;
+  begin?: (name: string) => boolean;
   /** Asks writers to wake us up from now on. */
   arm: Wakeup['arm'];
   scheduler: Pick<Scheduler, 'wake'>;
@@ -66,7 +66,7 @@ export function createClaimWorker(deps: {
   let onNotified = (): void => {};
 
   async function process({ name }: Run<unknown>): Promise<Fate<void>> {
-    if (deps.kick?.(name)) return COMPLETED;
+    if (deps.begin?.(name)) return COMPLETED;
     if (name === TICK) deps.onTick();
     else if (name !== WAKE) {
       logger.warn({ job: brief(name) }, FOREIGN_JOB);
@@ -110,7 +110,7 @@ export function createClaimWorker(deps: {
           if (arming === 'deaf') await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
           if (arming === 'writers') await pause(PAUSE_MS);
           armed = arming === 'armed';
-          // Whoever wrote before the wake-up was armed said nothing: armed, look once more.
+          // Writers of before the wake-up was armed said nothing: armed, look once more.
           if (arming !== 'already-armed') continue;
         }
         if (events === 0 || !(await isNotifiedWithin(STAY_MS))) return { events, exhausted: true };

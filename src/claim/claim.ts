@@ -31,7 +31,7 @@ export type ClaimOptions = Readonly<{
  */
 export function roomFor(inFlight: Pick<InFlight, 'total'>, batchSize: number, maxInFlight: number): number {
   const room = maxInFlight - inFlight.total;
-  // A quarter of the places at most is taken by retries: then there is always enough for another quarter.
+  // A quarter of the slots at most is taken by retries: then there is always enough for another quarter.
   const worthwhile = Math.min(batchSize, Math.max(1, Math.floor(maxInFlight / 4)));
   return room < worthwhile ? 0 : Math.min(room, batchSize);
 }

@@ -7,13 +7,13 @@ export type Claiming = ReturnType<typeof createClaiming>;
 
 /** The claim stage: its worker, and who wakes it. `onTick`: what a tick begins besides claiming. */
 export function createClaiming(context: Context, onTick: () => void) {
-  const { config, servers, queues, scheduler, upkeep, logger } = context;
+  const { config, servers, queues, scheduler, maintenance, logger } = context;
   const wakeup = createWakeup({ pool: servers.pool, logger, onWake: () => claimWorker.notify() });
   const claimWorker: ClaimWorker = createClaimWorker({
     ...{ connection: servers.workerRedis, queuePrefix: config.queuePrefix, queueName: config.queueName },
     ...{ claim: createClaim({ ...context, options: config }), outbox: context.outbox, scheduler, logger },
     onRefused: context.metrics.refused,
-    ...{ onTick, kick: upkeep.kick, arm: config.notify ? wakeup.arm : async () => 'deaf' as const },
+    ...{ onTick, begin: maintenance.begin, arm: config.notify ? wakeup.arm : async () => 'deaf' as const },
   });
   claimWorker.workers.onStalled(async (jobId) => {
     if (await queues.removeUnreadable(queues.claim, jobId).catch(() => false))

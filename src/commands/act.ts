@@ -7,7 +7,7 @@ import { print, type Text, text } from './terminal.ts';
 /** What commands share that change something: who, whether, how far, and an end in good order. */
 
 /**
- * Who runs this process, as the system says. Whom sudo says to act for is a claim beside it: whoever runs the process
+ * Who runs this process, as the system says. Whom sudo says to act for is a claim beside it: the user who runs the process
  * may set its environment.
  */
 export function operator(): string {

@@ -5,7 +5,7 @@ import { redisOptions } from '../config/redis-urls.ts';
 import { createPool } from '../connections/pool.ts';
 import { checkRequirements } from '../connections/requirements.ts';
 import { openBoth } from '../connections/servers.ts';
-import { advice, type Verdict } from '../verdict.ts';
+import { advice, type RequirementResult } from '../requirement.ts';
 import { EXIT, withConfig } from './command.ts';
 import { print, text } from './terminal.ts';
 
@@ -17,22 +17,22 @@ export function addCheck(command: Command): void {
 }
 
 /**
- * Checks everything that the relay needs, and prints a verdict for each.
+ * Checks everything that the relay needs, and prints the result of each.
  * @returns whether the relay could run
  */
 async function runChecks(config: RelayConfig): Promise<boolean> {
-  const good: Verdict = {
-    ...{ verdict: 'ok', subject: 'configuration', finding: 'every variable is good', mayPass: false },
+  const good: RequirementResult = {
+    ...{ result: 'ok', subject: 'configuration', finding: 'every variable is good', mayPass: false },
   };
-  const verdicts = [good, ...(await checkServers(config))];
-  for (const { verdict, subject, finding } of verdicts) {
-    print(text`${verdict.padEnd(7)} ${subject.padEnd(22)} ${finding}`);
+  const results = [good, ...(await checkServers(config))];
+  for (const { result, subject, finding } of results) {
+    print(text`${result.padEnd(7)} ${subject.padEnd(22)} ${finding}`);
   }
-  return verdicts.every(({ verdict }) => verdict !== 'failed');
+  return results.every(({ result }) => result !== 'failed');
 }
 
 /** On connections of its own. */
-export async function checkServers(config: RelayConfig): Promise<Verdict[]> {
+export async function checkServers(config: RelayConfig): Promise<RequirementResult[]> {
   const pool = createPool(config.databaseUrl, {
     max: 3,
     application_name: 'relay-check',
@@ -45,16 +45,16 @@ export async function checkServers(config: RelayConfig): Promise<Verdict[]> {
     ...{ lazyConnect: true, retryStrategy: () => null, connectionName: 'relay-check' },
   });
   try {
-    const verdicts = await checkRequirements(config, { pool, queueRedis, streamRedis });
-    return [...verdicts, ...(await wideUser(config, queueRedis))];
+    const results = await checkRequirements(config, { pool, queueRedis, streamRedis });
+    return [...results, ...(await wideUser(config, queueRedis))];
   } finally {
     for (const it of [queueRedis, streamRedis]) it.disconnect();
     await pool.end();
   }
 }
 
-/** Of a user of its own. Not asked at every start: Redis notes each refusal in its ACL LOG. */
-async function wideUser({ redisUrl }: RelayConfig, redis: Redis): Promise<Verdict[]> {
+/** Of a user of its own. Not asked at every start: Redis records each refusal in its ACL LOG. */
+async function wideUser({ redisUrl }: RelayConfig, redis: Redis): Promise<RequirementResult[]> {
   const { username = 'default' } = redisOptions(redisUrl);
   if (username === 'default' || redis.status !== 'ready') return [];
   const mayMore = await redis.dbsize().then(

@@ -7,9 +7,9 @@ import { healthyPool } from '../connections/pool-health.ts';
 import { requireTable, waitForServers } from '../connections/preflight.ts';
 import { openBoth } from '../connections/servers.ts';
 import { NotReadyError } from '../lifecycle.ts';
+import { RequirementError } from '../requirement.ts';
 import { APPEND_CONNECTION } from '../streams/append.ts';
 import { createLogger, errorText, type Logger } from '../telemetry/logger.ts';
-import { RequirementError } from '../verdict.ts';
 import { printError, text } from './terminal.ts';
 
 /** What all commands share: configuration, connections, options, exit codes. */
@@ -17,7 +17,7 @@ import { printError, text } from './terminal.ts';
 /** sysexits.h, where it has a word for it. */
 export const EXIT = { done: 0, failed: 1, unavailable: 69, config: 78 } as const;
 
-/** Loads the configuration, runs the command, and turns what went wrong into a clear line and an exit code. */
+/** Loads the configuration, runs the command, and reports what went wrong by a clear line and an exit code. */
 export async function withConfig(
   run: (config: RelayConfig) => Promise<number>,
   { logs = false }: Readonly<{ /** It has a log, and says there what is unknown. */ logs?: boolean }> = {},

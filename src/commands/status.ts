@@ -64,7 +64,7 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     commandTimeout: DEADLINE_MS,
     connectionName: 'relay-status',
   });
-  const { settled: connected, whenThere } = watchConnection(redis);
+  const { answered: connected, whenThere } = watchConnection(redis);
   const streams = watchConnection(streamRedis);
   const inspectStreams = createStreamInspector(streamRedis);
   const backlog = createBacklog(pool, { ...config, statementTimeoutMs: DEADLINE_MS });
@@ -88,7 +88,7 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     deadlineMs: DEADLINE_MS,
   });
   try {
-    await Promise.all([connected, streams.settled]);
+    await Promise.all([connected, streams.answered]);
     const isInPlace = isTerminal() && options.json !== true && options.watch !== undefined;
     let found = await status();
     // The same few words for each figure that could not be read would tell nobody why.
@@ -115,7 +115,7 @@ function watchConnection(redis: Redis) {
   let lost: Error | undefined;
   return {
     /** Resolves when the connection is there, or has failed. */
-    settled: new Promise<void>((resolve) => {
+    answered: new Promise<void>((resolve) => {
       redis.on('error', (error) => {
         lost = error;
         resolve();
@@ -231,7 +231,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
           pod.version,
           isSilent(pod) ? paint.red(`silent for ${duration(pod.heardSecondsAgo)}`) : pod.phase,
           `up ${duration(pod.upSeconds)}`,
-          `${pod.inHand} of ${pod.concurrency} jobs in hand`,
+          `${pod.inProgress} of ${pod.concurrency} jobs in progress`,
         ]),
       ),
       ...(fleet.pods.length === 0 ? [paint.red('none was heard of in the last ten minutes')] : []),

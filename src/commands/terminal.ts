@@ -102,7 +102,7 @@ export function table(rows: readonly (readonly Printable[])[], width = columns()
 
 type Paint = 'bold' | 'red' | 'yellow';
 
-/** Colours, where somebody sees them. */
+/** Colours, where a person sees them. */
 export function colours(): Record<Paint, (it: Printable) => Text> {
   const of = picocolors.createColors(isTerminal() && !process.env.NO_COLOR);
   const paint = (name: Paint) => (it: Printable) => text`${it}`.with(of[name]);

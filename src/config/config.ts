@@ -53,7 +53,7 @@ const LOG_LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'fatal'] as const
 /** Names of Python's `logging`, which the relay's predecessor used. */
 const PYTHON_LOG_LEVELS = { notset: 'trace', warning: 'warn', critical: 'fatal' } as const;
 
-// Every duration ends in a timer. Node turns a delay above 2^31-1 ms (24.8 days) into 1 ms: no maximum comes near it.
+// Every duration ends in a timer. Node takes a delay above 2^31-1 ms (24.8 days) for 1 ms: no maximum comes near it.
 const HOUR = 3_600;
 const DAY = 86_400;
 

@@ -1,7 +1,7 @@
 /**
- * Texts that others have written, made fit to be looked at. Event types, topics, error texts, reasons, names of pods
+ * Texts that others have written, made fit to be shown. Event types, topics, error texts, reasons, names of pods
  * and consumer groups may hold anything: escape sequences that set a terminal's title or clipboard, a line break that
- * makes a line of its own, signs that turn the direction of the text, or cannot be seen. Imports nothing.
+ * makes a line of its own, signs that reverse the direction of the text, or cannot be seen. Imports nothing.
  */
 
 /** Controls, formats, surrogates, unassigned; what separates lines; what is not drawn. */

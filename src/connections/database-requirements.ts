@@ -16,8 +16,8 @@ import {
 } from '../outbox/required.ts';
 import { hiddenRows } from '../outbox/row-security.ts';
 import { hasWakeup, hearsNotifications, isWakeupOff } from '../outbox/wakeup.ts';
+import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../requirement.ts';
 import { errorText } from '../telemetry/logger.ts';
-import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../verdict.ts';
 import { type Pool, type Queryable, transaction } from './database.ts';
 import { sqlState } from './pool-health.ts';
 
@@ -45,9 +45,9 @@ export const DATABASE_REQUIREMENTS: readonly Requirement<OnDatabase>[] = [
 
 /** set_config knows all that a claim sets, and a claim uses what is in it. */
 const MINIMUM_VERSION = 13;
-/** Longest time for a look at a whole table. */
+/** Longest time to read a whole table. */
 const SCAN_MS = 2_000;
-/** The queue holds 8 GB unless it is set smaller; whoever listens reads at once. */
+/** The queue holds 8 GB unless it is set smaller; sessions that listen read at once. */
 const QUEUE_IS_FILLING = 0.01;
 
 /**

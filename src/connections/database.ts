@@ -22,7 +22,7 @@ export type Pool = Readonly<{
  * fetch and sort the whole backlog; within our own transactions these plans are off the table. Fresh ones are no
  * better: beside the platform's index on `aggregate_id` alone, every acknowledgement read all 100,000 rows that
  * its aggregate had parked, to sort them by id (incrementally, which is a setting of its own). And a plan is kept: that
- * of an acknowledgement, made while the table was empty, joined the receipts with all of it, 12 ms for 23 receipts beside
+ * of an acknowledgement, made while the table was empty, joined the appended events with all of it, 12 ms for 23 of them beside
  * 17,000 published rows instead of 0.8, until autovacuum came by. Rows are looked up one by one.
  *
  * No compilation either: before version 18 a plan that cannot do without what is off here counts as so dear that
@@ -41,8 +41,8 @@ const PLANNER: Readonly<Record<string, string>> = {
 };
 
 /**
- * How values are read and printed, whatever a role, a database or the owner of a pool has set: places in the order of
- * published rows are kept as text. What is not here is not ours to change: triggers of others run in these transactions.
+ * How values are read and printed, whatever a role, a database or the owner of a pool has set: the order of
+ * published rows is kept as text. What is not here is not ours to change: triggers of others run in these transactions.
  */
 const PRINTED: Readonly<Record<string, string>> = {
   DateStyle: 'ISO, YMD',

@@ -1,7 +1,7 @@
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { type Owner, readOwner } from '../outbox/owner.ts';
-import { type Finding, failed, ok, type Requirement, RequirementError } from '../verdict.ts';
+import { type Finding, failed, ok, type Requirement, RequirementError } from '../requirement.ts';
 import { asking, type Pool } from './database.ts';
 
 /**

@@ -33,7 +33,7 @@ const SICK = new Set([
   ...[NOT_SUPPORTED, READ_ONLY, ...STATEMENT_FORGOTTEN],
   // Shut down, crashed, starting up, its database dropped, idle for too long; in a transaction, too, or that took too long.
   ...['57P01', '57P02', '57P03', '57P04', '57P05', '25P03', '25P04'],
-  // Somebody else's transaction is open in it, or failed in it.
+  // Another program's transaction is open in it, or failed in it.
   ...['25001', '25P02'],
 ]);
 
@@ -101,10 +101,10 @@ export function healthyPool(
   const size = Math.min(options.size, pool.options?.max ?? options.size);
 
   const heardAt = new WeakMap<pg.PoolClient, number>();
-  /** Connected since this pool is watched: not somebody else's, of unknown age. */
+  /** Connected since this pool is watched: not of a pool's owner, of unknown age. */
   const born = new WeakSet<pg.PoolClient>();
   /** When a session last told of others. */
-  let doubtedAt = Number.NEGATIVE_INFINITY;
+  let invalidatedAt = Number.NEGATIVE_INFINITY;
   let reportedAt = Number.NEGATIVE_INFINITY;
   (pool.on as ((event: string, heard: (client: pg.PoolClient) => void) => void) | undefined)?.call(
     pool,
@@ -211,9 +211,9 @@ export function healthyPool(
   /** @throws why not, where it had to be asked */
   async function isSound(client: pg.PoolClient): Promise<boolean> {
     const heard = heardAt.get(client);
-    if (heard !== undefined) return heard > doubtedAt;
-    // New, or somebody else's so far.
-    if (doubtedAt === Number.NEGATIVE_INFINITY) return true;
+    if (heard !== undefined) return heard > invalidatedAt;
+    // New, or its owner's so far.
+    if (invalidatedAt === Number.NEGATIVE_INFINITY) return true;
     const { rows } = await client.query({
       text: `SELECT current_setting('transaction_read_only') AS "readOnly", pg_is_in_recovery() AS "isStandby"`,
       query_timeout: VERIFY_TIMEOUT_MS,
@@ -228,7 +228,7 @@ export function healthyPool(
     client.release = (error) => {
       if (error instanceof Error && isSick(error)) {
         report(error);
-        if (tellsOfOthers(error)) doubtedAt = performance.now();
+        if (tellsOfOthers(error)) invalidatedAt = performance.now();
       }
       if (isNoAnswer(error)) discard(client, release);
       else {

@@ -59,7 +59,7 @@ class PreferTlsConnection extends pg.Connection {
 /**
  * A client that speaks TLS if the server offers it and plain text if not, as libpq and asyncpg do by default
  * (`sslmode=prefer`); node-postgres knows only yes and no. Like them, it verifies no certificate:
- * whoever needs that asks for sslmode=verify-full.
+ * who needs that asks for sslmode=verify-full.
  */
 class PreferTlsClient extends pg.Client {
   constructor(config: pg.ClientConfig = {}) {

@@ -8,7 +8,7 @@ import { type Pool, transaction } from './database.ts';
 
 const RETRY_MS = 500;
 const LOG_EVERY_MS = 5_000;
-/** Deadline for a look at PostgreSQL's catalog, or whether a session can write. */
+/** Deadline for a question to PostgreSQL's catalog, or whether a session can write. */
 const LOOK_MS = 2_500;
 
 /**

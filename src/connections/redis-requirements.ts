@@ -3,10 +3,10 @@ import type { RelayConfig } from '../config/config.ts';
 import { isCluster } from '../config/redis-places.ts';
 import { quoted } from '../config/topics.ts';
 import { tryQueue } from '../queue/queue-trial.ts';
+import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../requirement.ts';
 import type { StreamOptions } from '../streams/append.ts';
 import { isNoStream, tryAppend } from '../streams/append-trial.ts';
 import { errorText } from '../telemetry/logger.ts';
-import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../verdict.ts';
 import { connected, writeProbeKey } from './preflight.ts';
 
 /** What the relay needs of a Redis: that of the queues, and that of the streams where it is another one. */
@@ -46,11 +46,11 @@ const NO_RIGHT = /\bNOPERM\b|executing the script can't (run|access)/;
 /** What to do about what a server answers. */
 const REMEDIES: readonly (readonly [answer: RegExp, remedy: string])[] = [
   [NO_RIGHT, 'give the user its rights; "relay grants" prints them'],
-  [/\b(NOAUTH|WRONGPASS)\b/, 'look at user and password in the URL'],
+  [/\b(NOAUTH|WRONGPASS)\b/, 'see user and password in the URL'],
   [/cluster support disabled/, 'it is in no cluster; unset RELAY_REDIS_CLUSTER, and name a single server'],
   [/unknown command/i, 'the relay needs this command; a server that renames or lacks it will not do'],
   [/\bOOM\b/, 'Redis is full; raise maxmemory, or trim streams'],
-  [/\bMISCONF\b/, 'Redis cannot save; look at its disk and its log'],
+  [/\bMISCONF\b/, 'Redis cannot save; see its disk and its log'],
   [/\bNOREPLICAS\b/, 'too few replicas follow for its min-replicas-to-write'],
   [/\bREADONLY\b/, 'let the URL lead to the master'],
 ];

@@ -2,9 +2,9 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { streamPlace } from '../config/redis-places.ts';
 import { NotReadyError } from '../lifecycle.ts';
+import { checkInTurn, RequirementError, type RequirementResult } from '../requirement.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import type { Logger } from '../telemetry/logger.ts';
-import { checkInTurn, RequirementError, type Verdict } from '../verdict.ts';
 import { asking, type Pool } from './database.ts';
 import { DATABASE_REQUIREMENTS, databaseFinding } from './database-requirements.ts';
 import { OWNER_REQUIREMENTS } from './ownership.ts';
@@ -19,7 +19,7 @@ type On = Readonly<{ pool: Pool; queueRedis: Redis; streamRedis: Redis }>;
 const ASK_MS = 10_000;
 
 /** Tries everything that the relay needs, on these connections. Never throws: what cannot be asked has failed. */
-export async function checkRequirements(config: RelayConfig, on: On): Promise<Verdict[]> {
+export async function checkRequirements(config: RelayConfig, on: On): Promise<RequirementResult[]> {
   const place = streamPlace(config);
   const isOne = place === config;
   const streamOptions = streamOptionsOf(config);
@@ -37,7 +37,7 @@ export async function checkRequirements(config: RelayConfig, on: On): Promise<Ve
   ]);
   const redis = [...ofQueues, ...ofStreams.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
   const servers = [...database, ...redis];
-  if (servers.some(({ verdict }) => verdict === 'failed')) return servers;
+  if (servers.some(({ result }) => result === 'failed')) return servers;
   const owner = ({ redis: server, place: ofServer }: OnRedis) =>
     checkInTurn(OWNER_REQUIREMENTS, { pool: on.pool, redis: server, place: ofServer }, redisFinding);
   const owners = await owner(queues);
@@ -45,7 +45,7 @@ export async function checkRequirements(config: RelayConfig, on: On): Promise<Ve
   return [...servers, ...owners, ...ofStreamServer.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
 }
 
-/** Between two looks at what may pass. */
+/** Between two tries of what may pass. */
 const RETRY_MS = 500;
 
 /**
@@ -61,12 +61,12 @@ export async function meetRequirements(
   const endsAt = Date.now() + timeoutMs;
   let told = '';
   while (!stopped()) {
-    const verdicts = await checkRequirements(config, on);
-    const failures = verdicts.filter(({ verdict }) => verdict === 'failed');
+    const results = await checkRequirements(config, on);
+    const failures = results.filter(({ result }) => result === 'failed');
     const text = failures.map(({ subject, finding }) => `${subject}: ${finding}`).join('; ');
     if (failures.length === 0) {
-      for (const { verdict, subject, finding } of verdicts)
-        if (verdict === 'advice')
+      for (const { result, subject, finding } of results)
+        if (result === 'advice')
           logger.warn({ subject, advice: finding }, 'the relay works, but not as well as it could');
       return;
     }

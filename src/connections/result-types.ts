@@ -1,7 +1,7 @@
 import type { CustomTypesConfig } from 'pg';
 
 /**
- * How the relay reads what PostgreSQL answers. Whoever embeds it may have changed node-postgres' parsers for the whole
+ * How the relay reads what PostgreSQL answers. The program that embeds it may have changed node-postgres' parsers for the whole
  * process (bigint as number, times as strings), and its statements rely on these; whatever is not named stays text.
  */
 const asNumber = (text: string) => Number(text);

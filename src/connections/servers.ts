@@ -21,8 +21,8 @@ const CONNECT_TIMEOUT_MS = 3_000;
 const RECONNECT_DELAY_MS = 1_000;
 /** One for figures, one for viewers, two for operators; closed when nobody has asked for 10 s. */
 const HTTP_POOL_SIZE = 4;
-/** So many commands at most are held back until the turn of the loop has ended. */
-const GATHERED_WRITES = 32;
+/** So many commands at most are held back until the iteration of the event loop has ended. */
+const COLLECTED_WRITES = 32;
 
 /** Where the queues are: what of the configuration says so. */
 export type QueuePlace = Pick<RelayConfig, 'redisUrl' | 'queuePrefix' | 'queueName'> & RedisPlace;
@@ -101,7 +101,7 @@ export type Servers = Readonly<{
   close(): Promise<void>;
 }>;
 
-/** @param deps what somebody else brought: used, and never closed */
+/** @param deps what the embedding program brought: used, and never closed */
 export function openServers(
   config: RelayConfig,
   deps: Readonly<{ pool?: Pool; redis?: Redis }>,
@@ -119,7 +119,7 @@ export function openServers(
   };
   const ownPool = deps.pool ? undefined : openPool(config.databasePoolSize, 'relay-service');
   ownPool?.on('connect', (client) =>
-    gatherWrites((client as unknown as { connection: { stream: Socket } }).connection.stream),
+    collectWrites((client as unknown as { connection: { stream: Socket } }).connection.stream),
   );
 
   const connections: Redis[] = [];
@@ -136,7 +136,7 @@ export function openServers(
       deps.redis && place === config
         ? deps.redis.duplicate({ ...withoutHabits(deps.redis.options), ...all })
         : openRedis(place, all);
-    redis.on('connect', () => gatherWrites(redis.stream));
+    redis.on('connect', () => collectWrites(redis.stream));
     let lost = false;
     redis.on('error', (error) => {
       if (!lost)
@@ -185,28 +185,28 @@ export function openServers(
 }
 
 /**
- * What is written in one turn of the loop leaves in one system call. The workers finish jobs by the dozen at once, and
+ * What is written in one iteration of the event loop leaves in one system call. The workers finish jobs by the dozen at once, and
  * each call costs this process more than all the rest of its command (50 of 190 µs per event, measured). ioredis' own
  * pipelining costs more than it spares there.
  */
-function gatherWrites(socket: Socket): void {
+function collectWrites(socket: Socket): void {
   const write = socket.write.bind(socket) as (...args: unknown[]) => boolean;
-  let gathered = 0;
+  let collected = 0;
   const send = (): void => {
-    gathered = 0;
+    collected = 0;
     socket.uncork();
   };
   socket.write = (...args: unknown[]) => {
-    if (gathered === 0) {
+    if (collected === 0) {
       socket.cork();
       process.nextTick(() => {
-        if (gathered > 0) send();
+        if (collected > 0) send();
       });
     }
-    gathered++;
+    collected++;
     const isTaken = write(...args);
     // Redis works on the first of them while we are busy with the next.
-    if (gathered >= GATHERED_WRITES) send();
+    if (collected >= COLLECTED_WRITES) send();
     return isTaken;
   };
 }

@@ -50,7 +50,7 @@ function connectorTo(seeds: readonly RedisNode[], slot: number) {
     readonly #options: Options;
     /** All nodes that were heard of. One after the other is asked: one that was cut off knows an old truth. */
     #nodes: readonly RedisNode[] = seeds;
-    #turn = 0;
+    #next = 0;
 
     constructor(options: unknown) {
       super((options as Options).disconnectTimeout);
@@ -68,7 +68,7 @@ function connectorTo(seeds: readonly RedisNode[], slot: number) {
       for (;;) {
         let reason = 'no node of the cluster answers';
         for (let tries = this.#nodes.length; tries > 0; tries--) {
-          const node = this.#nodes[this.#turn++ % this.#nodes.length] as RedisNode;
+          const node = this.#nodes[this.#next++ % this.#nodes.length] as RedisNode;
           try {
             const owner = await this.#ownerSays(node);
             if (!this.connecting) throw new Error('Connection is closed.');

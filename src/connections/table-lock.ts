@@ -14,14 +14,14 @@ export type TableLock = Readonly<{
   waitMs: number;
 }>;
 
-/** Whose turn it is to claim. Other pods have theirs meanwhile; none has one for so long. */
+/** One pod claims at a time. Others do meanwhile; none does for so long. */
 export const CLAIM_LOCK: TableLock = {
   table: 'identity.relay_claim_lock',
   mode: 'EXCLUSIVE',
   waitMs: 10_000,
 };
 
-/** Whose turn it is to delete old rows. */
+/** One process deletes old rows at a time. */
 export const PRUNE_LOCK: TableLock = { table: 'identity.relay_prune_lock', mode: 'EXCLUSIVE', waitMs: 0 };
 
 /** Shared by what rests on an epoch; what waits until all of that has ended has it alone. */
@@ -40,7 +40,7 @@ export const lockStatement = ({ table, mode, waitMs }: TableLock): string =>
 /** Another session has kept a lock of the relay for too long. */
 export class LockHeldError extends Error {
   override readonly name = 'LockHeldError';
-  /** Whether its transaction has lasted for longer than it was waited for; else others have had their turns meanwhile. */
+  /** Whether its transaction has lasted for longer than it was waited for; else other pods have had the lock meanwhile. */
   readonly isHeldThroughout: boolean;
   constructor({ table, waitMs }: TableLock, holder: Holder | undefined) {
     super(
@@ -64,7 +64,7 @@ type Holder = Readonly<{
 
 /**
  * Who has a lock that excludes others, the longest first. The time of a session of another role is hidden: it counts as
- * one that has been at it all the time, since no pod is it.
+ * one that has had the lock all the time, since no pod is it.
  */
 async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise<Holder | undefined> {
   const client = await pool.connect();

@@ -7,13 +7,13 @@ import type { Refiller } from './refiller.ts';
 
 /** Rows in one transaction at most. */
 const BATCH_MAX = 500;
-/** Transactions at once: one commits while the next is being gathered and planned. */
+/** Transactions at once: one commits while the next is being collected and planned. */
 const CONCURRENT_BATCHES = 2;
 /**
  * Under load a batch waits so long for company: fewer, larger transactions cost the database and this process
  * less (0.045 -> 0.02 transactions per event, measured).
  */
-const GATHER_MS = 10;
+const COLLECT_MS = 10;
 const UNDER_LOAD = 24;
 /** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
 const RETRY_DELAYS_MS = [100, 400, 1_600, 3_000, 3_000];
@@ -45,8 +45,8 @@ export function createAcknowledger(deps: {
 
   function schedule(): void {
     if (pending.length === 0 || running >= CONCURRENT_BATCHES || timer !== undefined) return;
-    // Otherwise after the I/O of this turn of the loop: one read from Redis often answers many appends.
-    timer = lastSize >= UNDER_LOAD ? setTimeout(flush, GATHER_MS) : setImmediate(flush);
+    // Otherwise after the I/O of this iteration of the event loop: one read from Redis often answers many appends.
+    timer = lastSize >= UNDER_LOAD ? setTimeout(flush, COLLECT_MS) : setImmediate(flush);
   }
 
   function flush(): void {

@@ -14,7 +14,7 @@ export type DeadLetters = ReturnType<typeof createDeadLetters>;
 
 /**
  * Gives events up: one entry in the dead-letter stream, then the row is dead and its aggregate goes on (or is held).
- * Both halves are idempotent and the failed job stays until both are done, so that whoever finds it (the failed-event
+ * Both halves are idempotent and the failed job stays until both are done, so that what finds it (the failed-event
  * handler, or the lease reaper after a crash) may run it again.
  */
 export function createDeadLetters(deps: {

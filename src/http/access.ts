@@ -25,7 +25,7 @@ declare module 'fastify' {
 const SESSION = { cookie: 'relay_session', kind: 'session' } as const;
 /** One working day. A session cannot be ended on the server, but for all at once. */
 const SESSION_MS = 8 * 3_600_000;
-/** Says that somebody has logged in with this browser: guesses from elsewhere do not lock that name out here. */
+/** Says that a user has logged in with this browser: guesses from elsewhere do not lock that name out here. */
 const KNOWN = { cookie: 'relay_known', kind: 'known' } as const;
 const KNOWN_MS = 90 * 86_400_000;
 /** A wrong password is answered no sooner, whatever is wrong: the time tells nothing, and guessing takes long. */
@@ -49,7 +49,7 @@ type Checked = { operator: Operator } | { wrong: true } | { tooMany: true; retry
  *
  * A session is a sealed cookie that names user and end. The role is looked up each time.
  *
- * @param users nobody: whoever can reach the address is the operator "local"; only for loopback addresses
+ * @param users nobody: all who can reach the address are the operator "local"; only for loopback addresses
  * @param secret of the deployment, for sessions
  * @param basePath path of the whole server as the browser sees it, without a slash at its end
  */
@@ -192,7 +192,7 @@ export function createAccess(deps: {
   const refuseForNow = (reply: FastifyReply, retryInS: number): FastifyReply =>
     reply.code(429).header('retry-after', Math.max(1, retryInS));
 
-  /** Paths of our own only: whoever made the link must not choose where its reader ends up. */
+  /** Paths of our own only: the author of a link must not choose where its reader ends up. */
   function ownPath(next: unknown): string {
     const home = `${basePath}/board`;
     if (typeof next !== 'string' || !/^\/(?![/\\])[\x21-\x5b\x5d-\x7e]{0,2000}$/.test(next)) return home;

@@ -35,8 +35,8 @@ export function shareAnswers<T>(
 export type Gate = <T>(work: () => Promise<T>) => Promise<T>;
 
 /**
- * Lets `atOnce` through at a time, in turn, while `waiting` more wait.
- * The function that it returns throws {@link BusyError} to whoever comes after these.
+ * Lets `atOnce` through at a time, one after another, while `waiting` more wait.
+ * The function that it returns throws {@link BusyError} to all who come after these.
  */
 export function createGate({ atOnce, waiting }: Readonly<{ atOnce: number; waiting: number }>): Gate {
   const queue: (() => void)[] = [];
@@ -44,7 +44,7 @@ export function createGate({ atOnce, waiting }: Readonly<{ atOnce: number; waiti
   return async (work) => {
     if (running < atOnce) running++;
     else if (queue.length >= waiting) throw new BusyError();
-    // Whoever ends hands its place on.
+    // Each hands its place on when it ends.
     else await new Promise<void>((resolve) => queue.push(resolve));
     try {
       return await work();
@@ -57,7 +57,7 @@ export function createGate({ atOnce, waiting }: Readonly<{ atOnce: number; waiti
 }
 
 /**
- * Lets `burst` through at once and `perSecond` after that; others wait until it is their turn, which costs a timer. A
+ * Lets `burst` through at once and `perSecond` after that; others wait until they may, which costs a timer. A
  * client that asks again as soon as it is answered gets slower; an answer that it is refused would make it faster.
  * The function that it returns throws {@link BusyError} when `waiting` wait already.
  */

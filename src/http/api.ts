@@ -32,7 +32,7 @@ export type ApiDeps = Readonly<{
     ): Promise<Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>>;
     run(range: Range, options: Omit<Options, 'dryRun'>): Promise<object>;
   }>;
-  /** Lets through whoever has the role; sets `request.operator`. */
+  /** Lets through who has the role; sets `request.operator`. */
   requires: (role: 'viewer' | 'operator') => onRequestHookHandler;
   version: string;
   logger: Logger;
@@ -40,13 +40,13 @@ export type ApiDeps = Readonly<{
 
 type Range = Readonly<{ since: string; until: string; filter: Filter }>;
 
-/** Dead letters, or entries, that one request may deal with, or look at. */
+/** Dead letters, or entries, that one request may deal with, or read. */
 const MOST_PER_REQUEST = 1_000;
 /** Dead letters that are counted by error: 10,000 take the database about 50 ms. */
 const MOST_GROUPED = 10_000;
 /** Who asks again within this time gets the same groups. */
 const SHARED_MS = 1_000;
-/** Requests that are worked on at once, each with a connection to the database; of so many more each waits its turn. */
+/** Requests that are worked on at once, each with a connection to the database; so many more wait. */
 const GATES = {
   viewer: { atOnce: 1, waiting: 20 },
   operator: { atOnce: 2, waiting: 20 },

@@ -1,6 +1,6 @@
 /**
  * What may be done on the board, and what may not, and why. Every action that Bull Board offers is decided here: one
- * that a later version adds is refused until somebody has thought about it.
+ * that a later version adds is refused until its effect was thought about.
  *
  * What remains leaves each row's fate right: a job that is removed comes back when its row's lease ends, unless its
  * dead letter is written; one that is retried or promoted is published, and its row with it, or fails again.

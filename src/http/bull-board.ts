@@ -19,7 +19,7 @@ const MAX_JOBS_PER_PAGE = 100;
  */
 const READS = { perSecond: 10, burst: 20, waiting: 50 };
 
-/** In the page's configuration, where the name of who looks at it belongs. */
+/** In the page's configuration, where the name of its reader belongs. */
 const WHO = 'who-is-logged-in';
 
 /** Whatever would be fetched from another host: Bull Board's page asks for its fonts there. */

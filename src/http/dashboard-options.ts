@@ -9,7 +9,7 @@ import type { Logger } from '../telemetry/logger.ts';
 import { shareAnswers } from './admission.ts';
 import type { DashboardOptions } from './dashboard.ts';
 
-/** Whoever asks within this time of an answer gets the same. */
+/** All who ask within this time of an answer get the same. */
 const SHARED_MS = 1_000;
 
 /**

@@ -63,7 +63,7 @@ export function createDashboard(deps: DashboardOptions): (app: FastifyInstance) 
         frameguard: { action: 'deny' },
         // With no-referrer the browser does not say where a form comes from.
         referrerPolicy: { policy: 'same-origin' },
-        // For a whole host, and that is for whoever serves it by TLS.
+        // For a whole host, and that is for the proxy that serves it by TLS.
         hsts: false,
       });
       scope.addHook('onSend', async (_request, reply) => {

@@ -29,7 +29,7 @@ export async function createBoardQueues(
   const { adaptersOf, createGuard } = await import('./board-queues.ts');
   const { queuePrefix = 'bull', queueName = 'relay' } = from;
   const own = 'redis' in from ? undefined : openRedis(from, QUEUE_CONNECTION);
-  // Whoever looks at the board sees that Redis is away.
+  // The board shows that Redis is away.
   own?.on('error', () => {});
   const redis = own ?? (from as { redis: Redis }).redis;
   // Nothing is added by a board, so nothing is retried by these.

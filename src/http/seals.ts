@@ -35,7 +35,7 @@ export function createSeals(secret: () => Promise<string>, users: readonly Board
     },
 
     /**
-     * The name, unless somebody else wrote it, its time is over, or it is longer than such a thing lasts: then null.
+     * The name, unless another hand wrote it, its time is over, or it is longer than such a thing lasts: then null.
      * @throws when the secret cannot be read
      */
     async open(kind: string, sealed: string | undefined, lifetimeMs: number): Promise<string | null> {

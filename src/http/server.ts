@@ -7,7 +7,7 @@ import { overall } from './health.ts';
 
 /** A pod is asked a few times a second by probes, Prometheus and people; this many take a twentieth of a core. */
 const PACE = { perSecond: 200, burst: 100, waiting: 300 };
-/** Whoever asks within this time of an answer gets the same. */
+/** All who ask within this time of an answer get the same. */
 const SHARED_MS = 1_000;
 const MAX_CONNECTIONS = 1_000;
 /** Clients that send their headers more slowly than any network are not waited for. */
@@ -132,7 +132,7 @@ export function createWebServer(deps: {
   };
 }
 
-/** Closed, the connection costs whoever asks without end a new one. */
+/** Closed, the connection costs a client that asks without end a new one. */
 const refuseForNow = (reply: FastifyReply, { message, statusCode, retryAfterSeconds }: BusyError) =>
   reply
     .code(statusCode)

@@ -25,7 +25,7 @@ export function createTries({ max, windowMs }: Readonly<{ max: number; windowMs:
       tries.set(key, { count: 1, until: now + windowMs });
       return 0;
     },
-    /** It was none: the password was right, or not looked at. */
+    /** It was none: the password was right, or not compared. */
     giveBack(key: string): void {
       const found = tries.get(key);
       if (found !== undefined) found.count = Math.max(0, found.count - 1);

@@ -1,7 +1,7 @@
 import type { RelayConfig } from '../config/config.ts';
 import type { Pool } from '../connections/database.ts';
 import type { Servers } from '../connections/servers.ts';
-import { type Chore, createChore } from '../lifecycle.ts';
+import { createTask, type Task } from '../lifecycle.ts';
 import { createPruner, type KeptRow } from '../outbox/pruner.ts';
 import type { Schedule } from '../queue/scheduler.ts';
 import { streamOptionsOf } from '../stream-options.ts';
@@ -52,7 +52,7 @@ export function schedulesOf(config: RelayConfig): { schedules: Schedule[]; retir
   return { schedules, retired };
 }
 
-export function createUpkeep(deps: {
+export function createMaintenance(deps: {
   config: RelayConfig;
   servers: Servers;
   statementTimeoutMs: number;
@@ -60,7 +60,7 @@ export function createUpkeep(deps: {
   logger: Logger;
 }) {
   const { config, servers, logger } = deps;
-  const chores = new Map<string, Chore>();
+  const tasks = new Map<string, Task>();
 
   const trimmer = createTrimmer(servers.appendRedis, {
     streamMaxLen: config.streamMaxLen,
@@ -95,28 +95,28 @@ export function createUpkeep(deps: {
   }
 
   function add(name: string, run: (goesOn: () => boolean) => Promise<void>): void {
-    const chore = createChore((goesOn) =>
+    const task = createTask((goesOn) =>
       run(goesOn).catch((error) =>
         logger.warn({ err: error, duty: name }, 'a duty beside the claims failed; it is tried again'),
       ),
     );
-    chores.set(name, chore);
+    tasks.set(name, task);
   }
 
   return {
     /** Starts the work of that name; false when there is none. */
-    kick(name: string): boolean {
-      const chore = chores.get(name);
-      chore?.kick();
+    begin(name: string): boolean {
+      const task = tasks.get(name);
+      task?.begin();
       // A pod that is configured otherwise leaves it to the others.
-      return chore !== undefined || name === PRUNE || name === TRIM;
+      return task !== undefined || name === PRUNE || name === TRIM;
     },
     /** An event was published to this stream, for the first time as far as is known. */
     met(stream: string): void {
-      if (chores.has(TRIM)) trimmer.note(stream);
+      if (tasks.has(TRIM)) trimmer.remember(stream);
     },
     async stop(): Promise<void> {
-      await Promise.all([...chores.values()].map((chore) => chore.stop()));
+      await Promise.all([...tasks.values()].map((task) => task.stop()));
     },
   };
 }

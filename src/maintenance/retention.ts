@@ -78,7 +78,7 @@ export function createRetention(deps: {
       return deleted;
     },
 
-    /** The same by hand: takes turns with a relay that does it as well. Yields how many rows each step deleted. */
+    /** The same by hand: waits for a relay that does it as well. Yields how many rows each step deleted. */
     async *byHand(olderThanMs: number, dryRun: boolean): AsyncGenerator<number> {
       for await (const result of walk(olderThanMs, { dryRun })) if (result !== 'busy') yield result.deleted;
     },

@@ -1,4 +1,4 @@
-/** Where a list goes on: opaque to whoever hands it back. */
+/** Where a list goes on: opaque to the caller, who hands it back. */
 
 export class CursorError extends Error {
   override readonly name = 'CursorError';
@@ -17,7 +17,7 @@ const TIME = /^\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-](0\d|1[0-5])(:?[0
 const FORMATS: Readonly<Record<string, RegExp>> = {
   ...{ id: NUMBER, readUs: NUMBER, readId: NUMBER, entryId: ENTRY_ID, entryRow: NUMBER },
   ...{ lateUs: NUMBER, lateId: NUMBER, lateEntryId: ENTRY_ID, lateEntryRow: NUMBER },
-  ...{ at: TIME, settledAt: TIME },
+  ...{ at: TIME, finalizedAt: TIME },
   aggregateId: /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i,
 };
 

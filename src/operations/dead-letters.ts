@@ -32,13 +32,13 @@ export type ActionOptions = Readonly<{
   by: string;
   /** Only counts. */
   dryRun?: boolean;
-  /** Dead letters looked at, at most, of pruned ones entries; `next` goes on from there. Default: all. */
+  /** Dead letters examined, at most, of pruned ones entries; `next` goes on from there. Default: all. */
   limit?: number;
   /** `next` of an earlier call with the same selection. */
   after?: string;
   /** Asked between two batches: end here. */
   stopped?: () => boolean;
-  /** Told how many were looked at so far. */
+  /** Told how many were examined so far. */
   onProgress?: (seen: number) => void;
 }>;
 
@@ -170,7 +170,7 @@ export function createDeadLetters(deps: {
     if (entry.withheld !== null) return no('its payload was in its row alone, and that is gone');
     if (!isUuid(eventId) || !isUuid(entry.aggregateId))
       return no('its dead letter names no event, or no aggregate');
-    // Somebody may have replayed it by other roads, and its row was pruned after that.
+    // An operator may have replayed it by other roads, and its row was pruned after that.
     if (isInStream) return no('it is in its stream already');
     // Its failed job, which the row did not take along, would swallow the new one.
     if ((await removeJobs([entry])).size > 0) return no(UNCLEAR);
@@ -280,8 +280,8 @@ export function createDeadLetters(deps: {
       done = await rows.count(selection.filter);
       return result(null);
     }
-    const places = ['aggregateType', 'aggregateId', 'id'] as const;
-    let place = after === undefined ? null : fromCursor<AggregatePlace>(after, places);
+    const keys = ['aggregateType', 'aggregateId', 'id'] as const;
+    let place = after === undefined ? null : fromCursor<AggregatePlace>(after, keys);
     for (;;) {
       const size = Math.min(BATCH, limit - seen);
       if (size <= 0 || options.stopped?.()) return result(place === null ? null : toCursor(place));

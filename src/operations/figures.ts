@@ -33,7 +33,7 @@ export function createFigures(deps: {
   queues: () => Promise<Record<'claim' | 'publish', QueueFigures>>;
   fleet: () => Promise<Fleet>;
   inspectStreams: (streams: readonly string[]) => Promise<StreamFigures[]>;
-  /** Looked at, if they are there, besides those that the fleet knows. */
+  /** Read, if they are there, besides those that the fleet knows. */
   streams: readonly string[];
   /** Longest time for each part. */
   deadlineMs: number;
@@ -103,7 +103,7 @@ export function shareFigures(deps: {
   read: () => Promise<Figures>;
 }): () => Promise<SharedFigures | undefined> {
   const { redis, key } = deps;
-  const turnKey = `${key}:turn`;
+  const lockKey = `${key}:reading`;
 
   async function shared(): Promise<SharedFigures | undefined> {
     const [text, remainingMs] = await Promise.all([redis.get(key), redis.pttl(key)]);
@@ -111,25 +111,25 @@ export function shareFigures(deps: {
     return { figures: JSON.parse(text), ageSeconds: (KEPT_MS - remainingMs) / 1_000 };
   }
 
-  async function readForAll(turn: string): Promise<SharedFigures> {
+  async function readForAll(token: string): Promise<SharedFigures> {
     try {
-      // Between the look and the turn another one may have put them there.
+      // Between the read and the lock another one may have put them there.
       const found = await shared();
       if (found !== undefined) return found;
       const figures = await deps.read();
       await redis.set(key, JSON.stringify(figures), 'PX', KEPT_MS);
       return { figures, ageSeconds: 0 };
     } finally {
-      if ((await redis.get(turnKey).catch(() => null)) === turn) await redis.del(turnKey).catch(() => 0);
+      if ((await redis.get(lockKey).catch(() => null)) === token) await redis.del(lockKey).catch(() => 0);
     }
   }
 
   async function get(): Promise<SharedFigures | undefined> {
-    const turn = randomUUID();
+    const token = randomUUID();
     for (let look = 0; look < LOOKS; look++) {
       const found = await shared();
       if (found !== undefined) return found;
-      if (await redis.set(turnKey, turn, 'PX', READING_MS, 'NX')) return readForAll(turn);
+      if (await redis.set(lockKey, token, 'PX', READING_MS, 'NX')) return readForAll(token);
       await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
     }
     return undefined;

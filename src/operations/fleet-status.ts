@@ -99,7 +99,7 @@ function whatFor(
     case 'due':
       return row.attempts > 0 && jobState === 'active'
         ? 'for the end of its attempt'
-        : `for somebody to ask what became of its job: nothing was heard of it${jobWords(jobState, figures)}`;
+        : `for the lease reaper to ask what became of its job: nothing was heard of it${jobWords(jobState, figures)}`;
     case 'leased':
       return `for its first attempt${jobWords(jobState, figures)}`;
     case 'retrying':

@@ -15,7 +15,7 @@ export type PodFacts = Readonly<{
   phase: 'starting' | 'running' | 'stopping';
   upSeconds: number;
   /** Publish jobs that it works on, of at most `concurrency`. */
-  inHand: number;
+  inProgress: number;
   concurrency: number;
   /** Since it last ran a tick of the claim schedule; null when it never has. */
   tickSecondsAgo: number | null;
@@ -64,7 +64,7 @@ redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -1 - tonumber(ARGV[5]))
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('PEXPIRE', KEYS[2], ARGV[6])`;
 
-/** KEYS: pods, streams. ARGV: time of whoever asks (ms). Answers the time, the streams, the values of the pods. */
+/** KEYS: pods, streams. ARGV: time of the pod that asks (ms). Answers the time, the streams, the values of the pods. */
 const LISTEN = `${NOW}
 return {string.format('%.0f', now), redis.call('ZREVRANGE', KEYS[2], 0, -1), redis.call('HVALS', KEYS[1])}`;
 
@@ -96,7 +96,7 @@ export function createFleetReader(redis: Redis, prefix: string): () => Promise<F
   };
 }
 
-/** Between two looks at pods of another protocol. */
+/** Between two reads of pods of another protocol. */
 const OTHERS_RETRY_MS = 500;
 
 /**
@@ -138,7 +138,7 @@ export type Heartbeat = Readonly<{
   stop(): Promise<void>;
   /** Tells it now as well; for news. */
   beat(): void;
-  /** Notes a stream down, for the next beat. */
+  /** Remembers a stream, for the next beat. */
   appendedTo(stream: string): void;
 }>;
 
@@ -159,19 +159,19 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
   let beating: Promise<void> = Promise.resolve();
 
   async function beat(): Promise<void> {
-    const noted = [...streams];
+    const beaten = [...streams];
     streams.clear();
     const told = JSON.stringify({ pod, protocol: PROTOCOL, ...facts?.() });
     try {
-      await redis.beat(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...noted);
+      await redis.beat(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...beaten);
     } catch (error) {
       // Redis is away, of which others tell.
-      for (const stream of noted) note(stream);
+      for (const stream of beaten) remember(stream);
       logger.debug({ err: error }, 'no heartbeat');
     }
   }
 
-  function note(stream: string): void {
+  function remember(stream: string): void {
     if (streams.size < STREAMS_KEPT) streams.add(stream);
   }
 
@@ -199,7 +199,7 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
     beat() {
       if (!stopped) beating = Promise.all([beating, beat()]).then(() => {});
     },
-    appendedTo: note,
+    appendedTo: remember,
   };
 }
 

@@ -10,7 +10,7 @@ import type { JobView, Queues } from '../queue/queues.ts';
 import type { DeadEntries, DeadEntry } from '../streams/dead-entries.ts';
 import { fromCursor, toCursor } from './cursor.ts';
 
-/** Dead letters, looked at: rows where they are there, entries of the dead-letter stream where they are gone. */
+/** Dead letters, as operators read them: rows where they are there, entries of the dead-letter stream where they are gone. */
 
 export type ListedDeadLetter = DeadLetter & Readonly<{ pruned: boolean }>;
 
@@ -19,7 +19,7 @@ export type ListOptions = Readonly<{
   /** `next` of an earlier call with the same filter. */
   after?: string;
   pruned?: boolean;
-  /** Entries of the dead-letter stream looked at, at most: where few match, there may be a `next` all the same. */
+  /** Entries of the dead-letter stream examined, at most: where few match, there may be a `next` all the same. */
   look?: number;
 }>;
 
@@ -74,7 +74,7 @@ export function createInspection(deps: {
 
   /**
    * Entries whose row is gone, the oldest first, in bounded pages; `next`: where to go on after that one, or null.
-   * @param look entries looked at, at most
+   * @param look entries examined, at most
    */
   async function* prunedPages(
     filter: DeadLetterFilter,

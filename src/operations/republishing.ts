@@ -25,7 +25,7 @@ export type RepublishOptions = Readonly<{
   after?: string;
   /** Asked between two entries: end here. */
   stopped?: () => boolean;
-  /** Told how many events were looked at so far, and where a new run would go on. */
+  /** Told how many events were examined so far, and where a new run would go on. */
   onProgress?: (seen: number, next: string) => void;
 }>;
 
@@ -45,23 +45,23 @@ export type RepublishResult = Readonly<{
 export type RepublishCount = Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>;
 
 /**
- * Where to go on. Rows are read from `settledAt`, `id` on. Appended are, of those up to `readUs`, `readId`, all whose
+ * Where to go on. Rows are read from `finalizedAt`, `id` on. Appended are, of those up to `readUs`, `readId`, all whose
  * entry is not after `entryId`, `entryRow`; of those between that and `lateUs`, `lateId`, all whose entry is not after
  * `lateEntryId`, `lateEntryRow`. Beyond that, none, however old their entries: where a stream was restored, or an
  * acknowledgement was very late, these go back.
  */
 type Place = Readonly<Record<(typeof PLACE)[number], string>>;
 const PLACE = [
-  ...(['settledAt', 'id', 'readUs', 'readId', 'entryId', 'entryRow'] as const),
+  ...(['finalizedAt', 'id', 'readUs', 'readId', 'entryId', 'entryRow'] as const),
   ...(['lateUs', 'lateId', 'lateEntryId', 'lateEntryRow'] as const),
 ] as const;
 const START = {
   ...{ readUs: '0', readId: '-1', entryId: '0-0', entryRow: '-1' },
   ...{ lateUs: '0', lateId: '-1', lateEntryId: '0-0', lateEntryRow: '-1' },
 };
-type Mark = Pick<PublishedRow, 'settledUs' | 'id'>;
-/** `turn`: counts the rows as they are read. */
-type Row = PublishedRow & Readonly<{ turn: number }>;
+type Mark = Pick<PublishedRow, 'finalizedUs' | 'id'>;
+/** `index`: counts the rows as they are read. */
+type Row = PublishedRow & Readonly<{ index: number }>;
 
 const PAGE_ROWS = 1_000;
 /**
@@ -114,15 +114,15 @@ export function createRepublish(deps: {
       const streams = new Map<string, number>();
       let after =
         options.after === undefined
-          ? { settledAt: since, id: '-1' }
-          : fromCursor<FinalizedPlace>(options.after, ['settledAt', 'id']);
+          ? { finalizedAt: since, id: '-1' }
+          : fromCursor<FinalizedPlace>(options.after, ['finalizedAt', 'id']);
       for (let left = limit; ; ) {
         const size = Math.min(PAGE_ROWS, left);
         const page = await published.publishedRows(filter, after, until, size);
         for (const { topic } of page) streams.set(topic, (streams.get(topic) ?? 0) + 1);
         const last = page.at(-1);
         if (last === undefined || page.length < size) return { streams, next: null };
-        after = { settledAt: last.settledAt, id: last.id };
+        after = { finalizedAt: last.finalizedAt, id: last.id };
         left -= page.length;
         if (left <= 0) return { streams, next: toCursor(after) };
       }
@@ -141,7 +141,7 @@ export function createRepublish(deps: {
       const append = createAppend(new Date());
       const began =
         options.after === undefined
-          ? { ...START, settledAt: since, id: '-1' }
+          ? { ...START, finalizedAt: since, id: '-1' }
           : fromCursor<Place>(options.after, PLACE);
       let place = began;
       let [appended, refused, seen] = [0, 0, 0];
@@ -155,18 +155,18 @@ export function createRepublish(deps: {
       };
 
       const work = async (): Promise<RepublishResult> => {
-        let turn = 0;
+        let index = 0;
         let held: Row[] = [];
-        let read: FinalizedPlace = { settledAt: began.settledAt, id: began.id };
-        let mark: Mark = { settledUs: began.lateUs, id: began.lateId };
+        let read: FinalizedPlace = { finalizedAt: began.finalizedAt, id: began.id };
+        let mark: Mark = { finalizedUs: began.lateUs, id: began.lateId };
         for (;;) {
           const page = await published.publishedRows(filter, read, until, PAGE_ROWS);
           const isLast = page.length < PAGE_ROWS;
           const last = page.at(-1);
-          if (last !== undefined) read = { settledAt: last.settledAt, id: last.id };
+          if (last !== undefined) read = { finalizedAt: last.finalizedAt, id: last.id };
           const isOld = last !== undefined && !isBeyond(last, began.lateUs, began.lateId);
-          if (last !== undefined && isBeyond(last, mark.settledUs, mark.id)) mark = last;
-          for (const row of page) if (!isAppended(row, began)) held.push({ ...row, turn: turn++ });
+          if (last !== undefined && isBeyond(last, mark.finalizedUs, mark.id)) mark = last;
+          for (const row of page) if (!isAppended(row, began)) held.push({ ...row, index: index++ });
           if (isLast || (held.length > HELD_ROWS && !isOld)) {
             held.sort((a, b) => (isAfter(a, b.entryId, b.id) ? 1 : -1));
             const first = place;
@@ -175,7 +175,7 @@ export function createRepublish(deps: {
             // From a place before every row that is not appended yet.
             const from = earliest(held, read);
             held = held.slice(late.length + due.length);
-            const [readUs, readId, lateUs, lateId] = [first.lateUs, first.lateId, mark.settledUs, mark.id];
+            const [readUs, readId, lateUs, lateId] = [first.lateUs, first.lateId, mark.finalizedUs, mark.id];
             const parts: [Row[], (row: Row) => Place][] = [
               [
                 late.filter((row) => !isBeyond(row, first.lateUs, first.lateId)),
@@ -245,8 +245,8 @@ function isAfter(row: Row | PublishedRow, entryId: string, entryRow: string): bo
 }
 
 /** In the order in which rows are read. */
-function isBeyond(row: Mark, settledUs: string, id: string): boolean {
-  if (row.settledUs !== settledUs) return BigInt(row.settledUs) > BigInt(settledUs);
+function isBeyond(row: Mark, finalizedUs: string, id: string): boolean {
+  if (row.finalizedUs !== finalizedUs) return BigInt(row.finalizedUs) > BigInt(finalizedUs);
   return BigInt(row.id) > BigInt(id);
 }
 
@@ -257,12 +257,12 @@ function isAppended(row: PublishedRow, place: Place): boolean {
 }
 
 /** Right before the first of these rows in the order in which they are read. */
-function earliest(rows: readonly Row[], otherwise: Readonly<{ settledAt: string; id: string }>) {
+function earliest(rows: readonly Row[], otherwise: Readonly<{ finalizedAt: string; id: string }>) {
   const first = rows.reduce<Row | undefined>(
-    (best, row) => (best && best.turn < row.turn ? best : row),
+    (best, row) => (best && best.index < row.index ? best : row),
     undefined,
   );
   return first === undefined
-    ? { settledAt: otherwise.settledAt, id: otherwise.id }
-    : { settledAt: first.settledAt, id: String(BigInt(first.id) - 1n) };
+    ? { finalizedAt: otherwise.finalizedAt, id: otherwise.id }
+    : { finalizedAt: first.finalizedAt, id: String(BigInt(first.id) - 1n) };
 }

@@ -29,9 +29,9 @@ const INSERTED_BY_PRODUCERS = [
 export type Grantees = Readonly<{
   /** Role of the relay in PostgreSQL. */
   role: string;
-  /** Role of whoever replays, discards and deletes: operators' commands, and what serves the dashboard. */
+  /** Role that replays, discards and deletes: operators' commands, and what serves the dashboard. */
   operator: string;
-  /** Role of whoever writes events. */
+  /** Role that writes events. */
   producer: string;
   /** User of the relay in Redis. */
   redisUser: string;

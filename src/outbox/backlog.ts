@@ -62,7 +62,7 @@ export type Rates = Readonly<{
 /** SQLSTATEs of an undefined table, column and schema. */
 const UNDEFINED: ReadonlySet<unknown> = new Set(['42P01', '42703', '3F000']);
 
-/** Rows looked at for one answer, of each state: 100,000 take the database about 50 ms. */
+/** Rows counted for one answer, of each state: 100,000 take the database about 50 ms. */
 const LIMIT = 100_000;
 
 const ROWS = 'identity.outbox o';
@@ -73,7 +73,7 @@ const PARKED = `${LIVE('o')} AND o.next_attempt_at = 'infinity'`;
 const DEAD = 'NOT o.published AND o.dead_lettered_at IS NOT NULL';
 /** Any order would do: this one is that of the relay's own indexes, beside which the platform's look as good. */
 const BY_AGGREGATE = 'ORDER BY o.aggregate_type, o.aggregate_id, o.id';
-const SETTLED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
+const FINALIZED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
 
 /** Seconds since the earliest of `time`; rows may have infinite times, which cannot be subtracted. */
 const age = (time: string, condition = 'true') =>
@@ -110,7 +110,7 @@ export function createBacklog(
                   greatest(fresh.age, in_hand.age) AS "waitingAge", in_hand."retryingAge",
                   parked.age AS "parkedAge", dead.age AS "deadAge"
            FROM
-             -- Counted without a look at the rows themselves; the first by id is as good as the oldest.
+             -- Counted without reading the rows themselves; the first by id is as good as the oldest.
              (SELECT (SELECT count(*)::int FROM (SELECT FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT ${LIMIT}) x) AS n,
                      (SELECT ${age('created_at')}
                       FROM (SELECT o.created_at FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT 1) x) AS age) fresh,
@@ -212,9 +212,9 @@ export function createBacklog(
         }>(
           `SELECT dead, count(*) FILTER (WHERE ago <= 60)::int AS minute, count(*)::int AS five,
                   (sum(count(*)) OVER ())::int AS "all", (max(max(ago)) OVER ())::float8 AS since
-           FROM (SELECT extract(epoch FROM now() - ${SETTLED_AT}) AS ago, o.dead_lettered_at IS NOT NULL AS dead
-                 FROM ${ROWS} WHERE o.stream_entry_id IS NOT NULL AND ${SETTLED_AT} > now() - interval '5 minutes'
-                 ORDER BY ${SETTLED_AT} DESC, o.id DESC LIMIT ${LIMIT}) x
+           FROM (SELECT extract(epoch FROM now() - ${FINALIZED_AT}) AS ago, o.dead_lettered_at IS NOT NULL AS dead
+                 FROM ${ROWS} WHERE o.stream_entry_id IS NOT NULL AND ${FINALIZED_AT} > now() - interval '5 minutes'
+                 ORDER BY ${FINALIZED_AT} DESC, o.id DESC LIMIT ${LIMIT}) x
            GROUP BY dead`,
         );
         const rate = (dead: boolean) => {

@@ -40,7 +40,7 @@ const UNANSWERED_KEPT = 1_000;
 type Only =
   | { kind: 'batch' }
   | { kind: 'alone'; id: string }
-  /** Printed without a look at its numbers, for which a deeply nested payload may need too much stack. */
+  /** Printed without its numbers being read, for which a deeply nested payload may need too much stack. */
   | { kind: 'unasked'; id: string }
   | { kind: 'withheld'; id: string; reason: string };
 
@@ -66,7 +66,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
        ), leasable AS MATERIALIZED (
          ${order.ordered ? ordered : 'SELECT * FROM fresh'}
        ), leased AS MATERIALIZED (
-         ${isBatch ? weighed(`(SELECT * FROM leasable ORDER BY ${order.turn} LIMIT $2)`, maxEventBytes) : 'SELECT id, after FROM leasable'}
+         ${isBatch ? weighed(`(SELECT * FROM leasable ORDER BY ${order.leasing} LIMIT $2)`, maxEventBytes) : 'SELECT id, after FROM leasable'}
        ), locked AS MATERIALIZED (
          -- A parked row that another transaction has locked stops no claim; what comes behind it waits at the gate.
          -- IS TRUE, or IN becomes a join of each with each: 80 µs more for each event of a batch of 400.
@@ -135,8 +135,8 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
 
   return {
     /**
-     * Runs `work` while no other pod claims; `busy` when others have had their turns for so long that its own is due to
-     * be asked for again. The lock is that of a transaction which does nothing else: it ends with its connection, so a
+     * Runs `work` while no other pod claims; `busy` when other pods have claimed for so long that a claim
+     * is to be asked for again. The lock is that of a transaction which does nothing else: it ends with its connection, so a
      * pod that dies holds up nobody.
      * @throws {LockHeldError} when one session has kept it all the time
      */

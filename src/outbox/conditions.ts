@@ -17,7 +17,7 @@ export const PARKED = (row: string) => `${row}.next_attempt_at = 'infinity'`;
 export const WAITS_FOR_RETRY = (row: string) => `${row}.attempts > 0`;
 
 /**
- * The row's entry id, or null where what it has is none. Whoever may write the column can put anything there, of any
+ * The row's entry id, or null where what it has is none. A role that may write the column can put anything there, of any
  * length, and one such row must not fail a statement, a call of Redis or a comparison that names other rows as well.
  * Redis makes ids of 13 digits by its clock; 18 are what cursors take.
  */

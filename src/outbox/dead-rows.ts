@@ -89,7 +89,7 @@ export type DeadRows = ReturnType<typeof createDeadRows>;
 const EVERY_TYPE_SHOWN = 10;
 const ERROR_SHOWN = 300;
 /**
- * Texts are cut where they are read: the relay writes no error of more than 2,000 characters, but whoever may write to
+ * Texts are cut where they are read: the relay writes no error of more than 2,000 characters, but a role that may write to
  * the table can put 40 MB there, and in a list of a thousand rows these would all be in the memory of one pod.
  */
 const MOST_CHARACTERS = 2_000;
@@ -263,7 +263,7 @@ export function createDeadRows(
       ),
 
     /**
-     * Locks those of the rows that are dead, in the order of their aggregates. Waits for whoever has them: if rows
+     * Locks those of the rows that are dead, in the order of their aggregates. Waits for the transactions that have them: if rows
      * were skipped, the later ones of their aggregate would get ahead of them.
      */
     async lock(tx: Queryable, ids: readonly string[]): Promise<LockedRow[]> {
@@ -291,7 +291,7 @@ export function createDeadRows(
     },
 
     /**
-     * Dead rows are given up for good. Out of the way as if they were published, they hold nobody; without a receipt,
+     * Dead rows are given up for good. Out of the way as if they were published, they hold nobody; without an entry id,
      * since their dead letters are taken away.
      */
     async discard(tx: Queryable, ids: readonly string[], reason: string, by: string): Promise<void> {

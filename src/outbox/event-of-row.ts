@@ -19,7 +19,7 @@ const CUT_BYTES = 800;
 const CUT_CHARACTERS = 200;
 /** A tenant or a correlation is a uuid; what is longer than this is something else. */
 const MAX_ID_CHARACTERS = 200;
-/** Headers that take more in the table are not looked at. */
+/** Headers that take more in the table are not read. */
 const MAX_HEADERS_BYTES = 8_192;
 /** W3C Trace Context: vendors must pass on so much of a `tracestate`, and need not pass on more. */
 const MAX_TRACESTATE_BYTES = 512;
@@ -118,7 +118,7 @@ const HEADERS = `
  *
  * The aggregate's type is never cut, since it names the aggregate; the indexes that it is in bound it.
  *
- * @param printed condition of the rows whose payload is looked at
+ * @param printed condition of the rows whose payload is read
  * @param otherwise why the others are withheld, an expression
  * @param unasked print without asking first whether the text may be within the limit
  */

@@ -129,7 +129,7 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       transaction(pool, statementTimeoutMs, 'durable', (tx) => expireLeases(tx, eventIds)),
 
     /**
-     * Redis may have lost jobs: every lease ends now. Rows that wait for a retry go on waiting: their time comes.
+     * Redis may have lost the jobs: every lease ends now. Rows that wait for a retry go on waiting: their time comes.
      * @returns how many leases ended
      */
     async expireAllLeases(): Promise<number> {

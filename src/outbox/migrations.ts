@@ -3,8 +3,8 @@ import { readMigrationFiles } from 'drizzle-orm/migrator';
 import { drizzle } from 'drizzle-orm/node-postgres';
 import { migrate as runMigrations } from 'drizzle-orm/node-postgres/migrator';
 import type pg from 'pg';
+import { RequirementError } from '../requirement.ts';
 import type { Logger } from '../telemetry/logger.ts';
-import { RequirementError } from '../verdict.ts';
 import {
   columnsWithNulls,
   missingFromTable,
@@ -21,7 +21,7 @@ const MIGRATIONS = fileURLToPath(new URL('../../drizzle', import.meta.url));
 const MIGRATING = '1919705465, 1835624306';
 const LOCK_POLL_MS = 200;
 /** Building indexes on a large table takes its time; a session that hangs would be waited for for ever. */
-const TURN_DEADLINE_MS = 3_600_000;
+const LOCK_DEADLINE_MS = 3_600_000;
 /** What others may have set for the role or the database, and what the statements of a migration rely on. */
 const SESSION = `
   SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET lock_timeout = 0;
@@ -32,7 +32,7 @@ const TABLE_LOCK_TIMEOUT_MS = 10_000;
 
 /**
  * Creates `identity.outbox`, or adopts one that is there: only additions, each `IF NOT EXISTS`. Safe when
- * several pods migrate at once (they take turns) and when it is run again.
+ * several pods migrate at once (one after the other) and when it is run again.
  *
  * @param notify install the wake-up trigger; false removes it
  * @param topic of rows that name none, in a table that is made here; an adopted one keeps its default
@@ -46,7 +46,7 @@ export async function migrate(
   topic?: string,
 ): Promise<void> {
   await client.query(SESSION);
-  await takeTurn(client, logger);
+  await takeLock(client, logger);
   try {
     await client.query(`SET lock_timeout = ${TABLE_LOCK_TIMEOUT_MS}`);
     const isNew = await refuseUnsuitable(client);
@@ -95,8 +95,8 @@ async function setTopicByDefault(client: pg.Client, topic: string): Promise<void
  * By trying, not by waiting in the lock: a session that waits holds a snapshot, and CREATE INDEX CONCURRENTLY
  * waits for every snapshot, so that two pods would deadlock.
  */
-async function takeTurn(client: pg.Client, logger: Logger): Promise<void> {
-  const deadline = performance.now() + TURN_DEADLINE_MS;
+async function takeLock(client: pg.Client, logger: Logger): Promise<void> {
+  const deadline = performance.now() + LOCK_DEADLINE_MS;
   for (let tries = 0; ; tries++) {
     const { rows } = await client.query(`SELECT pg_try_advisory_lock(${MIGRATING}) AS mine`);
     if (rows[0].mine) return;

@@ -65,8 +65,8 @@ export function orderOf(options: Pick<OutboxOptions, 'ordering' | 'deadLetterPol
     holds,
     window,
 
-    /** Order in which the claim leases what it may: by the places of rows in their windows, then by id. */
-    turn: ordered ? `place / ${FAIR_STEP}, id` : 'id',
+    /** Order in which the claim leases what it may: by the place of each row in its window, then by id. */
+    leasing: ordered ? `place / ${FAIR_STEP}, id` : 'id',
 
     /** What the claim may lease of `aggregate`, whose fresh rows in the array `taken` are its own. */
     leasable: (aggregate: string, taken: string, columns: string, withParked: boolean) => {

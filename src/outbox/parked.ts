@@ -24,7 +24,7 @@ export function createParked(pool: Pool, options: OutboxOptions) {
   return {
     /**
      * Frees the first parked row of each aggregate whose window has room, so that the next claim leases what the window
-     * has room for. Whoever parks a row, or takes one out of the way, calls it after its commit: of two transactions
+     * has room for. What parks a row, or takes one out of the way, calls it after its commit: of two transactions
      * that do not see each other, the one that commits last sees both.
      *
      * @returns how many rows became fresh, and how many of the aggregates have parked rows

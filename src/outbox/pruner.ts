@@ -5,13 +5,13 @@ import { errorText } from '../telemetry/logger.ts';
 
 /**
  * Deleting published rows that are old enough. They are found by two indexes, in the order of their time: those with
- * a receipt by the index that compares receipts with streams, those without (another system published them) by one
+ * an entry id by the index that compares entry ids with streams, those without (another system published them) by one
  * that the relay's own rows never enter. So neither a backlog nor younger rows are read, and publishing pays nothing.
  */
 
-/** `receipted`: published by the relay. `unreceipted`: by another system, before. */
-export type PrunableKind = 'receipted' | 'unreceipted';
-export const PRUNABLE_KINDS: readonly PrunableKind[] = ['receipted', 'unreceipted'];
+/** `with-entry`: published by the relay. `without-entry`: by another system, before. */
+export type PrunableKind = 'with-entry' | 'without-entry';
+export const PRUNABLE_KINDS: readonly PrunableKind[] = ['with-entry', 'without-entry'];
 
 /** Place of a row in the order of its kind. */
 export type PrunePlace = Readonly<{ at: string; id: string }>;
@@ -22,13 +22,13 @@ export type PruneStep = Readonly<{
   after: PrunePlace;
   /** Time of the database: rows published before may go. */
   before: string;
-  /** Rows looked at, at most. */
+  /** Rows examined, at most. */
   limit: number;
   /** Deletes nothing: tells what would be deleted. */
   dryRun?: boolean;
 }>;
 
-/** A row that may go, and which the database keeps: a foreign key, a trigger or row security of somebody else's. */
+/** A row that may go, and which the database keeps: a foreign key, a trigger or row security of another owner. */
 export type KeptRow = Readonly<{ id: string; reason: string }>;
 
 export type PruneResult = Readonly<{
@@ -39,11 +39,11 @@ export type PruneResult = Readonly<{
 }>;
 
 const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
-  receipted: {
+  'with-entry': {
     at: 'coalesce(o.dead_lettered_at, o.published_at)',
     condition: 'o.stream_entry_id IS NOT NULL',
   },
-  unreceipted: {
+  'without-entry': {
     at: 'coalesce(o.published_at, o.created_at)',
     condition: 'o.published AND o.stream_entry_id IS NULL',
   },
@@ -81,7 +81,7 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
     for (const { id } of rows) if (kept.size < KEPT_MAX) kept.set(id, Date.now() + KEPT_FOR_MS);
   }
 
-  /** Looks at the next rows, and tells which of them may go. */
+  /** Reads the next rows, and tells which of them may go. */
   async function look(tx: Queryable, step: PruneStep): Promise<{ ids: string[]; next: PrunePlace | null }> {
     const { at, condition } = WALKS[step.kind];
     const { rows } = await tx.query<{ ids: string[]; looked: number; last: [string, string] | null }>({
@@ -140,7 +140,7 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
 
   return {
     /**
-     * Looks at the next rows and deletes those that may go, in one short transaction, unless another process is doing
+     * Reads the next rows and deletes those that may go, in one short transaction, unless another process is doing
      * so. A row that the database keeps stays, and is not tried again for an hour; the others go.
      */
     async step(step: PruneStep): Promise<PruneResult | 'busy'> {

@@ -17,14 +17,14 @@ export type FinalizedRow = Readonly<{
   /** Empty where the row has something that is no entry id: it counts as lost. */
   entryId: string;
   /** When it was published or given up, as the database prints it. */
-  settledAt: string;
+  finalizedAt: string;
 }>;
 
-/** A row whose entry is in the stream of its topic; with the time of `settledAt` in microseconds, to compare. */
+/** A row whose entry is in the stream of its topic; with the time of `finalizedAt` in microseconds, to compare. */
 export type PublishedRow = FinalizedRow &
   Readonly<{
     topic: string;
-    settledUs: string;
+    finalizedUs: string;
     /** Stored bytes of the payload. */
     bytes: number;
   }>;
@@ -43,14 +43,14 @@ export type PublishedFilter = Readonly<{
 }>;
 
 /** Place of a row in the order of time. */
-export type FinalizedPlace = Readonly<{ settledAt: string; id: string }>;
+export type FinalizedPlace = Readonly<{ finalizedAt: string; id: string }>;
 
 export type Published = ReturnType<typeof createPublished>;
 
 /** The database's clock may step back this far, e.g. when a replica takes over, and nothing is overlooked. */
 const CLOCK_STEP_MS = 5_000;
 
-const SETTLED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
+const FINALIZED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
 
 export function createPublished(
   pool: Pool,
@@ -95,13 +95,13 @@ export function createPublished(
       return (rows[0] as { now: string }).now;
     },
 
-    /** Where a comparison begins: `windowMs` ago, or at `intactUntil` if that is later. */
-    async comparedFrom(windowMs: number, intactUntil: string | null): Promise<string> {
+    /** Where a comparison begins: `windowMs` ago, or at `checkpoint` if that is later. */
+    async comparedFrom(windowMs: number, checkpoint: string | null): Promise<string> {
       const { rows } = await read((tx) =>
         tx.query<{ since: string }>(
           `SELECT greatest(now() - $1 * interval '1 millisecond',
                            $2::timestamptz - $3 * interval '1 millisecond')::text AS since`,
-          [windowMs, intactUntil, CLOCK_STEP_MS],
+          [windowMs, checkpoint, CLOCK_STEP_MS],
         ),
       );
       return (rows[0] as { since: string }).since;
@@ -113,12 +113,12 @@ export function createPublished(
         const { rows } = await tx.query<FinalizedRow>(
           `SELECT o.id::text AS "id", o.event_id AS "eventId",
                   CASE WHEN o.dead_lettered_at IS NULL THEN ${TOPIC('o', '$1')} END AS "topic",
-                  coalesce(${ENTRY_ID('o')}, '') AS "entryId", ${SETTLED_AT}::text AS "settledAt"
+                  coalesce(${ENTRY_ID('o')}, '') AS "entryId", ${FINALIZED_AT}::text AS "finalizedAt"
            FROM identity.outbox o
-           WHERE o.stream_entry_id IS NOT NULL AND (${SETTLED_AT}, o.id) > ($2::timestamptz, $3::bigint)
-             AND ${SETTLED_AT} <= $4::timestamptz
-           ORDER BY ${SETTLED_AT}, o.id LIMIT $5`,
-          [streamName, after.settledAt, after.id, until, limit],
+           WHERE o.stream_entry_id IS NOT NULL AND (${FINALIZED_AT}, o.id) > ($2::timestamptz, $3::bigint)
+             AND ${FINALIZED_AT} <= $4::timestamptz
+           ORDER BY ${FINALIZED_AT}, o.id LIMIT $5`,
+          [streamName, after.finalizedAt, after.id, until, limit],
         );
         return rows;
       }),
@@ -137,16 +137,16 @@ export function createPublished(
         const { rows } = await tx.query<PublishedRow>(
           `SELECT o.id::text AS "id", o.event_id AS "eventId", ${TOPIC('o', '$1')} AS "topic",
                   o.stream_entry_id AS "entryId",
-                  ${SETTLED_AT}::text AS "settledAt", pg_column_size(o.payload) AS "bytes",
-                  round(extract(epoch FROM ${SETTLED_AT}) * 1000000)::bigint::text AS "settledUs"
+                  ${FINALIZED_AT}::text AS "finalizedAt", pg_column_size(o.payload) AS "bytes",
+                  round(extract(epoch FROM ${FINALIZED_AT}) * 1000000)::bigint::text AS "finalizedUs"
            FROM identity.outbox o
-           WHERE o.stream_entry_id IS NOT NULL AND (${SETTLED_AT}, o.id) > ($2::timestamptz, $3::bigint)
-             AND ${SETTLED_AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL AND (${ENTRY_ID('o')}) IS NOT NULL
+           WHERE o.stream_entry_id IS NOT NULL AND (${FINALIZED_AT}, o.id) > ($2::timestamptz, $3::bigint)
+             AND ${FINALIZED_AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL AND (${ENTRY_ID('o')}) IS NOT NULL
              AND ($6::text IS NULL OR coalesce(o.topic, $1) = $6) AND ($7::text IS NULL OR o.event_type = $7)
              AND ($8::text IS NULL OR o.aggregate_type = $8) AND ($9::uuid IS NULL OR o.aggregate_id = $9)
-           ORDER BY ${SETTLED_AT}, o.id LIMIT $5`,
+           ORDER BY ${FINALIZED_AT}, o.id LIMIT $5`,
           [
-            ...[streamName, after.settledAt, after.id, until, limit],
+            ...[streamName, after.finalizedAt, after.id, until, limit],
             ...[filter.topic, filter.eventType, filter.aggregateType, filter.aggregateId],
           ],
         );

@@ -149,7 +149,7 @@ const alter = (name: string, type: string, using = '') =>
 
 function remedyFor(name: string, type: string): string {
   const [wanted = 'text'] = COLUMNS[name]?.types ?? [];
-  // It is for whoever wrote the times to say what they mean.
+  // It is for the author of the times to say what they mean.
   if (type === 'timestamp without time zone' && wanted === INSTANT[0])
     return alter(name, 'timestamptz', `${name} AT TIME ZONE 'UTC'`);
   return alter(name, wanted, wanted === 'text' ? `${name}::text` : `${name}::text::${wanted}`);
@@ -229,7 +229,7 @@ export async function idsOutOfOrder(client: Queryable): Promise<string | undefin
     WHERE a.attrelid = 'identity.outbox'::regclass AND a.attname = 'id'`);
   const { sequence = null, cache = 1, increment = 1, cycles = false } = rows[0] ?? {};
   if (sequence === null)
-    return 'the column id has no sequence: events are published in the order of ids, whoever gives them out';
+    return 'the column id has no sequence: events are published in the order of ids, wherever these come from';
   const alterTo = (what: string) => `ALTER SEQUENCE ${sequence} ${what}`;
   if (increment < 0)
     return `${sequence} counts down: later events are published first; ${alterTo('INCREMENT BY 1')}`;

@@ -78,7 +78,7 @@ export const outbox = identity.table(
     index('relay_outbox_settled')
       .on(sql`coalesce(dead_lettered_at, published_at)`, row.id)
       .where(sql`stream_entry_id is not null`),
-    // Rows that another system published, and discarded ones. Ours get their receipt in the statement that publishes them and never
+    // Rows that another system published, and discarded ones. Ours get their entry id in the statement that publishes them and never
     // enter: the index costs an event nothing.
     index('relay_outbox_unreceipted')
       .on(sql`coalesce(published_at, created_at)`, row.id)

@@ -51,7 +51,7 @@ export async function hasWakeup(db: Queryable): Promise<boolean> {
   return rowCount === 1;
 }
 
-/** Whether somebody has switched the trigger off (DISABLE TRIGGER). */
+/** Whether the trigger is switched off (DISABLE TRIGGER). */
 export async function isWakeupOff(db: Queryable): Promise<boolean> {
   const { rowCount } = await db.query(
     `SELECT FROM pg_trigger WHERE tgrelid = 'identity.outbox'::regclass AND tgname = 'relay_outbox_wakeup'
@@ -84,7 +84,7 @@ export async function hearsNotifications(pool: Pool & Queryable): Promise<boolea
 /**
  * - `armed`: writers notify from now on; claim once more, then sleep.
  * - `already-armed`: this or another pod had armed it: sleep.
- * - `writers`: somebody who said nothing has yet to commit: claim again soon.
+ * - `writers`: a writer who said nothing has yet to commit: claim again soon.
  * - `deaf`: no notifications here (switched off, no trigger, PgBouncer): sleep, the poll interval is there.
  */
 export type Arming = 'armed' | 'already-armed' | 'writers' | 'deaf';
@@ -225,7 +225,7 @@ export function createWakeup(deps: {
              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) THEN 'already-armed'
            ELSE 'writers' END AS outcome`,
       );
-      // Whoever claims does not wait for the heartbeat to find out that nobody is there.
+      // The claim does not wait for the heartbeat to find out that nobody is there.
       asked.catch(() => interrupt());
       const { rows } = await asked;
       const outcome = rows[0].outcome as Arming;
@@ -236,7 +236,7 @@ export function createWakeup(deps: {
   };
 }
 
-/** Waits for `ms`, or until `unless` settles; leaves no timer behind. */
+/** Waits for `ms`, or until `unless` ends; leaves no timer behind. */
 function pause(ms: number, unless: Promise<unknown>): Promise<void> {
   return new Promise((resolve) => {
     const timer = setTimeout(resolve, ms);

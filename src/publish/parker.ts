@@ -9,7 +9,7 @@ const BATCH_MAX = 500;
 export type Parker = ReturnType<typeof createParker>;
 
 /**
- * Parks the rows of released jobs: what is released in one turn of the loop, or while a statement runs, in the next
+ * Parks the rows of released jobs: what is released in one iteration of the event loop, or while a statement runs, in the next
  * statement.
  */
 export function createParker(deps: {

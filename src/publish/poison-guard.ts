@@ -84,7 +84,7 @@ export function createPoisonGuard(deps: {
   let lastAlone: Promise<void> = Promise.resolve();
 
   function assertInTime(expiresAt: number): void {
-    if (Date.now() >= expiresAt) throw new Error('its turn did not come in time');
+    if (Date.now() >= expiresAt) throw new Error('it could not begin alone in time');
   }
 
   async function clear(eventId: string): Promise<void> {

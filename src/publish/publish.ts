@@ -238,7 +238,7 @@ export function createPublish(deps: {
     try {
       if (failedForGoodAt !== null) {
         await deps.deadLetters.bury({ event, attempts, reason, failedAt: failedForGoodAt, madeAt });
-        // Whoever retries it from a dashboard means it: it is started again.
+        // Who retries it from a dashboard means it: it is started again.
         if (run.stalls > 0) await guard.clear(eventId, Date.now() + options.publishTimeoutMs);
         return;
       }

@@ -1,5 +1,5 @@
 import type { Redis } from 'ioredis';
-import { repeating } from '../lifecycle.ts';
+import { loop } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /**
@@ -79,5 +79,5 @@ export function createClock(deps: {
   const compare = () =>
     askRedis().catch((error) => logger.debug({ err: error }, 'Redis did not tell its time; asked again'));
 
-  return { compare, ...repeating(compare, INTERVAL_MS), aheadMs: () => aheadMs };
+  return { compare, ...loop(compare, INTERVAL_MS), aheadMs: () => aheadMs };
 }

@@ -1,18 +1,18 @@
 import type { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
-import { repeating } from '../lifecycle.ts';
+import { loop } from '../lifecycle.ts';
 import type { Workers } from './workers.ts';
 
 /** Between two looks. */
 const LOOK_INTERVAL_MS = 2_000;
-/** Jobs that wait so long beside a worker with nothing to do, or a job so long in hand beyond its deadline, prove it. */
+/** Jobs that wait so long beside a worker with nothing to do, or a job so long in progress beyond its deadline, prove it. */
 const STUCK_AFTER_MS = 30_000;
 
 /** The workers of a queue. */
 export type Workplace = Readonly<{
   workers: Pick<Workers, 'lastStartedAt' | 'inProgress' | 'oldestStartedAt' | 'slots'>;
   queue: Queue;
-  /** No job is in hand for longer, as long as Redis and database answer or refuse. */
+  /** No job is in progress for longer, as long as Redis and database answer or refuse. */
   deadlineMs: number;
   /**
    * Whether jobs must wait for one that nobody takes. Where one job is taken at a time, other pods may well take every
@@ -99,7 +99,7 @@ export function createProgressWatch(deps: {
   }
 
   return {
-    ...repeating(() => Promise.all(watches.map((it) => it.look())), lookIntervalMs),
+    ...loop(() => Promise.all(watches.map((it) => it.look())), lookIntervalMs),
     reasons: () => watches.flatMap((it) => it.reasons()),
   };
 }

@@ -41,7 +41,7 @@ export type QueueFigures = Readonly<{
 
 /**
  * What BullMQ knows of an event's job.
- * - `alive`: waiting, delayed, or active with somebody working on it (or soon found to be stalled); with the failed
+ * - `alive`: waiting, delayed, or active with a worker on it (or soon found to be stalled); with the failed
  *   attempts of the event so far, and why the last one failed
  * - `failed`: its retries are spent
  * - `missing`: done, or lost
@@ -111,7 +111,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
 
   const publishViews = createJobViews(redis, publish);
 
-  // Whoever owns the connection reports its errors; without a listener BullMQ would print them.
+  // The owner of the connection reports its errors; without a listener BullMQ would print them.
   for (const queue of [claim, publish]) queue.on('error', (error) => logger.debug({ err: error }, 'queue'));
 
   /**
@@ -315,7 +315,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       };
     },
 
-    /** @throws what BullMQ met at its first look at Redis; then they are of no use any more, see openQueues */
+    /** @throws what BullMQ met at its first command; then they are of no use any more, see openQueues */
     async ready(): Promise<void> {
       await Promise.all([claim.waitUntilReady(), publish.waitUntilReady()]);
     },

@@ -1,6 +1,6 @@
 import type { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
-import { repeating } from '../lifecycle.ts';
+import { loop } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { redisTime } from './clock.ts';
 
@@ -50,7 +50,7 @@ export function createScheduler(deps: {
   }
 
   async function uphold({ name, everyMs }: Schedule): Promise<void> {
-    // The next tick is set by the clock of whoever starts the one before. A pod whose clock is minutes fast, and then
+    // The next tick is set by the clock of the pod that starts the one before. A pod whose clock is minutes fast, and then
     // gone, left the others without any for so long.
     const next = (await queue.getJobScheduler(name))?.next;
     if (next !== undefined && next - (await redisTime(redis)) > everyMs + TOO_FAR_MS) {
@@ -74,7 +74,7 @@ export function createScheduler(deps: {
   }
 
   return {
-    ...repeating(look, HEAL_INTERVAL_MS),
+    ...loop(look, HEAL_INTERVAL_MS),
     async wake() {
       try {
         await queue.add(

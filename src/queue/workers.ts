@@ -23,7 +23,7 @@ export const WORKER_CONNECTION: RedisOptions = {
 const LOCK_DURATION_MS = 5_000;
 /**
  * Workers of one queue in a pod, at most. A worker fetches one job after the other and begins none while there are
- * more, up to its concurrency: one with 300 places takes 300 ms for that, eight with 38 each 40 ms (measured).
+ * more, up to its concurrency: one with 300 slots takes 300 ms for that, eight with 38 each 40 ms (measured).
  */
 const WORKERS_MAX = 8;
 /** However long jobs take, so many at once: rows are acknowledged together. */
@@ -46,7 +46,7 @@ export type Fate<R> =
 export type Run<T> = Readonly<{
   id: string;
   name: string;
-  /** Null where somebody else made the job. An empty object where Redis lost the job's hash and kept its id in a list. */
+  /** Null where another program made the job. An empty object where Redis lost the job's hash and kept its id in a list. */
   data: T | null;
   /** ms since the epoch */
   madeAt: number;
@@ -144,7 +144,7 @@ export function createWorkers<T, R = void>(deps: {
       drainDelay: 2,
       // How long a worker waits after an error of the connection before it asks again.
       runRetryDelay: 1_000,
-      // Of what has no options of ours: a job whose hash Redis lost, or somebody else's.
+      // Of what has no options of ours: a job whose hash Redis lost, or one of another program.
       removeOnComplete: { count: 0 },
       // A stall is no crash, and a crash not the fault of all jobs that were in progress.
       maxStalledCount: 1_000_000,

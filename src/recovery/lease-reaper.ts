@@ -30,7 +30,7 @@ type Found = Readonly<{
  * stream (the job was removed between append and acknowledgement, and with it the memory), dead if its dead letter is,
  * else fresh. A dead row expires when its dead letter is lost; the reaper writes it again.
  *
- * Redis is asked outside of a transaction, since a walk through long streams takes seconds. A row that somebody changed
+ * Redis is asked outside of a transaction, since a walk through long streams takes seconds. A row that was changed
  * meanwhile is left alone: nobody but a reaper takes an expired row, so its job cannot be made unseen.
  */
 export function createLeaseReaper(deps: {

@@ -42,8 +42,8 @@ export type ComparisonRange = Readonly<{
   stream?: string;
   /** What to do with the rows of a page whose entries are lost; returns how many of them were changed. */
   onLost?: (rows: readonly FinalizedRow[]) => Promise<number>;
-  /** Whether streams are noted as they are now; see gate-script.ts. */
-  noting?: boolean;
+  /** Whether the last entries of streams are remembered as they are now; see gate-script.ts. */
+  remembering?: boolean;
   onProgress?: (at: string, found: Comparison) => void;
   /** Asked between two pages: end here. */
   stopped?: () => boolean;
@@ -61,11 +61,11 @@ export function createCompare(deps: {
 
   return async function compare(range: ComparisonRange): Promise<Comparison> {
     const found = new Map<string, Found>();
-    let after: FinalizedPlace = { settledAt: range.since, id: '-1' };
+    let after: FinalizedPlace = { finalizedAt: range.since, id: '-1' };
     for (;;) {
       const page = await deps.published.finalizedRows(after, range.until, PAGE_ROWS);
       await comparePage(page, range, found);
-      range.onProgress?.(page.at(-1)?.settledAt ?? after.settledAt, found);
+      range.onProgress?.(page.at(-1)?.finalizedAt ?? after.finalizedAt, found);
       const last = page.at(-1);
       if (last === undefined || page.length < PAGE_ROWS || range.stopped?.()) return found;
       after = last;
@@ -82,7 +82,7 @@ export function createCompare(deps: {
       streams.map(async (stream) => {
         if (range.stream !== undefined && stream !== range.stream) return;
         const rows = page.filter((row) => streamOf(row) === stream);
-        const absent = await deps.lookup.absent(stream, rows, range.noting === true);
+        const absent = await deps.lookup.absent(stream, rows, range.remembering === true);
         const sum = found.get(stream) ?? { ...NOTHING };
         found.set(stream, sum);
         sum.rows += rows.length;
@@ -110,14 +110,14 @@ export const createRecoverLostData =
     onRecovered: (found: Found) => void;
     logger: Logger;
   }) =>
-  async ({ intactUntil, forgotten, confirm }: Loss): Promise<void> => {
+  async ({ checkpoint, forgotten, confirm }: Loss): Promise<void> => {
     const { outbox, logger } = deps;
     const startedAt = Date.now();
     await outbox.epochsEnded();
     if (forgotten) await deps.findForgotten(confirm);
-    const since = await outbox.comparedFrom(deps.windowMs, intactUntil);
+    const since = await outbox.comparedFrom(deps.windowMs, checkpoint);
     const found = totals(
-      await deps.compare({ since, until: 'infinity', noting: true, onLost: outbox.unpublish }),
+      await deps.compare({ since, until: 'infinity', remembering: true, onLost: outbox.unpublish }),
     );
     const leases = await outbox.expireAllLeases();
     const about = { since, ...found, leases, ms: Date.now() - startedAt };

@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import type { AppendOutcome, OutboxEvent } from '../event.ts';
-import { createStreams, notesKeyOf, type PublishedAfterAll, type StreamOptions } from './append.ts';
+import { createStreams, lastEntriesKeyOf, type PublishedAfterAll, type StreamOptions } from './append.ts';
 import { tryEpoch } from './epoch.ts';
 
 /** Long enough for the trial. A process that dies in the middle leaves nothing that lives longer. */
@@ -31,7 +31,7 @@ export async function tryAppend(redis: Redis, real: StreamOptions, hasTwoServers
     ...{ payload: '{}', occurredAt: new Date(madeAt).toISOString(), tenantId: null, correlationId: null },
     ...{ attempts: 0, after: null },
   };
-  const keys = [stream, dlqStreamName, epochKey, notesKeyOf(epochKey), `${epochKey}:intact`, job];
+  const keys = [stream, dlqStreamName, epochKey, lastEntriesKeyOf(epochKey), `${epochKey}:checkpoint`, job];
   keys.push(`${prefix}:entry:${eventId}`, `${prefix}:dead:${eventId}:${madeAt}`);
   try {
     const epoch = await tryEpoch(redis, epochKey, TTL_MS);
@@ -41,7 +41,7 @@ export async function tryAppend(redis: Redis, real: StreamOptions, hasTwoServers
       redis,
       epoch: {
         ...{ start() {}, async stop() {}, current: () => epoch, known: async () => epoch },
-        ...{ async confirm() {}, doubt() {}, endFor() {}, reason: () => '' },
+        ...{ async confirm() {}, invalidate() {}, endFor() {}, reason: () => '' },
       },
       options,
       jobFacts: hasTwoServers ? async (ids) => ids.map(() => [String(madeAt), false, 0]) : undefined,

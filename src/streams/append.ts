@@ -67,8 +67,8 @@ export const memoryKeyOf =
   (eventId: string): string =>
     `${memoryPrefix}:entry:${eventId}`;
 
-/** Where the last entry of each stream is noted, for an epoch. */
-export const notesKeyOf = (epochKey: string): string => `${epochKey}:notes`;
+/** Where the last entry of each stream is kept, for an epoch. */
+export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
 
 /**
  * What the append connection must be: it neither queues nor resends across a reconnect, so that an append of
@@ -99,7 +99,7 @@ type Request = Readonly<{
   reject: (error: Error) => void;
 }>;
 
-/** Places in an entry that are filled in when it is sent; see gate-script.ts. */
+/** Parts of an entry that are filled in when it is sent; see gate-script.ts. */
 const STREAM_AT = 0;
 const FACTS_AT = 5;
 /** An entry without its payload has no more bytes, about. */
@@ -121,7 +121,7 @@ export function createStreams(deps: {
   redis.defineCommand('appendInOrder', { lua: gateScript(hasTwoServers) });
   redis.defineCommand('appendLetter', { numberOfKeys: 5, lua: letterScript(hasTwoServers) });
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
-  const notesKey = notesKeyOf(options.epochKey);
+  const lastEntriesKey = lastEntriesKeyOf(options.epochKey);
   const trimming = trimmedTo(options.streamMaxLen);
   const letterKey = (eventId: string, madeAt: number): string =>
     hasTwoServers ? `${options.memoryPrefix}:dead:${eventId}:${madeAt}` : options.jobKey(eventId);
@@ -147,7 +147,7 @@ export function createStreams(deps: {
   }
 
   /** The event is in its stream: the one behind it may go on. */
-  function noteAppended(epoch: string, eventId: string): void {
+  function rememberAppended(epoch: string, eventId: string): void {
     const now = knownIn(epoch);
     now.events.add(eventId);
     if (now.events.size >= KNOWN_EVENTS) {
@@ -164,7 +164,7 @@ export function createStreams(deps: {
     for (const resume of callbacks) resume();
   }
 
-  /** What is requested in one turn of the loop goes to Redis together. */
+  /** What is requested in one iteration of the event loop goes to Redis together. */
   function request(event: OutboxEvent, { epoch, gate, madeAt }: Appending): Promise<string> {
     return new Promise((resolve, reject) => {
       if (requested.size === 0) setImmediate(callAll);
@@ -206,11 +206,11 @@ export function createStreams(deps: {
       const entries = packr.pack(some.map((it) => it.entry));
       const answers = await redis.appendInOrder(
         2 + streams.length,
-        ...[options.epochKey, notesKey, ...streams],
+        ...[options.epochKey, lastEntriesKey, ...streams],
         ...[epoch, epochId(epoch), options.dlqStreamName, memoryKey(''), entries],
       );
       const cascaded = answers[some.length] as string[];
-      for (let i = 0; i < cascaded.length; i += 2) noteAppended(epoch, cascaded[i] as string);
+      for (let i = 0; i < cascaded.length; i += 2) rememberAppended(epoch, cascaded[i] as string);
       some.forEach((it, i) => {
         lostAt.delete(it.event.eventId);
         it.resolve(String(answers[i]));
@@ -272,7 +272,7 @@ export function createStreams(deps: {
         epochs.endFor(epoch);
         return NOT_KNOWN;
       case '!':
-        epochs.doubt();
+        epochs.invalidate();
         return NOT_KNOWN;
       default:
         if (answer.startsWith('-')) return failed(refusal(answer.slice(1)));
@@ -284,7 +284,7 @@ export function createStreams(deps: {
   const entryIdOf = (answer: string): string | undefined => /^[+=^](\d+-\d+)$/.exec(answer)?.[1];
 
   function failed(error: Error): AppendOutcome {
-    if (DEMOTED.test(error.message)) epochs.doubt();
+    if (DEMOTED.test(error.message)) epochs.invalidate();
     return outcomeOfError(error);
   }
 
@@ -299,7 +299,7 @@ export function createStreams(deps: {
       const [facts] = (await jobFacts?.([event.eventId])) ?? [];
       if (jobFacts !== undefined) assertLasts(epoch);
       const answer = await redis.appendLetter(
-        ...[options.epochKey, notesKey, options.dlqStreamName],
+        ...[options.epochKey, lastEntriesKey, options.dlqStreamName],
         ...[memoryKey(event.eventId), letterKey(event.eventId, madeAt ?? 0)],
         ...[epoch, epochId(epoch), event.eventId, event.topic, madeAt === null ? '0' : '1', String(madeAt)],
         packr.pack(facts ?? false),
@@ -330,7 +330,7 @@ export function createStreams(deps: {
           deps.onFirstEntry?.(event.topic);
           streams.add(event.topic);
         }
-        noteAppended(epoch, event.eventId);
+        rememberAppended(epoch, event.eventId);
         return { status: answer.startsWith('=') ? 'remembered' : 'appended', entryId, epoch };
       } catch (error) {
         return failed(error as Error);

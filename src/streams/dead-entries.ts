@@ -45,7 +45,7 @@ export function createDeadEntries(
   return {
     /**
      * At most `limit` entries after that one, the oldest first.
-     * @returns with how many were looked at, and the last of them, or null at the end of the stream
+     * @returns with how many were examined, and the last of them, or null at the end of the stream
      */
     async page(
       after: string | null,

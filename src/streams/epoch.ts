@@ -30,7 +30,7 @@ export type Epoch = Readonly<{
    */
   confirm(epoch: string): Promise<void>;
   /** Redis contradicts what is known: it is asked again before the next append. */
-  doubt(): void;
+  invalidate(): void;
   /** A stream that was there in that epoch is lost: the epoch ends for all pods. */
   endFor(epoch: string): void;
 }>;
@@ -48,13 +48,13 @@ export class EpochOverError extends Error {
 
 /**
  * What is to be compared before the next epoch begins.
- * - `intactUntil`: time of the database (ISO 8601) up to which Redis can have lost nothing; null when that is not known
+ * - `checkpoint`: time of the database (ISO 8601) up to which Redis can have lost nothing; null when that is not known
  * - `forgotten`: the database is of another generation, so its rows may be older than the streams
  * - `confirm`: to be asked before the commit of whatever rests on what was found; throws {EpochOverError} when another
  *   pod compares by now, since Redis may have lost it meanwhile
  */
 export type Loss = Readonly<{
-  intactUntil: string | null;
+  checkpoint: string | null;
   forgotten: boolean;
   confirm: () => Promise<void>;
 }>;
@@ -76,16 +76,16 @@ declare module 'ioredis' {
   interface RedisCommander<Context> {
     stampEpoch(
       epochKey: string,
-      intactKey: string,
-      notesKey: string,
+      checkpointKey: string,
+      lastEntriesKey: string,
       ...args: [epoch: string, at: string, cursor: string]
     ): Result<[number, string], Context>;
     beginEpoch(
       epochKey: string,
-      intactKey: string,
+      checkpointKey: string,
       checkerKey: string,
       generationKey: string,
-      ...args: [guard: string, epoch: string, at: string, generation: string]
+      ...args: [token: string, epoch: string, at: string, generation: string]
     ): Result<number, Context>;
   }
 }
@@ -93,9 +93,9 @@ declare module 'ioredis' {
 /**
  * Answers whether the epoch lasts, and stamps it with the time: everything before is there as long as the stamp is.
  * The server's identity is asked for in here, since a stamp on data that was rolled back would hide what is missing.
- * Some of the noted streams are looked at as well (see gate-script.ts): without appends nobody else would miss one.
+ * Some of the streams with a last entry are examined as well (see gate-script.ts): without appends nobody else would miss one.
  *
- * KEYS: epoch, intact, notes. ARGV: epoch, database time ('' = no stamp), cursor into the notes.
+ * KEYS: epoch, checkpoint, last entries. ARGV: epoch, database time ('' = no stamp), cursor into the last entries.
  * Answers 0 when another epoch or server is there, 1 when the epoch lasts, 2 when a stream is lost; and the next cursor.
  */
 const STAMP = `
@@ -103,23 +103,23 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {0, '0'} end
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
 if string.find(ARGV[1], run .. '/' .. history .. ':', 1, true) ~= 1 then return {0, '0'} end
-local notes = redis.call('HSCAN', KEYS[3], ARGV[3], 'COUNT', 100)
-for i = 1, #notes[2], 2 do
-  if redis.pcall('XLEN', notes[2][i]) == 0 then
-    local info, latest = redis.pcall('XINFO', 'STREAM', notes[2][i]), '0-0'
+local last_entries = redis.call('HSCAN', KEYS[3], ARGV[3], 'COUNT', 100)
+for i = 1, #last_entries[2], 2 do
+  if redis.pcall('XLEN', last_entries[2][i]) == 0 then
+    local info, latest = redis.pcall('XINFO', 'STREAM', last_entries[2][i]), '0-0'
     for j = 1, #info, 2 do
       if info[j] == 'last-generated-id' then latest = info[j + 1] end
     end
     local ms, sequence = string.match(latest, '(%d+)-(%d+)')
-    local noted_ms, noted_sequence = string.match(notes[2][i + 1], '(%d+)-(%d+)')
-    if tonumber(ms) < tonumber(noted_ms)
-        or ms == noted_ms and tonumber(sequence) < tonumber(noted_sequence) then return {2, '0'} end
+    local last_ms, last_sequence = string.match(last_entries[2][i + 1], '(%d+)-(%d+)')
+    if tonumber(ms) < tonumber(last_ms)
+        or ms == last_ms and tonumber(sequence) < tonumber(last_sequence) then return {2, '0'} end
   end
 end
 if ARGV[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2]) end
-return {1, notes[1]}`;
+return {1, last_entries[1]}`;
 
-/** KEYS: epoch, intact, checker, generation. ARGV: guard, new epoch, database time, generation ('' = as it is). */
+/** KEYS: epoch, checkpoint, checker, generation. ARGV: token, new epoch, database time, generation ('' = as it is). */
 const BEGIN = `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
@@ -130,7 +130,7 @@ return 1`;
 
 /** How often Redis is asked whether it is still the same; also how much has to be compared after a restart. */
 const LOOK_INTERVAL_MS = 2_000;
-/** Between two looks at what another pod's comparison has come to. */
+/** Between two reads of what another pod's comparison has come to. */
 const RETRY_MS = 100;
 const RETRY_AFTER_ERROR_MS = 500;
 /** The same reason is logged again after so long. */
@@ -144,8 +144,8 @@ const KNOWN_TIMEOUT_MS = 2_000;
 const keysOf = (key: string) => ({
   checker: `${key}:checker`,
   generation: `${key}:generation`,
-  intact: `${key}:intact`,
-  notes: `${key}:notes`,
+  checkpoint: `${key}:checkpoint`,
+  lastEntries: `${key}:last-entries`,
 });
 
 /**
@@ -163,24 +163,24 @@ async function renewEpoch(
   const { redis, key } = deps;
   const keys = keysOf(key);
   redis.defineCommand('beginEpoch', { numberOfKeys: 4, lua: BEGIN });
-  const guard = `${COMPARING}${randomUUID()}`;
+  const token = `${COMPARING}${randomUUID()}`;
   const renewal = setInterval(() => {
     redis.pexpire(keys.checker, CHECKER_TTL_MS).catch(() => {});
   }, CHECKER_RENEWAL_MS);
   try {
-    const [intactUntil = null, looked = null] = await redis.mget(keys.intact, keys.generation);
+    const [checkpoint = null, looked = null] = await redis.mget(keys.checkpoint, keys.generation);
     // From here on no earlier append is confirmed, by any pod.
-    await redis.set(key, guard);
-    await redis.del(keys.notes);
+    await redis.set(key, token);
+    await redis.del(keys.lastEntries);
     const confirm = async () => {
-      if ((await redis.get(key)) !== guard) throw new EpochOverError();
+      if ((await redis.get(key)) !== token) throw new EpochOverError();
     };
-    await deps.recover({ intactUntil, forgotten: generation !== null && generation !== looked, confirm });
+    await deps.recover({ checkpoint, forgotten: generation !== null && generation !== looked, confirm });
     const next = `${server}:${randomBytes(9).toString('base64url')}`;
     const { now, generation: after } = await deps.database(generation ?? looked);
     if (isLost() || (generation !== null && generation !== after)) return undefined;
     const begun = await redis.beginEpoch(
-      ...[key, keys.intact, keys.checker, keys.generation, guard, next, now, generation ?? ''],
+      ...[key, keys.checkpoint, keys.checker, keys.generation, token, next, now, generation ?? ''],
     );
     return begun === 1 ? next : undefined;
   } finally {
@@ -217,7 +217,7 @@ export async function endEpoch(
  */
 export async function forgetEpoch(redis: Redis, key: string): Promise<void> {
   const keys = keysOf(key);
-  await redis.del(key, keys.intact, keys.generation);
+  await redis.del(key, keys.checkpoint, keys.generation);
 }
 
 /**
@@ -231,7 +231,14 @@ export async function tryEpoch(redis: Redis, key: string, ttlMs: number): Promis
   const epoch = `${server}:trial`;
   await redis.set(key, epoch, 'PX', ttlMs);
   redis.defineCommand('stampEpoch', { numberOfKeys: 3, lua: STAMP });
-  const [lasts] = await redis.stampEpoch(key, keysOf(key).intact, keysOf(key).notes, epoch, '', '0');
+  const [lasts] = await redis.stampEpoch(
+    key,
+    keysOf(key).checkpoint,
+    keysOf(key).lastEntries,
+    epoch,
+    '',
+    '0',
+  );
   if (lasts !== 1)
     throw new Error('Redis is another server each time that it is asked (a proxy in front of several?)');
   return epoch;
@@ -337,7 +344,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
   async function identify(mine: number): Promise<void> {
     if (ended !== undefined) {
       // However long ago the entries of the lost stream were written, they are compared: no stamp any more.
-      if ((await redis.get(key)) === ended) await redis.del(keys.intact, key);
+      if ((await redis.get(key)) === ended) await redis.del(keys.checkpoint, key);
       ended = undefined;
     }
     const server = await identityOf(redis);
@@ -385,7 +392,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
       .catch(() => ({ now: '', generation }));
     if (epoch !== known) return;
     if (database.generation !== generation) return forget();
-    const [found, next] = await redis.stampEpoch(key, keys.intact, keys.notes, known, now, cursor);
+    const [found, next] = await redis.stampEpoch(key, keys.checkpoint, keys.lastEntries, known, now, cursor);
     cursor = next;
     if (found === 2) endFor(known);
     else if (found !== 1) forget();
@@ -456,7 +463,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
       if (epoch === of) forget();
       throw new EpochOverError();
     },
-    doubt() {
+    invalidate() {
       if (epoch !== undefined) forget();
     },
     endFor,

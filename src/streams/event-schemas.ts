@@ -14,7 +14,7 @@ const user = {
   tenant_id: uuid,
   email: { type: 'string', format: 'email' },
   display_name: textOrNull,
-  // Ours: the envelope takes it from here, so an event that carries one is not a bad event.
+  // Ours: the envelope takes it from here, so an event that has one is not a bad event.
   correlation_id: uuid,
 } as const;
 

@@ -12,15 +12,15 @@
  * the streams have a server of their own it is a key beside the stream, the idempotency key.
  *
  * A stream that had an entry in this epoch, appended or found, and is gone, or is another one of that name (a consumer's
- * `XGROUP CREATE ... MKSTREAM` makes an empty one), was lost with its entries. The notes hold the last entry of each.
+ * `XGROUP CREATE ... MKSTREAM` makes an empty one), was lost with its entries. The hash of last entries tells.
  *
- * Cascade: an early entry is kept with the job that it waits for, and whoever appends that one appends this one.
+ * Cascade: an early entry is kept with the job that it waits for, and the call that appends that one appends this one.
  * Without it ten hot aggregates on two pods reach 880 events/s instead of 2,480 or more. With two servers it is kept
  * beside the memory of that one: without it five hot aggregates on two pods reach 11 events/s, since each event is found
  * early until it is tried again. Its job cannot be asked there; what has become of an early job without a word beside
  * the stream (it was removed, or lost) leaves the event to be published all the same.
  *
- * KEYS: epoch, notes, then the streams.
+ * KEYS: epoch, last entries, then the streams.
  * ARGV: epoch, its id, dead-letter stream, what keys of memories begin with before the event id, then the entries as
  * MessagePack: of each the place of its stream among the keys, event id, time at which its job was made, gate (see
  * GATE), event id of the event before, facts about own job and about that of the event before (where these are on
@@ -59,15 +59,15 @@ export const MEMORY_TTL_S = 3_600;
 /** Entries that the cascade appends in one call, at most: Redis does nothing else meanwhile. */
 const CASCADE_MAX = 64;
 /**
- * Lifetime of an early entry that is kept beside the stream; whoever still waits keeps it again. Much shorter than that of
+ * Lifetime of an early entry that is kept beside the stream; a job that still waits keeps it again. Much shorter than that of
  * the memories which say that it must not be appended any more.
  */
 const NEXT_TTL_S = 60;
-/** Streams that are noted, at most. */
-export const NOTED_STREAMS_MAX = 10_000;
+/** Streams whose last entry is kept, at most. */
+export const LAST_ENTRIES_MAX = 10_000;
 
-/** Needs ARGV[1] = epoch, ARGV[2] = its id, KEYS[2] = notes. */
-const MEMORY_AND_NOTES = `
+/** Needs ARGV[1] = epoch, ARGV[2] = its id, KEYS[2] = last entries. */
+const MEMORY_AND_LAST_ENTRIES = `
 local function below(a, b)
   local ams, aseq = string.match(a, '(%d+)-(%d+)')
   local bms, bseq = string.match(b, '(%d+)-(%d+)')
@@ -87,24 +87,24 @@ local lost, last = {}, {}
 local function isLost(stream)
   if lost[stream] ~= nil then return lost[stream] end
   lost[stream] = false
-  local note = redis.call('HGET', KEYS[2], stream)
-  if note and redis.pcall('XLEN', stream) == 0 then
+  local known = redis.call('HGET', KEYS[2], stream)
+  if known and redis.pcall('XLEN', stream) == 0 then
     local latest, info = '0-0', redis.pcall('XINFO', 'STREAM', stream)
     for i = 1, #info, 2 do
       if info[i] == 'last-generated-id' then latest = info[i + 1] end
     end
-    lost[stream] = below(latest, note)
+    lost[stream] = below(latest, known)
   end
   return lost[stream]
 end
-local function note()
+local function note_last()
   for stream, id in pairs(last) do
-    if redis.call('HEXISTS', KEYS[2], stream) == 1 or redis.call('HLEN', KEYS[2]) < ${NOTED_STREAMS_MAX} then
+    if redis.call('HEXISTS', KEYS[2], stream) == 1 or redis.call('HLEN', KEYS[2]) < ${LAST_ENTRIES_MAX} then
       redis.call('HSET', KEYS[2], stream, id)
     end
   end
 end
-local function noteFound(stream, id)
+local function remember_found(stream, id)
   if not last[stream] and redis.call('HEXISTS', KEYS[2], stream) == 0 then last[stream] = id end
 end`;
 
@@ -154,7 +154,7 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   answers[#entries + 1] = cascaded
   return answers
 end
-${MEMORY_AND_NOTES}
+${MEMORY_AND_LAST_ENTRIES}
 ${hasTwoServers ? IN_KEY : IN_JOB}
 local function append(stream, key, xadd, from)
   local id = redis.pcall('XADD', stream, unpack(xadd, from))
@@ -188,7 +188,7 @@ local function pass(entry)
   if id then
     if it.entry ~= ARGV[2] .. ' ' .. id then
       remember(key, ARGV[2] .. ' ' .. id)
-      noteFound(stream, id)
+      remember_found(stream, id)
     end
     return '=' .. id
   end
@@ -225,7 +225,7 @@ local function pass(entry)
   return '+' .. appended
 end
 for n, entry in ipairs(entries) do answers[n] = pass(entry) end
-note()
+note_last()
 answers[#entries + 1] = cascaded
 return answers`;
 
@@ -233,7 +233,7 @@ return answers`;
  * Appends the dead letter of a job that has failed for good, once. A job that remembers an entry is never
  * dead-lettered.
  *
- * KEYS: epoch, notes, dead-letter stream, key of the memory, key of the dead letter's memory.
+ * KEYS: epoch, last entries, dead-letter stream, key of the memory, key of the dead letter's memory.
  * ARGV: epoch, its id, event id, its stream, 1 if the job must be there and have ended, time at which it was made, facts
  * about it as MessagePack, then what XADD takes after the key.
  * Answers as above; `^id` is the entry that the job remembers.
@@ -243,7 +243,7 @@ return answers`;
  */
 export const letterScript = (hasTwoServers: boolean) => `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return '!' end
-${MEMORY_AND_NOTES}
+${MEMORY_AND_LAST_ENTRIES}
 ${hasTwoServers ? IN_KEY : IN_JOB}
 local facts = cmsgpack.unpack(ARGV[7])
 local it = look(KEYS[4], facts, KEYS[5])
@@ -252,8 +252,8 @@ if ARGV[5] == '1' then
   local entry = entryOf(it.entry, ARGV[4], ARGV[3])
   local letter = not entry and entryOf(it.letter, KEYS[3], ARGV[3])
   if entry or letter then
-    noteFound(entry and ARGV[4] or KEYS[3], entry or letter)
-    note()
+    remember_found(entry and ARGV[4] or KEYS[3], entry or letter)
+    note_last()
     return entry and '^' .. entry or '=' .. letter
   end
 end
@@ -268,7 +268,7 @@ if ARGV[5] == '1' then
   }
 end
 last[KEYS[3]] = id
-note()
+note_last()
 return '+' .. id`;
 
 /**
@@ -276,6 +276,6 @@ return '+' .. id`;
  * that is remembered and good, or ''.
  */
 export const RECALL = (hasTwoServers: boolean) => `
-${MEMORY_AND_NOTES}
+${MEMORY_AND_LAST_ENTRIES}
 ${hasTwoServers ? IN_KEY : IN_JOB}
 return entryOf(look(KEYS[1]).entry, ARGV[3], ARGV[1]) or ''`;

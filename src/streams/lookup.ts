@@ -1,18 +1,18 @@
 import type { Redis, Result } from 'ioredis';
-import { notesKeyOf, outcomeOfError, type StreamOptions } from './append.ts';
-import { NOTED_STREAMS_MAX } from './gate-script.ts';
+import { lastEntriesKeyOf, outcomeOfError, type StreamOptions } from './append.ts';
+import { LAST_ENTRIES_MAX } from './gate-script.ts';
 
-/** Which entries are there. Reads, but for the notes of streams (gate-script.ts). */
+/** Which entries are there. Reads, but for the streams' last entries (gate-script.ts). */
 
 /**
- * Answers the type of the stream's key, the id before which everything was trimmed on purpose, and the places of the
+ * Answers the type of the stream's key, the id before which everything was trimmed on purpose, and the positions of the
  * entries that are not there, or are another event's.
  *
  * What was trimmed ends at the stream's first entry; where it has none, which XTRIM and XDEL leave behind, at its
- * last one ever; nothing was where the stream is gone. The last one ever is noted: should the stream be gone later, it
+ * last one ever; nothing was where the stream is gone. The last one ever is remembered: should the stream be gone later, it
  * is missed though nothing was appended since.
  *
- * KEYS: stream, notes. ARGV: 1 to take a note, else 0, then pairs of entry id and event id.
+ * KEYS: stream, last entries. ARGV: 1 to remember the last entry, else 0, then pairs of entry id and event id.
  */
 const ABSENT = `
 local kind = redis.call('TYPE', KEYS[1]).ok
@@ -37,10 +37,10 @@ end
 return answer`;
 
 /**
- * One step back through a stream. The stream's last entry is noted, unless the stream is: a row is marked published by
+ * One step back through a stream. The stream's last entry is remembered, unless one of it is: a row is marked published by
  * what is found, and without an append in this epoch nobody would miss the stream.
  *
- * KEYS: stream, notes. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how many entries. Answers pairs of
+ * KEYS: stream, last entries. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how many entries. Answers pairs of
  * entry id and event id.
  */
 const STEP_BACK = `
@@ -51,7 +51,7 @@ for _, entry in ipairs(redis.call('XREVRANGE', KEYS[1], ARGV[1], '-', 'COUNT', A
   answer[#answer + 1] = entry[2][1] == 'event_id' and entry[2][2] or ''
 end
 if ARGV[1] == '+' and answer[1] and redis.call('HEXISTS', KEYS[2], KEYS[1]) == 0
-    and redis.call('HLEN', KEYS[2]) < ${NOTED_STREAMS_MAX} then
+    and redis.call('HLEN', KEYS[2]) < ${LAST_ENTRIES_MAX} then
   redis.pcall('HSET', KEYS[2], KEYS[1], answer[1])
 end
 return answer`;
@@ -65,8 +65,8 @@ const FIND_LIMIT = 50_000;
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
-    absentEntries(stream: string, notes: string, ...args: string[]): Result<string[], Context>;
-    stepBack(stream: string, notes: string, from: string, count: number): Result<string[], Context>;
+    absentEntries(stream: string, lastEntries: string, ...args: string[]): Result<string[], Context>;
+    stepBack(stream: string, lastEntries: string, from: string, count: number): Result<string[], Context>;
   }
 }
 
@@ -91,7 +91,7 @@ export function createLookup(
 ) {
   redis.defineCommand('absentEntries', { numberOfKeys: 2, lua: ABSENT });
   redis.defineCommand('stepBack', { numberOfKeys: 2, lua: STEP_BACK });
-  const notes = notesKeyOf(options.epochKey);
+  const lastEntries = lastEntriesKeyOf(options.epochKey);
 
   /** Rows can name any key: one that can be no stream of events is not asked. */
   const mayBeStream = (stream: string): boolean =>
@@ -106,7 +106,7 @@ export function createLookup(
     const wanted = new Set(eventIds);
     let from = '+';
     for (let looked = 0; looked < FIND_LIMIT; looked += FIND_STEP) {
-      const answer = await orRefusal(redis.stepBack(stream, notes, from, FIND_STEP));
+      const answer = await orRefusal(redis.stepBack(stream, lastEntries, from, FIND_STEP));
       if (!Array.isArray(answer) || answer.length === 0) return;
       for (let i = 0; i < answer.length; i += 2) {
         const [entryId, eventId] = [answer[i] as string, answer[i + 1] as string];
@@ -152,7 +152,7 @@ export function createLookup(
       let from = '+';
       let entries: NamedEntry[] = [];
       for (;;) {
-        const answer = await orRefusal(redis.stepBack(stream, notes, from, FIND_STEP));
+        const answer = await orRefusal(redis.stepBack(stream, lastEntries, from, FIND_STEP));
         const pairs = Array.isArray(answer) ? answer : [];
         for (let i = 0; i < pairs.length; i += 2)
           entries.push({ entryId: pairs[i] as string, eventId: pairs[i + 1] as string });
@@ -168,20 +168,22 @@ export function createLookup(
     },
 
     /**
-     * Which of these entries are not in the stream. `noting`: see ABSENT.
+     * Which of these entries are not in the stream. `remembering`: see ABSENT.
      * @throws when Redis does not answer
      */
     async absent<T extends NamedEntry>(
       stream: string,
       entries: readonly T[],
-      noting: boolean,
+      remembering: boolean,
     ): Promise<Absent<T>> {
       if (!mayBeStream(stream)) return { lost: [], trimmed: 0, unreadable: true };
       const pairs = entries.flatMap(({ entryId, eventId }) => [entryId, eventId]);
-      const answer = await orRefusal(redis.absentEntries(stream, notes, noting ? '1' : '0', ...pairs));
-      const [kind, before = '0-0', ...places] = Array.isArray(answer) ? answer : [];
+      const answer = await orRefusal(
+        redis.absentEntries(stream, lastEntries, remembering ? '1' : '0', ...pairs),
+      );
+      const [kind, before = '0-0', ...positions] = Array.isArray(answer) ? answer : [];
       if (kind !== 'stream' && kind !== 'none') return { lost: [], trimmed: 0, unreadable: true };
-      const missing = places.map((place) => entries[Number(place) - 1] as T);
+      const missing = positions.map((place) => entries[Number(place) - 1] as T);
       const lost = missing.filter(({ entryId }) => !isTrimmed(entryId, before));
       return { lost, trimmed: missing.length - lost.length, unreadable: false };
     },

@@ -7,7 +7,7 @@ import type { Logger } from '../telemetry/logger.ts';
  *
  * Needs no more than Redis 6.2: a group's place is its smallest pending id, or what it was delivered last. That last
  * entry stays. So the stream's first entry is never above what every group has acknowledged, and a comparison after a
- * loss does not take for trimmed what was lost; so a group's last entry is there unless somebody else has trimmed; and
+ * loss does not take for trimmed what was lost; so a group's last entry is there unless another program has trimmed; and
  * the stream never becomes empty. A stream without groups is not touched.
  *
  * Nothing is trimmed unless the epoch lasts: while table and streams are compared, the streams stay as they are.
@@ -42,12 +42,12 @@ local function first()
 end
 
 local cap, now, between = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local noted = redis.call('HGET', KEYS[2], stream) or ''
-local before, near_at, dropped_at = string.match(noted, '(%S+) (%S+) (%S+)')
+local kept = redis.call('HGET', KEYS[2], stream) or ''
+local before, near_at, dropped_at = string.match(kept, '(%S+) (%S+) (%S+)')
 near_at, dropped_at = tonumber(near_at or 0), tonumber(dropped_at or 0)
 local info = object(redis.call('XINFO', 'STREAM', stream))
 local last, begins = info['last-generated-id'], first()
--- Since we last looked somebody else has taken entries away: the cap, if the stream is that long. If not, maybe a group
+-- Since the last time another program has taken entries away: the cap, if the stream is that long. If not, maybe a group
 -- that deletes what it has read, so that the first entry is always one it was not delivered; but the one we saw is gone.
 local shortened = before and before ~= '0-0' and below(before, begins)
 local lost = cap > 0 and info.length >= cap and begins or before
@@ -67,7 +67,7 @@ for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
 end
 
 -- Nothing to do, and nothing to write where Redis has no memory for it.
-if not keep and noted == '' then return {0, info.length, '', ''} end
+if not keep and kept == '' then return {0, info.length, '', ''} end
 local trimmed, length, near = 0, info.length, false
 if keep then
   trimmed = redis.call('XTRIM', stream, 'MINID', '~', keep, 'LIMIT', ARGV[3])
@@ -164,7 +164,7 @@ export function createTrimmer(
 
   return {
     /** The relay has published to this stream. */
-    note(stream: string): void {
+    remember(stream: string): void {
       if (unlisted.size < MOST_STREAMS) unlisted.add(stream);
     },
 

@@ -1,7 +1,7 @@
 /**
  * Log lines: one JSON object per line on stdout, with `level`, `time`, `service`, `pod`, `pid`, `msg` and fields.
  *
- * Errors of the libraries carry more than may be logged: ioredis keeps the arguments of the failed command (payloads,
+ * Errors of the libraries hold more than may be logged: ioredis keeps the arguments of the failed command (payloads,
  * AUTH), drizzle puts every query parameter into the message, PostgreSQL quotes whole rows in `detail`. So of an error
  * only named parts are taken, and these are cleaned.
  */
@@ -41,7 +41,7 @@ export function createLogger(level: LogLevel, destination: DestinationStream = p
       formatters: { level: (label) => ({ level: label }) },
       serializers: { err: serializeError },
     },
-    // Sooner or later somebody looks at the line in a terminal.
+    // Sooner or later the line is read in a terminal.
     { write: (line) => destination.write(printableJson(line)) },
   );
 }

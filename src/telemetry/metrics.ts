@@ -43,7 +43,7 @@ function processMetrics(): Registry {
 
 export type Metrics = ReturnType<typeof createMetrics>;
 
-/** What is asked when somebody looks. */
+/** What is asked at each scrape. */
 export type MetricsSources = Readonly<{
   /** Publish jobs in progress. */
   inProgress: () => number;
@@ -59,7 +59,7 @@ export type MetricsSources = Readonly<{
 
 /**
  * What Prometheus sees. The stages call what is here with what has happened; everything that has a state is asked for
- * when somebody looks. Figures of the whole relay are the same at every pod.
+ * at each scrape. Figures of the whole relay are the same at every pod.
  */
 export function createMetrics(deps: {
   /** Whether the five metrics of the old relay's plan are called `relay_…` too. */

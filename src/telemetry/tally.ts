@@ -1,7 +1,7 @@
 import type { Logger } from './logger.ts';
 
 /** What happens to one event often happens to hundreds in the same moment. */
-const GATHER_MS = 3_000;
+const COLLECT_MS = 3_000;
 /** Events that a line names. */
 const NAMED = 3;
 
@@ -38,14 +38,14 @@ export function createTally(logger: Logger) {
       line.events++;
       if (line.eventIds.length < NAMED) line.eventIds.push(eventId);
       lines.set(text, line);
-      timer ??= setTimeout(flush, GATHER_MS);
+      timer ??= setTimeout(flush, COLLECT_MS);
     };
 
   return {
     info: counting('info'),
     warn: counting('warn'),
     error: counting('error'),
-    /** Writes what was gathered. */
+    /** Writes what was collected. */
     stop: flush,
   };
 }

@@ -148,6 +148,6 @@ async function conclude(): Promise<void> {
   }
   if (options.quick) console.log('These were quick runs: their figures say nothing.');
   const broken = results.some((it) => it.kept === false);
-  const missed = options.fail && targets.some((it) => it.verdict === 'not met');
+  const missed = options.fail && targets.some((it) => it.result === 'not met');
   process.exit(broken || missed ? 1 : 0);
 }

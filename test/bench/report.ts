@@ -6,7 +6,7 @@ import { promisify } from 'node:util';
 import Table from 'cli-table3';
 import { median, type ScenarioOptions, type ScenarioResult } from './scenario.ts';
 import type { Servers } from './servers.ts';
-import type { Verdict } from './targets.ts';
+import type { RequirementResult } from './targets.ts';
 
 export type Setting = Readonly<{
   at: string;
@@ -16,7 +16,11 @@ export type Setting = Readonly<{
 }>;
 
 export type Bench = Setting &
-  Readonly<{ results: readonly ScenarioResult[]; targets: readonly Verdict[]; tookSeconds: number }>;
+  Readonly<{
+    results: readonly ScenarioResult[];
+    targets: readonly RequirementResult[];
+    tookSeconds: number;
+  }>;
 
 /** Machine, versions and settings: what a figure is worth nothing without. */
 export async function describeSetting(servers: Servers, options: ScenarioOptions): Promise<Setting> {
@@ -97,12 +101,12 @@ export function resultText(result: ScenarioResult): string {
   ].join('\n');
 }
 
-export function targetsText(verdicts: readonly Verdict[]): string {
-  const table = plainTable(['target', '', 'measured', 'of', 'verdict']);
-  for (const it of verdicts) {
+export function targetsText(results: readonly RequirementResult[]): string {
+  const table = plainTable(['target', '', 'measured', 'of', 'result']);
+  for (const it of results) {
     table.push([
       ...[it.what, it.target, it.value === undefined ? '' : rounded(it.value)],
-      ...[it.values.map(rounded).join(' '), it.verdict],
+      ...[it.values.map(rounded).join(' '), it.result],
     ]);
   }
   return `\n${table.toString()}`;

@@ -84,21 +84,21 @@ export const TARGETS: readonly Target[] = [
   },
 ];
 
-export type Verdict = Readonly<{
+export type RequirementResult = Readonly<{
   what: string;
   target: string;
   /** Undefined where its scenario was not run. */
   value: number | undefined;
   values: readonly number[];
-  verdict: 'met' | 'not met' | 'not measured';
+  result: 'met' | 'not met' | 'not measured';
 }>;
 
-export function judge(results: readonly ScenarioResult[]): Verdict[] {
+export function judge(results: readonly ScenarioResult[]): RequirementResult[] {
   return TARGETS.map(({ what, target, scenario, figure, isMet }) => {
     const result = results.find((it) => it.scenario === scenario);
     const values = result?.figures.find((it) => it.name === figure)?.values ?? [];
-    if (values.length === 0) return { what, target, value: undefined, values, verdict: 'not measured' };
+    if (values.length === 0) return { what, target, value: undefined, values, result: 'not measured' };
     const value = median(values);
-    return { what, target, value, values, verdict: isMet(value) ? 'met' : 'not met' };
+    return { what, target, value, values, result: isMet(value) ? 'met' : 'not met' };
   });
 }

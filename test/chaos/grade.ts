@@ -1,4 +1,4 @@
-/** The verdict on a run, from the table, the streams and the dead-letter stream alone. */
+/** The result on a run, from the table, the streams and the dead-letter stream alone. */
 import { gradeLedger, type LedgerGrade, type Violation } from '../demo/ledger.ts';
 import { mayDie } from './topics.ts';
 import { DLQ, STREAM, type World } from './world.ts';

@@ -1,6 +1,6 @@
 /**
  * `npm run chaos`: every fault that production brings, against private servers and real pods, under load; then
- * a verdict from the table, the streams and the dead letters alone. docs/guarantees.md, "Chaos runs".
+ * a result from the table, the streams and the dead letters alone. docs/guarantees.md, "Chaos runs".
  */
 import { Command, InvalidArgumentError } from 'commander';
 import { EXIT_INTERRUPTED, interruption, wholeNumber } from '../demo/command-line.ts';

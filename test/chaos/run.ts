@@ -1,4 +1,4 @@
-/** A run: a world, a load, faults by schedule, rest, and the verdict. The same for the command line and the test. */
+/** A run: a world, a load, faults by schedule, rest, and the result. The same for the command line and the test. */
 import { cpSync, mkdtempSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -87,10 +87,10 @@ export async function run(options: RunOptions): Promise<RunResult> {
     await world.fleet.stop();
     const grade = await gradeWorld(world);
     const counts = world.workload.counts();
-    const verdict = judge(options, injections, grade, settled, world);
+    const result = judge(options, injections, grade, settled, world);
     const logs =
-      options.keep || verdict.violations.length > 0 ? await keepLogs(world, seed, injections) : undefined;
-    return { injections, grade, settled, counts, logs, ...verdict };
+      options.keep || result.violations.length > 0 ? await keepLogs(world, seed, injections) : undefined;
+    return { injections, grade, settled, counts, logs, ...result };
   } finally {
     await world.stop();
   }
@@ -255,7 +255,7 @@ function judge(
   settled: boolean,
   world: World,
 ): Pick<RunResult, 'violations' | 'warnings'> {
-  if (signal?.aborted) return { violations: [], warnings: ['interrupted: there is no verdict'] };
+  if (signal?.aborted) return { violations: [], warnings: ['interrupted: there is no result'] };
   const violations: string[] = [];
   const warnings: string[] = world.fleet.surprises().slice();
   if (!isClean(grade)) {

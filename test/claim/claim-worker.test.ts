@@ -212,7 +212,7 @@ describe('a claim job', () => {
   test('that is of another schedule begins the work of that, and claims nothing', async () => {
     const kicked: string[] = [];
     const { log } = startWorker([], [], {
-      kick: (name) => {
+      begin: (name) => {
         kicked.push(name);
         return name === 'prune';
       },

@@ -6,7 +6,7 @@ import { afterAll, describe, expect, test } from 'vitest';
 import { checkServers } from '../../src/commands/check.ts';
 import { loadConfig } from '../../src/config/config.ts';
 import { createRelay } from '../../src/relay.ts';
-import type { Verdict } from '../../src/verdict.ts';
+import type { RequirementResult } from '../../src/requirement.ts';
 import { startPrivatePostgres } from '../demo/servers.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
@@ -21,7 +21,7 @@ import {
 } from '../support/servers.ts';
 import { openAdminPool, openAdminRedis, silent } from '../support/stages.ts';
 
-/** Each broken set-up has exactly one verdict that is no `ok`, and it names the cause. */
+/** Each broken set-up has exactly one result that is no `ok`, and it names the cause. */
 
 let good: Promise<TestRedis> | undefined;
 const goodRedis = () => {
@@ -31,11 +31,11 @@ const goodRedis = () => {
 
 type Env = Readonly<Record<string, string>>;
 
-const check = async (env: Env): Promise<Verdict[]> =>
+const check = async (env: Env): Promise<RequirementResult[]> =>
   checkServers(loadConfig({ RELAY_REDIS_URL: (await goodRedis()).url, ...env }));
 
-const notOk = async (env: Env): Promise<Verdict[]> =>
-  (await check(env)).filter(({ verdict }) => verdict !== 'ok');
+const notOk = async (env: Env): Promise<RequirementResult[]> =>
+  (await check(env)).filter(({ result }) => result !== 'ok');
 
 async function databaseWith(sql: string): Promise<TestDatabase> {
   const database = await createDatabase();
@@ -65,9 +65,9 @@ test('with streams on a server of their own, both are tried', async () => {
     createRedis({ env, on: 'streams' }),
   ]);
   const urls = { RELAY_REDIS_URL: queues.url, RELAY_STREAM_REDIS_URL: streams.url };
-  const verdicts = await check({ ...urls, RELAY_DATABASE_URL: database.url });
-  expect(verdicts.filter(({ verdict }) => verdict !== 'ok')).toEqual([]);
-  const subjects = verdicts.map(({ subject }) => subject);
+  const results = await check({ ...urls, RELAY_DATABASE_URL: database.url });
+  expect(results.filter(({ result }) => result !== 'ok')).toEqual([]);
+  const subjects = results.map(({ subject }) => subject);
   expect(subjects).toEqual(expect.arrayContaining(['queues', 'stream AOF', 'stream streams']));
   expect(subjects).not.toContain('streams');
 });
@@ -166,11 +166,11 @@ describe('what keeps the relay from its table', () => {
   ] as const) {
     test(`${what} fails`, async () => {
       const { url } = await databaseWith(sql);
-      const verdicts = await notOk({ RELAY_DATABASE_URL: url });
-      expect(verdicts).toEqual([
-        { verdict: 'failed', subject, finding: expect.stringMatching(cause), mayPass: expect.anything() },
+      const results = await notOk({ RELAY_DATABASE_URL: url });
+      expect(results).toEqual([
+        { result: 'failed', subject, finding: expect.stringMatching(cause), mayPass: expect.anything() },
       ]);
-      expect(verdicts[0]?.finding).not.toContain('\n');
+      expect(results[0]?.finding).not.toContain('\n');
     });
   }
 
@@ -179,10 +179,10 @@ describe('what keeps the relay from its table', () => {
     await openAdminPool(database.adminUrl).query(
       `ALTER DATABASE ${database.name} SET default_transaction_read_only = on`,
     );
-    const verdicts = await notOk({ RELAY_DATABASE_URL: database.url });
-    expect(verdicts).toMatchObject([
+    const results = await notOk({ RELAY_DATABASE_URL: database.url });
+    expect(results).toMatchObject([
       {
-        verdict: 'failed',
+        result: 'failed',
         subject: 'writable',
         finding: expect.stringContaining('default_transaction_read_only'),
       },
@@ -271,7 +271,7 @@ describe('advice', () => {
       const { url } = await databaseWith(sql);
       const redis = 'RELAY_STREAM_NAME' in env ? await createRedis({ env }) : await goodRedis();
       expect(await notOk({ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: redis.url, ...env })).toEqual([
-        { verdict: 'advice', subject, finding: expect.stringMatching(cause), mayPass: false },
+        { result: 'advice', subject, finding: expect.stringMatching(cause), mayPass: false },
       ]);
     });
   }
@@ -285,7 +285,7 @@ test('what calls itself something else than PostgreSQL fails', async () => {
     `ALTER DATABASE ${database.name} SET search_path = public, pg_catalog`,
   );
   expect(await notOk({ RELAY_DATABASE_URL: database.url })).toMatchObject([
-    { verdict: 'failed', subject: 'database', finding: expect.stringContaining('CockroachDB') },
+    { result: 'failed', subject: 'database', finding: expect.stringContaining('CockroachDB') },
   ]);
 });
 
@@ -299,7 +299,7 @@ test('of a server: prepared transactions and a NOTIFY queue that fills are worth
   await grantLeast(postgres.url);
   const env = { RELAY_DATABASE_URL: asRelay(postgres.url) };
   expect(await notOk(env)).toMatchObject([
-    { verdict: 'advice', subject: 'PREPARE TRANSACTION', finding: expect.stringContaining('--no-notify') },
+    { result: 'advice', subject: 'PREPARE TRANSACTION', finding: expect.stringContaining('--no-notify') },
   ]);
 
   // Somebody listens and does not read: 90 MB of 8 GB wait for them.
@@ -314,7 +314,7 @@ test('of a server: prepared transactions and a NOTIFY queue that fills are worth
   expect(await notOk(env)).toMatchObject([
     { subject: 'PREPARE TRANSACTION' },
     {
-      verdict: 'advice',
+      result: 'advice',
       subject: 'NOTIFY queue',
       finding: expect.stringMatching(/^\d+ % full.*pg_stat_activity/),
     },
@@ -326,7 +326,7 @@ test('of a server: prepared transactions and a NOTIFY queue that fills are worth
   await postgres.restart();
   expect(await notOk(env)).toMatchObject([
     {
-      verdict: 'failed',
+      result: 'failed',
       subject: 'writable',
       finding: expect.stringMatching(/standby.*RELAY_DATABASE_URL.*primary/),
     },
@@ -377,11 +377,11 @@ const goodDatabase = () => {
 describe('a Redis that will not do fails', () => {
   const failsWith = async (env: Env, subject: string, cause: RegExp): Promise<void> => {
     const { url } = await goodDatabase();
-    const verdicts = await notOk({ RELAY_DATABASE_URL: url, ...env });
-    expect(verdicts).toEqual([
-      { verdict: 'failed', subject, finding: expect.stringMatching(cause), mayPass: expect.anything() },
+    const results = await notOk({ RELAY_DATABASE_URL: url, ...env });
+    expect(results).toEqual([
+      { result: 'failed', subject, finding: expect.stringMatching(cause), mayPass: expect.anything() },
     ]);
-    expect(verdicts[0]?.finding).not.toContain('\n');
+    expect(results[0]?.finding).not.toContain('\n');
   };
 
   test('one that is too old', async () => {

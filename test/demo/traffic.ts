@@ -46,7 +46,7 @@ export type Traffic = Readonly<{
   observe(stop: AbortSignal): Promise<void>;
   /** Events that are committed, and neither read from their stream nor dead. */
   onTheirWay(): number;
-  /** Shows what was gathered since the last pulse. */
+  /** Shows what was collected since the last pulse. */
   pulse(): void;
   latenciesMs: readonly number[];
   heldBack(): number;

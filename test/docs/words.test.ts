@@ -1,4 +1,6 @@
-import { expect, test } from 'vitest';
+import { readdir, readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { expect, inject, test } from 'vitest';
 import { PAGES } from '../support/readme.ts';
 
 /** Words of earlier builds, or of no other relay, and what the field says instead. */
@@ -25,7 +27,17 @@ const WORDS: readonly (readonly [RegExp, instead: string])[] = [
   [/\b(?:chains?|followers?|hand-?over|bring(?:s|ing) along)\b/, 'claim, gate, refill'],
 ];
 
-test.each([...PAGES])('%s uses the words of the field', (_, text) => {
+const SOURCE = join(inject('root'), 'src');
+const sources = (await readdir(SOURCE, { recursive: true })).filter((it) => it.endsWith('.ts'));
+const FILES = await Promise.all(
+  sources.map(async (it) => [`src/${it}`, await readFile(join(SOURCE, it), 'utf8')] as const),
+);
+
+test('there is source to be read', () => {
+  expect(FILES.length).toBeGreaterThan(100);
+});
+
+test.each([...PAGES, ...FILES])('%s uses the words of the field', (_, text) => {
   // A file keeps its name.
   const prose = text.replaceAll(/[\w/-]+\.ts/g, '');
   const found = WORDS.flatMap(([word, instead]) => {

@@ -106,7 +106,7 @@ describe('an acknowledgement', () => {
     const { acknowledge } = startAcknowledger();
     const blocker = await holding('id <= 2');
     const all: Promise<void>[] = [];
-    // Two transactions at once may wait for the blocked rows; everything else gathers meanwhile.
+    // Two transactions at once may wait for the blocked rows; everything else collects meanwhile.
     for (const [i, event] of events.entries()) {
       all.push(acknowledge(event, `1-${i}`));
       if (i < 2) await blockedSessions(i + 1);

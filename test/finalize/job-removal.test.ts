@@ -86,7 +86,7 @@ describe.each([
     expect(await Promise.all([kept, lost, anothers].map(stateOf))).toEqual([
       ...['waiting', 'unknown', 'unknown'],
     ]);
-    stage.context.epoch.doubt();
+    stage.context.epoch.invalidate();
     await stage.currentEpoch();
   });
 

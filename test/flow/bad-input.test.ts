@@ -1,4 +1,4 @@
-/** Whoever may write the table may write anything: it is published intact, or dead-lettered with a clear reason. */
+/** Whoever may write the table may write anything: it is published checkpoint, or dead-lettered with a clear reason. */
 import { readFile } from 'node:fs/promises';
 import { expect, onTestFinished, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
@@ -61,7 +61,7 @@ test('an event may be as large as RELAY_MAX_EVENT_BYTES says; the payload of a l
   expect(Math.max(...pod.lines.map((line) => line.length))).toBeLessThan(4_000);
 }, 120_000);
 
-test('with a higher limit, payloads of 10 MB arrive intact, and the memory of the pod stays bounded', async () => {
+test('with a higher limit, payloads of 10 MB arrive checkpoint, and the memory of the pod stays bounded', async () => {
   const stage = await setStage({ env: { RELAY_MAX_EVENT_BYTES: '16000000', RELAY_CONCURRENCY: '2' } });
   const events = Array.from({ length: 8 }, (_, i) =>
     anEvent({ eventType: 'Large', payload: { i, text: `${'x€'.repeat(2_500_000)}${i}` } }),

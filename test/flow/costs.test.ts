@@ -1,5 +1,5 @@
 /**
- * What an event costs, as counts that hold on any machine, however busy. How many events the acknowledger gathers depends
+ * What an event costs, as counts that hold on any machine, however busy. How many events the acknowledger collects depends
  * on the load, so statements are counted by transaction; everything else by event. A ceiling is what it costs today and
  * a little for what comes at most once in a while: one statement more for each transaction, or one call for each event,
  * is above it. Whoever makes something cheaper lowers the ceiling.
@@ -89,7 +89,7 @@ test('an event is written twice, by its claim and by its acknowledgement', () =>
   expect(rows.deleted).toBe(WARM_EVENTS);
 });
 
-test('claims are as few as their batches allow, and acknowledgements are gathered', () => {
+test('claims are as few as their batches allow, and acknowledgements are collected', () => {
   const { claim, acknowledge } = counts.statements;
   expect(claim).toBeGreaterThanOrEqual(EVENTS / BATCH_SIZE);
   expect(claim).toBeLessThanOrEqual(EVENTS / BATCH_SIZE + 5);
@@ -143,7 +143,7 @@ describe('of a hot aggregate, whose window has room for 256,', () => {
     expect(written).toBeLessThanOrEqual(3 * HOT_EVENTS);
   });
 
-  test('claims take many events, as soon as a quarter of the window is free, and acknowledgements are gathered', () => {
+  test('claims take many events, as soon as a quarter of the window is free, and acknowledgements are collected', () => {
     const { claim, acknowledge } = hot.counts.statements;
     // 10 that find the rows fresh, and 12 or so that find them parked.
     expect(claim).toBeLessThanOrEqual(HOT_EVENTS / BATCH_SIZE + HOT_EVENTS / 64 + 8);

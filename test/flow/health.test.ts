@@ -140,8 +140,8 @@ test('relay check finds nothing to complain about in a good environment', async 
   const stage = await setStage();
   const { code, lines } = await stage.command(['check']);
   expect(code, lines.join('\n')).toBe(0);
-  const verdicts = lines.map((line) => /^(\S+)\s+(.+?)\s{2,}/.exec(line)?.slice(1, 3));
-  expect(verdicts).toEqual(
+  const results = lines.map((line) => /^(\S+)\s+(.+?)\s{2,}/.exec(line)?.slice(1, 3));
+  expect(results).toEqual(
     [
       ...['configuration', 'database', 'writable', 'transactions', 'table', 'claim', 'wake-up'],
       ...['Redis', 'AOF', 'eviction policy', 'queues', 'streams', 'owner'],
@@ -176,7 +176,7 @@ test('relay check fails for a table that lacks a column or an index, and names t
   expect(lines.join('\n')).toMatch(/^failed\s+table\s.*stream_entry_id.*relay_outbox_due/m);
 });
 
-test('relay check gives its verdicts on servers that cannot be reached, without secrets', async () => {
+test('relay check gives its results on servers that cannot be reached, without secrets', async () => {
   const stage = await setStage();
   const { code, lines } = await stage.command(['check'], {
     RELAY_DATABASE_URL: 'postgres://me:hunter2@127.0.0.1:9/db',

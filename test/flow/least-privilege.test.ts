@@ -230,14 +230,14 @@ test('each right in PostgreSQL is needed', async () => {
     await attempt(outbox.inEpoch((tx) => outbox.markPublished(tx, [{ ...one, entryId: '1-1' }])));
     const dead = { ...three, attempts: 6, reason: 'x', entryId: '1-1' };
     await attempt(outbox.inEpoch((tx) => outbox.markDead(tx, dead)));
-    await attempt(pruner.step({ kind: 'receipted', after: FIRST_PLACE, before: 'now', limit: 10 }));
+    await attempt(pruner.step({ kind: 'with-entry', after: FIRST_PLACE, before: 'now', limit: 10 }));
     const lost = { eventId: randomUUID(), eventType: 'X', aggregateType: 'user', aggregateId: randomUUID() };
     await attempt(
       deadRows.insert({ ...lost, topic: STREAM, payload: '{}', occurredAt: new Date().toISOString() }),
     );
     await attempt(deadRows.transaction((tx) => deadRows.discard(tx, [three.id], 'x', 'x')));
     await attempt(deadRows.transaction((tx) => deadRows.revive(tx, [three.id], [])));
-    await attempt(operatorsPruner.step({ kind: 'receipted', after: FIRST_PLACE, before: 'now', limit: 10 }));
+    await attempt(operatorsPruner.step({ kind: 'with-entry', after: FIRST_PLACE, before: 'now', limit: 10 }));
     return reasons;
   }
   expect(await refused()).toEqual([]);
@@ -523,7 +523,7 @@ test('each right in Redis is needed', async () => {
       epoch: () => epoch ?? undefined,
     });
     const epoch = await redis.get('bull:relay:epoch');
-    trimmer.note(STREAM);
+    trimmer.remember(STREAM);
     // What is refused is in the log of Redis.
     await Promise.allSettled([
       trimmer.run(() => true),

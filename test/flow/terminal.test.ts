@@ -73,7 +73,7 @@ test('whatever names and texts hold, nothing of them acts in the terminal of who
     version: NASTY,
     phase: NASTY,
     upSeconds: 1,
-    inHand: 0,
+    inProgress: 0,
     concurrency: 1,
     tickSecondsAgo: null,
   };

@@ -13,7 +13,7 @@ const OLD_POD = 'old-host/17';
 /** A heartbeat as the build before wrote it, `secondsAgo`. */
 async function beat(stage: Stage, secondsAgo = 0): Promise<void> {
   const facts: PodFacts = {
-    ...{ pod: OLD_POD, version: '0.0.9', phase: 'running', upSeconds: 100, inHand: 1 },
+    ...{ pod: OLD_POD, version: '0.0.9', phase: 'running', upSeconds: 100, inProgress: 1 },
     ...{ concurrency: 200, tickSecondsAgo: 1 },
   };
   await stage.redis.hset(PODS, OLD_POD, `${Date.now() - secondsAgo * 1_000} ${JSON.stringify(facts)}`);

@@ -43,7 +43,7 @@ export function createModelEpoch(
     await hold(actor, 'epoch: end');
     const onBegun = world.onEnd();
     await fly('epoch', () => redis.set(key, guard));
-    await fly('epoch', () => redis.del(`${key}:notes`));
+    await fly('epoch', () => redis.del(`${key}:last-entries`));
     await recover();
     await hold(actor, 'epoch: begin');
     if (world.server !== server || (await fly('epoch', () => redis.get(key))) !== guard) return;
@@ -96,7 +96,7 @@ export function createModelEpoch(
       if (epoch === of) epoch = undefined;
       throw new EpochOverError();
     },
-    doubt() {
+    invalidate() {
       epoch = undefined;
     },
     endFor(of: string) {

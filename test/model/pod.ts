@@ -116,7 +116,7 @@ export function createPod(deps: PodDeps, name: string) {
     logger,
   });
   const epoch = createModelEpoch(interleaving, actor, epochWorld, () =>
-    recover({ intactUntil: null, forgotten: false, confirm: async () => {} }),
+    recover({ checkpoint: null, forgotten: false, confirm: async () => {} }),
   );
 
   /** Time passes between what the jobs' server says and the append. */

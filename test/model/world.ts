@@ -7,7 +7,7 @@ import type { Redis } from 'ioredis';
 import type pg from 'pg';
 import type { OutboxOptions } from '../../src/outbox/outbox.ts';
 import type { Queues } from '../../src/queue/queues.ts';
-import { notesKeyOf, type StreamOptions } from '../../src/streams/append.ts';
+import { lastEntriesKeyOf, type StreamOptions } from '../../src/streams/append.ts';
 import { EpochOverError } from '../../src/streams/epoch.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import type { AdminPool, AdminRedis } from '../support/stages.ts';
@@ -158,7 +158,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
 
   /** A noted stream that is not there, or is another one. */
   async function lostStream(): Promise<string | undefined> {
-    for (const [stream, noted] of Object.entries(await adminRedis.hgetall(notesKeyOf(epochKey)))) {
+    for (const [stream, noted] of Object.entries(await adminRedis.hgetall(lastEntriesKeyOf(epochKey)))) {
       const info = (await adminRedis.xinfo('STREAM', stream).catch(() => [])) as unknown[];
       const latest = String(info[info.indexOf('last-generated-id') + 1] ?? '0-0');
       if (isBelow(latest, noted) && (await adminRedis.xlen(stream).catch(() => 0)) === 0) return stream;
@@ -315,7 +315,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
         const epoch = pod.epoch.current();
         if (epoch === undefined) continue;
         if ((await adminRedis.get(epochKey)) !== epoch) {
-          pod.epoch.doubt();
+          pod.epoch.invalidate();
           return `${pod.name} sees that its epoch is over`;
         }
         const stream = await lostStream();

@@ -12,7 +12,14 @@ import { openRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const FACTS: Omit<PodFacts, 'pod' | 'protocol'> = {
-  ...{ version: '1.2.3', phase: 'running', upSeconds: 5, inHand: 1, concurrency: 200, tickSecondsAgo: null },
+  ...{
+    version: '1.2.3',
+    phase: 'running',
+    upSeconds: 5,
+    inProgress: 1,
+    concurrency: 200,
+    tickSecondsAgo: null,
+  },
 };
 const PREFIX = 'bull:relay';
 

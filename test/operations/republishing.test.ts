@@ -229,8 +229,8 @@ test('a cursor of somebody’s own making is refused', async () => {
   const { next } = await republish.run(ALL, { ...BY, limit: 1 });
   const place = JSON.parse(Buffer.from(next as string, 'base64url').toString());
   for (const forged of [
-    { settledAt: 'x' },
-    { settledAt: '2026-02-30 12:00:00+00' },
+    { finalizedAt: 'x' },
+    { finalizedAt: '2026-02-30 12:00:00+00' },
     { id: 'x' },
     { entryId: '1' },
   ])
@@ -238,7 +238,7 @@ test('a cursor of somebody’s own making is refused', async () => {
       republish.run(ALL, { ...BY, after: toCursor({ ...place, ...forged }) }),
       JSON.stringify(forged),
     ).rejects.toThrow(CursorError);
-  await expect(republish.count(ALL, { after: toCursor({ ...place, settledAt: 'x' }) })).rejects.toThrow(
+  await expect(republish.count(ALL, { after: toCursor({ ...place, finalizedAt: 'x' }) })).rejects.toThrow(
     CursorError,
   );
 });

@@ -69,7 +69,7 @@ const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
   [
     'the loss of entries',
     (it) =>
-      it.unpublish(namesFrom(1).map((name) => ({ ...name, topic: 'x', entryId: '1-1', settledAt: '' }))),
+      it.unpublish(namesFrom(1).map((name) => ({ ...name, topic: 'x', entryId: '1-1', finalizedAt: '' }))),
     5 * BATCH,
   ],
 ];

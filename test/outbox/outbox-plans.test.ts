@@ -106,7 +106,7 @@ const deadRows = (pool: Pool) =>
   });
 const FILTER = { eventType: 'UserUpdated', topic: 'x', aggregateId: HOT.aggregateId, error: 'x' };
 const SOME_TIME = '2026-01-31T12:00:00Z';
-const BEGINNING = { settledAt: '-infinity', id: '-1' };
+const BEGINNING = { finalizedAt: '-infinity', id: '-1' };
 const IN_EPOCH =
   (work: (outbox: Outbox, tx: Queryable) => Promise<unknown>): Run =>
   (outbox) =>
@@ -195,7 +195,7 @@ const statements: [string, Run, number][] = [
     (it) =>
       it.unpublish(
         namesFrom(FIRST_WITH_ENTRY).map((name) => ({
-          ...{ ...name, topic: 'x', entryId: `1-${name.id}`, settledAt: SOME_TIME },
+          ...{ ...name, topic: 'x', entryId: `1-${name.id}`, finalizedAt: SOME_TIME },
         })),
       ),
     3 * BATCH,

@@ -22,7 +22,7 @@ const table = await openOutboxTable();
 const { admin, outbox, claim, insertOf, set, states, row, rows, names, publish, bury } = table;
 
 const USER = randomUUID();
-const BEGINNING = { settledAt: '-infinity', id: '-1' };
+const BEGINNING = { finalizedAt: '-infinity', id: '-1' };
 
 const publishedAt = (time: string, entryId = '1-1') =>
   `published = true, published_at = '${time}', stream_entry_id = '${entryId}'`;
@@ -44,7 +44,7 @@ describe('rows that have an entry', () => {
     await set(5, publishedAt('2025-12-31T00:00:00Z'));
     await set(6, publishedAt('2026-01-04T00:00:00Z'));
     await set(4, `topic = NULL`);
-    const after = { settledAt: '2025-12-31T00:00:00Z', id: '5' };
+    const after = { finalizedAt: '2025-12-31T00:00:00Z', id: '5' };
     const found = await outbox.finalizedRows(after, '2026-01-03T00:00:00Z', 10);
     expect(idsOf(found)).toEqual(['3', '4', '2', '1']);
     expect(found).toMatchObject([
@@ -103,7 +103,7 @@ describe('rows that have an entry', () => {
     expect(await match(account)).toEqual(['1']);
     expect(await match({ ...account, aggregateType: 'user' })).toEqual([]);
     const [first] = await outbox.publishedRows({}, BEGINNING, 'infinity', 1);
-    expect(first).toMatchObject({ settledUs: '1767225600000001', bytes: expect.any(Number) });
+    expect(first).toMatchObject({ finalizedUs: '1767225600000001', bytes: expect.any(Number) });
   });
 });
 
@@ -213,8 +213,8 @@ describe('when Redis has lost their entries', () => {
 });
 
 describe('a comparison begins', () => {
-  const since = async (windowMs: number, intactUntil: string | null) =>
-    Date.parse(await outbox.comparedFrom(windowMs, intactUntil));
+  const since = async (windowMs: number, checkpoint: string | null) =>
+    Date.parse(await outbox.comparedFrom(windowMs, checkpoint));
   const HOUR_MS = 3_600_000;
 
   test('as far back as its window reaches, by the clock of the database', async () => {
@@ -225,8 +225,8 @@ describe('a comparison begins', () => {
   });
 
   test('where nothing was lost until then, a little before that: clocks may step back', async () => {
-    const intactUntil = await outbox.databaseTime();
-    expect(await since(HOUR_MS, intactUntil)).toBe(Date.parse(intactUntil) - 5_000);
+    const checkpoint = await outbox.databaseTime();
+    expect(await since(HOUR_MS, checkpoint)).toBe(Date.parse(checkpoint) - 5_000);
   });
 });
 

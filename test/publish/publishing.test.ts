@@ -66,7 +66,7 @@ const jobsOf = (stage: Stage, events: readonly SampleEvent[]) =>
 async function anotherEpoch(stage: Stage): Promise<void> {
   const before = await stage.currentEpoch();
   await stage.streamRedis.del(...(await stage.streamRedis.keys('*:epoch')));
-  stage.context.epoch.doubt();
+  stage.context.epoch.invalidate();
   await waitFor(() => stage.context.epoch.current() !== before && stage.context.epoch.current(), {
     what: 'the next epoch',
   });

@@ -95,7 +95,7 @@ describe('a row whose lease has ended', () => {
     expect((await reap()).seen).toEqual({ alive: 1, failed: 0, missing: 1 });
     expect(await readStates(pool)).toEqual(['fresh', 'leased']);
     await redis.flushall();
-    epoch.doubt();
+    epoch.invalidate();
     await stage.currentEpoch();
     await expire();
     await reap();

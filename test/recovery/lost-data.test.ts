@@ -9,7 +9,7 @@ import {
   type Found,
   totals,
 } from '../../src/recovery/lost-data.ts';
-import { notesKeyOf } from '../../src/streams/append.ts';
+import { lastEntriesKeyOf } from '../../src/streams/append.ts';
 import { openContext } from '../support/context.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { deferred, readRows, readStates, silent } from '../support/stages.ts';
@@ -17,7 +17,7 @@ import { waitFor } from '../support/wait.ts';
 
 const WORDS = 'dictionary.word.v1';
 const WINDOW_MS = 3_600_000;
-const NOTES = notesKeyOf('bull:relay:epoch');
+const NOTES = lastEntriesKeyOf('bull:relay:epoch');
 const NOTHING: Found = { rows: 0, lost: 0, unpublished: 0, trimmed: 0, unreadable: 0 };
 
 const stage = await openContext({ RELAY_CLAIM_LEASE: '60' });
@@ -42,7 +42,7 @@ const compare = (range: Partial<ComparisonRange> = {}, deps: Partial<CompareDeps
 
 /** As the epoch has it done when Redis may have lost data; answers what was found. */
 async function recover(
-  intactUntil: string | null = null,
+  checkpoint: string | null = null,
   deps: Partial<RecoverDeps> & Partial<CompareDeps> = {},
 ) {
   const found: Found[] = [];
@@ -56,7 +56,7 @@ async function recover(
     },
     onRecovered: (it) => void found.push(it),
     ...deps,
-  })({ intactUntil, forgotten: false, confirm: async () => {} });
+  })({ checkpoint, forgotten: false, confirm: async () => {} });
   return found[0];
 }
 

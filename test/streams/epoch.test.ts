@@ -1,6 +1,6 @@
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { NotReadyError } from '../../src/lifecycle.ts';
-import { APPEND_CONNECTION, notesKeyOf } from '../../src/streams/append.ts';
+import { APPEND_CONNECTION, lastEntriesKeyOf } from '../../src/streams/append.ts';
 import {
   createEpoch,
   type DatabaseState,
@@ -87,7 +87,7 @@ describe('an epoch', () => {
     const pod = startPod();
     const name = await pod.found();
     expect(await admin.get(KEY)).toBe(name);
-    expect(pod.losses).toMatchObject([{ intactUntil: null, forgotten: true }]);
+    expect(pod.losses).toMatchObject([{ checkpoint: null, forgotten: true }]);
     await pod.confirm(name);
   });
 
@@ -163,7 +163,7 @@ describe('an epoch', () => {
     const pods = [startPod(), startPod()] as const;
     const name = await pods[0].found();
     await pods[1].found();
-    await waitFor(() => admin.exists(`${KEY}:intact`), { what: 'a stamp', ...NOTICED });
+    await waitFor(() => admin.exists(`${KEY}:checkpoint`), { what: 'a stamp', ...NOTICED });
     pods[0].endFor(name);
     const next = await waitFor(async () => (await admin.get(KEY)) !== name && pods[0].found(), {
       what: 'the next epoch',
@@ -171,7 +171,7 @@ describe('an epoch', () => {
     });
     await waitFor(() => pods[1].current() === next, { what: 'the other pod to follow', ...NOTICED });
     const losses = pods.flatMap((pod) => pod.losses);
-    expect(losses.at(-1)).toMatchObject({ intactUntil: null });
+    expect(losses.at(-1)).toMatchObject({ checkpoint: null });
     expect(losses).toHaveLength(2);
     // One that speaks of an epoch that is over ends nothing.
     pods[1].endFor(name);
@@ -193,8 +193,11 @@ describe('a stream that was noted in an epoch', () => {
   /** Resolves when the pod has looked at Redis, and once more. */
   async function looks(): Promise<void> {
     for (let i = 0; i < 2; i++) {
-      const stamp = await admin.get(`${KEY}:intact`);
-      await waitFor(async () => (await admin.get(`${KEY}:intact`)) !== stamp, { what: 'a look', ...NOTICED });
+      const stamp = await admin.get(`${KEY}:checkpoint`);
+      await waitFor(async () => (await admin.get(`${KEY}:checkpoint`)) !== stamp, {
+        what: 'a look',
+        ...NOTICED,
+      });
     }
   }
 
@@ -231,10 +234,10 @@ describe('a stream that was noted in an epoch', () => {
     await noted();
     await lose();
     await waitFor(() => pod.losses.length === 2, { what: 'the loss to be noticed', ...NOTICED });
-    expect(pod.losses[1]).toMatchObject({ intactUntil: null, forgotten: false });
+    expect(pod.losses[1]).toMatchObject({ checkpoint: null, forgotten: false });
     expect(await pod.found()).not.toBe(name);
     // The next one has its own notes.
-    expect(await admin.exists(notesKeyOf(KEY))).toBe(0);
+    expect(await admin.exists(lastEntriesKeyOf(KEY))).toBe(0);
     await looks();
     expect(pod.losses).toHaveLength(2);
   });
@@ -258,7 +261,7 @@ describe('a stream that was noted in an epoch', () => {
     await pod.found();
     const streams = Array.from({ length: 150 }, (_, i) => `${STREAM}.${i}`);
     for (const stream of streams) await noted(stream);
-    const [, seenFirst] = await admin.hscan(notesKeyOf(KEY), '0', 'COUNT', 100);
+    const [, seenFirst] = await admin.hscan(lastEntriesKeyOf(KEY), '0', 'COUNT', 100);
     const later = streams.find((it) => !seenFirst.includes(it)) as string;
     expect(await admin.del(later)).toBe(1);
     await waitFor(() => pod.losses.length === 2, { what: 'the loss to be noticed', timeoutMs: 25_000 });
@@ -277,13 +280,13 @@ describe('an operator who ends the epoch', () => {
   test('begins the next one after the comparison, which the pods await and take', async () => {
     const pods = [startPod(), startPod()];
     const names = await Promise.all(pods.map((pod) => pod.found()));
-    const stamp = await waitFor(() => admin.get(`${KEY}:intact`), { what: 'a stamp' });
-    await admin.hset(notesKeyOf(KEY), 'stream', '1-1');
+    const stamp = await waitFor(() => admin.get(`${KEY}:checkpoint`), { what: 'a stamp' });
+    await admin.hset(lastEntriesKeyOf(KEY), 'stream', '1-1');
     const losses: Loss[] = [];
     await end(async (loss) => {
       losses.push(loss);
       expect(await isComparing(redis, KEY)).toBe(true);
-      expect(await admin.exists(notesKeyOf(KEY))).toBe(0);
+      expect(await admin.exists(lastEntriesKeyOf(KEY))).toBe(0);
       for (const [i, pod] of pods.entries())
         await expect(pod.confirm(names[i] as string)).rejects.toThrow(EpochOverError);
       expect(pods.map((pod) => pod.current())).toEqual([undefined, undefined]);
@@ -291,8 +294,8 @@ describe('an operator who ends the epoch', () => {
     const next = await admin.get(KEY);
     for (const pod of pods) expect(await pod.found()).toBe(next);
     expect(names).not.toContain(next);
-    expect(losses).toMatchObject([{ intactUntil: expect.any(String), forgotten: false }]);
-    expect((losses[0]?.intactUntil as string) >= stamp).toBe(true);
+    expect(losses).toMatchObject([{ checkpoint: expect.any(String), forgotten: false }]);
+    expect((losses[0]?.checkpoint as string) >= stamp).toBe(true);
     // What the pods did at their start.
     expect(pods.flatMap((pod) => pod.losses)).toHaveLength(1);
     expect(await admin.exists(`${KEY}:checker`)).toBe(0);
@@ -369,13 +372,16 @@ describe('a Redis that an idle pod is connected to', () => {
   test('is stamped with the time up to which nothing can have been lost', async () => {
     const pod = startPod();
     await pod.found();
-    const began = await admin.get(`${KEY}:intact`);
-    await waitFor(async () => (await admin.get(`${KEY}:intact`)) !== began, { what: 'a stamp', ...NOTICED });
-    const stamp = await admin.get(`${KEY}:intact`);
+    const began = await admin.get(`${KEY}:checkpoint`);
+    await waitFor(async () => (await admin.get(`${KEY}:checkpoint`)) !== began, {
+      what: 'a stamp',
+      ...NOTICED,
+    });
+    const stamp = await admin.get(`${KEY}:checkpoint`);
     // A restart, as far as the epoch can tell.
     await admin.set(KEY, 'another');
     await waitFor(() => pod.losses.length === 2, { what: 'the comparison', ...NOTICED });
-    expect(pod.losses[1]?.intactUntil).toBe(stamp);
+    expect(pod.losses[1]?.checkpoint).toBe(stamp);
   });
 
   test('is not stamped while the database is away, and is looked at all the same', async () => {
@@ -389,16 +395,16 @@ describe('a Redis that an idle pod is connected to', () => {
     });
     await pod.found();
     isAway = true;
-    const stamp = await admin.get(`${KEY}:intact`);
+    const stamp = await admin.get(`${KEY}:checkpoint`);
     const before = asked;
     await waitFor(() => asked >= before + 2, { what: 'the first of two looks to be over', ...NOTICED });
-    expect(await admin.get(`${KEY}:intact`)).toBe(stamp);
+    expect(await admin.get(`${KEY}:checkpoint`)).toBe(stamp);
     await admin.set(KEY, 'another');
     await waitFor(() => pod.reason() === 'no database', { what: 'the end of the epoch', ...NOTICED });
     expect(pod.current()).toBeUndefined();
     isAway = false;
     await pod.found();
-    expect(pod.losses.at(-1)?.intactUntil).toBe(stamp);
+    expect(pod.losses.at(-1)?.checkpoint).toBe(stamp);
   });
 });
 
@@ -557,7 +563,7 @@ describe('a database of another generation', () => {
     await forgetEpoch(openRedis(server.url), KEY);
     await waitFor(() => pod.losses.length === 2 && pod.current(), { what: 'the next epoch', ...NOTICED });
     expect(told).toContain(null);
-    expect(pod.losses[1]).toMatchObject({ intactUntil: null, forgotten: true });
+    expect(pod.losses[1]).toMatchObject({ checkpoint: null, forgotten: true });
   });
 });
 
@@ -594,7 +600,7 @@ describe('two comparisons', () => {
     await ready;
     // Nobody else keeps it from beginning another.
     await admin.del(`${KEY}:checker`);
-    pod.doubt();
+    pod.invalidate();
     await new Promise((resolve) => setImmediate(resolve));
     expect(pod.losses).toHaveLength(1);
     first.resolve();

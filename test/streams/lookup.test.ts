@@ -1,5 +1,5 @@
 import { beforeEach, describe, expect, test } from 'vitest';
-import { notesKeyOf } from '../../src/streams/append.ts';
+import { lastEntriesKeyOf } from '../../src/streams/append.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { asRelay, redisRules } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';
@@ -21,7 +21,7 @@ beforeEach(async () => {
   await redis.flushall();
 });
 
-const notes = () => redis.hgetall(notesKeyOf(EPOCH_KEY));
+const notes = () => redis.hgetall(lastEntriesKeyOf(EPOCH_KEY));
 
 /** Entries of the event `x`. */
 const add = async (...ids: string[]) => {
@@ -161,7 +161,7 @@ describe('the entry of an event', () => {
     for (const id of ['5-1', '5-3']) await redis.xadd(TOPIC, id, 'event_id', eventId);
     await lookup.find(TOPIC, [eventId]);
     expect(await notes()).toEqual({ [TOPIC]: '5-3' });
-    await redis.hset(notesKeyOf(EPOCH_KEY), TOPIC, '9-9');
+    await redis.hset(lastEntriesKeyOf(EPOCH_KEY), TOPIC, '9-9');
     await lookup.find(TOPIC, [eventId]);
     expect(await notes()).toEqual({ [TOPIC]: '9-9' });
   });

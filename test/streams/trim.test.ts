@@ -56,8 +56,8 @@ describe('a stream is trimmed', () => {
   test('up to what the slowest group has acknowledged, never beyond', async () => {
     await add(1_000);
     for (const group of ['quick', 'slow']) await redis.xgroup('CREATE', STREAM, group, '0');
-    const { note, trim } = trimmerOf();
-    note(STREAM);
+    const { remember, trim } = trimmerOf();
+    remember(STREAM);
     await consume('quick', 1_000);
     await consume('slow', 450);
     expect(await trim()).toBe(400);
@@ -77,8 +77,8 @@ describe('a stream is trimmed', () => {
       'group',
       ...Array.from({ length: 500 }, (_, i) => id(i + 1)).filter((it) => it !== id(301)),
     );
-    const { note, trim } = trimmerOf();
-    note(STREAM);
+    const { remember, trim } = trimmerOf();
+    remember(STREAM);
     expect(await trim()).toBe(300);
     expect(await firstId()).toBe(id(301));
     expect(await redis.xpending(STREAM, 'group')).toMatchObject([1, id(301), id(301), expect.anything()]);
@@ -100,8 +100,8 @@ describe('a stream is trimmed', () => {
   ])('not at all %s', async (_, prepare) => {
     await add(500);
     await prepare();
-    const { note, trim } = trimmerOf();
-    note(STREAM);
+    const { remember, trim } = trimmerOf();
+    remember(STREAM);
     expect(await trim()).toBe(0);
     expect(await redis.xlen(STREAM)).toBe(500);
   });
@@ -110,8 +110,8 @@ describe('a stream is trimmed', () => {
     await add(500);
     await redis.xgroup('CREATE', STREAM, 'group', '$');
     const one = trimmerOf();
-    one.note(STREAM);
-    one.note('no.such.stream');
+    one.remember(STREAM);
+    one.remember('no.such.stream');
     await one.run(() => false);
     expect(await trimmerOf().trim()).toBe(400);
     // What is not there, or no stream, leaves the list.
@@ -123,7 +123,7 @@ describe('a stream is trimmed', () => {
     await redis.xgroup('CREATE', STREAM, 'group', '$');
     await redis.call('ACL', 'SETUSER', 'limited', ...redisRules({ RELAY_ALLOWED_TOPICS: STREAM }));
     const limited = trimmerOf(0, EPOCH, openRedis(asRelay(server.url, 'limited')));
-    for (const stream of ['forbidden', STREAM]) limited.note(stream);
+    for (const stream of ['forbidden', STREAM]) limited.remember(stream);
     await expect(limited.trim()).rejects.toThrow('forbidden');
     expect(await redis.hkeys(LIST)).toEqual(['forbidden', STREAM]);
     expect(await redis.xlen(STREAM)).toBe(NODE);
@@ -133,15 +133,15 @@ describe('a stream is trimmed', () => {
     await add(500);
     await redis.xgroup('CREATE', STREAM, 'group', '0');
     await redis.xadd('unread', '*', 'n', 1);
-    const { note, trim } = trimmerOf();
-    for (const stream of ['unread', STREAM]) note(stream);
+    const { remember, trim } = trimmerOf();
+    for (const stream of ['unread', STREAM]) remember(stream);
     await trim();
     await consume('group', 250);
     await redis.config('SET', 'maxmemory', '1');
     try {
       expect(await trim()).toBe(200);
       await redis.xgroup('SETID', STREAM, 'group', id(500));
-      note('new');
+      remember('new');
       await expect(trim()).rejects.toThrow('OOM');
       expect(await redis.xlen(STREAM)).toBe(NODE);
     } finally {
@@ -155,8 +155,8 @@ describe('a stream is trimmed', () => {
   test('only while the epoch lasts, as Redis says and as the pod knows: nothing may be lost unseen', async () => {
     await add(500);
     await redis.xgroup('CREATE', STREAM, 'group', '$');
-    const { note, trim } = trimmerOf();
-    note(STREAM);
+    const { remember, trim } = trimmerOf();
+    remember(STREAM);
     for (const name of ['checking:me', 'server/history:2']) {
       await redis.set(EPOCH_KEY, name);
       expect(await trim()).toBe(0);
@@ -178,8 +178,8 @@ describe('a stream is trimmed', () => {
     await add(498, 2);
     await redis.xadd(STREAM, id(500), 'event_id', 'x');
     await redis.xgroup('CREATE', STREAM, 'group', '0');
-    const { note, trim } = trimmerOf();
-    note(STREAM);
+    const { remember, trim } = trimmerOf();
+    remember(STREAM);
     await consume('group', 500);
     await trim();
     // 501 was lost, after the group had read it.
@@ -194,10 +194,10 @@ describe('somebody is warned', () => {
   const DROPPED = 'entries were dropped that a consumer group had not acknowledged';
 
   test('before the cap drops what a group has not read, once, with its name', async () => {
-    const { note, trim, warnings } = trimmerOf(1_000);
+    const { remember, trim, warnings } = trimmerOf(1_000);
     await redis.xgroup('CREATE', STREAM, 'quick', '0', 'MKSTREAM');
     await redis.xgroup('CREATE', STREAM, 'slow', '0');
-    note(STREAM);
+    remember(STREAM);
     await add(890);
     await consume('quick', 890);
     await trim();
@@ -216,9 +216,9 @@ describe('somebody is warned', () => {
     ['but for one entry', 110, 99, 98],
     ['to its only entry', 1, 1, 1],
   ])('not of a stream that is full of what was acknowledged, %s', async (_, cap, entries, acknowledged) => {
-    const { note, trim, warnings } = trimmerOf(cap);
+    const { remember, trim, warnings } = trimmerOf(cap);
     await redis.xgroup('CREATE', STREAM, 'group', '0', 'MKSTREAM');
-    note(STREAM);
+    remember(STREAM);
     await add(entries);
     await consume('group', acknowledged);
     await trim();
@@ -231,9 +231,9 @@ describe('somebody is warned', () => {
     ['that has not acknowledged what it has read', async () => void (await read('group', 950)), true],
     ['that has read everything in time', async () => consume('group', 950), false],
   ])('when entries were dropped: of a group %s', async (_, act, expected) => {
-    const { note, trim, warnings } = trimmerOf(1_000);
+    const { remember, trim, warnings } = trimmerOf(1_000);
     await redis.xgroup('CREATE', STREAM, 'group', '0', 'MKSTREAM');
-    note(STREAM);
+    remember(STREAM);
     await add(950);
     // So that only the cap trims from here on.
     await redis.xgroup('CREATE', STREAM, 'never', '0');
@@ -264,11 +264,11 @@ describe('somebody is warned', () => {
       },
     ],
   ])('not of a group %s', async (_, cap, act) => {
-    const { note, trim, warnings } = trimmerOf(cap);
+    const { remember, trim, warnings } = trimmerOf(cap);
     await redis.xgroup('CREATE', STREAM, 'group', '0', 'MKSTREAM');
     await add(1);
     await consume('group', 1);
-    note(STREAM);
+    remember(STREAM);
     await trim();
     await act();
     await trim();

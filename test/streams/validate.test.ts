@@ -120,7 +120,7 @@ describe('bad payloads', () => {
     expect(validate('UserCreated', json)).toEqual(['__proto__: is not allowed']);
   });
 
-  test('one bad payload does not change the verdict on the next', () => {
+  test('one bad payload does not change the result on the next', () => {
     expect(violations('UserCreated', {})).not.toEqual([]);
     expect(violations('UserCreated', good.UserCreated)).toEqual([]);
   });

@@ -77,7 +77,7 @@ export async function openContext(
       await redis.flushall();
       await streamRedis.flushall();
       epoch.start();
-      epoch.doubt();
+      epoch.invalidate();
       await currentEpoch();
     },
 

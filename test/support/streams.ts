@@ -7,8 +7,8 @@ import {
   APPEND_CONNECTION,
   createStreams,
   type Gate,
+  lastEntriesKeyOf,
   memoryKeyOf,
-  notesKeyOf,
   type StreamOptions,
   type Streams,
 } from '../../src/streams/append.ts';
@@ -22,7 +22,7 @@ import { waitFor } from './wait.ts';
 export const TOPIC = 'identity.user.v1';
 export const DLQ = 'identity.user.v1.dlq';
 export const EPOCH_KEY = 'bull:relay:epoch';
-export const NOTES_KEY = notesKeyOf(EPOCH_KEY);
+export const NOTES_KEY = lastEntriesKeyOf(EPOCH_KEY);
 export const ENTRY_ID = /^\d+-\d+$/;
 /** When jobs were made, unless a test says otherwise. */
 export const MADE_AT = 1_700_000_000_000;
@@ -80,7 +80,7 @@ export async function openStreams(side: Side) {
     reason: () => '',
     current: () => epoch.name,
     known: async () => epoch.name,
-    doubt: () => void epoch.doubts++,
+    invalidate: () => void epoch.doubts++,
     endFor: (of) => void epoch.ended.push(of),
   };
 

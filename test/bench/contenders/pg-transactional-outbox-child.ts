@@ -9,7 +9,7 @@ const { databaseUrl, redisUrl, stream, batch, connections } = childConfig<PgTran
 const { getDisabledLogger, initializePollingMessageListener } = pgTransactionalOutbox;
 const redis = new Redis(redisUrl);
 let shutDown = async (): Promise<void> => {};
-const inHand = new Set<Promise<unknown>>();
+const inProgress = new Set<Promise<unknown>>();
 
 function listen(): () => Promise<void> {
   const db = { connectionString: databaseUrl, max: connections };
@@ -38,8 +38,8 @@ function listen(): () => Promise<void> {
             payload: JSON.stringify(payload),
           }),
         );
-        inHand.add(appended);
-        await appended.finally(() => inHand.delete(appended));
+        inProgress.add(appended);
+        await appended.finally(() => inProgress.delete(appended));
       },
     },
     getDisabledLogger(),
@@ -51,6 +51,6 @@ await answerParent(async (request: 'start' | 'stop') => {
   if (request === 'start') shutDown = listen();
   else {
     await shutDown();
-    await Promise.allSettled(inHand);
+    await Promise.allSettled(inProgress);
   }
 });

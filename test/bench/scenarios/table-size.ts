@@ -137,7 +137,7 @@ async function measure(
       [kept],
     );
     for (let after: typeof FIRST_PLACE | null = rows.length > 0 ? FIRST_PLACE : null; after !== null; ) {
-      const step = await pruner.step({ kind: 'receipted', after, before: rows[0].at, limit: BATCH });
+      const step = await pruner.step({ kind: 'with-entry', after, before: rows[0].at, limit: BATCH });
       if (step === 'busy') throw new Error('somebody else is deleting');
       after = step.next;
     }

@@ -5,24 +5,24 @@ export type Finding = Readonly<{
    * - `advice`: it works, but an operator should know
    * - `failed`: the relay cannot work: `relay start` refuses to
    */
-  verdict: 'ok' | 'advice' | 'failed';
+  result: 'ok' | 'advice' | 'failed';
   /** One line. Unless it is ok: the cause, and what to do. */
   finding: string;
   /**
    * Whether it may be over although nobody changes configuration, servers or rights: `soon`, as a server that is away
-   * or a failover under way, which `relay start` waits for; or `later`, when a step of somebody's is due.
+   * or a failover under way, which `relay start` waits for; or `later`, when a step of an operator's is due.
    */
   mayPass: false | 'soon' | 'later';
 }>;
 
 /** `subject`: what it is about, in a word or two. */
-export type Verdict = Finding & Readonly<{ subject: string }>;
+export type RequirementResult = Finding & Readonly<{ subject: string }>;
 
-export const ok = (finding: string): Finding => ({ verdict: 'ok', finding, mayPass: false });
-export const advice = (finding: string): Finding => ({ verdict: 'advice', finding, mayPass: false });
-export const failed = (finding: string): Finding => ({ verdict: 'failed', finding, mayPass: false });
+export const ok = (finding: string): Finding => ({ result: 'ok', finding, mayPass: false });
+export const advice = (finding: string): Finding => ({ result: 'advice', finding, mayPass: false });
+export const failed = (finding: string): Finding => ({ result: 'failed', finding, mayPass: false });
 export const failedFor = (mayPass: 'soon' | 'later', finding: string): Finding => ({
-  ...{ verdict: 'failed', finding, mayPass },
+  ...{ result: 'failed', finding, mayPass },
 });
 
 /** One of the list; `On` is what it is tried on. It answers nothing where there is nothing to say. */
@@ -46,12 +46,12 @@ export async function checkInTurn<On>(
   requirements: readonly Requirement<On>[],
   on: On,
   findingOf: (error: unknown) => Finding,
-): Promise<Verdict[]> {
-  const verdicts: Verdict[] = [];
+): Promise<RequirementResult[]> {
+  const results: RequirementResult[] = [];
   for (const { subject, check } of requirements) {
     const found = await check(on).catch(findingOf);
-    if (found !== undefined) verdicts.push({ ...found, subject });
-    if (found?.verdict === 'failed') break;
+    if (found !== undefined) results.push({ ...found, subject });
+    if (found?.result === 'failed') break;
   }
-  return verdicts;
+  return results;
 }
