@@ -14,7 +14,7 @@ import { createOutbox } from './outbox/outbox.ts';
 import type { Clock } from './queue/clock.ts';
 import type { Queues } from './queue/queues.ts';
 import { createScheduler } from './queue/scheduler.ts';
-import { createFindForgotten } from './recovery/forgotten.ts';
+import { createFindForgotten } from './recovery/forgotten-entries.ts';
 import { createCompare, createRecoverLostData } from './recovery/lost-data.ts';
 import { streamOptionsOf } from './stream-options.ts';
 import { createStreams } from './streams/append.ts';

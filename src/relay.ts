@@ -1,5 +1,6 @@
 import type { Redis } from 'ioredis';
 import { createClaiming } from './claim/claiming.ts';
+import type { PgPool, RedisClient } from './clients.ts';
 import type { RelayConfig } from './config/config.ts';
 import type { Pool } from './connections/database.ts';
 import { claimQueue } from './connections/ownership.ts';
@@ -10,6 +11,7 @@ import { type Context, createContext, secondsSince } from './context.ts';
 import { createHttp } from './http/http.ts';
 import { createLifecycle, createTask, type Lifecycle, succeedsWithin } from './lifecycle.ts';
 import { createFleetReader, waitForOtherProtocols } from './operations/heartbeat.ts';
+import { migrateDatabase } from './operations/migration.ts';
 import { createPublishing } from './publish/publishing.ts';
 import { createClock, redisTime } from './queue/clock.ts';
 import { openQueues } from './queue/queues.ts';
@@ -21,9 +23,9 @@ import { VERSION } from './version.ts';
 /** What an embedding team may bring along. The relay never closes what it was given. */
 export type RelayDeps = Readonly<{
   /** node-postgres pool with at least 6 connections to spare. Default: one of its own. */
-  pool?: Pool;
-  /** ioredis client; only its options are used, by duplicates. Default: from `config.redisUrl`. */
-  redis?: Redis;
+  pool?: PgPool;
+  /** ioredis client; duplicates of it are used, with the relay's own options but for its address. Default: from `config.redisUrl`. */
+  redis?: RedisClient;
   logger?: Logger;
   /** Whether to serve the health endpoints. Default: true. */
   http?: boolean;
@@ -37,6 +39,14 @@ export type RelayDeps = Readonly<{
 }>;
 
 export type Relay = Readonly<{
+  /**
+   * What `relay migrate` does: makes or adopts the table, with the role of `config.databaseUrl`. Before `start`; safe when
+   * several pods do it at once, and when it is done again. Without `notify` no trigger wakes the relay up (default: as
+   * `config.notify` says).
+   * @throws {NotReadyError} when PostgreSQL cannot be reached
+   * @throws {RequirementError} when there is a table that cannot be adopted: nothing was done
+   */
+  migrate(options?: Readonly<{ notify?: boolean }>): Promise<void>;
   /**
    * Resolves when the relay is at work.
    * @throws {NotReadyError} when database or Redis cannot be reached in time, or the table is not ready
@@ -157,7 +167,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
   let running: Running | undefined;
 
   async function start(): Promise<void> {
-    servers = openServers(config, deps, logger);
+    servers = openServers(config, deps as { pool?: Pool; redis?: Redis }, logger);
     const { pool, queueRedis, streamRedis, appendRedis, workerRedis } = servers;
     const isOne = streamRedis === queueRedis;
     const redis = [queueRedis, workerRedis, ...(isOne ? [appendRedis] : [])];
@@ -197,6 +207,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
   }
 
   return {
+    migrate: ({ notify = config.notify } = {}) => migrateDatabase(config, notify, logger),
     async start() {
       if (stopping !== undefined)
         throw new Error('a relay that was stopped does not start again: create another');

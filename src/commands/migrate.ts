@@ -1,10 +1,8 @@
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
-import { createClient } from '../connections/pool.ts';
-import { NotReadyError } from '../lifecycle.ts';
+import { migrateDatabase } from '../operations/migration.ts';
 import { databaseGrants } from '../operations/roles.ts';
-import { migrate } from '../outbox/migrations.ts';
-import { createLogger, errorText } from '../telemetry/logger.ts';
+import { createLogger } from '../telemetry/logger.ts';
 import { EXIT, withConfig } from './command.ts';
 
 export function addMigrate(command: Command): void {
@@ -25,21 +23,11 @@ type MigrateOptions = Readonly<{ notify: boolean; grants?: boolean }>;
 const GRANTEES = { role: 'relay', operator: 'relay_operator', producer: 'producer' };
 
 async function runMigration(config: RelayConfig, { notify, grants }: MigrateOptions): Promise<number> {
-  const client = createClient(config.databaseUrl, { connectionTimeoutMillis: config.startupTimeoutMs });
-  try {
-    await client.connect();
-  } catch (error) {
-    throw new NotReadyError(`PostgreSQL cannot be reached (see RELAY_DATABASE_URL): ${errorText(error)}`);
-  }
-  try {
-    const logger = createLogger(config.logLevel);
-    await migrate(client, notify, logger, config.streamName);
-    if (grants) {
-      await client.query(databaseGrants(config, GRANTEES));
-      logger.info(GRANTEES, 'the roles have their rights');
-    }
-  } finally {
-    await client.end();
-  }
+  const logger = createLogger(config.logLevel);
+  await migrateDatabase(config, notify, logger, async (client) => {
+    if (!grants) return;
+    await client.query(databaseGrants(config, GRANTEES));
+    logger.info(GRANTEES, 'the roles have their rights');
+  });
   return EXIT.done;
 }

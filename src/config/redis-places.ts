@@ -8,6 +8,9 @@ export type RedisPlace = Partial<
   Pick<RelayConfig, 'redisUrl' | 'redisCluster' | 'redisSentinels' | 'redisSentinelName'>
 >;
 
+/** Where the queues are: what of the configuration says so. */
+export type QueuePlace = Pick<RelayConfig, 'redisUrl' | 'queuePrefix' | 'queueName'> & RedisPlace;
+
 /** Whether it is a cluster: said so, or several nodes of one are named. */
 export const isCluster = ({ redisCluster = false, redisUrl }: RedisPlace): boolean =>
   redisCluster !== false || (redisUrl !== undefined && redisNodes(redisUrl).length > 1);

@@ -1,7 +1,7 @@
 import type { Socket } from 'node:net';
 import { Redis, type RedisOptions } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
-import { isCluster, type RedisPlace, streamPlace } from '../config/redis-places.ts';
+import { isCluster, type QueuePlace, streamPlace } from '../config/redis-places.ts';
 import { redisNodes, redisOptions, sentinelOptions } from '../config/redis-urls.ts';
 import { slotOf } from '../config/topics.ts';
 import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION } from '../queue/queues.ts';
@@ -23,9 +23,6 @@ const RECONNECT_DELAY_MS = 1_000;
 const HTTP_POOL_SIZE = 4;
 /** So many commands at most are held back until the iteration of the event loop has ended. */
 const COLLECTED_WRITES = 32;
-
-/** Where the queues are: what of the configuration says so. */
-export type QueuePlace = Pick<RelayConfig, 'redisUrl' | 'queuePrefix' | 'queueName'> & RedisPlace;
 
 /** One connection to one server: the one that there is, the master that sentinels name, or the node with our slot. */
 export function openRedis(place: QueuePlace, options: RedisOptions): Redis {

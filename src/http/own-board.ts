@@ -1,18 +1,21 @@
 import type { Redis } from 'ioredis';
-import { openRedis, type QueuePlace } from '../connections/servers.ts';
+import type { RedisClient } from '../clients.ts';
+import type { QueuePlace } from '../config/redis-places.ts';
+import { openRedis } from '../connections/servers.ts';
 import { createQueues, QUEUE_CONNECTION } from '../queue/queues.ts';
-import type { adaptersOf, createGuard } from './board-queues.ts';
 
 /** Where the queues are: a configuration, or a client of yours and the names. */
 export type BoardQueuesFrom =
   | QueuePlace
-  | Readonly<{ redis: Redis; queuePrefix?: string; queueName?: string }>;
+  | Readonly<{ redis: RedisClient; queuePrefix?: string; queueName?: string }>;
 
 export type BoardQueues = Readonly<{
   /** For `queues` of createBullBoard, among your own. */
-  queues: ReturnType<typeof adaptersOf>;
+  // biome-ignore lint/suspicious/noExplicitAny: the adapters of whatever version of Bull Board is there
+  queues: any[];
   /** For `options.handlerHooks`: refuses what would harm the relay, with the reason; other queues are left alone. */
-  handlerHooks: { before: ReturnType<typeof createGuard> };
+  // biome-ignore lint/suspicious/noExplicitAny: as above
+  handlerHooks: { before: (event: any) => any };
   /** Closes what was opened; a client that was given stays open. */
   close(): Promise<void>;
 }>;
@@ -31,7 +34,7 @@ export async function createBoardQueues(
   const own = 'redis' in from ? undefined : openRedis(from, QUEUE_CONNECTION);
   // The board shows that Redis is away.
   own?.on('error', () => {});
-  const redis = own ?? (from as { redis: Redis }).redis;
+  const redis = own ?? (from as unknown as { redis: Redis }).redis;
   // Nothing is added by a board, so nothing is retried by these.
   const queues = createQueues(
     redis,

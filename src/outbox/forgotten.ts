@@ -2,7 +2,7 @@ import { type Pool, type Queryable, transaction } from '../connections/database.
 import { DEAD, LIVE, type OutboxOptions, STILL_LIVE } from './conditions.ts';
 import { printable, printableType, storedType } from './event-of-row.ts';
 
-/** What the table is asked after PostgreSQL may have forgotten what became of rows; see recovery/forgotten.ts. */
+/** What the table is asked after PostgreSQL may have forgotten what became of rows; see recovery/forgotten-entries.ts. */
 
 /** Rows in one statement, whose topics are asked for. */
 const PAGE_ROWS = 10_000;

@@ -1,15 +1,4 @@
-import { sql } from 'drizzle-orm';
-import { drizzle } from 'drizzle-orm/node-postgres';
-import {
-  bigint,
-  jsonb,
-  type PgDatabase,
-  type PgQueryResultHKT,
-  pgSchema,
-  text,
-  uuid,
-} from 'drizzle-orm/pg-core';
-import type pg from 'pg';
+/** What a backend needs to write events: this file alone, on whatever client the backend has. */
 
 /** A domain event as its producer knows it. */
 export type NewEvent = {
@@ -32,26 +21,20 @@ export type NewEvent = {
   headers?: Readonly<Record<string, string>>;
 };
 
-/** A node-postgres client inside BEGIN … COMMIT, or a drizzle transaction. */
-// biome-ignore lint/suspicious/noExplicitAny: drizzle's schema parameters are invariant; ours are irrelevant here
-export type Transaction = pg.ClientBase | PgDatabase<PgQueryResultHKT, any, any>;
-
-/**
- * What a producer fills. drizzle names every column of a table in an INSERT, and PostgreSQL asks for the right to each
- * that is named: so no others, and `id` as one that drizzle leaves out.
- */
-const columns = {
-  id: bigint('id', { mode: 'bigint' }).notNull().generatedAlwaysAs(sql`nextval`),
-  eventId: uuid('event_id').notNull().defaultRandom(),
-  eventType: text('event_type').notNull(),
-  aggregateType: text('aggregate_type').notNull().default('user'),
-  aggregateId: uuid('aggregate_id').notNull(),
-  payload: jsonb('payload').notNull(),
-  topic: text('topic').default('identity.user.v1'),
+/** A client of node-postgres inside BEGIN … COMMIT, of whatever version. */
+export type PgTransaction = {
+  // biome-ignore lint/suspicious/noExplicitAny: each version of node-postgres has other types of its rows
+  query(text: string, values: unknown[]): PromiseLike<{ rows: any[] }>;
 };
-const events = pgSchema('identity').table('outbox', columns);
-/** The same with the column that a team may have added. It is not ours: no migration makes it. */
-const eventsWithHeaders = pgSchema('identity').table('outbox', { ...columns, headers: jsonb('headers') });
+
+/** A transaction of drizzle, of whatever version, on node-postgres or postgres.js. */
+export type DrizzleTransaction = {
+  // biome-ignore lint/suspicious/noExplicitAny: each version of drizzle has other types of its own
+  execute(query: any): PromiseLike<any>;
+  insert: unknown;
+};
+
+export type Transaction = PgTransaction | DrizzleTransaction;
 
 /**
  * Writes an event into the outbox, within the caller's own transaction: it exists if and only if that commits.
@@ -65,23 +48,44 @@ export async function appendEvent(
   tx: Transaction,
   event: NewEvent,
 ): Promise<{ id: bigint; eventId: string }> {
-  const db = 'insert' in tx ? tx : drizzle(tx as pg.Client);
-  const { eventType, aggregateType, aggregateId, payload, topic, eventId, headers } = event;
-  const values = {
-    eventType,
-    aggregateId,
-    payload,
-    ...(aggregateType !== undefined && { aggregateType }),
-    ...(topic !== undefined && { topic }),
-    ...(eventId !== undefined && { eventId }),
-  };
-  const [row] =
-    headers === undefined
-      ? await db.insert(events).values(values).returning({ id: events.id, eventId: events.eventId })
-      : await db
-          .insert(eventsWithHeaders)
-          .values({ ...values, headers })
-          .returning({ id: eventsWithHeaders.id, eventId: eventsWithHeaders.eventId });
-  if (!row) throw new Error('the insert into identity.outbox returned no row');
-  return row;
+  const { payload, headers } = event;
+  // PostgreSQL asks for the right to each column that is named: none is that has nothing to say.
+  const columns: readonly (readonly [name: string, value: unknown])[] = [
+    ['event_id', event.eventId],
+    ['event_type', event.eventType],
+    ['aggregate_type', event.aggregateType],
+    ['aggregate_id', event.aggregateId],
+    ['payload', JSON.stringify(payload)],
+    ['topic', event.topic],
+    ['headers', headers && JSON.stringify(headers)],
+  ];
+  const given = columns.filter(([, value]) => value !== undefined);
+  const into = `INSERT INTO identity.outbox (${given.map(([name]) => name).join(', ')}) VALUES (`;
+  const returning = ') RETURNING id::text AS id, event_id';
+  const values = given.map(([, value]) => value);
+  const rows = isDrizzle(tx)
+    ? await insertByDrizzle(tx, into, values, returning)
+    : (await tx.query(`${into}${values.map((_, i) => `$${i + 1}`).join(', ')}${returning}`, values)).rows;
+  const [row] = rows as { id: string; event_id: string }[];
+  if (row === undefined) throw new Error('the INSERT into identity.outbox returned no row');
+  return { id: BigInt(row.id), eventId: row.event_id };
+}
+
+// A client of node-postgres has no insert; a transaction of drizzle has a query, which is another thing.
+const isDrizzle = (tx: Transaction): tx is DrizzleTransaction => 'insert' in tx && 'execute' in tx;
+
+async function insertByDrizzle(
+  tx: DrizzleTransaction,
+  into: string,
+  values: readonly unknown[],
+  returning: string,
+): Promise<unknown[]> {
+  // Theirs, which is there where a transaction of it is; nobody else needs to load it.
+  const { sql } = await import('drizzle-orm');
+  const list = sql.join(
+    values.map((value) => sql`${value}`),
+    sql`, `,
+  );
+  const result = await tx.execute(sql`${sql.raw(into)}${list}${sql.raw(returning)}`);
+  return Array.isArray(result) ? result : result.rows;
 }

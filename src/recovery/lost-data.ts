@@ -2,7 +2,7 @@ import type { FinalizedPlace, FinalizedRow, Published } from '../outbox/publishe
 import type { Loss } from '../streams/epoch.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import type { Logger } from '../telemetry/logger.ts';
-import type { FindForgotten } from './forgotten.ts';
+import type { FindForgotten } from './forgotten-entries.ts';
 
 /** Rows compared in one step. */
 const PAGE_ROWS = 1_000;

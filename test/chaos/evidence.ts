@@ -17,7 +17,10 @@ export async function takeEvidence(world: World): Promise<string> {
       sql(`SELECT pid, client_port, state, wait_event, now() - xact_start AS transaction, now() - state_change AS since,
                   left(regexp_replace(query, '\\s+', ' ', 'g'), 100) AS query
              FROM pg_stat_activity WHERE usename = 'relay' ORDER BY xact_start`),
-    advisoryLocks: () => sql(`SELECT pid, classid, objid, granted FROM pg_locks WHERE locktype = 'advisory'`),
+    locks: () =>
+      sql(
+        `SELECT pid, relation::regclass, mode, granted FROM pg_locks WHERE relation::regclass::text LIKE '%relay_%_lock'`,
+      ),
     claimQueue: () => queues.claim.getJobCounts(),
     activeClaims: async () =>
       (await queues.claim.getActive(0, ACTIVE_JOBS)).map((job) => ({

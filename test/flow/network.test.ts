@@ -102,16 +102,16 @@ test('a pod that is cut off from PostgreSQL while it has the claim lock holds up
     timeoutMs: RECOVERY_MS,
   });
   await stage.pod();
-  const holdsTurn = async () => {
+  const isClaiming = async () => {
     const { rowCount } = await stage.pool.query(
-      `SELECT FROM pg_locks WHERE locktype = 'advisory' AND classid = 1919705465 AND objid = 1668047209
+      `SELECT FROM pg_locks WHERE relation = 'identity.relay_claim_lock'::regclass AND granted
          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`,
     );
-    return rowCount === 1;
+    return (rowCount ?? 0) > 0;
   };
   // Not more: the event below is claimed after them, at the rate of one pod.
   await insertEvents(stage.pool, someEvents(1_000, 10));
-  await waitFor(holdsTurn, { what: 'a pod to claim' });
+  await waitFor(isClaiming, { what: 'a pod to claim' });
   proxy.halfOpen();
   const event = anEvent();
   await insertEvents(stage.pool, [event]);

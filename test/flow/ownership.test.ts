@@ -3,7 +3,7 @@ import { expect, test } from 'vitest';
 import { createRelay, loadConfig } from '../../src/index.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { PATIENCE_MS, setStage } from '../support/flow.ts';
-import { asRelay } from '../support/least-privilege.ts';
+import { asRelay, grantLeast } from '../support/least-privilege.ts';
 import { createDatabase, createPostgres, createRedis } from '../support/servers.ts';
 import { openAdminPool, openAdminRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
@@ -115,15 +115,20 @@ test('a build without owners has left none: its database has the queue without a
   await stage.rested();
   await pod.kill();
   await stage.redis.del(OWNER, 'bull:relay:epoch:generation');
-  await stage.pool.query('DROP TABLE identity.relay_owner');
+  await stage.pool.query(
+    'DROP TABLE identity.relay_owner, identity.relay_claim_lock, identity.relay_epoch_lock, identity.relay_prune_lock',
+  );
   expect((await stage.command(['check'])).lines.join('\n')).toMatch(
     /lacks table identity.relay_owner.*relay migrate/,
   );
   await stage.pool.query(
-    `DELETE FROM identity.relay_migrations WHERE id = (SELECT max(id) FROM identity.relay_migrations)`,
+    `DELETE FROM identity.relay_migrations WHERE id > (SELECT max(id) - 2 FROM identity.relay_migrations)`,
   );
   expect((await stage.command(['migrate'])).code).toBe(0);
-  // Rights as they were given for the build before.
+  expect((await stage.command(['check'])).lines.join('\n')).toMatch(
+    /permission denied for table relay_claim_lock.*relay grants/,
+  );
+  await grantLeast(stage.databaseUrl);
   await stage.pod();
   await insertEvents(stage.pool, someEvents(20));
   await stage.rested();

@@ -324,7 +324,7 @@ function failures(history: readonly RowChange[]): RowChange[] {
 
 /** How long the row said, at each failed attempt, that the next one would be away; ms. */
 function announcedDelays(history: readonly RowChange[]): number[] {
-  return failures(history).map((row) => Number(row.next_attempt_at) - row.at.getTime());
+  return failures(history).map((row) => Number(row.next_attempt_at) - row.begun.getTime());
 }
 
 /** Each failed attempt was mirrored on the row, and the next one came when the row had said. */

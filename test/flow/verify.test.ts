@@ -171,9 +171,9 @@ test('a repair that is killed in the midst holds the relay up for some seconds o
   await stage.redis.xdel(STREAM, ...idsOf(lost));
   // A transaction that rests on an entry is under way: the repair waits for it.
   const holder = await stage.pool.connect();
-  await holder.query('BEGIN; SELECT pg_advisory_xact_lock_shared(1919705465, 1936028780)');
+  await holder.query('BEGIN; LOCK TABLE identity.relay_epoch_lock IN ROW SHARE MODE');
   const command = await stage.spawn(['verify', '--since', '1h', '--repair']);
-  const waits = `SELECT FROM pg_locks WHERE NOT granted AND locktype = 'advisory'`;
+  const waits = `SELECT FROM pg_locks WHERE NOT granted AND relation = 'identity.relay_epoch_lock'::regclass`;
   await waitFor(async () => (await stage.pool.query(waits)).rowCount, { what: 'the repair to wait' });
   await command.kill('SIGKILL');
   await holder.query('COMMIT');

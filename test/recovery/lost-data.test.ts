@@ -243,7 +243,7 @@ describe('rows whose entries are missing', () => {
     await waitFor(
       async () => {
         const { rowCount } = await pool.query(
-          `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'advisory'`,
+          `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'relation'`,
         );
         return rowCount === 1;
       },

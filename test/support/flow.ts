@@ -201,7 +201,8 @@ async function readEntries(redis: Pick<Redis, 'xrange'>, stream: string): Promis
   });
 }
 
-export type RowChange = Row & Readonly<{ at: Date }>;
+/** `at`: when the row changed; `begun`: when its transaction began, which is its `now()`. */
+export type RowChange = Row & Readonly<{ at: Date; begun: Date }>;
 
 /**
  * Keeps every state that a row goes through, with the database's time of the change: whoever polls would miss some.
@@ -210,7 +211,7 @@ export type RowChange = Row & Readonly<{ at: Date }>;
 export async function recordHistory(pool: AdminPool): Promise<(eventId: string) => Promise<RowChange[]>> {
   await pool.query(`
     CREATE TABLE history AS SELECT now() AS at, o.* FROM identity.outbox o LIMIT 0;
-    ALTER TABLE history ADD COLUMN place bigserial;
+    ALTER TABLE history ADD COLUMN place bigserial, ADD COLUMN begun timestamptz DEFAULT now();
     CREATE FUNCTION keep_history() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
     BEGIN
       INSERT INTO history SELECT clock_timestamp(), NEW.*;

@@ -1,0 +1,35 @@
+import type { RelayConfig } from '../config/config.ts';
+import type { Queryable } from '../connections/database.ts';
+import { createClient } from '../connections/pool.ts';
+import { NotReadyError } from '../lifecycle.ts';
+import { errorText, type Logger } from '../telemetry/logger.ts';
+
+/**
+ * Makes or adopts `identity.outbox`, with the role of `config.databaseUrl`, on a connection of its own.
+ *
+ * @param notify whether writers wake the relay up by a trigger; false removes it
+ * @param then what is to be done on that connection afterwards
+ * @throws {NotReadyError} when PostgreSQL cannot be reached
+ * @throws {RequirementError} when there is a table that cannot be adopted: nothing was done
+ */
+export async function migrateDatabase(
+  config: RelayConfig,
+  notify: boolean,
+  logger: Logger,
+  then = async (_: Queryable): Promise<void> => {},
+): Promise<void> {
+  // Loaded here and now: a pod that does not migrate needs none of it.
+  const { migrate } = await import('../outbox/migrations.ts');
+  const client = createClient(config.databaseUrl, { connectionTimeoutMillis: config.startupTimeoutMs });
+  try {
+    await client.connect();
+  } catch (error) {
+    throw new NotReadyError(`PostgreSQL cannot be reached (see RELAY_DATABASE_URL): ${errorText(error)}`);
+  }
+  try {
+    await migrate(client, notify, logger, config.streamName);
+    await then(client);
+  } finally {
+    await client.end();
+  }
+}
