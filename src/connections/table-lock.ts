@@ -40,7 +40,7 @@ export const lockStatement = ({ table, mode, waitMs }: TableLock): string =>
 /** Another session has kept a lock of the relay for too long. */
 export class LockHeldError extends Error {
   override readonly name = 'LockHeldError';
-  /** Whether its transaction has lasted for longer than it was waited for; else other pods have had the lock meanwhile. */
+  /** Whether one transaction is known to have had it all the time; else other pods may have had it meanwhile. */
   readonly isHeldThroughout: boolean;
   constructor({ table, waitMs }: TableLock, holder: Holder | undefined) {
     super(
@@ -54,37 +54,47 @@ export class LockHeldError extends Error {
   }
 }
 
-type Holder = Readonly<{
-  pid: number;
-  application: string;
-  role: string;
-  address: string;
-  isHeldThroughout: boolean;
-}>;
+type Session = Readonly<{ pid: number; application: string; role: string; address: string }>;
+type Holder = Session & Readonly<{ isHeldThroughout: boolean }>;
+
+/** By table: the transaction that had its lock when that was last asked, and since when it is known to have it. */
+const lastHolders = new Map<string, Readonly<{ transaction: string; since: number }>>();
+
+/** When this transaction was first seen to hold the lock, by `performance.now()`. */
+function seenSince(table: string, transaction: string): number {
+  const last = lastHolders.get(table);
+  if (last?.transaction === transaction) return last.since;
+  const since = performance.now();
+  lastHolders.set(table, { transaction, since });
+  return since;
+}
 
 /**
- * Who has a lock that excludes others, the longest first. The time of a session of another role is hidden: it counts as
- * one that has had the lock all the time, since no pod is it.
+ * Who has a lock that excludes others, the longest first. How long is hidden of a session of another role, which may be
+ * another pod's: of that counts how long it was seen here.
  */
 async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise<Holder | undefined> {
   const client = await pool.connect();
   client.on('error', nextStatementFails);
   let failure: Error | undefined;
   try {
-    const { rows } = await client.query<Holder>({
-      text: `SELECT l.pid, coalesce(a.application_name, '') AS application, coalesce(a.usename, '') AS role,
+    const { rows } = await client.query<Session & { transaction: string; isOld: boolean | null }>({
+      text: `SELECT l.pid, l.pid || ' ' || l.virtualtransaction AS transaction, coalesce(a.application_name, '') AS application, coalesce(a.usename, '') AS role,
                coalesce(a.client_addr::text, 'local') AS address,
-               coalesce(a.xact_start < clock_timestamp() - $2 * interval '1 millisecond', true) AS "isHeldThroughout"
+               a.xact_start < clock_timestamp() - $2 * interval '1 millisecond' AS "isOld"
              FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
              WHERE l.relation = to_regclass($1) AND l.granted AND l.pid <> pg_backend_pid()
                AND l.mode <> ALL ($3::text[])
                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-             ORDER BY "isHeldThroughout" DESC, a.xact_start LIMIT 1`,
+             ORDER BY a.xact_start LIMIT 1`,
       values: [table, waitMs, mode === 'EXCLUSIVE' ? HARMLESS_TO_ALL : HARMLESS_TO_SHARES],
       types: RESULT_TYPES,
       query_timeout: ANSWER_MS,
     } as QueryConfig);
-    return rows[0];
+    const [holder] = rows;
+    if (holder === undefined) return undefined;
+    const seenMs = performance.now() - seenSince(table, holder.transaction);
+    return { ...holder, isHeldThroughout: holder.isOld ?? seenMs >= waitMs };
   } catch (error) {
     failure = error as Error;
     throw error;

@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import type { Pool } from '../../src/connections/database.ts';
+import { assertLocksPass, LockHeldError } from '../../src/connections/table-lock.ts';
 import type { Claim } from '../../src/outbox/claims.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
@@ -18,6 +19,7 @@ import {
   times,
 } from '../support/outbox-table.ts';
 import { openPool } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
 
 const table = await openOutboxTable();
 const { admin, outbox, claim, insert, insertOf, set, states, row } = table;
@@ -368,7 +370,8 @@ describe('the claim lock', () => {
     ['relay_claim_lock', () => outbox.withClaimLock(async () => 'claimed')],
     ['relay_epoch_lock', () => outbox.inEpoch(async () => 'in the epoch', { deadlineMs: 1_000 })],
   ])('whoever holds %s for too long is named', async (name, take) => {
-    const holder = await admin.connect();
+    // Of the relay's own role: how long others hold it is hidden.
+    const holder = await openPool(table.url).connect();
     onTestFinished(() => holder.release(true));
     await holder.query(`SET application_name = 'psql of somebody'`);
     const { rows } = await holder.query('SELECT pg_backend_pid() AS pid');
@@ -380,6 +383,33 @@ describe('the claim lock', () => {
     );
     await holder.query('ROLLBACK');
     await take();
+  });
+
+  test('is not said to be held while sessions of other roles, which may be pods, have it one after the other', async () => {
+    let holder = await admin.connect();
+    onTestFinished(() => holder.release(true));
+    const take = async () => {
+      holder = await admin.connect();
+      await holder.query('BEGIN; LOCK TABLE identity.relay_claim_lock IN EXCLUSIVE MODE');
+    };
+    holder.release(true);
+    await take();
+    await assertLocksPass(table.relay);
+    holder.release(true);
+    await take();
+    await assertLocksPass(table.relay);
+    // The same one for ten seconds.
+    await waitFor(
+      () =>
+        assertLocksPass(table.relay).then(
+          () => false,
+          (error) => error instanceof LockHeldError,
+        ),
+      {
+        what: 'the holder to be told',
+        timeoutMs: 60_000,
+      },
+    );
   });
 
   test('does not make a claim by hand wait, nor keep it from the order', async () => {
