@@ -53,7 +53,8 @@ const PRINTED: Readonly<Record<string, string>> = {
   standard_conforming_strings: 'on',
 };
 /** What a function of the relay's statements means is not decided by a schema that comes first. */
-const SEARCH_PATH = "concat_ws(', ', 'pg_catalog', nullif(pg_catalog.current_setting('search_path'), ''))";
+const SEARCH_PATH =
+  "pg_catalog.concat_ws(', ', 'pg_catalog', nullif(pg_catalog.current_setting('search_path'), ''))";
 
 /**
  * A named statement is planned once per connection: 0.5 ms less for each acknowledgement. A pooler that hands out
@@ -147,7 +148,7 @@ async function attemptTransaction<T>(
   // The level is said, not left to the database's default: under a stricter one the same statements would fail by chance.
   const asked = [
     ...set,
-    `pg_catalog.set_config('search_path', pg_catalog.${SEARCH_PATH}, true)`,
+    `pg_catalog.set_config('search_path', ${SEARCH_PATH}, true)`,
     ...(generation ? [`${generation.sql()} AS generation`] : []),
   ];
   const begin = `BEGIN ISOLATION LEVEL READ COMMITTED; SELECT ${asked.join(', ')}${lock ? `; ${lockStatement(lock)}` : ''}`;
