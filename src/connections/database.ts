@@ -75,8 +75,8 @@ export type Durability = 'durable' | 'repeatable';
 export const GENERIC = { generic: true } as const;
 
 type TransactionOptions = Readonly<{
-  /** A lock to begin with, in the statement that begins. */
-  lock?: TableLock;
+  /** Taken in this order before anything else is done, each waited for as long as the first one. */
+  locks?: readonly [TableLock, ...TableLock[]];
   /** Statements are planned whatever their parameters are: those that are named, once. */
   generic?: boolean;
   /** How long the transaction may idle between two statements, i.e. `work` be busy with other things. */
@@ -126,7 +126,7 @@ async function attemptTransaction<T>(
   work: (tx: Queryable) => Promise<T>,
   options: TransactionOptions,
 ): Promise<Attempt<T>> {
-  const { lock, generic = false, idleMs = deadlineMs + 1_000 } = options;
+  const { locks, generic = false, idleMs = deadlineMs + 1_000 } = options;
   const { generation } = pool;
   const client = await pool.connect();
   // A connection that breaks between two statements says so by this event alone, and unheard it ends the process.
@@ -134,8 +134,9 @@ async function attemptTransaction<T>(
   const settings = {
     ...(durability === 'repeatable' && { synchronous_commit: 'off' }),
     // The lock's own deadline comes first: it says what was waited for.
-    statement_timeout: lock === undefined ? deadlineMs : Math.max(deadlineMs, lock.waitMs + LOCK_MARGIN_MS),
-    lock_timeout: lock?.waitMs ?? 0,
+    statement_timeout:
+      locks === undefined ? deadlineMs : Math.max(deadlineMs, locks[0].waitMs + LOCK_MARGIN_MS),
+    lock_timeout: locks?.[0].waitMs ?? 0,
     idle_in_transaction_session_timeout: idleMs,
     ...PRINTED,
     ...PLANNER,
@@ -146,13 +147,14 @@ async function attemptTransaction<T>(
     ([name, value]) => `pg_catalog.set_config('${name}', '${value}', true)`,
   );
   // The level is said, not left to the database's default: under a stricter one the same statements would fail by chance.
-  const asked = [
-    ...set,
-    `pg_catalog.set_config('search_path', ${SEARCH_PATH}, true)`,
-    ...(generation ? [`${generation.sql()} AS generation`] : []),
-  ];
-  const begin = `BEGIN ISOLATION LEVEL READ COMMITTED; SELECT ${asked.join(', ')}${lock ? `; ${lockStatement(lock)}` : ''}`;
-  const beginDeadlineMs = Math.max(deadlineMs, lock?.waitMs ?? 0);
+  const begin = [
+    'BEGIN ISOLATION LEVEL READ COMMITTED',
+    `SELECT ${set.join(', ')}, pg_catalog.set_config('search_path', ${SEARCH_PATH}, true)`,
+    ...(locks ?? []).map(lockStatement),
+    // Of what is locked: while a lock was waited for, the table may have been emptied and filled again.
+    ...(generation ? [`SELECT ${generation.sql()} AS generation`] : []),
+  ].join('; ');
+  const beginDeadlineMs = Math.max(deadlineMs, (locks?.[0].waitMs ?? 0) * (locks?.length ?? 0));
 
   /** The first error of this session: those after it follow from it. */
   let ownError: unknown;
@@ -183,11 +185,11 @@ async function attemptTransaction<T>(
   };
   try {
     begun = ask({ text: begin }, beginDeadlineMs).then((results) => {
-      const [, first] = results as unknown as pg.QueryResult<{ generation: string }>[];
-      generation?.assert(first?.rows[0]?.generation ?? '');
+      const answers = results as unknown as pg.QueryResult<{ generation: string }>[];
+      generation?.assert(answers.at(-1)?.rows[0]?.generation ?? '');
     });
     // Sent together with the first statement where the connection can do that: a round trip less.
-    if (isPipelined(client) && lock?.mode !== 'EXCLUSIVE') begun.catch(nextStatementFails);
+    if (isPipelined(client) && locks?.[0].mode !== 'EXCLUSIVE') begun.catch(nextStatementFails);
     else await begun;
     const result = await work(tx);
     await begun;
@@ -201,8 +203,8 @@ async function attemptTransaction<T>(
     const isSessionSick = ownError !== undefined && isSick(ownError);
     if (error instanceof OtherGenerationError && error.isBehind) giveBack(error);
     else giveBack(isSessionSick ? (ownError as Error) : await rollBack());
-    if (lock !== undefined && sqlState(ownError) === LOCK_NOT_AVAILABLE)
-      return { kind: 'failed', error: await heldBy(pool, lock), isWorthAnother: false };
+    if (locks !== undefined && sqlState(ownError) === LOCK_NOT_AVAILABLE)
+      return { kind: 'failed', error: await heldBy(pool, locks), isWorthAnother: false };
     // Where the BEGIN failed, what came after it says only that.
     const told = ownError !== undefined && sqlState(error) === '25P02' ? ownError : error;
     return {

@@ -8,8 +8,11 @@ import { RESULT_TYPES } from './result-types.ts';
  */
 export type TableLock = Readonly<{
   table: string;
-  /** `ROW SHARE` goes with itself and not with `EXCLUSIVE`, which goes with neither. */
-  mode: 'ROW SHARE' | 'EXCLUSIVE';
+  /**
+   * `ROW SHARE` goes with itself and not with `EXCLUSIVE`, which goes with neither. `ACCESS SHARE` is what every SELECT
+   * takes: only what empties, rewrites or alters a table excludes it.
+   */
+  mode: 'ACCESS SHARE' | 'ROW SHARE' | 'EXCLUSIVE';
   /** How long it is waited for; 0: not at all. */
   waitMs: number;
 }>;
@@ -28,6 +31,16 @@ export const PRUNE_LOCK: TableLock = { table: 'identity.relay_prune_lock', mode:
 export const epochLock = (mode: TableLock['mode'], waitMs: number): TableLock => ({
   table: 'identity.relay_epoch_lock',
   mode,
+  waitMs,
+});
+
+/**
+ * The outbox itself, for a transaction that asks of which generation it is and then reads rows: nobody empties the table
+ * or writes it anew in between.
+ */
+export const outboxLock = (waitMs: number): TableLock => ({
+  table: 'identity.outbox',
+  mode: 'ACCESS SHARE',
   waitMs,
 });
 
@@ -87,7 +100,7 @@ async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise
                AND l.mode <> ALL ($3::text[])
                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
              ORDER BY a.xact_start LIMIT 1`,
-      values: [table, waitMs, mode === 'EXCLUSIVE' ? HARMLESS_TO_ALL : HARMLESS_TO_SHARES],
+      values: [table, waitMs, HARMLESS[mode]],
       types: RESULT_TYPES,
       query_timeout: ANSWER_MS,
     } as QueryConfig);
@@ -104,22 +117,36 @@ async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise
   }
 }
 
-/** Of a lock that was not to be had: what to say of it. */
-export const heldBy = async (pool: Pool, lock: TableLock): Promise<LockHeldError> =>
-  new LockHeldError(lock, await holderOf(pool, lock).catch(() => undefined));
+/** One of these locks was not to be had: what to say of it. */
+export async function heldBy(
+  pool: Pool,
+  locks: readonly [TableLock, ...TableLock[]],
+): Promise<LockHeldError> {
+  for (const lock of locks) {
+    const holder = await holderOf(pool, lock).catch(() => undefined);
+    if (holder !== undefined) return new LockHeldError(lock, holder);
+  }
+  return new LockHeldError(locks[0], undefined);
+}
 
 /** @throws {LockHeldError} when one session has had a lock that pods need for longer than they wait for it */
 export async function assertLocksPass(pool: Pool): Promise<void> {
-  for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', CLAIM_LOCK.waitMs)]) {
+  const { waitMs } = CLAIM_LOCK;
+  for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', waitMs), outboxLock(waitMs)]) {
     const holder = await holderOf(pool, lock);
     if (holder?.isHeldThroughout) throw new LockHeldError(lock, holder);
   }
 }
 
-const HARMLESS_TO_ALL = ['AccessShareLock'];
 const HARMLESS_TO_SHARES = [
-  ...HARMLESS_TO_ALL,
-  ...['RowShareLock', 'RowExclusiveLock', 'ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock'],
+  ...['AccessShareLock', 'RowShareLock', 'RowExclusiveLock'],
+  ...['ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock'],
 ];
+/** The modes of others that a lock does not wait for. */
+const HARMLESS: Readonly<Record<TableLock['mode'], readonly string[]>> = {
+  'ACCESS SHARE': [...HARMLESS_TO_SHARES, 'ExclusiveLock'],
+  'ROW SHARE': HARMLESS_TO_SHARES,
+  EXCLUSIVE: ['AccessShareLock'],
+};
 const ANSWER_MS = 5_000;
 const nextStatementFails = (): void => {};

@@ -145,7 +145,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
       const ofTwo = pool.leaving?.(1) ?? pool;
       return transaction(ofTwo, statementTimeoutMs, 'repeatable', work, {
         idleMs: CLAIM_LOCK_LIMIT_MS,
-        lock: CLAIM_LOCK,
+        locks: [CLAIM_LOCK],
       }).catch((error) => {
         if (error instanceof LockHeldError && !error.isHeldThroughout) return 'busy';
         throw error;

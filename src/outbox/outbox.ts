@@ -1,6 +1,6 @@
 import { type Durability, GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { createGeneration } from '../connections/generation.ts';
-import { epochLock } from '../connections/table-lock.ts';
+import { epochLock, outboxLock } from '../connections/table-lock.ts';
 import { createClaims } from './claims.ts';
 import type { OutboxOptions } from './conditions.ts';
 import { createFinalize } from './finalize.ts';
@@ -35,14 +35,16 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
     { deadlineMs = options.statementTimeoutMs, generic = false } = {},
   ): Promise<T> =>
     transaction(pool, deadlineMs, 'durable', work, {
-      lock: epochLock('ROW SHARE', deadlineMs),
+      locks: [epochLock('ROW SHARE', deadlineMs), outboxLock(deadlineMs)],
       generic,
     }),
 
   /** Resolves when every transaction of `inEpoch` that has begun is committed, and can be seen, or undone. */
   async epochsEnded(): Promise<void> {
     const { statementTimeoutMs: waitMs } = options;
-    await transaction(pool, waitMs, 'repeatable', async () => {}, { lock: epochLock('EXCLUSIVE', waitMs) });
+    await transaction(pool, waitMs, 'repeatable', async () => {}, {
+      locks: [epochLock('EXCLUSIVE', waitMs)],
+    });
   },
 
   /**

@@ -115,7 +115,7 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
 
   /** While no other process deletes. Done again after a crash of PostgreSQL, should that undo it. */
   const alone = <T>(work: (tx: Queryable) => Promise<T>): Promise<T | 'busy'> =>
-    transaction(pool, statementTimeoutMs, 'repeatable', work, { lock: PRUNE_LOCK }).catch((error) => {
+    transaction(pool, statementTimeoutMs, 'repeatable', work, { locks: [PRUNE_LOCK] }).catch((error) => {
       if (error instanceof LockHeldError) return 'busy';
       throw error;
     });

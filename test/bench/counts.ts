@@ -9,7 +9,7 @@ import { pause } from './servers.ts';
 export type Counts = Readonly<{
   /** Claims, acknowledgements, and whatever else is no transaction control. */
   statements: Readonly<{ claim: number; acknowledge: number; other: number }>;
-  /** BEGIN, SET and the like that came with them. */
+  /** BEGIN, settings, locks, the generation: what came with them. */
   control: number;
   commits: number;
   /** Written by these statements, commit records excluded. */
@@ -112,7 +112,9 @@ export async function startCounting(
 function kindOf(query: string): 'claim' | 'acknowledge' | 'other' | 'control' | 'commits' {
   if (/^\s*(COMMIT|END)\b/i.test(query)) return 'commits';
   if (/^\s*(BEGIN|START|SET|RESET|ROLLBACK|SAVEPOINT|RELEASE)\b/i.test(query)) return 'control';
-  if (/^\s*(SELECT pg_catalog\.set_config\(|LOCK TABLE identity\.relay_)/i.test(query)) return 'control';
+  if (/^\s*(SELECT pg_catalog\.set_config\(|LOCK TABLE identity\.)/i.test(query)) return 'control';
+  // The generation, which each transaction is asked for.
+  if (/^\s*SELECT CASE WHEN pg_is_in_recovery\(\)/i.test(query)) return 'control';
   if (/\bpublished = (true|\$\d+), published_at\b/i.test(query)) return 'acknowledge';
   // The relay's refill frees parked rows for the next claim.
   if (/\bfreed AS\b/i.test(query)) return 'other';

@@ -229,14 +229,28 @@ test('rows that were emptied out and written back as they were before are found 
   await insertEvents(stage.pool, [...someEvents(300, 10), ...words, anEvent({ topic: BROKEN })]);
   await stage.rested();
   // As a dump of before has them; TRUNCATE changes no timeline and ends no session.
-  await stage.pool.query(`
+  const restoring = await stage.pool.connect();
+  await restoring.query(`
     BEGIN;
     CREATE TABLE dump AS SELECT * FROM identity.outbox;
     TRUNCATE identity.outbox RESTART IDENTITY;
     INSERT INTO identity.outbox (id, event_id, event_type, aggregate_type, aggregate_id, payload, created_at, topic)
     SELECT id, event_id, event_type, aggregate_type, aggregate_id, payload, created_at, topic FROM dump;
-    SELECT setval('identity.outbox_id_seq', 1000);
-    COMMIT`);
+    SELECT setval('identity.outbox_id_seq', 1000)`);
+  // It takes its time: a claim has begun meanwhile, and waits for the table.
+  await waitFor(
+    async () => {
+      const { rows } = await stage.pool.query(
+        `SELECT FROM pg_locks epoch JOIN pg_locks rows USING (pid)
+         WHERE epoch.relation = 'identity.relay_epoch_lock'::regclass AND epoch.granted
+           AND rows.relation = 'identity.outbox'::regclass AND NOT rows.granted`,
+      );
+      return rows.length > 0;
+    },
+    { what: 'a claim to wait for the table', timeoutMs: PATIENCE_MS },
+  );
+  await restoring.query('COMMIT');
+  restoring.release();
   await insertEvents(stage.pool, someEvents(50, 5));
   const { forgotten, entries } = await expectNoRowHarmed(stage);
   expect({ forgotten, entries }).toEqual({ forgotten: 0, entries: 390 });

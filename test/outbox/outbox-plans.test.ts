@@ -313,7 +313,7 @@ function explaining(real: pg.Pool, plan: PlanKind, costs: Cost[]): Pool {
   async function explain(client: pg.PoolClient, { text, values = [] }: { text: string; values?: unknown[] }) {
     const query = pg.Client.prototype.query.bind(client) as pg.Client['query'];
     if (text === 'COMMIT') return query('ROLLBACK');
-    if (!text.includes('identity.outbox')) return query(text, values);
+    if (!text.includes('identity.outbox') || text.startsWith('BEGIN')) return query(text, values);
     const explained =
       plan === 'custom'
         ? await query(`EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) ${text}`, values)
