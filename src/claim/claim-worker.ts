@@ -18,11 +18,6 @@ const PAUSE_MS = 5;
  * event waits for half of it: at half the drain rate p99 is 63 ms with 20 ms, 29 with 10 (measured).
  */
 const PACE_MS = 10;
-/**
- * A claim job that found an event stays for the next one so long: told of it in here, the claim begins at once. As a
- * claim job of its own it would first pass through Redis, by another transaction for the lock: 2 ms later.
- */
-const STAY_MS = 250;
 /** Claims again this soon after it failed, not only with the next tick: the database may be back. */
 const AGAIN_AFTER_MS = 1_000;
 /** A failure is reported once in so long: an outage makes one a second. */
@@ -34,8 +29,6 @@ export const CLAIM_JOB_DEADLINE_MS = 120_000;
 export type ClaimWorker = Readonly<{
   start(): void;
   stop(deadlineMs: number): Promise<void>;
-  /** A writer says that there are new events. */
-  notify(): void;
   workers: Workers;
 }>;
 
@@ -60,10 +53,6 @@ export function createClaimWorker(deps: {
   let stopping = false;
   let reportedAt = 0;
   let again: NodeJS.Timeout | undefined;
-  /** Claims are being made here, and whether a writer said something since the last one began. */
-  let isClaiming = false;
-  let notified = false;
-  let onNotified = (): void => {};
 
   async function process({ name }: Run<unknown>): Promise<Fate<void>> {
     if (deps.begin?.(name)) return COMPLETED;
@@ -87,51 +76,32 @@ export function createClaimWorker(deps: {
     const endsAt = performance.now() + JOB_MS;
     let events = 0;
     let armed = false;
-    isClaiming = true;
-    try {
-      while (!stopping && performance.now() < endsAt) {
-        const beganAt = performance.now();
-        notified = false;
-        const found = await claim();
-        if (found.kind === 'no-room') {
-          await pause(PAUSE_MS);
-          continue;
-        }
-        events += found.events;
-        if (found.kind === 'more') continue;
-        // Where several have come at once, more are coming: we look again by ourselves, so that nobody has to wake us.
-        if (found.events > 1 && !armed) {
-          await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
-          continue;
-        }
-        if (!armed) {
-          const arming = await deps.arm();
-          if (arming === 'deaf' && found.events === 0) return { events, exhausted: true };
-          if (arming === 'deaf') await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
-          if (arming === 'writers') await pause(PAUSE_MS);
-          armed = arming === 'armed';
-          // Writers of before the wake-up was armed said nothing: armed, look once more.
-          if (arming !== 'already-armed') continue;
-        }
-        if (events === 0 || !(await isNotifiedWithin(STAY_MS))) return { events, exhausted: true };
-        armed = false;
+    while (!stopping && performance.now() < endsAt) {
+      const beganAt = performance.now();
+      const found = await claim();
+      if (found.kind === 'no-room') {
+        await pause(PAUSE_MS);
+        continue;
       }
-      return { events, exhausted: false };
-    } finally {
-      isClaiming = false;
+      events += found.events;
+      if (found.kind === 'more') continue;
+      // Where several have come at once, more are coming: we look again by ourselves, so that nobody has to wake us.
+      if (found.events > 1 && !armed) {
+        await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
+        continue;
+      }
+      if (!armed) {
+        const arming = await deps.arm();
+        if (arming === 'deaf' && found.events === 0) return { events, exhausted: true };
+        if (arming === 'deaf') await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
+        if (arming === 'writers') await pause(PAUSE_MS);
+        armed = arming === 'armed';
+        // Writers of before the wake-up was armed said nothing: armed, look once more.
+        if (arming !== 'already-armed') continue;
+      }
+      return { events, exhausted: true };
     }
-  }
-
-  async function isNotifiedWithin(ms: number): Promise<boolean> {
-    if (!notified && !stopping)
-      await new Promise<void>((resolve) => {
-        const timer = setTimeout(resolve, ms);
-        onNotified = () => {
-          clearTimeout(timer);
-          resolve();
-        };
-      });
-    return notified;
+    return { events, exhausted: false };
   }
 
   const workers = createWorkers({
@@ -153,14 +123,8 @@ export function createClaimWorker(deps: {
 
   return {
     start: workers.start,
-    notify() {
-      if (!isClaiming) return void scheduler.wake();
-      notified = true;
-      onNotified();
-    },
     async stop(deadlineMs) {
       stopping = true;
-      onNotified();
       clearTimeout(again);
       await workers.stop(deadlineMs);
     },

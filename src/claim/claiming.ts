@@ -8,7 +8,7 @@ export type Claiming = ReturnType<typeof createClaiming>;
 /** The claim stage: its worker, and who wakes it. `onTick`: what a tick begins besides claiming. */
 export function createClaiming(context: Context, onTick: () => void) {
   const { config, servers, queues, scheduler, maintenance, logger } = context;
-  const wakeup = createWakeup({ pool: servers.pool, logger, onWake: () => claimWorker.notify() });
+  const wakeup = createWakeup({ pool: servers.pool, logger, onWake: scheduler.wake });
   const claimWorker: ClaimWorker = createClaimWorker({
     ...{ connection: servers.workerRedis, queuePrefix: config.queuePrefix, queueName: config.queueName },
     ...{ claim: createClaim({ ...context, options: config }), outbox: context.outbox, scheduler, logger },
