@@ -48,7 +48,7 @@ const MOST_GROUPED = 10_000;
 const SHARED_MS = 1_000;
 /** Requests that are worked on at once, each with a connection to the database; so many more wait. */
 const GATES = {
-  viewer: { atOnce: 1, waiting: 20 },
+  viewer: { atOnce: 1, waiting: 20, rest: 4 },
   operator: { atOnce: 2, waiting: 20 },
 };
 

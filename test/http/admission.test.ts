@@ -43,6 +43,24 @@ test('a gate lets few through at a time, in turn, keeps some waiting, and goes o
   expect(await gate(async () => 'again')).toBe('again');
 });
 
+test('a place in a gate rests as many times as long as its work took, whether it succeeded or not', async () => {
+  const gate = createGate({ atOnce: 1, waiting: 1, rest: 4 });
+  const took: number[] = [];
+  let endedAt = Number.NaN;
+  const work = async () => {
+    const beganAt = performance.now();
+    if (took.length > 0) expect(beganAt - endedAt).toBeGreaterThan(3.9 * (took.at(-1) as number));
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    endedAt = performance.now();
+    took.push(endedAt - beganAt);
+    if (took.length === 2) throw new Error('broken');
+  };
+  await gate(work);
+  await expect(gate(work)).rejects.toThrow('broken');
+  await gate(work);
+  expect(took).toHaveLength(3);
+});
+
 test('a pace lets a burst through, slows down what comes after, and refuses when too many wait', async () => {
   const pace = createPace({ perSecond: 100, burst: 10, waiting: 20 });
   const startedAt = performance.now();
