@@ -14,6 +14,7 @@ import { createDeadEntries } from '../streams/dead-entries.ts';
 import { createLookup } from '../streams/lookup.ts';
 import { createMemory } from '../streams/memory.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import { createTally } from '../telemetry/tally.ts';
 import { createDeadLetters, type DeadLetters } from './dead-letters.ts';
 import { createRepublish, type Republish } from './republishing.ts';
 
@@ -41,6 +42,7 @@ export function openOperations(
   const { pollIntervalMs } = config;
   /** Made when it is needed: compiling the schemas takes longer than most commands. */
   let problemOf: ReturnType<typeof createProblemOf> | undefined;
+  const tally = createTally(logger);
   return {
     deadLetters: createDeadLetters({
       rows: createDeadRows(pool, options),
@@ -58,13 +60,14 @@ export function openOperations(
     republish: createRepublish({
       published: createPublished(pool, options),
       problemOf(event) {
-        problemOf ??= createProblemOf(rulesOf(config, logger));
+        problemOf ??= createProblemOf(rulesOf(config, tally));
         return problemOf(event);
       },
       republisher: createRepublisher(streamRedis, streamOptions),
       logger,
     }),
     close: async () => {
+      tally.stop();
       if (servers.queues === undefined) await queues.close();
     },
   };

@@ -2,7 +2,8 @@ import type { RelayConfig } from '../config/config.ts';
 import { brief, type OutboxEvent } from '../event.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import { createValidator } from '../streams/validate.ts';
-import { errorText, type Logger } from '../telemetry/logger.ts';
+import { errorText } from '../telemetry/logger.ts';
+import type { Tally } from '../telemetry/tally.ts';
 
 /** How Redis says that the user may not: for the call itself, and from within a script. */
 const NO_PERMISSION = /NOPERM|ACL failure/;
@@ -16,14 +17,15 @@ type Rules = Readonly<{
   violations: (eventType: string, payload: string) => string[];
   /** Whether a violation keeps the event out of the stream. */
   strict: boolean;
-  logger: Logger;
+  /** Told of a violation that keeps nothing out. */
+  tally: Pick<Tally, 'warn'>;
 }>;
 
-export const rulesOf = (config: RelayConfig, logger: Logger): Rules => ({
+export const rulesOf = (config: RelayConfig, tally: Rules['tally']): Rules => ({
   topicProblem: streamOptionsOf(config).topicProblem,
   violations: config.validation === 'off' ? () => [] : createValidator(),
   strict: config.validation === 'strict',
-  logger,
+  tally,
 });
 
 /**
@@ -39,12 +41,12 @@ export const createProblemOf =
     if (topicProblem !== null) return topicProblem;
     const violations = rules.violations(event.eventType, event.payload);
     if (violations.length === 0) return null;
-    const { eventId } = event;
     const eventType = brief(event.eventType);
     if (rules.strict) return `payload breaks the schema of ${eventType}: ${violations.join('; ')}`;
-    rules.logger.warn(
-      { eventId, eventType, violations },
-      'payload breaks the schema of its event type; published all the same',
+    rules.tally.warn(
+      event.eventId,
+      { eventType, violations },
+      'payloads break the schemas of their event types; published all the same',
     );
     return null;
   };

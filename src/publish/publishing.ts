@@ -17,14 +17,13 @@ export function createPublishing(context: Context) {
   const { queuePrefix, concurrency, publishTimeoutMs } = config;
 
   const check = createEventCheck({
-    ...rulesOf(config, logger),
+    ...rulesOf(config, tally),
     assertPermitted: ({ eventId }) =>
       Promise.all([
         context.queuesWritable(),
         context.streamsWritable(),
         servers.queueRedis.exists(queues.jobKey(eventId)),
       ]),
-    logger,
   });
   const guard = createPoisonGuard({
     redis: servers.queueRedis,

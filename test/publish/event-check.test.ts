@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import { createEventCheck } from '../../src/publish/event-check.ts';
-import { aClaimedEvent, silent } from '../support/stages.ts';
+import { aClaimedEvent } from '../support/stages.ts';
 
 type Deps = Parameters<typeof createEventCheck>[0];
 
@@ -10,7 +10,7 @@ const createCheck = (deps: Partial<Deps> = {}) =>
     violations: () => [],
     strict: true,
     assertPermitted: async () => {},
-    logger: silent,
+    tally: { warn: () => {} },
     ...deps,
   });
 
@@ -53,10 +53,10 @@ describe('an event', () => {
 
   test('whose payload breaks its schema is published otherwise, with a warning', () => {
     const warned: unknown[] = [];
-    const warn = (fields: Record<string, unknown>) => void warned.push(fields);
+    const warn: Deps['tally']['warn'] = (eventId, fields) => void warned.push({ eventId, ...fields });
     const violations = ['email: is missing'];
     const check = createCheck({
-      ...{ violations: () => violations, strict: false, logger: { ...silent, warn } },
+      ...{ violations: () => violations, strict: false, tally: { warn } },
     });
     const event = aClaimedEvent();
     expect(check.problemOf(event)).toBeNull();
