@@ -64,7 +64,8 @@ export const COSTS: Scenario = {
     return {
       about: `${events} events of as many aggregates, one pod`,
       figures: [
-        { name: 'row writes', unit: 'per event', values: [(rows.updated + rows.deleted) / relayed] },
+        // What was deleted, the benchmark has deleted between the runs.
+        { name: 'row writes', unit: 'per event', values: [rows.updated / relayed] },
         per('SQL statements', total),
         per('SQL statements, with BEGIN, SET and COMMIT', total + control + commits),
         per('transactions', commits),
