@@ -20,6 +20,7 @@ import { advice, type Finding, failed, failedFor, ok, type Requirement } from '.
 import { errorText } from '../telemetry/logger.ts';
 import { type Pool, type Queryable, transaction } from './database.ts';
 import { sqlState } from './pool-health.ts';
+import { withSession } from './session.ts';
 
 /** What the relay needs of PostgreSQL, of the table and of its role there. */
 
@@ -88,20 +89,13 @@ const OTHERS: readonly (readonly [pattern: RegExp, name: string])[] = [
 
 /** Outside of a transaction of ours, whose settings another server may not know. */
 async function isPostgres({ pool }: OnDatabase): Promise<Finding> {
-  const client = await pool.connect();
-  client.on('error', nextStatementFails);
-  let failure: Error | undefined;
-  const { rows } = await client
-    .query<{ version: string; text: string; role: string; encoding: string }>({
+  const { rows } = await withSession(pool, (client) =>
+    client.query<{ version: string; text: string; role: string; encoding: string }>({
       text: `SELECT current_setting('server_version') AS version, version() AS text, current_user AS role,
                     current_setting('server_encoding') AS encoding`,
       query_timeout: STATEMENT_MS,
-    } as QueryConfig)
-    .catch((error) => {
-      failure = error;
-      throw error;
-    })
-    .finally(() => client.release(failure));
+    } as QueryConfig),
+  );
   const { version = '', text = '', role, encoding } = rows[0] ?? {};
   const other = OTHERS.find(([pattern]) => pattern.test(text))?.[1];
   if (other !== undefined)
@@ -186,7 +180,6 @@ async function showsRows({ pool, config }: OnDatabase): Promise<Finding | undefi
 
 /** Longest time for a statement of the trial. */
 const STATEMENT_MS = 4_000;
-const nextStatementFails = (): void => {};
 
 async function claims({ pool, config }: OnDatabase): Promise<Finding> {
   await tryClaim(pool, { ...config, statementTimeoutMs: STATEMENT_MS });

@@ -2,6 +2,7 @@ import type pg from 'pg';
 import { type Generation, OtherGenerationError } from './generation.ts';
 import { isNoAnswer, isSick, STATEMENT_FORGOTTEN, sqlState } from './pool-health.ts';
 import { RESULT_TYPES } from './result-types.ts';
+import { nextStatementFails } from './session.ts';
 import { heldBy, LOCK_NOT_AVAILABLE, lockStatement, type TableLock } from './table-lock.ts';
 
 /** What the statements need of a connection; node-postgres' Client and PoolClient have it. */
@@ -146,13 +147,19 @@ async function attemptTransaction<T>(
   const set = Object.entries(settings).map(
     ([name, value]) => `pg_catalog.set_config('${name}', '${value}', true)`,
   );
+  /** When the locks are there. */
+  const asked = [
+    // Rows are waited for as long as a statement may take.
+    ...(locks ? [`pg_catalog.set_config('lock_timeout', '0', true)`] : []),
+    // While a lock was waited for, the table may have been emptied and filled again.
+    ...(generation ? [`${generation.sql()} AS generation`] : []),
+  ];
   // The level is said, not left to the database's default: under a stricter one the same statements would fail by chance.
   const begin = [
     'BEGIN ISOLATION LEVEL READ COMMITTED',
     `SELECT ${set.join(', ')}, pg_catalog.set_config('search_path', ${SEARCH_PATH}, true)`,
     ...(locks ?? []).map(lockStatement),
-    // Of what is locked: while a lock was waited for, the table may have been emptied and filled again.
-    ...(generation ? [`SELECT ${generation.sql()} AS generation`] : []),
+    ...(asked.length > 0 ? [`SELECT ${asked.join(', ')}`] : []),
   ].join('; ');
   const beginDeadlineMs = Math.max(deadlineMs, (locks?.[0].waitMs ?? 0) * (locks?.length ?? 0));
 
@@ -232,8 +239,6 @@ async function attemptTransaction<T>(
     else client.release(error);
   }
 }
-
-const nextStatementFails = (): void => {};
 
 const LOCK_MARGIN_MS = 500;
 

@@ -1,4 +1,5 @@
 import type pg from 'pg';
+import { withSession } from './session.ts';
 
 /**
  * PostgreSQL may forget: a standby that lagged is promoted, the database is restored, the table is emptied. Then rows
@@ -129,22 +130,17 @@ export function createGeneration() {
       if (known === null) latest = undefined;
       else if (known !== undefined) meet(known);
       for (let thrownAway = 1; ; thrownAway++) {
-        const client = await pool.connect();
-        client.on('error', nextStatementFails);
         try {
-          const found = await ask(client, timeoutMs);
-          if (isBehind(found.generation, latest)) throw new NotPrimaryError(found.generation, latest);
-          meet(found.generation);
-          client.release();
-          client.off('error', nextStatementFails);
-          return found;
+          return await withSession(pool, async (client) => {
+            const found = await ask(client, timeoutMs);
+            if (isBehind(found.generation, latest)) throw new NotPrimaryError(found.generation, latest);
+            meet(found.generation);
+            return found;
+          });
         } catch (error) {
-          client.release(error as Error);
           if (!(error instanceof NotPrimaryError) || thrownAway >= THROWN_AWAY_MAX) throw error;
         }
       }
     },
   };
 }
-
-const nextStatementFails = (): void => {};

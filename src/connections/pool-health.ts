@@ -1,6 +1,7 @@
 import type pg from 'pg';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Pool } from './database.ts';
+import { nextStatementFails } from './session.ts';
 
 /**
  * Sessions that cannot do the relay's work leave the pool, and a pool that gets fewer sessions than it may have works
@@ -282,5 +283,3 @@ function discard(client: pg.PoolClient, release = client.release): void {
   (client as unknown as { connection?: { stream?: { destroy(): void } } }).connection?.stream?.destroy();
   release.call(client, true);
 }
-
-const nextStatementFails = (): void => {};

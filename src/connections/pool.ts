@@ -1,5 +1,6 @@
 import pg from 'pg';
 import { pgOptions } from '../config/connection-urls.ts';
+import { nextStatementFails } from './session.ts';
 
 /**
  * A pool of connections to `databaseUrl`, with the TLS that the URL asks for. `options` win over the URL.
@@ -14,8 +15,6 @@ export function createPool(databaseUrl: string, options: pg.PoolConfig = {}): pg
   pool.on('connect', (client) => client.on('error', nextStatementFails));
   return pool;
 }
-
-const nextStatementFails = (): void => {};
 
 /** One connection, otherwise like `createPool`. */
 export function createClient(databaseUrl: string, options: pg.ClientConfig = {}): pg.Client {

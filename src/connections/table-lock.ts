@@ -1,6 +1,7 @@
 import type { QueryConfig } from 'pg';
 import type { Pool } from './database.ts';
 import { RESULT_TYPES } from './result-types.ts';
+import { withSession } from './session.ts';
 
 /**
  * Locks between pods are those of empty tables. An advisory lock takes no right: any log-in could hold the relay up. Like
@@ -87,11 +88,8 @@ function seenSince(table: string, transaction: string): number {
  * another pod's: of that counts how long it was seen here.
  */
 async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise<Holder | undefined> {
-  const client = await pool.connect();
-  client.on('error', nextStatementFails);
-  let failure: Error | undefined;
-  try {
-    const { rows } = await client.query<Session & { transaction: string; isOld: boolean | null }>({
+  const { rows } = await withSession(pool, (client) =>
+    client.query<Session & { transaction: string; isOld: boolean | null }>({
       text: `SELECT l.pid, l.pid || ' ' || l.virtualtransaction AS transaction, coalesce(a.application_name, '') AS application, coalesce(a.usename, '') AS role,
                coalesce(a.client_addr::text, 'local') AS address,
                a.xact_start < clock_timestamp() - $2 * interval '1 millisecond' AS "isOld"
@@ -103,18 +101,12 @@ async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise
       values: [table, waitMs, HARMLESS[mode]],
       types: RESULT_TYPES,
       query_timeout: ANSWER_MS,
-    } as QueryConfig);
-    const [holder] = rows;
-    if (holder === undefined) return undefined;
-    const seenMs = performance.now() - seenSince(table, holder.transaction);
-    return { ...holder, isHeldThroughout: holder.isOld ?? seenMs >= waitMs };
-  } catch (error) {
-    failure = error as Error;
-    throw error;
-  } finally {
-    client.release(failure);
-    if (failure === undefined) client.off('error', nextStatementFails);
-  }
+    } as QueryConfig),
+  );
+  const [holder] = rows;
+  if (holder === undefined) return undefined;
+  const seenMs = performance.now() - seenSince(table, holder.transaction);
+  return { ...holder, isHeldThroughout: holder.isOld ?? seenMs >= waitMs };
 }
 
 /** One of these locks was not to be had: what to say of it. */
@@ -149,4 +141,3 @@ const HARMLESS: Readonly<Record<TableLock['mode'], readonly string[]>> = {
   EXCLUSIVE: ['AccessShareLock'],
 };
 const ANSWER_MS = 5_000;
-const nextStatementFails = (): void => {};

@@ -1,6 +1,8 @@
 import { expect, test } from 'vitest';
 import { transaction } from '../../src/connections/database.ts';
 import { createPool } from '../../src/connections/pool.ts';
+import { withSession } from '../../src/connections/session.ts';
+import { epochLock, outboxLock } from '../../src/connections/table-lock.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { createDatabase } from '../support/servers.ts';
@@ -45,3 +47,32 @@ for (const [kind, pool] of [
     await transaction(pool, 4_000, 'durable', (tx) => tx.query('SELECT 1'));
   });
 }
+
+test('a row that another transaction holds is waited for as long as a statement may take, and is not called a lock of the relay', async () => {
+  const [id] = await insertEvents(admin, [anEvent()]);
+  const holder = await admin.connect();
+  try {
+    await holder.query('BEGIN');
+    await holder.query('SELECT FROM identity.outbox WHERE id = $1 FOR UPDATE', [id]);
+    const waiting = transaction(
+      pipelined,
+      500,
+      'durable',
+      (tx) => tx.query('UPDATE identity.outbox SET attempts = 7 WHERE id = $1', [id]),
+      { locks: [epochLock('ROW SHARE', 100), outboxLock(100)] },
+    );
+    await expect(waiting).rejects.toThrow('canceling statement due to statement timeout');
+  } finally {
+    await holder.query('ROLLBACK');
+    holder.release();
+  }
+});
+
+test('a session that is used again and again keeps no listeners', async () => {
+  const listeners: number[] = [];
+  for (let i = 0; i < 3; i++)
+    listeners.push(await withSession(pipelined, async (client) => client.listenerCount('error')));
+  expect(new Set(listeners).size).toBe(1);
+  await expect(withSession(pipelined, () => Promise.reject(new Error('broken')))).rejects.toThrow('broken');
+  expect(pipelined.idleCount).toBe(pipelined.totalCount);
+});

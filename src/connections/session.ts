@@ -1,0 +1,23 @@
+import type pg from 'pg';
+
+/** Of a session that breaks between two statements: the next one fails. Unheard, the event ends the process. */
+export const nextStatementFails = (): void => {};
+
+/** Runs `work` on one session, outside of a transaction of ours. A session whose work failed leaves the pool. */
+export async function withSession<T>(
+  pool: Readonly<{ connect(): Promise<pg.PoolClient> }>,
+  work: (client: pg.PoolClient) => Promise<T>,
+): Promise<T> {
+  const client = await pool.connect();
+  client.on('error', nextStatementFails);
+  try {
+    const result = await work(client);
+    client.release();
+    client.off('error', nextStatementFails); // since the release the pool listens
+    return result;
+  } catch (error) {
+    // It may still have a last word (57P01 while it ends): it keeps its listener.
+    client.release(error as Error);
+    throw error;
+  }
+}
