@@ -221,8 +221,8 @@ function printLetter(it: ListedDeadLetter): void {
 function printGroups(groups: readonly DeadLetterGroup[]): void {
   for (const it of groups) {
     print(cut(text`${String(it.count).padStart(6)}  ${it.error}`));
+    print(fitted()`        ${it.eventTypes.join(', ')}, e.g. ${text`${it.example}`}`);
     print(cut(text`        ${toSecond(it.first)} to ${toSecond(it.last)}`));
-    print(cut(text`        ${it.example} and its like: ${it.eventTypes.join(', ')}`));
   }
 }
 
