@@ -67,7 +67,7 @@ const program = new Command('relay')
   .configureOutput({ outputError: (message, write) => write(cleanLines(message)) })
   .addHelpText(
     'after',
-    `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready, 78 wrong configuration.`,
+    `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready,\n            78 wrong configuration.`,
   );
 
 // What a pod loads may print or make Node.js warn already, before the level of its log is known.

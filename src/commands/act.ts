@@ -72,7 +72,7 @@ export async function withProgress<T>(
   const bar = new SingleBar(
     {
       ...{ stream: process.stderr, format, noTTYOutput: true, notTTYSchedule: 5_000 },
-      ...{ hideCursor: true, clearOnComplete: true },
+      ...{ barsize: 20, hideCursor: true, clearOnComplete: true },
     },
     Presets.shades_classic,
   );

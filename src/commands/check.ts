@@ -1,4 +1,4 @@
-import type { Command } from 'commander';
+import { type Command, Help } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { redisOptions } from '../config/redis-urls.ts';
@@ -7,10 +7,12 @@ import { checkRequirements } from '../connections/requirements.ts';
 import { openBoth } from '../connections/servers.ts';
 import { advice, type RequirementResult } from '../requirement.ts';
 import { EXIT, withConfig } from './command.ts';
-import { print, text } from './terminal.ts';
+import { columns, print, text } from './terminal.ts';
 
 /** Asks a server that may be away for no longer than this. */
 const TIMEOUT_MS = 10_000;
+/** Where the findings begin. */
+const INDENT = 31;
 
 export function addCheck(command: Command): void {
   command.action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
@@ -26,7 +28,9 @@ async function runChecks(config: RelayConfig): Promise<boolean> {
   };
   const results = [good, ...(await checkServers(config))];
   for (const { result, subject, finding } of results) {
-    print(text`${result.padEnd(7)} ${subject.padEnd(22)} ${finding}`);
+    const lines = new Help().boxWrap(text`${finding}`.value, columns() - INDENT).split('\n');
+    for (const [i, line] of lines.entries())
+      print(text`${(i > 0 ? '' : `${result.padEnd(7)} ${subject}`).padEnd(INDENT)}${line}`);
   }
   return results.every(({ result }) => result !== 'failed');
 }

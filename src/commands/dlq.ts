@@ -7,7 +7,7 @@ import { openOperations } from '../operations/open.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
 import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, instant, range, when, withConfig, withServers } from './command.ts';
-import { cut, print, printError, printJson, text, toSecond } from './terminal.ts';
+import { cut, fitted, print, printError, printJson, text, toSecond } from './terminal.ts';
 
 type FilterOptions = Readonly<{
   type?: string;
@@ -210,20 +210,19 @@ function printRefusals({ refused, refusals }: ActionResult): void {
   if (refused > refusals.length) print(text`  … and ${refused - refusals.length} more`);
 }
 
-/** Three lines, none longer than the terminal is wide: an event id and an aggregate's id leave no room for columns. */
+/** Three lines for each: an event id and an aggregate's id leave no room for columns. Ids are whole. */
 function printLetter(it: ListedDeadLetter): void {
+  const aggregateId = text`${it.aggregateId}`;
   print(cut(text`${toSecond(it.deadLetteredAt)}  ${it.eventId}  after ${counted(it.attempts, 'attempt')}`));
-  print(
-    cut(text`  ${cut(it.eventType, 40)} of ${cut(it.aggregateType, 20)}:${it.aggregateId} to ${it.topic}`),
-  );
+  print(fitted()`  ${it.eventType} of ${it.aggregateType}:${aggregateId} to ${it.topic}`);
   print(cut(text`  ${it.error}`));
 }
 
 function printGroups(groups: readonly DeadLetterGroup[]): void {
   for (const it of groups) {
     print(cut(text`${String(it.count).padStart(6)}  ${it.error}`));
-    print(cut(text`        ${it.eventTypes.join(', ')}`));
-    print(cut(text`        ${toSecond(it.first)} to ${toSecond(it.last)}, e.g. ${it.example}`));
+    print(fitted()`        ${it.eventTypes.join(', ')}, e.g. ${text`${it.example}`}`);
+    print(cut(text`        ${toSecond(it.first)} to ${toSecond(it.last)}`));
   }
 }
 

@@ -4,7 +4,7 @@ import { openOperations } from '../operations/open.ts';
 import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, range, when, withConfig, withServers } from './command.ts';
 import { aggregate } from './dlq.ts';
-import { print, printError, text } from './terminal.ts';
+import { fitted, print, printError, text } from './terminal.ts';
 
 type RepublishOptions = Readonly<{
   since: Date | number;
@@ -64,7 +64,7 @@ async function run(
   for (const [stream, n] of counts) {
     const tooMany = config.streamMaxLen > 0 && n > config.streamMaxLen;
     print(
-      text`${String(n).padStart(9)}  ${stream}${tooMany ? '  more than RELAY_STREAM_MAXLEN: the first are trimmed' : ''}`,
+      fitted()`${String(n).padStart(9)}  ${stream}${text`${tooMany ? '  more than RELAY_STREAM_MAXLEN: the first are trimmed' : ''}`}`,
     );
   }
   if (options.dryRun || total === 0) {

@@ -18,9 +18,10 @@ import { EXIT, withConfig } from './command.ts';
 import { signalled } from './signals.ts';
 import {
   colours,
+  columns,
   cut,
+  fitted,
   isTerminal,
-  joined,
   type Printable,
   print,
   printInPlace,
@@ -161,9 +162,11 @@ function describe(status: Status, config: RelayConfig): Text[] {
   const { figures, rates } = status;
   const { backlog, queues, fleet, streams } = figures;
   const lines: Text[] = [];
+  const width = columns() - 2;
+  const fit = fitted(width);
   const paragraph = (title: string, rows: readonly Printable[]) => {
     if (lines.length > 0) lines.push(text``);
-    lines.push(paint.bold(title), ...rows.map((row) => text`  ${row}`));
+    lines.push(paint.bold(title), ...rows.map((row) => text`  ${cut(row, width)}`));
   };
   for (const problem of status.problems) lines.push(paint.red(`no answer: ${problem}`));
 
@@ -191,13 +194,15 @@ function describe(status: Status, config: RelayConfig): Text[] {
     ]);
   }
   if (status.oldest) {
+    const indent = text`${' '.repeat(10)}`;
     paragraph(
       'Oldest events',
       status.oldest.length === 0
         ? ['none waits']
         : status.oldest.flatMap((row) => [
-            text`${row.state.padEnd(9)} ${row.eventId}  ${cut(row.eventType, 80)} of ${cut(row.aggregateType, 80)} ${row.aggregateId}`,
-            text`${' '.repeat(10)}${row.ageSeconds === null ? '' : `${duration(row.ageSeconds)} old, `}to ${cut(row.topic, 80)}; waits ${cut(row.waitsFor, 300)}`,
+            text`${row.state.padEnd(9)} ${row.eventId}${row.ageSeconds === null ? '' : `  ${duration(row.ageSeconds)} old`}`,
+            fit`${indent}${row.eventType} of ${row.aggregateType}:${text`${row.aggregateId}`} to ${row.topic}`,
+            text`${indent}waits ${row.waitsFor}`,
           ]),
     );
   }
@@ -207,18 +212,13 @@ function describe(status: Status, config: RelayConfig): Text[] {
     paragraph('Rates', [row('published', rates.published), row('dead', rates.dead)]);
   }
   if (queues) {
-    const rows = Object.entries(queues).map(([name, { isPaused, ...counts }]) =>
-      joined(
-        [
-          `${config.queueName}-${name}`.padEnd(16),
-          ...Object.entries(counts).map(([state, count]) => `${state} ${count}`),
-          ...(isPaused ? [paint.yellow('PAUSED')] : []),
-        ],
-        '  ',
-      ),
-    );
+    const rows = Object.entries(queues).map(([name, { isPaused, ...counts }]) => [
+      `${config.queueName}-${name}`,
+      ...Object.entries(counts).map(([state, count]) => `${state} ${count}`),
+      ...(isPaused ? [paint.yellow('PAUSED')] : []),
+    ]);
     paragraph('Queues', [
-      ...rows,
+      ...table(rows, width),
       `${inFlight(queues.publish)} jobs of at most ${status.maxInFlight} in flight`,
     ]);
   }
@@ -227,12 +227,13 @@ function describe(status: Status, config: RelayConfig): Text[] {
     paragraph('Pods', [
       ...table(
         fleet.pods.map((pod) => [
-          cut(pod.pod, 80),
+          pod.pod,
           pod.version,
           isSilent(pod) ? paint.red(`silent for ${duration(pod.heardSecondsAgo)}`) : pod.phase,
           `up ${duration(pod.upSeconds)}`,
           `${pod.inProgress} of ${pod.concurrency} jobs in progress`,
         ]),
+        width,
       ),
       ...(fleet.pods.length === 0 ? [paint.red('none was heard of in the last ten minutes')] : []),
       `last tick of the schedule: ${tick === null ? 'none was seen' : `${duration(tick)} ago`}, due every ${duration(config.pollIntervalMs / 1_000)}`,
@@ -246,18 +247,19 @@ function describe(status: Status, config: RelayConfig): Text[] {
         : streams.flatMap(({ stream, length, groups, moreGroups }) => {
             const maxLength = stream === config.dlqStreamName ? config.dlqMaxLen : config.streamMaxLen;
             return [
-              text`${cut(stream, 80)}  ${length} entries${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`,
+              fit`${stream}  ${length} entries${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`,
               ...table(
                 groups.map((it) => {
                   const atRisk = entriesAtRisk(it.unacknowledged, maxLength);
                   return [
-                    text`  ${cut(it.group, 80)}`,
+                    text`  ${it.group}`,
                     `${it.consumers} consumers`,
                     `${it.isEstimate ? 'about ' : ''}${it.lag} to read`,
                     `${it.pending} pending`,
                     ...(atRisk > 0 ? [paint.red(`${atRisk} about to be trimmed unread`)] : []),
                   ];
                 }),
+                width,
               ),
               ...(moreGroups > 0 ? [`  and ${moreGroups} more groups`] : []),
             ];

@@ -71,8 +71,9 @@ export function printInPlace(lines: readonly Text[]): void {
 
 export const isTerminal = (): boolean => process.stdout.isTTY === true;
 
-/** Columns of the terminal; where there is none, of COLUMNS, or so many that lines can still be read. */
-export const columns = (): number => process.stdout.columns || Number(process.env.COLUMNS) || 120;
+/** Columns of the terminal. In a pipe or a file there is no such limit, unless COLUMNS sets one. */
+export const columns = (): number =>
+  process.stdout.columns || Number(process.env.COLUMNS) || Number.POSITIVE_INFINITY;
 
 /** The text in so many columns. */
 export function cut(value: Printable, width = columns()): Text {
@@ -81,23 +82,40 @@ export function cut(value: Printable, width = columns()): Text {
   return whole.with((it) => `${[...it.replaceAll(COLOURS, '')].slice(0, Math.max(1, width - 1)).join('')}…`);
 }
 
-/** Cells in columns, each as wide as its widest; lines fit the terminal. */
+const SHORTEST = 8;
+
+/** The limit for each of these lengths with which all together are no more than `room`; no less than SHORTEST. */
+function longest(lengths: readonly number[], room: number): number {
+  const sum = (limit: number) => lengths.reduce((all, length) => all + Math.min(length, limit), 0);
+  let limit = Math.max(SHORTEST, ...lengths);
+  while (limit > SHORTEST && sum(limit) > room) limit--;
+  return limit;
+}
+
+/** Template tag: a line in so many columns. The longest of its values are shortened; what is a Text stays whole. */
+export const fitted =
+  (width = columns()) =>
+  (strings: TemplateStringsArray, ...values: readonly Printable[]): Text => {
+    const lengths = values.map((it) => (it instanceof Text ? 0 : text`${it}`.length));
+    const others = text(strings, ...values).length - lengths.reduce((sum, length) => sum + length, 0);
+    const limit = longest(lengths, width - others);
+    return cut(text(strings, ...values.map((it) => (it instanceof Text ? it : cut(it, limit)))), width);
+  };
+
+/** Cells in columns, each as wide as its widest; where that is too wide, the widest are shortened. */
 export function table(rows: readonly (readonly Printable[])[], width = columns()): Text[] {
-  const cells = rows.map((row) => row.map((cell) => text`${cell}`));
   const widths: number[] = [];
-  for (const row of cells)
-    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, cell.length);
-  return cells.map((row) =>
-    cut(
-      joined(
-        row.map((cell, i) =>
-          i === row.length - 1 ? cell : text`${cell}${' '.repeat((widths[i] ?? 0) - cell.length)}`,
-        ),
-        '  ',
-      ),
-      width,
-    ),
-  );
+  for (const row of rows)
+    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, text`${cell}`.length);
+  const limit = longest(widths, width - 2 * (widths.length - 1));
+  return rows.map((row) => {
+    const cells = row.map((cell, i) => {
+      const shown = cut(cell, limit);
+      const padding = i === row.length - 1 ? 0 : Math.min(widths[i] ?? 0, limit) - shown.length;
+      return text`${shown}${' '.repeat(padding)}`;
+    });
+    return cut(joined(cells, '  '), width);
+  });
 }
 
 type Paint = 'bold' | 'red' | 'yellow';

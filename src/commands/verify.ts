@@ -11,7 +11,7 @@ import { endEpoch } from '../streams/epoch.ts';
 import { createLookup } from '../streams/lookup.ts';
 import { untilInterrupted, withProgress } from './act.ts';
 import { EXIT, range, when, withConfig, withServers } from './command.ts';
-import { joined, print, printJson, text } from './terminal.ts';
+import { print, printJson, table, text, toSecond } from './terminal.ts';
 
 type VerifyOptions = Readonly<{
   /** A time, or how long ago in ms. */
@@ -109,7 +109,7 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
       // It advances by the time of the rows.
       const from = Date.parse(since);
       const { result: found, interrupted } = await withProgress(
-        ' {percentage}% | {bar} | {rows} rows, {lost} missing, {unpublished} to be published again | {eta_formatted} left',
+        ` {percentage}% | {bar} | {rows} rows, {lost} missing${options.repair ? ', {unpublished} to be published again' : ''} | {eta_formatted} left`,
         Math.max(1, Date.parse(until) - from),
         (update) =>
           untilInterrupted(async (stopped) => {
@@ -186,6 +186,9 @@ function createWaker(
   return { queues, scheduler: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }) };
 }
 
+/** PostgreSQL has written it in its own form. */
+const isoSecond = (time: string): string => toSecond(new Date(time).toISOString());
+
 function report(
   found: ReadonlyMap<string, Found>,
   { rows, lost, unpublished, unreadable }: Found,
@@ -193,15 +196,17 @@ function report(
   until: string,
   repair: boolean,
 ): void {
-  const columns = ['rows', 'there', 'trimmed', 'missing', 'unreadable', 'stream'];
-  const line = (cells: readonly (string | number)[]) =>
-    print(joined(cells.map((cell, i) => (i < 5 ? String(cell).padStart(11) : text`  ${cell}`))));
-  print(text`Rows published or given up from ${since} to ${until}:`);
-  line(columns);
-  for (const [stream, it] of found) {
-    const there = it.rows - it.lost - it.trimmed - it.unreadable;
-    line([it.rows, there, it.trimmed, it.lost, it.unreadable, stream]);
-  }
+  const lines = [
+    ['rows', 'there', 'trimmed', 'missing', 'unreadable', 'stream'],
+    ...[...found].map(([stream, it]) => {
+      const there = it.rows - it.lost - it.trimmed - it.unreadable;
+      return [...[it.rows, there, it.trimmed, it.lost, it.unreadable].map(String), stream];
+    }),
+  ];
+  const widest = (i: number) => Math.max(...lines.map((cells) => cells[i]?.length ?? 0));
+  print(text`Rows published or given up from ${isoSecond(since)} to ${isoSecond(until)}:`);
+  for (const line of table(lines.map((cells) => cells.map((it, i) => (i < 5 ? it.padStart(widest(i)) : it)))))
+    print(line);
   if (rows === 0) print(text`No row has an entry id in this time.`);
   else if (lost === 0 && unreadable === 0) print(text`Nothing is missing.`);
   else if (!repair)

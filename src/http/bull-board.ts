@@ -26,6 +26,16 @@ const WHO = 'who-is-logged-in';
 const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
 
 /**
+ * Hides what is refused to everybody. Bull Board has an option for none of it, and its classes change with each version;
+ * the names of its icons stay.
+ */
+const withoutRefused = (claimQueue: string): string => `<style>
+  li button:has(.lucide-files, .lucide-pencil, .lucide-clock, .lucide-arrow-up-down), [role=dialog] button:has(.lucide-pencil),
+  [role=menuitem]:has(.lucide-plus, .lucide-chart-no-axes-gantt, .lucide-gauge, .lucide-trash-2, .lucide-ban), td button,
+  main:has([aria-current][href*="/${encodeURIComponent(claimQueue)}?status=delayed"]) li button { display: none !important }
+</style>`;
+
+/**
  * Bull Board at /board. Viewers see a board without buttons and jobs without payloads; they are refused by the server
  * as well. Every action is logged with who did it.
  */
@@ -103,7 +113,10 @@ export function createBoard(deps: {
     board.addHook('preHandler', (request, _reply, done) => asking.run(request.operator, done));
     board.addHook('onSend', async ({ operator }, reply, payload) =>
       typeof payload === 'string' && String(reply.getHeader('content-type')).startsWith('text/html')
-        ? payload.replace(FOREIGN_LINK, '').replace(WHO, `${operator?.name} (${operator?.role})`)
+        ? payload
+            .replace(FOREIGN_LINK, '')
+            .replace('</head>', `${withoutRefused(queues.claim.name)}</head>`)
+            .replace(WHO, `${operator?.name} (${operator?.role})`)
         : payload,
     );
     board.addHook('onResponse', async (request, reply) => logAction(request, reply.statusCode));

@@ -48,5 +48,5 @@ function inWords({ fresh, leased, due, retrying, parked, dead, oldestSeconds, li
   const waiting = [fresh, leased, due].reduce((sum, count) => sum + count);
   const oldest =
     oldestSeconds.waiting === null ? '' : `, the oldest for ${Math.round(oldestSeconds.waiting)} s`;
-  return `${number(waiting)} events wait${oldest}; ${number(retrying)} for a retry, ${number(parked)} behind an earlier event; ${number(dead)} are dead.`;
+  return `${number(waiting)} ${waiting === 1 ? 'event waits' : 'events wait'}${oldest}; ${number(retrying)} for a retry, ${number(parked)} behind an earlier event; ${number(dead)} dead.`;
 }

@@ -1,7 +1,7 @@
-import { type ChildProcess, spawn } from 'node:child_process';
+import { type ChildProcess, execFile, spawn } from 'node:child_process';
 import { mkdir, readdir } from 'node:fs/promises';
 import { join } from 'node:path';
-import { stripVTControlCharacters } from 'node:util';
+import { promisify, stripVTControlCharacters } from 'node:util';
 import { Redis } from 'ioredis';
 import { expect, inject, test, vi } from 'vitest';
 import { atEndOfFile } from '../support/cleanup.ts';
@@ -85,20 +85,23 @@ test.concurrent('a run with --events shows rows, entries, retries and the dead l
   expect(output.match(/entry out .*#\d+ .* ms/g)).toHaveLength(39);
   expect(output).toMatch(/failed .*#8 .*attempt 1: next try in [01]\.\d s .*WRONGTYPE/);
   expect(output).toMatch(/failed .*#8 .*attempt 2: next try in [12]\.\d s .*WRONGTYPE/);
-  expect(output).toMatch(/dead .*#8 .*in identity\.user\.v1\.dlq after 3 attempts/);
+  expect(output).toMatch(/dead .*#8 .*given up after 3 attempts: now in identity\.user\.v1\.dlq/);
   expect(output).toMatch(/entry out .*#9 .* ms {2}waited for #8/);
   expect(output).toMatch(/events in +40 [\s\S]*entries out +39 [\s\S]*dead letters +1 [\s\S]*duplicates +0 /);
   expect(output).toMatch(
     /order violations +0 [\s\S]*lost +0 [\s\S]*latency p50 +[\d.]+ ms[\s\S]*latency p99 +[\d.]+ ms/,
   );
-  expect(output).toContain('The promises held');
+  expect(output).toContain('The promises held. 40 events: 39 entries, 1 dead letter; nothing lost');
+  expect(output).not.toContain('in another terminal');
   // biome-ignore lint/suspicious/noControlCharactersInRegex: that there is none is the point
   expect(output).not.toMatch(/\u001b/);
   await expectNothingLeft(demo);
 });
 
 test.concurrent('a faster run shows its pulse instead of every row', async () => {
-  const demo = await startDemo(['--events', '600', '--rate', '200', '--pods', '1'], { FORCE_COLOR: '1' });
+  const demo = await startDemo(['--events', '600', '--rate', '200', '--pods', '1'], {
+    ...{ FORCE_COLOR: '1', COLUMNS: '80' },
+  });
 
   expect(await demo.exited, demo.output()).toEqual({ code: 0 });
 
@@ -106,6 +109,11 @@ test.concurrent('a faster run shows its pulse instead of every row', async () =>
     /\d+ rows in +\d+ entries out .* p50 .* ms, max .* ms/,
   );
   expect(demo.output().match(/row in/g)).toHaveLength(2);
+  const happenings = stripVTControlCharacters(demo.output())
+    .split('\n')
+    .filter((line) => /^ +(row in|failed|dead|entry out|\d+ rows in) /.test(line));
+  expect(happenings.length).toBeGreaterThan(5);
+  expect(Math.max(...happenings.map((line) => [...line].length))).toBe(80);
   expect(demo.output()).toContain('\u001b[32m');
   await expectNothingLeft(demo);
 });
@@ -136,6 +144,43 @@ test.concurrent('a signal ends the writing, what is on its way arrives, and the 
 
   expect(await demo.exited, demo.output()).toEqual({ code: 0 });
   expect(demo.output()).toMatch(/dead .*#8 [\s\S]*The promises held/);
+  await expectNothingLeft(demo);
+});
+
+test.concurrent('a long run says what to try, and that works; another event fails, and one that was mended has its entry', async () => {
+  const demo = await startDemo(['--events', '100000', '--rate', '20']);
+  const [, board, name, password] = await says(
+    demo,
+    /dashboard +(http\S+) {2}\(name (\S+), password (\S+)\)/,
+  );
+  const [, metrics] = await says(demo, /curl (\S+)/);
+  const [, variables] = await says(demo, /(export .*)/);
+  const run = async (command: string) => {
+    const shell = `${variables}; ${command}`;
+    return (await promisify(execFile)('sh', ['-c', shell], { cwd: inject('root'), env: cleanEnvironment() }))
+      .stdout;
+  };
+
+  const authorization = `Basic ${Buffer.from(`${name}:${password}`).toString('base64')}`;
+  expect((await fetch(board ?? '', { headers: { authorization } })).status).toBe(200);
+  expect(await (await fetch(metrics ?? '')).text()).toContain('relay_');
+  expect(await run('node dist/cli.js status')).toMatch(/running .*jobs in progress/);
+  await says(demo, /dead .*#8 /);
+  const [, port, topic] = await says(demo, /redis-cli -p (\d+) DEL (\S+);/);
+  const redis = new Redis(Number(port), '127.0.0.1');
+  expect(await redis.del(topic ?? '')).toBe(1);
+  expect(await run('node dist/cli.js dlq replay --all --yes')).toContain('replayed 1 dead letter.');
+  await waitFor(() => redis.xlen(topic ?? ''), { what: 'the entry of what was mended' });
+  redis.disconnect();
+  await says(demo, /dead [\s\S]*dead .*given up after 3 attempts/);
+
+  demo.child.kill('SIGINT');
+  expect(await demo.exited, demo.output()).toEqual({ code: 0 });
+  const [, events, entries] = await says(
+    demo,
+    /The promises held\. (\d+) events: (\d+) entries, 1 dead letter;/,
+  );
+  expect(Number(entries)).toBe(Number(events) - 1);
   await expectNothingLeft(demo);
 });
 

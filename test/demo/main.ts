@@ -18,6 +18,8 @@ const WATCHING_RATE_PER_S = 6;
 /** A run of a given number of events should not take longer, if the rate is ours to choose. */
 const COUNTED_RUN_S = 8;
 const RATE_MAX_PER_S = 1_500;
+/** In a shorter run nobody comes to try anything. */
+const WORTH_TRYING_S = 60;
 const ACKNOWLEDGED_DEADLINE_MS = 30_000;
 const CLEANUP_DEADLINE_MS = 30_000;
 
@@ -101,7 +103,12 @@ async function run(stack: Stack, events: number, ratePerSecond: number, screen: 
     'CREATE TABLE identity.users (id uuid PRIMARY KEY, display_name text, active boolean NOT NULL)',
   );
 
-  const traffic = createTraffic({ pool, redis, screen, dlqStream: DLQ_STREAM, events, ratePerSecond });
+  const traffic = createTraffic({
+    ...{ pool, redis, screen, dlqStream: DLQ_STREAM, events, ratePerSecond },
+    onQuiet() {
+      if (events / ratePerSecond > WORTH_TRYING_S) suggest(stack, screen);
+    },
+  });
   const seenEnough = new AbortController();
   const observing = traffic.observe(seenEnough.signal).catch((error: Error) => {
     throw new Error(`${error.message}. Last lines of ${stack.lastLines()}`, { cause: error });
@@ -123,9 +130,22 @@ async function run(stack: Stack, events: number, ratePerSecond: number, screen: 
     grade,
     latenciesMs,
     heldBack: traffic.heldBack(),
-    madeToFail: traffic.madeToFail(),
-    complaints,
+    complaints: [...complaints, ...traffic.complaints()],
   });
+}
+
+function suggest({ databaseUrl, redisUrl, httpUrl, operator }: Stack, screen: Screen): void {
+  const redisCli = `redis-cli -p ${new URL(redisUrl).port}`;
+  screen.toTry('Try, in another terminal, while this runs', [
+    ['dashboard', `${httpUrl}/board  (name ${operator.name}, password ${operator.password})`],
+    ['metrics', `curl ${httpUrl}/metrics`],
+    ['rows', `psql '${databaseUrl}' -c 'SELECT * FROM identity.outbox ORDER BY id DESC LIMIT 5'`],
+    ['entries', `${redisCli} XREVRANGE ${TOPIC} + - COUNT 2`],
+    ['the relay', `export RELAY_DATABASE_URL='${databaseUrl}' RELAY_REDIS_URL='${redisUrl}'`],
+    ['', 'node dist/cli.js status'],
+    ['', 'node dist/cli.js dlq list'],
+    ['mend', `${redisCli} DEL demo.broken-8.v1; node dist/cli.js dlq replay --all`],
+  ]);
 }
 
 /** An entry is in its stream some milliseconds before its row says so. What is late is left to the audit. */

@@ -1,4 +1,5 @@
 /** What the demo shows. Lines only, no cursor movement: it reads the same in a terminal, a log file and CI. */
+import { stripVTControlCharacters } from 'node:util';
 import picocolors from 'picocolors';
 import { type LedgerGrade, violationsOf } from './ledger.ts';
 
@@ -20,8 +21,6 @@ export type Summary = Readonly<{
   /** Commit to reading the entry, of every event that nothing held back. */
   latenciesMs: readonly number[];
   heldBack: number;
-  /** Events made to fail: each must be a dead letter, and no other. */
-  madeToFail: number;
   /** What went wrong besides, e.g. a pod that did not stop cleanly. */
   complaints: readonly string[];
 }>;
@@ -36,8 +35,11 @@ export function createScreen(out: NodeJS.WriteStream) {
   );
   const { bold, cyan, dim, green, red, yellow } = colours;
   const line = (text = ''): void => void out.write(`${text}\n`);
+  const columns = (): number => out.columns || Number(process.env.COLUMNS) || Number.POSITIVE_INFINITY;
+  /** What would be longer than the terminal is wide is cut: one line for each thing that happens. */
+  const happening = (text: string): void => line(cut(text, columns()));
   const event = ({ number, eventType, who }: Shown): string =>
-    `${`#${number}`.padStart(6)}  ${eventType.padEnd(12)} ${who.padEnd(20)}`;
+    `${`#${number}`.padStart(5)}  ${eventType.padEnd(12)} ${who.padEnd(18)}`;
 
   return {
     title(text: string): void {
@@ -49,9 +51,9 @@ export function createScreen(out: NodeJS.WriteStream) {
     note: (text: string): void => line(dim(`  ${text}`)),
     blank: (): void => line(),
 
-    rowIn: (shown: Shown): void => line(`  ${cyan('row in   ')} ${event(shown)}`),
+    rowIn: (shown: Shown): void => happening(`  ${cyan('row in   ')} ${event(shown)}`),
     entryOut: (shown: Shown, latencyMs: number, remark = ''): void =>
-      line(
+      happening(
         `  ${green('entry out')} ${event(shown)} ${green(milliseconds(latencyMs).padStart(9))}  ${dim(remark)}`,
       ),
     pulse({ rowsIn, entriesOut, latenciesMs, onTheirWay, newest }: Pulse): void {
@@ -59,24 +61,34 @@ export function createScreen(out: NodeJS.WriteStream) {
         latenciesMs.length === 0
           ? ''
           : `p50 ${milliseconds(percentile(latenciesMs, 50))}, max ${milliseconds(Math.max(...latenciesMs))}`;
-      line(
+      happening(
         `  ${cyan(`${String(rowsIn).padStart(4)} rows in`)}  ${green(`${String(entriesOut).padStart(4)} entries out`)}  ` +
           `${String(onTheirWay).padStart(4)} on their way  ${green(latency.padEnd(26))}` +
           dim(newest === undefined ? '' : `  last in: #${newest.number} ${newest.eventType} ${newest.who}`),
       );
     },
     failing: (shown: Shown, why: string): void =>
-      line(`  ${yellow('row in   ')} ${event(shown)} ${yellow(why)}`),
+      happening(`  ${yellow('row in   ')} ${event(shown)} ${yellow(why)}`),
     attemptFailed(shown: Shown, attempt: number, reason: string, nextInSeconds: number | undefined): void {
       const next =
         nextInSeconds === undefined ? 'no retry left' : `next try in ${nextInSeconds.toFixed(1)} s`;
-      line(
+      happening(
         `  ${yellow('failed   ')} ${event(shown)} ${yellow(`attempt ${attempt}: ${next}`)}  ${dim(shorten(reason))}`,
       );
     },
     deadLetter: (shown: Shown, stream: string, attempts: string): void =>
-      line(`  ${red('dead     ')} ${event(shown)} ${red(`in ${stream} after ${attempts} attempts`)}`),
-    doubled: (shown: Shown): void => line(`  ${red('DOUBLED  ')} ${event(shown)}`),
+      happening(
+        `  ${red('dead     ')} ${event(shown)} ${red(`given up after ${attempts} attempts: now in ${stream}`)}`,
+      ),
+    doubled: (shown: Shown): void => happening(`  ${red('DOUBLED  ')} ${event(shown)}`),
+
+    /** Names and what to type, to be copied: never cut. */
+    toTry(title: string, what: readonly (readonly [name: string, command: string])[]): void {
+      line();
+      line(bold(`  ${title}`));
+      for (const [name, command] of what) line(`    ${name.padEnd(12)} ${cyan(command)}`);
+      line();
+    },
 
     error(text: string): void {
       const [first = '', ...rest] = text.split('\n');
@@ -86,34 +98,33 @@ export function createScreen(out: NodeJS.WriteStream) {
     },
 
     /** @returns whether the promises held */
-    summary({ grade, latenciesMs, heldBack, madeToFail, complaints }: Summary): boolean {
+    summary({ grade, latenciesMs, heldBack, complaints }: Summary): boolean {
       const wrong = [...violationsOf(grade), ...complaints];
-      if (grade.deadLetters !== madeToFail)
-        wrong.push(`${grade.deadLetters} dead letters instead of ${madeToFail}`);
       const row = (label: string, value: string, remark = ''): void =>
-        line(`    ${label.padEnd(22)} ${bold(value.padStart(8))}  ${dim(remark)}`);
+        happening(`    ${label.padEnd(18)} ${bold(value.padStart(8))}  ${dim(remark)}`);
       const mustBeZero = (label: string, count: number, remark: string): void =>
-        line(
-          `    ${label.padEnd(22)} ${(count === 0 ? green : red)(String(count).padStart(8))}  ${dim(remark)}`,
+        happening(
+          `    ${label.padEnd(18)} ${(count === 0 ? green : red)(String(count).padStart(8))}  ${dim(remark)}`,
         );
 
       line();
       line(bold('  What the table and the streams say'));
       row('events in', String(grade.events), 'rows committed to identity.outbox');
       row('entries out', String(grade.entries), 'in the streams');
-      row('dead letters', String(grade.deadLetters), madeToFail > 0 ? 'the event that was made to fail' : '');
+      row('dead letters', String(grade.deadLetters), 'events that were given up');
       mustBeZero('duplicates', grade.doubled + grade.doubledDeadLetters, 'events with more than one entry');
       mustBeZero('order violations', grade.outOfOrder, 'entries behind a later event of their aggregate');
       mustBeZero('lost', grade.lost, 'events with no entry and no dead letter');
       if (latenciesMs.length > 0) {
-        const behind = heldBack > 0 ? `, without the ${heldBack} that waited behind the failing one` : '';
+        const behind = heldBack > 0 ? `, without the ${heldBack} that waited behind a failing one` : '';
         row('latency p50', milliseconds(percentile(latenciesMs, 50)), `commit to reading the entry${behind}`);
         row('latency p99', milliseconds(percentile(latenciesMs, 99)));
       }
       line();
       if (wrong.length === 0) {
+        const { events, entries, deadLetters } = grade;
         line(
-          `  ${bold(green('✓ The promises held:'))} every event arrived exactly once, in the order of its aggregate.`,
+          `  ${bold(green('✓ The promises held.'))} ${count(events, 'event')}: ${count(entries, 'entry', 'entries')}, ${count(deadLetters, 'dead letter')}; nothing lost, twice or out of order.`,
         );
       } else {
         line(`  ${bold(red('✗ The promises did not hold:'))}`);
@@ -123,6 +134,21 @@ export function createScreen(out: NodeJS.WriteStream) {
       return wrong.length === 0;
     },
   };
+}
+
+const count = (number: number, one: string, many = `${one}s`): string =>
+  `${number} ${number === 1 ? one : many}`;
+
+/** Colours stay: one that begins before the cut also ends. */
+function cut(text: string, width: number): string {
+  if (stripVTControlCharacters(text).length <= width) return text;
+  let seen = 0;
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: colours begin with one
+  return text.replaceAll(/\x1b\[\d+m|./gs, (it) => {
+    if (it.length > 1) return it;
+    seen++;
+    return seen < width ? it : seen === width ? '…' : '';
+  });
 }
 
 /** The nearest rank; of no values, NaN. */

@@ -1,9 +1,12 @@
 /** Everything the demo runs on: a private PostgreSQL and Redis, and relay pods in processes of their own. */
 import { execFile } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
+import { entryOf } from '../../src/config/board-users.ts';
+import { hashPassword } from '../../src/http/passwords.ts';
 import { cleanEnvironment, type Pod, startPod } from './pod.ts';
 import { TOPIC } from './sample.ts';
 import { startPrivatePostgres, startPrivateRedis } from './servers.ts';
@@ -18,6 +21,9 @@ export const DLQ_STREAM = `${TOPIC}.dlq`;
 export type Stack = Readonly<{
   databaseUrl: string;
   redisUrl: string;
+  /** Of the first pod, and who may log in to its dashboard. */
+  httpUrl: string;
+  operator: Readonly<{ name: string; password: string }>;
   /** Never resolves; rejects when a pod ends that nobody stopped. */
   podFailure: Promise<never>;
   /** The last lines that each pod wrote. */
@@ -58,6 +64,7 @@ export async function startStack({
   onReady(`PostgreSQL on port ${postgres.port}`);
   checkStop();
 
+  const operator = { name: 'demo', password: randomBytes(9).toString('base64url') };
   const environment = {
     RELAY_DATABASE_URL: postgres.url,
     RELAY_REDIS_URL: redis.url,
@@ -70,6 +77,10 @@ export async function startStack({
     RELAY_RETRY_BASE_DELAY: '1',
     RELAY_MAX_RETRY_ATTEMPTS: '2',
     RELAY_SHUTDOWN_TIMEOUT: '10',
+    RELAY_BOARD: 'true',
+    RELAY_BOARD_USERS: entryOf({
+      ...{ name: operator.name, role: 'operator', hash: await hashPassword(operator.password) },
+    }),
   };
   await migrate(cli, environment);
   onReady('relay migrate: identity.outbox is there');
@@ -112,6 +123,8 @@ export async function startStack({
   return {
     databaseUrl: postgres.url,
     redisUrl: redis.url,
+    httpUrl: running[0]?.url ?? '',
+    operator,
     podFailure,
     lastLines,
     async stopPods() {

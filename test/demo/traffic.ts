@@ -9,16 +9,19 @@ import { appendEvent } from '../../src/outbox/producer.ts';
 import { type SampleEvent, sampleEvent, TOPIC } from './sample.ts';
 import type { Screen, Shown } from './screen.ts';
 
-/** A stream key that holds no stream: Redis refuses to append to it (WRONGTYPE). */
-export const BROKEN_TOPIC = 'demo.broken.v1';
-
-/** The event of this number fails; the next one is of the same user and has to wait for it. */
-const FAILING_NUMBER = 8;
+/** The first event that fails; the next one is of the same user and has to wait for it. */
+const FIRST_FAILING = 8;
+/** So long after an event was given up another one fails. */
+const FAILS_AGAIN_MS = 15_000;
+/** So many events have lines of their own; after that, what was lately is summed up. */
+const SHOWN_EVENTS = 40;
 const TRANSACTION_EVENTS_MAX = 200;
 const USERS_MAX = 200;
 const TICK_MS = 5;
 const WATCH_MS = 40;
 const PULSE_MS = 500;
+/** Where few events come, and there is something else to read. */
+const SLOW_PULSE_MS = 10_000;
 const READ_COUNT = 1_000;
 const READ_BLOCK_MS = 250;
 /** Above this rate, a line for every row and entry is no longer readable. */
@@ -37,6 +40,8 @@ export type TrafficOptions = {
   /** Events to write; Infinity: until `stop`. */
   events: number;
   ratePerSecond: number;
+  /** Called when single events are not shown any more. */
+  onQuiet(): void;
 };
 
 export type Traffic = Readonly<{
@@ -50,27 +55,30 @@ export type Traffic = Readonly<{
   pulse(): void;
   latenciesMs: readonly number[];
   heldBack(): number;
-  madeToFail(): number;
+  /** What should not have been. */
+  complaints(): string[];
 }>;
 
 export function createTraffic(options: TrafficOptions): Traffic {
-  const { pool, redis, screen, dlqStream, events, ratePerSecond } = options;
-  const eachLine = ratePerSecond <= READABLE_RATE_PER_S;
+  const { pool, redis, screen, dlqStream, events, ratePerSecond, onQuiet } = options;
+  const isReadable = ratePerSecond <= READABLE_RATE_PER_S;
+  const isShown = ({ number }: Shown) => isReadable && number <= SHOWN_EVENTS;
   const tracked = new Map<string, Tracked>();
   const onTheirWay = new Map<string, Tracked>();
   const latenciesMs: number[] = [];
   const users = createUsers();
   let written = 0;
   let heldBack = 0;
+  let isQuiet = false;
+  /** The latest of those that are made to fail. */
   let failing: Tracked | undefined;
-  let failingIsDead = false;
+  let failingEndedAt: number | undefined;
+  const wronglyDead: string[] = [];
   let lastProgressAt = performance.now();
   let sincePulse = { rowsIn: 0, entriesOut: 0, latenciesMs: [] as number[] };
   let newest: Shown | undefined;
 
   async function produce(stop: AbortSignal): Promise<void> {
-    // What a broken deployment may look like: somebody wrote another type under the stream's key.
-    await redis.set(BROKEN_TOPIC, 'not a stream');
     const startedAt = performance.now();
     while (written < events && !stop.aborted) {
       const dueByNow = 1 + Math.floor(((performance.now() - startedAt) / 1_000) * ratePerSecond);
@@ -82,11 +90,18 @@ export function createTraffic(options: TrafficOptions): Traffic {
 
   function nextEvent(): Tracked {
     const number = ++written;
+    const isAnother = failingEndedAt !== undefined && performance.now() - failingEndedAt > FAILS_AGAIN_MS;
     const part: Part =
-      number === FAILING_NUMBER ? 'fails' : number === FAILING_NUMBER + 1 ? 'waits' : 'plain';
+      number === FIRST_FAILING || isAnother ? 'fails' : failing?.number === number - 1 ? 'waits' : 'plain';
     const event = part === 'plain' ? users.next() : users.nextOfUnlucky();
-    if (part === 'fails') event.topic = BROKEN_TOPIC;
-    return { number, part, event, eventType: event.eventType, who: whoIs(event) };
+    const tracked = { number, part, event, eventType: event.eventType, who: whoIs(event) };
+    if (part === 'fails') {
+      // One of its own each time: whoever tries the relay may mend the one before.
+      event.topic = `demo.broken-${number}.v1`;
+      failing = tracked;
+      failingEndedAt = undefined;
+    }
+    return tracked;
   }
 
   /** As a producer does: the change of the user and its event in one transaction. */
@@ -94,6 +109,8 @@ export function createTraffic(options: TrafficOptions): Traffic {
     for (const item of batch) {
       tracked.set(item.event.eventId, item);
       onTheirWay.set(item.event.eventId, item);
+      // What a broken deployment may look like: somebody wrote another type under the stream's key.
+      if (item.part === 'fails') await redis.set(item.event.topic ?? '', 'not a stream');
     }
     await inTransaction(pool, async (client) => {
       for (const { event } of batch) {
@@ -109,14 +126,16 @@ export function createTraffic(options: TrafficOptions): Traffic {
     const committedAt = performance.now();
     for (const item of batch) {
       item.committedAt = committedAt;
-      sincePulse.rowsIn++;
-      newest = item;
-      if (item.part === 'fails') {
-        failing = item;
-        screen.failing(item, `goes to ${BROKEN_TOPIC}, which is no stream: made to fail`);
-      } else if (item.part === 'waits') {
-        screen.failing(item, 'same user: has to wait for the one before');
-      } else if (eachLine) screen.rowIn(item);
+      if (item.part === 'fails')
+        screen.failing(item, `made to fail: its topic ${item.event.topic} is no stream`);
+      else if (item.part === 'waits') screen.failing(item, 'same user: has to wait for the one before');
+      else if (isShown(item)) screen.rowIn(item);
+      else {
+        if (!isQuiet) onQuiet();
+        isQuiet = true;
+        sincePulse.rowsIn++;
+        newest = item;
+      }
       // The entry may be read before the answer to our COMMIT is.
       if (item.readAt !== undefined) arrived(item);
     }
@@ -172,16 +191,18 @@ export function createTraffic(options: TrafficOptions): Traffic {
     const latencyMs = Math.max(0, (item.readAt ?? 0) - (item.committedAt ?? 0));
     onTheirWay.delete(item.event.eventId);
     lastProgressAt = performance.now();
-    sincePulse.entriesOut++;
     if (item.part === 'waits') {
       heldBack++;
-      screen.entryOut(item, latencyMs, `waited for #${FAILING_NUMBER}`);
+      screen.entryOut(item, latencyMs, `waited for #${item.number - 1}`);
       return;
     }
-    sincePulse.latenciesMs.push(latencyMs);
     latenciesMs.push(latencyMs);
     if (latenciesMs.length > LATENCIES_KEPT) latenciesMs.splice(0, LATENCIES_KEPT / 10);
-    if (eachLine) screen.entryOut(item, latencyMs);
+    if (isShown(item)) screen.entryOut(item, latencyMs);
+    else {
+      sincePulse.entriesOut++;
+      sincePulse.latenciesMs.push(latencyMs);
+    }
   }
 
   function readDeadLetter(fields: readonly string[]): void {
@@ -189,7 +210,8 @@ export function createTraffic(options: TrafficOptions): Traffic {
     if (item === undefined) return;
     onTheirWay.delete(item.event.eventId);
     lastProgressAt = performance.now();
-    if (item === failing) failingIsDead = true;
+    if (item === failing) failingEndedAt = performance.now();
+    if (item.part !== 'fails') wronglyDead.push(`#${item.number} is a dead letter`);
     const attempts = field(fields, 'attempts');
     // The last failure and the dead letter come too close together to be seen on the row one after the other.
     screen.attemptFailed(item, Number(attempts), field(fields, 'error_message'), undefined);
@@ -198,9 +220,10 @@ export function createTraffic(options: TrafficOptions): Traffic {
 
   /** Shows each failed attempt as the row tells it, as any operator could read it. */
   async function watchFailingRow(stop: AbortSignal): Promise<void> {
-    let shownAttempts = 0;
-    while (!stop.aborted && !failingIsDead) {
-      if (failing !== undefined) {
+    const shownAttempts = new Map<Tracked, number>();
+    while (!stop.aborted) {
+      const item = failing;
+      if (item !== undefined && failingEndedAt === undefined) {
         const { rows } = await pool.query<{
           attempts: number;
           error_message: string | null;
@@ -210,13 +233,19 @@ export function createTraffic(options: TrafficOptions): Traffic {
                   CASE WHEN isfinite(next_attempt_at)
                        THEN greatest(0, extract(epoch FROM next_attempt_at - now()))::float8 END AS seconds
              FROM identity.outbox WHERE event_id = $1`,
-          [failing.event.eventId],
+          [item.event.eventId],
         );
         const row = rows[0];
-        if (row !== undefined && row.attempts > shownAttempts && !failingIsDead) {
-          shownAttempts = row.attempts;
+        if (
+          row !== undefined &&
+          // What waits behind it may have the row say that it failed before the reason is there.
+          row.error_message !== null &&
+          row.attempts > (shownAttempts.get(item) ?? 0) &&
+          failingEndedAt === undefined
+        ) {
+          shownAttempts.set(item, row.attempts);
           lastProgressAt = performance.now();
-          screen.attemptFailed(failing, row.attempts, row.error_message ?? '', row.seconds ?? undefined);
+          screen.attemptFailed(item, row.attempts, row.error_message, row.seconds ?? undefined);
         }
       }
       await delay(WATCH_MS);
@@ -224,11 +253,12 @@ export function createTraffic(options: TrafficOptions): Traffic {
   }
 
   async function watchProgress(stop: AbortSignal): Promise<void> {
-    let pulseAt = performance.now() + PULSE_MS;
+    const everyMs = isReadable ? SLOW_PULSE_MS : PULSE_MS;
+    let pulseAt = performance.now() + everyMs;
     while (!stop.aborted) {
       const now = performance.now();
-      if (!eachLine && now >= pulseAt) {
-        pulseAt = now + PULSE_MS;
+      if (now >= pulseAt) {
+        pulseAt = now + everyMs;
         pulse();
       }
       const [oldest] = onTheirWay.values();
@@ -243,7 +273,7 @@ export function createTraffic(options: TrafficOptions): Traffic {
   }
 
   function pulse(): void {
-    if (eachLine || (sincePulse.rowsIn === 0 && sincePulse.entriesOut === 0)) return;
+    if (sincePulse.rowsIn === 0 && sincePulse.entriesOut === 0) return;
     screen.pulse({ ...sincePulse, onTheirWay: onTheirWay.size, newest });
     sincePulse = { rowsIn: 0, entriesOut: 0, latenciesMs: [] };
   }
@@ -255,7 +285,7 @@ export function createTraffic(options: TrafficOptions): Traffic {
     pulse,
     latenciesMs,
     heldBack: () => heldBack,
-    madeToFail: () => (failing === undefined ? 0 : 1),
+    complaints: () => wronglyDead,
   };
 }
 

@@ -166,31 +166,49 @@ test('commands write to the terminal by one road alone', async () => {
   }
 });
 
-test('lists fit into 100 columns, and times have their zone', async () => {
-  const stage = await setStage();
-  await insertEvents(stage.pool, someEvents(3, 3, { eventType: 'X'.repeat(300), topic: 't'.repeat(400) }));
+test('what is listed fits the terminal, ids are whole, times have their zone; a pipe has everything', async () => {
+  const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '0.5' } });
+  const long = { eventType: 'X'.repeat(200), topic: 't'.repeat(400) };
+  await insertEvents(stage.pool, someEvents(3, 3, long));
   await stage.pool.query(
     `UPDATE identity.outbox SET dead_lettered_at = '2026-01-31T13:14:15.678+01:00', next_attempt_at = 'infinity',
             error_message = repeat('reason ', 200), attempts = 6`,
   );
-  const { rows } = await stage.pool.query(
-    `SELECT event_id AS "eventId", aggregate_id AS "aggregateId" FROM identity.outbox`,
+  await insertEvents(stage.pool, someEvents(2, 2, long));
+  await stage.pool.query(
+    `UPDATE identity.outbox SET published = true, published_at = now(), stream_entry_id = '1-1'
+      WHERE id = (SELECT max(id) FROM identity.outbox)`,
   );
-  for (const args of [
-    ['dlq', 'list'],
-    ['dlq', 'list', '--group'],
-    ['dlq', 'replay', '--all', '--dry-run'],
-  ]) {
-    const { lines } = await stage.command(args, { COLUMNS: '100' });
-    for (const line of lines) expect([...line].length, line).toBeLessThanOrEqual(100);
-    expect(lines.join('\n')).toContain('2026-01-31T12:14:15Z');
-    expect(lines.join('\n')).toContain('reason reason');
-    if (!args.includes('--group') && args.includes('list')) {
-      // What somebody copies from a list is there to its last character.
-      for (const { eventId, aggregateId } of rows) {
-        expect(lines.join('\n')).toContain(eventId);
-        expect(lines.join('\n')).toContain(aggregateId);
-      }
+  await stage.redis.xgroup('CREATE', STREAM, 'g'.repeat(300), '$', 'MKSTREAM');
+  const { rows } = await stage.pool.query(
+    `SELECT event_id AS "eventId", aggregate_id AS "aggregateId", dead_lettered_at IS NOT NULL AS dead
+       FROM identity.outbox WHERE NOT published`,
+  );
+  const ids = (dead: boolean) =>
+    rows.filter((it) => it.dead === dead).flatMap((it) => [it.eventId, it.aggregateId]);
+  const at = '2026-01-31T12:14:15Z';
+  const hour = ['--since', '1h'];
+  const cases: readonly [args: readonly string[], short: readonly string[], long: readonly string[]][] = [
+    [
+      ['dlq', 'list'],
+      [at, 'reason reason', ...ids(true)],
+      [long.eventType, long.topic],
+    ],
+    [['dlq', 'list', '--group'], [at, 'reason reason', '3  '], [long.eventType]],
+    [['dlq', 'replay', '--all', '--dry-run'], [at, 'would be replayed'], [long.eventType]],
+    [['status'], ids(false), [long.eventType, long.topic, 'g'.repeat(300)]],
+    [['verify', ...hour], ['unreadable  stream', 'Z to '], [long.topic]],
+    [['republish', ...hour, '--until', 'now', '--dry-run'], ['Z to ', '1  ttt'], [long.topic]],
+    [['check'], ['tried, and rolled back'], []],
+  ];
+  for (const [args, short, whole] of cases) {
+    for (const COLUMNS of ['80', '100']) {
+      const { lines } = await stage.command(args, { COLUMNS });
+      const printed = lines.join('\n');
+      for (const line of lines) expect([...line].length, printed).toBeLessThanOrEqual(Number(COLUMNS));
+      for (const it of short) expect(printed.replaceAll(/\n +/g, ' ')).toContain(it);
     }
+    const { lines } = await stage.command(args);
+    for (const it of [...short, ...whole]) expect(lines.join('\n')).toContain(it);
   }
-}, 60_000);
+}, 120_000);

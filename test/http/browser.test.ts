@@ -71,6 +71,56 @@ const jobButtons = (page: Page) =>
 
 const shot = (page: Page, name: string) => page.screenshot({ path: join(SCREENSHOTS, `${name}.png`) });
 
+/** By their icons, or what is written on them. */
+const shownButtons = async (page: Page, selector: string): Promise<string[]> => {
+  const found: string[] = [];
+  for (const button of await page.locator(selector).all())
+    if (await button.isVisible())
+      found.push(
+        (await button.textContent()) ||
+          ((await button.locator('svg').getAttribute('class'))?.split(' ')[1] ?? ''),
+      );
+  return found;
+};
+
+test('an operator sees no button of what is always refused', async () => {
+  const browser = await openBrowser();
+  const stage = await setStage();
+  const pod = await stage.pod({
+    ...{ RELAY_BOARD: 'true', RELAY_BOARD_USERS: await boardUsers(), RELAY_MAX_RETRY_ATTEMPTS: '0' },
+  });
+  const failed = anEvent({ topic: 'bull:no' });
+  await insertEvents(stage.pool, [failed]);
+  await waitFor(async () => (await stage.row(failed.eventId)).dead_lettered_at, { what: 'the dead letter' });
+  const { page, logIn } = await person(browser, pod.url);
+  await logIn('olga');
+  await page.getByText('olga (operator)').waitFor();
+  const open = async (path: string, there: string) => {
+    await page.goto(`${pod.url}/board${path}`);
+    await page.locator(there).first().waitFor({ state: 'attached' });
+  };
+
+  await open('/queue/relay-publish?status=failed', 'main li svg.lucide-files');
+  expect(await shownButtons(page, 'main li button')).toEqual([
+    ...['Retry all', 'Clean all'],
+    ...['lucide-refresh-cw', 'lucide-trash2'],
+  ]);
+  await page.locator('main button[aria-haspopup=menu]').click();
+  await page.getByRole('menuitem', { name: 'Pause' }).waitFor();
+  expect(await shownButtons(page, '[role=menuitem]')).toEqual(['Retry all 1 failed jobs', 'Pause']);
+  await shot(page, '7-menu');
+
+  // The claim queue has its next tick there.
+  await open('/queue/relay-claim?status=delayed', 'main li svg.lucide-clock');
+  expect(await shownButtons(page, 'main li button')).toEqual([]);
+  await page.locator('header button:has(.lucide-info)').click();
+  await page.getByRole('button', { name: 'Close' }).waitFor();
+  expect(await shownButtons(page, '[role=dialog] button')).toEqual(['Overview', 'Description', 'Close']);
+
+  await open('/job-schedulers', 'td button');
+  expect(await shownButtons(page, 'td button')).toEqual([]);
+}, 120_000);
+
 test('an operator logs in, sees both queues, and retries a failed job: its event is in the stream, its row published; a viewer cannot, and no request leaves the host', async () => {
   const browser = await openBrowser();
   const stage = await setStage();
@@ -106,7 +156,7 @@ test('an operator logs in, sees both queues, and retries a failed job: its event
   const title = olga.page.getByText(/DictionaryWordAdded · user .* · given up after 1 attempt/).first();
   await title.waitFor();
   await olga.page
-    .getByText(/0 events wait.* 1 are dead/)
+    .getByText(/0 events wait.* 1 dead/)
     .first()
     .waitFor();
   await shot(olga.page, '3-failed');
