@@ -1,6 +1,6 @@
 /** The image without its base: every RUN and COPY of the Dockerfile, in folders. */
 import { execFile } from 'node:child_process';
-import { mkdir, readdir, readFile } from 'node:fs/promises';
+import { mkdir, readdir, readFile, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { expect, inject, test } from 'vitest';
@@ -64,14 +64,19 @@ test('the image has what a pod needs and nothing of the compiler, and its `relay
   const migration = { ...process.env, ...env, RELAY_DATABASE_URL: stage.databaseUrl };
   await run(relay, ['migrate'], { env: migration });
   const httpPort = String(await freePort());
-  const pod = startProgram(relay, ['start'], {
-    ...{ ...env, RELAY_DATABASE_URL: asRelay(stage.databaseUrl, OPERATOR_ROLE), RELAY_BOARD: 'true' },
-    ...{ RELAY_HTTP_HOST: '127.0.0.1', RELAY_HTTP_PORT: httpPort },
-  });
-  await insertEvents(stage.pool, someEvents(20));
-  await stage
-    .rested()
-    .catch((error) => Promise.reject(new Error(pod.lines.slice(-20).join('\n'), { cause: error })));
+  const start = () =>
+    startProgram(relay, ['start'], {
+      ...{ ...env, RELAY_DATABASE_URL: asRelay(stage.databaseUrl, OPERATOR_ROLE), RELAY_BOARD: 'true' },
+      ...{ RELAY_HTTP_HOST: '127.0.0.1', RELAY_HTTP_PORT: httpPort },
+    });
+  const publishes = async (by: ReturnType<typeof start>) => {
+    await insertEvents(stage.pool, someEvents(20));
+    await stage
+      .rested()
+      .catch((error) => Promise.reject(new Error(by.lines.slice(-20).join('\n'), { cause: error })));
+  };
+  const pod = start();
+  await publishes(pod);
   const board = await fetch(`http://127.0.0.1:${httpPort}/board`);
   expect({ status: board.status, page: await board.text() }).toMatchObject({
     ...{ status: 200, page: expect.stringContaining('<title>') },
@@ -80,4 +85,13 @@ test('the image has what a pod needs and nothing of the compiler, and its `relay
   const status = await run(relay, ['status'], { env: { ...process.env, ...env } });
   expect(status.stdout).toContain('relay-publish');
   await pod.kill('SIGTERM');
+
+  // OpenTelemetry's SDK is optional.
+  await rm(join(app, 'node_modules/@opentelemetry/sdk-node'), { recursive: true });
+  const without = start();
+  await publishes(without);
+  expect(without.lines.join('\n')).toMatch(
+    /"hint":"install @opentelemetry\/sdk-node.*"msg":"traces cannot be switched on/,
+  );
+  expect(await without.kill('SIGTERM')).toMatchObject({ code: 0 });
 }, 900_000);
