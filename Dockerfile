@@ -12,7 +12,7 @@ RUN npm run build -- --declaration false && chmod +x dist/cli.js
 FROM base AS dependencies
 # What no pod needs: the compiler, which comes along because a library names it as an optional peer, source maps, types.
 RUN npm ci --omit=dev --ignore-scripts --no-audit --no-fund \
-  && rm -r node_modules/.bin node_modules/typescript node_modules/@typescript \
+  && rm -rf node_modules/.bin node_modules/typescript node_modules/@typescript \
   && find node_modules -type f \( -name '*.map' -o -name '*.ts' -o -name '*.mts' -o -name '*.cts' \) -delete
 
 FROM node:24-slim
