@@ -7,10 +7,13 @@ FROM base AS build
 RUN npm ci --ignore-scripts --no-audit --no-fund
 COPY tsconfig.json ./
 COPY src ./src
-RUN npm run build
+RUN npm run build -- --declaration false && chmod +x dist/cli.js
 
 FROM base AS dependencies
-RUN npm ci --omit=dev --ignore-scripts --no-audit --no-fund
+# What no pod needs: the compiler, which comes along because a library names it as an optional peer, source maps, types.
+RUN npm ci --omit=dev --ignore-scripts --no-audit --no-fund \
+  && rm -rf node_modules/.bin node_modules/typescript node_modules/@typescript \
+  && find node_modules -type f \( -name '*.map' -o -name '*.ts' -o -name '*.mts' -o -name '*.cts' \) -delete
 
 FROM node:24-slim
 ARG VERSION=0.1.0
@@ -25,6 +28,8 @@ COPY --from=dependencies /app/package.json ./
 COPY --from=dependencies /app/node_modules ./node_modules
 COPY --from=build /app/dist ./dist
 COPY drizzle ./drizzle
+# For docker exec.
+RUN ln -s /app/dist/cli.js /usr/local/bin/relay
 # The image's user `node`, by number: Kubernetes can prove of a number only that it is not root (runAsNonRoot).
 USER 1000:1000
 EXPOSE 8004

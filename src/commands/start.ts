@@ -73,7 +73,16 @@ async function startTraces(logger: Logger) {
     const { startSdk } = await import('../telemetry/tracing-sdk.ts');
     return startSdk(VERSION, logger);
   } catch (err) {
-    logger.error({ err }, 'traces cannot be switched on; the relay starts without them');
+    const isMissing = (err as NodeJS.ErrnoException).code === 'ERR_MODULE_NOT_FOUND';
+    logger.error(
+      {
+        err,
+        ...(isMissing && {
+          hint: 'install @opentelemetry/sdk-node, an optional dependency: npm install --include=optional',
+        }),
+      },
+      'traces cannot be switched on; the relay starts without them',
+    );
     return undefined;
   }
 }

@@ -9,6 +9,13 @@ import { folderOfFile } from '../support/servers.ts';
 const run = promisify(execFile);
 const ROOT = inject('root');
 
+/** Answers the tarball's path. */
+async function packInto(folder: string): Promise<string> {
+  const options = ['--silent', '--ignore-scripts', '--pack-destination', folder];
+  const { stdout } = await run('npm', ['pack', ...options], { cwd: ROOT });
+  return join(folder, stdout.trim());
+}
+
 /** The tarball's content beside what the project brings itself; the package's own dependencies are those of this tree. */
 async function projectWith(name: string, packages: readonly string[]): Promise<string> {
   const folder = join(await folderOfFile(), name);
@@ -17,15 +24,8 @@ async function projectWith(name: string, packages: readonly string[]): Promise<s
   await writeFile(join(folder, 'package.json'), JSON.stringify({ name, private: true, type: 'module' }));
   const npm = ['--no-audit', '--no-fund', '--prefer-offline', '--silent'];
   await run('npm', ['install', ...npm, '--prefix', folder, ...packages], { cwd: folder });
-  const { stdout } = await run(
-    'npm',
-    ['pack', '--silent', '--ignore-scripts', '--pack-destination', folder],
-    {
-      cwd: ROOT,
-    },
-  );
   await mkdir(installed, { recursive: true });
-  await run('tar', ['-xzf', join(folder, stdout.trim()), '-C', installed, '--strip-components=1']);
+  await run('tar', ['-xzf', await packInto(folder), '-C', installed, '--strip-components=1']);
   await symlink(join(ROOT, 'node_modules'), join(installed, 'node_modules'));
   return folder;
 }
@@ -85,6 +85,18 @@ test.each([
   },
   900_000,
 );
+
+test('it is not installed beside a Bull Board that knows no hooks: anybody could empty the queues there', async () => {
+  const folder = join(await folderOfFile(), 'board');
+  await mkdir(folder);
+  const install = async (version: string) => {
+    const packages = [await packInto(folder), `@bull-board/api@${version}`];
+    const options = ['--package-lock-only', '--no-save', '--no-audit', '--prefer-offline'];
+    await run('npm', ['install', ...options, '--prefix', folder, ...packages], { cwd: folder });
+  };
+  await expect(install('9.4.0')).rejects.toThrow('ERESOLVE');
+  await install('9.10.1');
+}, 300_000);
 
 test('who only writes events loads nothing else', async () => {
   const producer = await readFile(join(ROOT, 'dist/outbox/producer.js'), 'utf8');
