@@ -1,6 +1,8 @@
 import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
-import { ConfigError, loadConfig, type RelayConfig, unknownVariables } from '../config/config.ts';
+import type { RelayConfig } from '../config/config.ts';
+import { ConfigError, loadConfig } from '../config/load-config.ts';
+import { unknownVariables } from '../config/unknown-variables.ts';
 import type { Pool } from '../connections/database.ts';
 import { createPool } from '../connections/pool.ts';
 import { healthyPool } from '../connections/pool-health.ts';
