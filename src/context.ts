@@ -18,7 +18,7 @@ import { createFindForgotten } from './recovery/forgotten-entries.ts';
 import { createCompare, createRecoverLostData } from './recovery/lost-data.ts';
 import { streamOptionsOf } from './stream-options.ts';
 import { createStreams } from './streams/append.ts';
-import { createEpoch } from './streams/epoch.ts';
+import { createEpoch } from './streams/epoch-watch.ts';
 import { createLookup } from './streams/lookup.ts';
 import { createMemory } from './streams/memory.ts';
 import type { Logger } from './telemetry/logger.ts';

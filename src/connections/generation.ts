@@ -1,4 +1,5 @@
 import type pg from 'pg';
+import type { DatabaseState } from '../event.ts';
 
 /**
  * PostgreSQL may forget: a standby that lagged is promoted, the database is restored, the table is emptied. Then rows
@@ -23,9 +24,6 @@ const CANNOT_TELL = new Set(['42501', '42883', '0A000']);
 
 /** Sessions to a former primary that one look throws away, at most; the next look goes on. */
 const THROWN_AWAY_MAX = 3;
-
-/** What the database says of itself. `now`: its time, to the microsecond. */
-export type DatabaseState = Readonly<{ now: string; generation: string }>;
 
 /** Each promotion makes a higher one. */
 const timelineOf = (generation: string): number => Number.parseInt(generation, 16);

@@ -11,6 +11,7 @@ import {
 import { type AppendOutcome, type Failure, inSteps, type OutboxEvent } from '../event.ts';
 import { deadLetterFields, pushEnvelope } from './envelope.ts';
 import { type Epoch, epochId } from './epoch.ts';
+import { lastEntriesKeyOf } from './epoch-script.ts';
 import { GATE, type Gate, gateScript, letterScript, MEMORY_TTL_S } from './gate-script.ts';
 
 export type { Gate } from './gate-script.ts';
@@ -66,9 +67,6 @@ export const memoryKeyOf =
   ({ memoryPrefix }: Pick<StreamOptions, 'memoryPrefix'>) =>
   (eventId: string): string =>
     `${memoryPrefix}:entry:${eventId}`;
-
-/** Where the last entry of each stream is kept, for an epoch. */
-export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
 
 /**
  * What the append connection must be: it neither queues nor resends across a reconnect, so that an append of

@@ -1,5 +1,6 @@
 import type { Redis, Result } from 'ioredis';
-import { lastEntriesKeyOf, outcomeOfError, type StreamOptions } from './append.ts';
+import { outcomeOfError, type StreamOptions } from './append.ts';
+import { lastEntriesKeyOf } from './epoch-script.ts';
 import { LAST_ENTRIES_MAX } from './gate-script.ts';
 
 /** Which entries are there. Reads, but for the streams' last entries (gate-script.ts). */

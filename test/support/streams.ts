@@ -7,12 +7,12 @@ import {
   APPEND_CONNECTION,
   createStreams,
   type Gate,
-  lastEntriesKeyOf,
   memoryKeyOf,
   type StreamOptions,
   type Streams,
 } from '../../src/streams/append.ts';
 import { type Epoch, epochId } from '../../src/streams/epoch.ts';
+import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { asRelay, redisRules } from './least-privilege.ts';
 import { createRedis, type TestRedis } from './servers.ts';
