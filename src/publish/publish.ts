@@ -7,8 +7,10 @@ import { withDeadline } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Queues } from '../queue/queues.ts';
 import type { FailedRun, Fate, Run } from '../queue/workers.ts';
-import { type Gate, NOT_KNOWN, type Streams } from '../streams/append.ts';
+import type { Streams } from '../streams/append.ts';
+import { NOT_KNOWN } from '../streams/append-outcome.ts';
 import { type Epoch, epochId } from '../streams/epoch.ts';
+import type { Gate } from '../streams/gate-script.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
@@ -56,7 +58,7 @@ const eventOf = ({ id, data }: PublishRun): OutboxEvent | null =>
  * job's fate is decided first, and what follows from its end comes after it has ended in Redis.
  */
 export function createPublish(deps: {
-  streams: Pick<Streams, 'publish' | 'isAppended' | 'appendOf' | 'mayHaveForgotten'>;
+  streams: Pick<Streams, 'publish' | 'isAppended' | 'untilAppended' | 'mayHaveForgotten'>;
   lookup: Pick<Lookup, 'find'>;
   epoch: Pick<Epoch, 'known' | 'current'>;
   outbox: Pick<Outbox, 'expireLeasesOf' | 'recordFailure'>;
@@ -198,7 +200,7 @@ export function createPublish(deps: {
         if (standing === 'unclaimed' && isFirst && run.starts < EARLY_STARTS) return { status: 'early' };
         asked = { epoch, gate: standing === 'first' ? 'open' : 'release' };
       } else if (outcome.status === 'early' && performance.now() < holdUntil) {
-        await streams.appendOf([event.eventId, event.after as string], EARLY_RETRY_MS);
+        await streams.untilAppended([event.eventId, event.after as string], EARLY_RETRY_MS);
       } else return outcome;
     }
   }

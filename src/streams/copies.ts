@@ -1,7 +1,8 @@
 import type { Redis, Result } from 'ioredis';
 import type { OutboxEvent } from '../event.ts';
 import { NotReadyError } from '../lifecycle.ts';
-import { outcomeOfError, type StreamOptions, trimmedTo } from './append.ts';
+import { type StreamOptions, trimmedTo } from './append.ts';
+import { outcomeOfError } from './append-outcome.ts';
 import { replayedFields } from './envelope.ts';
 
 /** Appending what was published before once more, on demand. No row and no job remembers the entry. */

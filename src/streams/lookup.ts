@@ -1,5 +1,6 @@
 import type { Redis, Result } from 'ioredis';
-import { outcomeOfError, type StreamOptions } from './append.ts';
+import type { StreamOptions } from './append.ts';
+import { outcomeOfError } from './append-outcome.ts';
 import { lastEntriesKeyOf } from './epoch-script.ts';
 import { LAST_ENTRIES_MAX } from './gate-script.ts';
 

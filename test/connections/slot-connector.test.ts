@@ -5,7 +5,8 @@ import { loadConfig } from '../../src/config/load-config.ts';
 import { slotOf } from '../../src/config/topics.ts';
 import { openRedis } from '../../src/connections/servers.ts';
 import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
-import { APPEND_CONNECTION, outcomeOfError } from '../../src/streams/append.ts';
+import { APPEND_CONNECTION } from '../../src/streams/append.ts';
+import { outcomeOfError } from '../../src/streams/append-outcome.ts';
 import { createCluster, type TestCluster } from '../support/redis-cluster.ts';
 import { waitFor } from '../support/wait.ts';
 
