@@ -93,7 +93,7 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
             redis,
             key: epochKey,
             assertOwner: () => claimQueue(pool, redis, config),
-            database: outbox.look,
+            database: outbox.databaseState,
             recover,
             timeoutMs: EPOCH_TIMEOUT_MS,
           },

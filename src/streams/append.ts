@@ -155,7 +155,7 @@ export function createStreams(deps: {
     const all = requested;
     requested = new Map();
     for (const [epoch, ofEpoch] of all) {
-      // By `id`, a bigint as text. The jobs may have begun in another order.
+      // By `id`, a bigint as text: the jobs may have begun in another order.
       ofEpoch.sort(
         ({ event: a }, { event: b }) => a.id.length - b.id.length || (a.id < b.id ? -1 : a.id > b.id ? 1 : 0),
       );
@@ -221,8 +221,8 @@ export function createStreams(deps: {
   }
 
   /**
-   * While the jobs were asked about, the streams' server may have been started anew with older data, in which the
-   * name of this epoch is found again.
+   * While the pod asked the other server about the jobs, the streams' server may have restarted with older data, in which
+   * the key has the name of this epoch again.
    */
   function assertLasts(epoch: string): void {
     if (epochs.current() !== epoch) throw new Error(NOT_KNOWN.reason);
@@ -278,11 +278,10 @@ export function createStreams(deps: {
     untilAppended: known.untilAppended,
 
     /**
-     * Appends the event to the dead-letter stream, once for each job. Never throws. Answers `published` with its entry
-     * when the job remembers that it was appended: it is not dead. A large payload that the server does not take stays
-     * in the table.
+     * Appends the event to the dead-letter stream, once for each job. Never throws. Answers `published` with the event's
+     * entry when the job remembers one. If Redis does not take a large payload, the dead letter goes without it.
      *
-     * @param madeAt of the failed job; null where the row says that the letter is lost, and there may be no job
+     * @param madeAt of the failed job; null for a dead row whose letter is lost: there may be no job any more
      */
     async deadLetter(failure: Failure, madeAt: number | null): Promise<AppendOutcome | PublishedAfterAll> {
       const { event, reason } = failure;
