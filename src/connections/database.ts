@@ -44,7 +44,7 @@ const PLANNER: Readonly<Record<string, string>> = {
 
 /**
  * How PostgreSQL reads and prints values, whatever a role, a database or the owner of a pool has set: the relay keeps
- * places in the order of published rows as text. Other settings stay as they are, since triggers of other teams run in
+ * positions in the order of published rows as text. Other settings stay as they are, since triggers of other teams run in
  * these transactions.
  */
 const PRINTED: Readonly<Record<string, string>> = {
