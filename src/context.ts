@@ -18,7 +18,7 @@ import { createFindForgotten } from './recovery/forgotten-entries.ts';
 import { createCompare, createRecoverLostData } from './recovery/lost-data.ts';
 import { streamOptionsOf } from './stream-options.ts';
 import { createStreams } from './streams/append.ts';
-import { createEpoch } from './streams/epoch.ts';
+import { createEpoch } from './streams/epoch-watch.ts';
 import { createLookup } from './streams/lookup.ts';
 import { createMemory } from './streams/memory.ts';
 import type { Logger } from './telemetry/logger.ts';
@@ -27,7 +27,7 @@ import { createTally } from './telemetry/tally.ts';
 import type { Tracing } from './telemetry/tracing.ts';
 import { VERSION } from './version.ts';
 
-/** No statement of the relay takes so long on a database that is well; what is cut off is tried again. */
+/** On a healthy database every statement takes less. A statement that is cut off is tried again. */
 const STATEMENT_TIMEOUT_MS = 4_000;
 
 export type Context = ReturnType<typeof createContext>;
@@ -36,11 +36,11 @@ type State = {
   phase: 'starting' | 'running' | 'stopping';
   /** When this pod last ran a tick, ms since the epoch. */
   tickedAt: number | undefined;
-  /** Why it does not begin to work yet. */
+  /** Why the pod has not begun to work yet. */
   waitsFor: string | undefined;
 };
 
-/** What the parts of a relay share: the stores, and what brings an event to its end. Nothing runs yet. */
+/** What the parts of a relay share: the stores and finalize/. Nothing runs yet. */
 export function createContext(
   config: RelayConfig,
   servers: Servers,
@@ -86,7 +86,7 @@ export function createContext(
   const epoch = createEpoch({
     redis: appendRedis,
     key: streamOptions.epochKey,
-    database: outbox.look,
+    database: outbox.databaseState,
     accept: outbox.accept,
     assertOwner: () => claimQueue(pool, appendRedis, config),
     recover: createRecoverLostData({
@@ -103,13 +103,13 @@ export function createContext(
     logger,
   });
   generation.watch(epoch.invalidate);
-  /** Where the queues have a server of their own, its losses are jobs; the streams have their own epochs. */
+  /** Where the queues have a Redis of their own, it has an epoch too: what that Redis loses are jobs, not entries. */
   const jobEpoch = createEpoch({
     redis: queueRedis,
     key: `${keyPrefix}:jobs`,
     assertOwner: () => claimQueue(pool, queueRedis, config),
-    // What PostgreSQL forgets is looked up in the streams.
-    database: async () => ({ ...(await outbox.look()), generation: '-' }),
+    // A constant: the epoch of the streams alone handles what PostgreSQL forgets.
+    database: async () => ({ ...(await outbox.databaseState()), generation: '-' }),
     async recover() {
       await outbox.expireAllLeases();
       void scheduler.wake();

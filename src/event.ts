@@ -64,6 +64,12 @@ export function isEvent(data: unknown): data is OutboxEvent {
   );
 }
 
+/**
+ * What the database says of itself: its time, to the microsecond, and its generation
+ * (connections/generation.ts).
+ */
+export type DatabaseState = Readonly<{ now: string; generation: string }>;
+
 /** W3C Trace Context. */
 export type TraceContext = Readonly<{
   /** e.g. `00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01` */

@@ -1,7 +1,8 @@
 /** The library's entry: createRelay(config, deps?) -> { start, stop, … }, and what its users need besides. */
 
 export type { PgPool, RedisClient } from './clients.ts';
-export { ConfigError, loadConfig, type RelayConfig } from './config/config.ts';
+export type { RelayConfig } from './config/config.ts';
+export { ConfigError, loadConfig } from './config/load-config.ts';
 
 export { type BoardQueues, type BoardQueuesFrom, createBoardQueues } from './http/own-board.ts';
 export {

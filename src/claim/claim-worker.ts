@@ -8,22 +8,22 @@ import { createWorkers, type Fate, type Run, type Workers } from '../queue/worke
 import type { Logger } from '../telemetry/logger.ts';
 import type { ClaimOutcome } from './claim.ts';
 
-/** A claim job gives way after so long and asks for another: other pods claim, dashboards move. */
+/** A claim job ends after so long and asks for another one: other pods claim too, and dashboards show progress. */
 const JOB_MS = 2_000;
-/** Looks again this soon while there is no room, or while a writer has yet to commit. */
+/** Interval between claims while there is no room, or while a writer has yet to commit. */
 const PAUSE_MS = 5;
 /**
- * While events keep coming, claims begin so far apart: fewer, larger ones, and nobody is woken in between. Small ones
- * cost more than the events in them are worth: 1,100 µs of the pod per event at 600 events/s, 890 with a pause of 20 ms. But every
- * event waits for half of it: at half the drain rate p99 is 63 ms with 20 ms, 29 with 10 (measured).
+ * Interval between the beginnings of two claims while events keep coming: fewer, larger claims, without NOTIFY. Small
+ * claims are expensive: 1,100 µs of the pod per event at 600 events/s, 890 with 20 ms between claims. But each event waits
+ * for half of the interval: at half the drain rate p99 is 63 ms with 20 ms, and 29 with 10 (measured).
  */
 const PACE_MS = 10;
-/** Claims again this soon after it failed, not only with the next tick: the database may be back. */
+/** Delay of the claim after one that failed. It does not wait for the next tick: the database may be back. */
 const AGAIN_AFTER_MS = 1_000;
-/** A failure is reported once in so long: an outage makes one a second. */
+/** Interval at which failures are logged: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
 export const FOREIGN_JOB = 'a job of the claim queue is none of the relay’s; ignored';
-/** Longest time for a claim job: its claims, and one that goes on row by row. */
+/** Longest time for a claim job. Its last claim may go on row by row. */
 export const CLAIM_JOB_DEADLINE_MS = 120_000;
 
 export type ClaimWorker = Readonly<{
@@ -39,11 +39,11 @@ export function createClaimWorker(deps: {
   queueName: string;
   claim: () => Promise<ClaimOutcome>;
   outbox: Pick<Outbox, 'withClaimLock'>;
-  /** What a tick begins besides claiming. */
+  /** Starts what a tick does besides claiming; not waited for. */
   onTick: () => void;
-  /** Starts the work of another schedule, by the job's name, and waits for none of it. Whether there is such work. */
+  /** Starts the work of another schedule, named by the job; not waited for. Answers whether there is such a schedule. */
   begin?: (name: string) => boolean;
-  /** Asks writers to wake us up from now on. */
+  /** Makes writers send NOTIFY from now on. */
   arm: Wakeup['arm'];
   scheduler: Pick<Scheduler, 'wake'>;
   onRefused?: (reason: string) => void;
@@ -63,14 +63,14 @@ export function createClaimWorker(deps: {
     }
     const claimed = await deps.outbox.withClaimLock(claimAll);
     if (claimed !== 'busy' && claimed.events > 0) logger.info({ events: claimed.events }, 'claimed events');
-    // What another pod has seen when its claim job ends may be older than the request that brought us here.
+    // `busy`: the other pod may have read the table before the insert that requested this job. So ask again.
     if ((claimed === 'busy' || !claimed.exhausted) && !stopping) await scheduler.wake();
     return COMPLETED;
   }
 
   /**
    * Claims until the job's time is over, or until nothing is left.
-   * @returns `exhausted` when nothing is left, and who writes from now on will wake us (or the next tick does)
+   * @returns `exhausted` when nothing is left, and the next writer wakes the relay, or the next tick does
    */
   async function claimAll(): Promise<{ events: number; exhausted: boolean }> {
     const endsAt = performance.now() + JOB_MS;
@@ -85,7 +85,7 @@ export function createClaimWorker(deps: {
       }
       events += found.events;
       if (found.kind === 'more') continue;
-      // Where several have come at once, more are coming: we look again by ourselves, so that nobody has to wake us.
+      // Several events at once: more are likely to come. The pod claims again by itself, so that no writer needs to notify.
       if (found.events > 1 && !armed) {
         await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
         continue;
@@ -96,7 +96,7 @@ export function createClaimWorker(deps: {
         if (arming === 'deaf') await pause(Math.max(0, beganAt + PACE_MS - performance.now()));
         if (arming === 'writers') await pause(PAUSE_MS);
         armed = arming === 'armed';
-        // Writers of before the wake-up was armed said nothing: armed, look once more.
+        // Writers that committed before the wake-up was armed sent no NOTIFY. So claim once more.
         if (arming !== 'already-armed') continue;
       }
       return { events, exhausted: true };
@@ -112,7 +112,7 @@ export function createClaimWorker(deps: {
     process,
     ...(deps.onRefused && { onRefused: deps.onRefused }),
     onFailed({ error }) {
-      // Not by a request from within the job: BullMQ would give that one to this pod, who may be the only one to fail.
+      // After a delay, not at once: BullMQ would give the new job to this pod, and this pod may be the only one that fails.
       clearTimeout(again);
       if (!stopping) again = setTimeout(() => void scheduler.wake(), AGAIN_AFTER_MS);
       if (Date.now() - reportedAt < REPEAT_AFTER_MS) return;

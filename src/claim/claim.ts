@@ -11,16 +11,16 @@ import type { Metrics } from '../telemetry/metrics.ts';
 import type { Tracing } from '../telemetry/tracing.ts';
 
 /**
- * What one claim found.
- * - `more`: as much as it could take, so there may be more
- * - `all`: everything that is fresh, `events` of it (perhaps none)
- * - `no-room`: as many jobs in Redis as are allowed, or it is not known whether Redis lost anything
+ * What one claim came to.
+ * - `more`: it took as much as it may, so more rows may be fresh
+ * - `all`: it took every fresh row; `events` were leased, perhaps none
+ * - `no-room`: it took nothing, since Redis holds as many jobs as are allowed, or since no epoch is known
  */
 export type ClaimOutcome = { kind: 'more' | 'all'; events: number } | { kind: 'no-room' };
 
 export type ClaimOptions = Readonly<{
   maxInFlight: number;
-  /** Rows to begin with; while there are more, twice as many each time, up to `maxBatchSize`. */
+  /** Rows of the first claim. While more rows are fresh, each claim takes twice as many, up to `maxBatchSize`. */
   batchSize: number;
   maxBatchSize: number;
 }>;
@@ -31,14 +31,14 @@ export type ClaimOptions = Readonly<{
  */
 export function roomFor(inFlight: Pick<InFlight, 'total'>, batchSize: number, maxInFlight: number): number {
   const room = maxInFlight - inFlight.total;
-  // A quarter of the slots at most is taken by retries: then there is always enough for another quarter.
+  // Retries take a quarter of the slots at most (RETRIES_SHARE in publish.ts), so a quarter becomes free sooner or later.
   const worthwhile = Math.min(batchSize, Math.max(1, Math.floor(maxInFlight / 4)));
   return room < worthwhile ? 0 : Math.min(room, batchSize);
 }
 
 /**
- * Makes one claim after the other: fresh rows are leased or parked, and each leased one gets its job before the
- * transaction commits. One at a time per relay: the caller has the claim lock.
+ * Makes one claim: leases or parks fresh rows, and adds a job for each leased row before the transaction commits. The
+ * caller holds the claim lock, so one pod claims at a time.
  */
 export function createClaim(deps: {
   outbox: Outbox;
@@ -52,7 +52,7 @@ export function createClaim(deps: {
   logger: Logger;
 }): () => Promise<ClaimOutcome> {
   const { outbox, queues, epoch: epochs, options, logger } = deps;
-  // No more than there is soon room for: a large batch that waits for room leaves the workers without jobs.
+  // A batch that is larger than the room which becomes free soon would wait for it, and leave the workers without jobs.
   const largest = Math.max(
     options.batchSize,
     Math.min(options.maxBatchSize, Math.floor(options.maxInFlight / 4)),
@@ -62,7 +62,8 @@ export function createClaim(deps: {
   return async function claim() {
     const limit = roomFor(await queues.inFlight(), batchSize, options.maxInFlight);
     if (limit === 0) return { kind: 'no-room' };
-    // Before the rows are read: what a later epoch made of them must not get jobs of this one unseen.
+    // The epoch is read before the rows. If it ends in between, `confirm` fails, and the claim is rolled back: rows that a
+    // later epoch made fresh never get jobs that name this one.
     const epoch = await epochs.known();
     if (epoch === undefined) return { kind: 'no-room' };
     const { leased, parked, rows, more } = await claimBatch(limit, epoch).catch((error) => {
@@ -80,7 +81,7 @@ export function createClaim(deps: {
     return outbox.inEpoch((tx) => lease(tx, epoch, () => outbox.claimFresh(tx, limit)), { generic: true });
   }
 
-  /** Until the event is found that cannot be printed: its job exists then, and the next claim is as any other. */
+  /** Claims row by row, up to the one that PostgreSQL cannot print. That event gets a job without its payload. */
   async function claimOneByOne(limit: number, epoch: string): Promise<Claim> {
     const all: Claim = { leased: [], parked: [], rows: 0, more: true };
     const deadlineMs = outbox.printDeadlineMs;
@@ -94,7 +95,7 @@ export function createClaim(deps: {
     return { ...all, rows: all.leased.length + all.parked.length };
   }
 
-  /** Takes rows and adds their jobs, under the rows' locks. */
+  /** Takes rows and adds their jobs, while the transaction holds the rows' locks. */
   async function lease(tx: Queryable, epoch: string, take: () => Promise<Claim>): Promise<Claim> {
     const claimed = await take();
     if (claimed.leased.length === 0) return claimed;
@@ -108,7 +109,10 @@ export function createClaim(deps: {
     return claimed;
   }
 
-  /** An earlier job of an event would shadow the new one. Where it remembers an append, the lease reaper asks. */
+  /**
+   * Removes earlier jobs of these events: BullMQ adds no job whose id is taken. A job that remembers an append stays, its
+   * row's lease ends, and the lease reaper decides.
+   */
   async function withoutAppended(tx: Queryable, leased: readonly LeasedEvent[]): Promise<LeasedEvent[]> {
     const again = leased.filter((it) => it.mayHaveJob);
     if (again.length === 0) return [...leased];

@@ -5,7 +5,7 @@ import { type ClaimWorker, createClaimWorker, FOREIGN_JOB } from './claim-worker
 
 export type Claiming = ReturnType<typeof createClaiming>;
 
-/** The claim stage: its worker, and who wakes it. `onTick`: what a tick begins besides claiming. */
+/** The claim stage: its worker, and the wake-up. `onTick` starts what a tick does besides claiming. */
 export function createClaiming(context: Context, onTick: () => void) {
   const { config, servers, queues, scheduler, maintenance, logger } = context;
   const wakeup = createWakeup({ pool: servers.pool, logger, onWake: scheduler.wake });

@@ -4,11 +4,11 @@ import { Presets, SingleBar } from 'cli-progress';
 import { signalled } from './signals.ts';
 import { print, type Text, text } from './terminal.ts';
 
-/** What commands share that change something: who, whether, how far, and an end in good order. */
+/** What commands that change something share: who runs them, a question before, progress, and an orderly end. */
 
 /**
- * Who runs this process, as the system says. Whom sudo says to act for is a claim beside it: the user who runs the process
- * may set its environment.
+ * The user of this process. Beside it the user that sudo names, which is only a claim: the user who runs the process may set its
+ * environment.
  */
 export function operator(): string {
   const claim = process.env.SUDO_USER?.slice(0, 64);
@@ -41,7 +41,7 @@ export async function confirmed(question: Text, yes: boolean): Promise<boolean> 
   }
 }
 
-/** Runs `work`, which is told by `stopped` to end after SIGINT or SIGTERM. A second signal ends the process at once. */
+/** Runs `work`. After SIGINT or SIGTERM, `stopped` answers true and `work` ends. A second signal ends the process at once. */
 export async function untilInterrupted<T>(
   work: (stopped: () => boolean) => Promise<T>,
 ): Promise<{ result: T; interrupted: boolean }> {
@@ -53,9 +53,9 @@ export async function untilInterrupted<T>(
 }
 
 /**
- * Runs `work` with a bar on stderr: in place in a terminal, otherwise a line now and then. What was done to its end ends
- * at 100 %.
- * @param format numbers alone: nothing of it is cleaned
+ * Runs `work` with a progress bar on stderr: in place in a terminal, otherwise a line now and then. The bar ends at 100 % if
+ * `isDone`.
+ * @param format may show numbers only: the bar does not clean texts
  */
 export async function withProgress<T>(
   format: string,

@@ -1,5 +1,7 @@
 import type { Command } from 'commander';
-import { ConfigError, describeVariables, openBoard, type RelayConfig } from '../config/config.ts';
+import { describeVariables, type RelayConfig } from '../config/config.ts';
+import { openBoard } from '../config/conflicts.ts';
+import { ConfigError } from '../config/load-config.ts';
 import { transaction } from '../connections/database.ts';
 import { inspectRedis, requireTable, waitForServers } from '../connections/preflight.ts';
 import { openServers } from '../connections/servers.ts';

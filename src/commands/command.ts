@@ -1,6 +1,8 @@
 import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
-import { ConfigError, loadConfig, type RelayConfig, unknownVariables } from '../config/config.ts';
+import type { RelayConfig } from '../config/config.ts';
+import { ConfigError, loadConfig } from '../config/load-config.ts';
+import { unknownVariables } from '../config/unknown-variables.ts';
 import type { Pool } from '../connections/database.ts';
 import { createPool } from '../connections/pool.ts';
 import { healthyPool } from '../connections/pool-health.ts';
@@ -14,13 +16,15 @@ import { printError, text } from './terminal.ts';
 
 /** What all commands share: configuration, connections, options, exit codes. */
 
-/** sysexits.h, where it has a word for it. */
+/** Exit codes; 69 and 78 are those of sysexits.h. */
 export const EXIT = { done: 0, failed: 1, unavailable: 69, config: 78 } as const;
 
 /** Loads the configuration, runs the command, and reports what went wrong by a clear line and an exit code. */
 export async function withConfig(
   run: (config: RelayConfig) => Promise<number>,
-  { logs = false }: Readonly<{ /** It has a log, and says there what is unknown. */ logs?: boolean }> = {},
+  {
+    logs = false,
+  }: Readonly<{ /** The command has a log, and reports unknown variables there. */ logs?: boolean }> = {},
 ): Promise<void> {
   try {
     const config = loadConfig(process.env);
@@ -107,7 +111,7 @@ export function warnOfUnknownVariables(logger: Logger): void {
   }
 }
 
-/** What JavaScript would make of anything else is a guess: it takes "1" for the year 2001, and no zone for its own. */
+/** JavaScript guesses at any other text: it reads "1" as the year 2001, and a time without a zone as local time. */
 const ISO_8601 = /^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d))?$/i;
 
 /** Option parser: a time. */
@@ -120,7 +124,10 @@ export function time(given: string): Date {
 
 const UNIT_MS = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
 
-/** Option parser: a time, or so many ms ago. */
+/** What `when` takes, for help texts. */
+export const WHEN = 'a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)';
+
+/** Option parser: a time, or how many ms ago. */
 export function when(given: string): Date | number {
   if (given === 'now') return 0;
   const [, count, unit] = /^(\d{1,9})([smhd]?)$/.exec(given) ?? [];
@@ -138,7 +145,7 @@ export const instant = (at: Date | number, now = Date.now()): string =>
   (at instanceof Date ? at : new Date(now - at)).toISOString();
 
 /**
- * From then to then, as times.
+ * The range of time between two options.
  * @throws when nothing can be in between
  */
 export function range(since: Date | number, until: Date | number): { since: string; until: string } {

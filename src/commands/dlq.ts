@@ -3,11 +3,11 @@ import type { RelayConfig } from '../config/config.ts';
 import { printableJson } from '../config/printable.ts';
 import type { ActionResult, DeadLetters, Selection } from '../operations/dead-letters.ts';
 import { isUuid, type ListedDeadLetter } from '../operations/inspection.ts';
-import { openOperations } from '../operations/open.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
 import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
-import { EXIT, instant, range, when, withConfig, withServers } from './command.ts';
+import { EXIT, instant, range, WHEN, when, withConfig } from './command.ts';
 import { cut, fitted, print, printError, printJson, text, toSecond } from './terminal.ts';
+import { withOperations } from './with-operations.ts';
 
 type FilterOptions = Readonly<{
   type?: string;
@@ -60,11 +60,7 @@ const filters = (command: Command): Command =>
     .option('--topic <stream>', 'only this topic')
     .option('--aggregate <id>', 'only this aggregate: its id, or type:id', aggregate)
     .option('--error <text>', 'only errors that contain this, in any case')
-    .option(
-      '--since <when>',
-      'given up from then on: a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)',
-      when,
-    )
+    .option('--since <when>', `given up from then on: ${WHEN}`, when)
     .option('--until <when>', 'given up to then', when)
     .option('--pruned', 'those whose row is gone, from the dead-letter stream, instead');
 
@@ -78,16 +74,7 @@ async function run(
   name: string,
   work: (deadLetters: DeadLetters, config: RelayConfig) => Promise<number>,
 ): Promise<void> {
-  await withConfig((config) =>
-    withServers(config, name, async (servers) => {
-      const operations = openOperations(config, servers);
-      try {
-        return await work(operations.deadLetters, config);
-      } finally {
-        await operations.close();
-      }
-    }),
-  );
+  await withConfig((config) => withOperations(config, name, ({ deadLetters }) => work(deadLetters, config)));
 }
 
 async function list(deadLetters: DeadLetters, options: ListOptions): Promise<number> {

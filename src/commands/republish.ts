@@ -1,10 +1,11 @@
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
-import { openOperations } from '../operations/open.ts';
+import type { Republish } from '../operations/republishing.ts';
 import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
-import { EXIT, range, when, withConfig, withServers } from './command.ts';
+import { EXIT, range, WHEN, when, withConfig } from './command.ts';
 import { aggregate } from './dlq.ts';
 import { fitted, print, printError, text } from './terminal.ts';
+import { withOperations } from './with-operations.ts';
 
 type RepublishOptions = Readonly<{
   since: Date | number;
@@ -19,11 +20,7 @@ type RepublishOptions = Readonly<{
 
 export function addRepublish(command: Command): void {
   command
-    .requiredOption(
-      '--since <when>',
-      'published from then on: a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)',
-      when,
-    )
+    .requiredOption('--since <when>', `published from then on: ${WHEN}`, when)
     .requiredOption('--until <when>', 'published up to then', when)
     .option('--topic <stream>', 'only this topic')
     .option('--type <event-type>', 'only this event type')
@@ -37,18 +34,13 @@ export function addRepublish(command: Command): void {
 
 const republish = (config: RelayConfig, options: RepublishOptions): Promise<number> => {
   const times = range(options.since, options.until);
-  return withServers(config, 'relay-republish', async (servers) => {
-    const operations = openOperations(config, servers);
-    try {
-      return await run(operations.republish, config, options, times);
-    } finally {
-      await operations.close();
-    }
-  });
+  return withOperations(config, 'relay-republish', (operations) =>
+    run(operations.republish, config, options, times),
+  );
 };
 
 async function run(
-  { count, run: append }: ReturnType<typeof openOperations>['republish'],
+  { count, run: append }: Republish,
   config: RelayConfig,
   options: RepublishOptions,
   times: ReturnType<typeof range>,

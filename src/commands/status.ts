@@ -92,7 +92,7 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     await Promise.all([connected, streams.answered]);
     const isInPlace = isTerminal() && options.json !== true && options.watch !== undefined;
     let found = await status();
-    // The same few words for each figure that could not be read would tell nobody why.
+    // If the table is missing or old, say so, instead of the same error for each figure.
     if (found.problems.length > 0) await assertMigrated(pool);
     if (options.watch === undefined) show(found, config, options);
     else {

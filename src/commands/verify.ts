@@ -1,4 +1,5 @@
 import type { Command } from 'commander';
+import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { claimQueue } from '../connections/ownership.ts';
 import { createOutbox } from '../outbox/outbox.ts';
@@ -9,8 +10,9 @@ import { type Comparison, createCompare, type Found, totals } from '../recovery/
 import { streamOptionsOf } from '../stream-options.ts';
 import { endEpoch } from '../streams/epoch.ts';
 import { createLookup } from '../streams/lookup.ts';
+import type { Logger } from '../telemetry/logger.ts';
 import { untilInterrupted, withProgress } from './act.ts';
-import { EXIT, range, when, withConfig, withServers } from './command.ts';
+import { EXIT, range, WHEN, when, withConfig, withServers } from './command.ts';
 import { print, printJson, table, text, toSecond } from './terminal.ts';
 
 type VerifyOptions = Readonly<{
@@ -19,25 +21,21 @@ type VerifyOptions = Readonly<{
   until?: Date | number;
   /** Only this stream. */
   topic?: string;
-  /** Have published again what is missing. */
+  /** Makes the rows of missing entries unpublished, so that the relay publishes them again. */
   repair?: boolean;
   json?: boolean;
 }>;
 
-/** Rows whose entries are missing are held until so many have come; then they change their state together. */
+/** Rows whose entries are missing are collected, and repaired together when there are so many. */
 const HELD_ROWS = 20_000;
 /** Rows in one step of the repair. */
 const STEP_ROWS = 1_000;
-/** Another process that compares table and streams is waited for so long. */
+/** How long a repair waits for another process that compares table and streams. */
 const EPOCH_TIMEOUT_MS = 60_000;
 
 export function addVerify(command: Command): void {
   command
-    .requiredOption(
-      '--since <when>',
-      'from then on: a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)',
-      when,
-    )
+    .requiredOption('--since <when>', `from then on: ${WHEN}`, when)
     .option('--until <when>', 'up to then (default: now)', when)
     .option('--topic <stream>', 'only this stream')
     .option('--repair', 'have the relay publish again what is missing, in order; not what was trimmed')
@@ -72,8 +70,8 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
       const until = times?.until ?? (await outbox.databaseTime());
 
       /**
-       * The pods append nothing meanwhile, so this is short: what was missing is looked for once more. In the order of
-       * the entries, so that an interruption leaves the later ones missing.
+       * Ends the epoch, and makes the rows unpublished whose entries are still missing. The pods append nothing meanwhile,
+       * so this is short. It goes in the order of the entries: after an interruption only later ones are missing.
        */
       const repair = async (missing: readonly FinalizedRow[]): Promise<number> => {
         const rows = missing.toSorted(byEntry);
@@ -89,14 +87,12 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
           await outbox.expireAllLeases();
         };
         await endEpoch({
-          ...{
-            redis,
-            key: epochKey,
-            assertOwner: () => claimQueue(pool, redis, config),
-            database: outbox.look,
-            recover,
-            timeoutMs: EPOCH_TIMEOUT_MS,
-          },
+          redis,
+          key: epochKey,
+          assertOwner: () => claimQueue(pool, redis, config),
+          database: outbox.databaseState,
+          recover,
+          timeoutMs: EPOCH_TIMEOUT_MS,
         });
         return unpublished;
       };
@@ -149,7 +145,7 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
   );
 };
 
-/** Rows are published in another order than their entries were appended; what is no entry id comes first. */
+/** By entry ids: rows were marked published in another order than their entries were appended. A text that is no id is first. */
 function byEntry(a: FinalizedRow, b: FinalizedRow): number {
   const numbersOf = ({ entryId }: FinalizedRow) =>
     /^\d+-\d+$/.test(entryId) ? entryId.split('-').map(BigInt) : [0n, 0n];
@@ -169,21 +165,12 @@ function byStream(rows: readonly FinalizedRow[], dlqStreamName: string): Map<str
   return streams;
 }
 
-/** The next tick would claim the rows as well. */
-async function wakeRelay(...[config, redis, logger]: Parameters<typeof createWaker>): Promise<void> {
-  const { queues, scheduler } = createWaker(config, redis, logger);
-  await scheduler.wake();
-  await queues.close();
-}
-
-function createWaker(
-  config: RelayConfig,
-  redis: Parameters<typeof createQueues>[0],
-  logger: Parameters<typeof createScheduler>[0]['logger'],
-) {
+/** Asks for a claim now. Without it, the next tick would claim the rows. */
+async function wakeRelay(config: RelayConfig, redis: Redis, logger: Logger): Promise<void> {
   const queues = createQueues(redis, config, logger);
   const { pollIntervalMs } = config;
-  return { queues, scheduler: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }) };
+  await createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }).wake();
+  await queues.close();
 }
 
 /** PostgreSQL has written it in its own form. */

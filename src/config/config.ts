@@ -1,12 +1,11 @@
 /**
- * Configuration. Each variable is described once, in `table`; everything that is said about variables elsewhere
- * (`relay start --help`, `.env.example`, docs/configuration.md) is written from it or compared with it.
+ * Every variable, described once, in `TABLE`. `RelayConfig`, `relay start --help` and `.env.example` are made from it;
+ * tests compare docs/configuration.md with it. load-config.ts reads the environment by it.
  */
 import type { z } from 'zod';
-import { normaliseDatabaseUrl, redactUrls } from './connection-urls.ts';
-import { placeConflicts, placeDefaults } from './redis-places.ts';
+import { normaliseDatabaseUrl } from './connection-urls.ts';
 import { normaliseRedisUrl } from './redis-urls.ts';
-import { allowing, keyRule, quoted, STREAM_NAME } from './topics.ts';
+import { keyRule, STREAM_NAME } from './topics.ts';
 import {
   basePath,
   boardUsers,
@@ -57,7 +56,8 @@ const PYTHON_LOG_LEVELS = { notset: 'trace', warning: 'warn', critical: 'fatal' 
 const HOUR = 3_600;
 const DAY = 86_400;
 
-const table = {
+/** Each variable by its name in `RelayConfig`, in the order in which people should read them. */
+export const TABLE = {
   databaseUrl: variable(
     'RELAY_DATABASE_URL',
     url('a URL like postgresql://user:password@host:5432/database', normaliseDatabaseUrl),
@@ -313,226 +313,19 @@ const table = {
   ),
 };
 
-type Table = typeof table;
-type Property = keyof Table;
+type Table = typeof TABLE;
+/** Name of a variable in `RelayConfig`. */
+export type Property = keyof Table;
 
 /** What the relay runs with. Names ending in `Ms` are milliseconds. */
 export type RelayConfig = Readonly<{ [P in Property]: z.output<Table[P]['schema']> }>;
 
-/** Every variable, in the order in which people should read them. */
+/** What `TABLE` says to people, without the schemas. */
 export const VARIABLES: readonly Variable[] = Object.freeze(
-  Object.entries(table).map(([property, { schema: _, ...described }]) =>
+  Object.entries(TABLE).map(([property, { schema: _, ...described }]) =>
     Object.freeze({ property, ...described }),
   ),
 );
-
-/** One variable that is wrong. `problem` holds nothing secret. */
-export type ConfigProblem = Readonly<{ variable: string; problem: string }>;
-
-/** The environment is wrong. The message has one line for each problem. */
-export class ConfigError extends Error {
-  override readonly name = 'ConfigError';
-  readonly problems: readonly ConfigProblem[];
-
-  constructor(problems: readonly ConfigProblem[]) {
-    super(problems.map(({ variable: name, problem }) => `${name}: ${problem}`).join('\n'));
-    this.problems = problems;
-  }
-}
-
-/**
- * Reads the configuration from `env`; no other variable of the environment matters to it. The only thing it touches
- * outside of its argument are the TLS files that a connection URL may point to.
- *
- * @throws {ConfigError} naming every wrong variable at once.
- */
-export function loadConfig(env: Record<string, string | undefined>): RelayConfig {
-  const problems: ConfigProblem[] = [];
-  const values: Partial<Record<Property, unknown>> = {};
-  for (const property of Object.keys(table) as Property[]) {
-    const result = readVariable(table[property], env[table[property].name]);
-    if ('problem' in result) problems.push({ variable: table[property].name, problem: result.problem });
-    else values[property] = result.value;
-  }
-  const isGiven = (property: Property) => env[table[property].name] !== undefined;
-  fitDefaults(values, isGiven);
-  problems.push(
-    ...conflicts(values as Partial<RelayConfig>),
-    ...placeConflicts(values as Partial<RelayConfig>, isGiven),
-  );
-  if (problems.length > 0) throw new ConfigError(problems);
-  return Object.freeze(values) as RelayConfig;
-}
-
-function readVariable(
-  described: Table[Property],
-  given: string | undefined,
-): { value: unknown } | { problem: string } {
-  const value = (given ?? described.default).trim();
-  if (value === '') return { problem: 'is set but empty; remove it to use the default' };
-  const result = (described.schema as z.ZodType<unknown, string>).safeParse(value);
-  if (result.success) return { value: result.data };
-  const expected = `expected ${result.error.issues[0]?.message ?? described.expected}`;
-  if ('secret' in described) return { problem: expected };
-  return { problem: `${expected}; got ${quoted(redactUrls(value))}${kubernetesHint(value)}` };
-}
-
-/** A Service named `relay-http` makes Kubernetes set RELAY_HTTP_PORT=tcp://10.0.0.1:8004 in every pod. */
-function kubernetesHint(value: string): string {
-  return /^(?:tcp|udp):\/\//.test(value)
-    ? ' (this looks like a variable that Kubernetes sets for a Service: set enableServiceLinks: false in the pod)'
-    : '';
-}
-
-/**
- * Makes the defaults of the variables that are bounded by another one fit a value that was given for that one:
- * RELAY_MAX_IN_FLIGHT=10 alone is a good configuration, and so is RELAY_REDIS_CLUSTER=true.
- */
-function fitDefaults(
-  values: Partial<Record<Property, unknown>>,
-  isGiven: (property: Property) => boolean,
-): void {
-  const { batchSize, maxInFlight, publishTimeoutMs, claimLeaseMs } = values as Partial<RelayConfig>;
-  if (!isGiven('batchSize') && batchSize !== undefined && maxInFlight !== undefined) {
-    values.batchSize = Math.min(batchSize, maxInFlight);
-  }
-  if (!isGiven('maxBatchSize')) {
-    if (isGiven('batchSize')) values.maxBatchSize = batchSize;
-    else if (maxInFlight !== undefined)
-      values.maxBatchSize = Math.min(Number(values.maxBatchSize), maxInFlight);
-  }
-  const isTooLong =
-    publishTimeoutMs !== undefined && claimLeaseMs !== undefined && publishTimeoutMs >= claimLeaseMs;
-  if (!isGiven('publishTimeoutMs') && isTooLong) values.publishTimeoutMs = Math.floor(claimLeaseMs / 2);
-  Object.assign(values, placeDefaults(values as Partial<RelayConfig>, isGiven));
-}
-
-/** Longest time that a retry may wait. BullMQ's delayed set counts milliseconds in 41 bits: years are out of reach. */
-const MAX_RETRY_DELAY_MS = 365 * DAY * 1000;
-
-/** Values that are good alone and wrong together. A value that could not be read takes part in none. */
-function conflicts(config: Partial<RelayConfig>): ConfigProblem[] {
-  const problems: ConfigProblem[] = [];
-  const { publishTimeoutMs, claimLeaseMs, batchSize, maxInFlight, maxRetryAttempts, retryBaseDelayMs } =
-    config;
-  const { publishedRetentionMs, resyncWindowMs } = config;
-  if (publishTimeoutMs !== undefined && claimLeaseMs !== undefined && publishTimeoutMs >= claimLeaseMs) {
-    const problem = `must be shorter than RELAY_CLAIM_LEASE (${claimLeaseMs / 1000} s), is ${publishTimeoutMs / 1000} s`;
-    problems.push({ variable: 'RELAY_PUBLISH_TIMEOUT', problem });
-  }
-  if (batchSize !== undefined && maxInFlight !== undefined && batchSize > maxInFlight) {
-    const problem = `must be at most RELAY_MAX_IN_FLIGHT (${maxInFlight}), is ${batchSize}`;
-    problems.push({ variable: 'RELAY_BATCH_SIZE', problem });
-  }
-  const { maxBatchSize } = config;
-  if (batchSize !== undefined && maxBatchSize !== undefined && maxBatchSize < batchSize) {
-    const problem = `must be at least RELAY_BATCH_SIZE (${batchSize}), is ${maxBatchSize}`;
-    problems.push({ variable: 'RELAY_MAX_BATCH_SIZE', problem });
-  }
-  const keepsTooLittle =
-    publishedRetentionMs !== undefined &&
-    resyncWindowMs !== undefined &&
-    publishedRetentionMs < resyncWindowMs;
-  if (keepsTooLittle && publishedRetentionMs > 0) {
-    const problem = `must be 0 or at least RELAY_RESYNC_WINDOW (${resyncWindowMs / 1000} s), whose rows are needed when Redis loses data; is ${publishedRetentionMs / 1000} s`;
-    problems.push({ variable: 'RELAY_PUBLISHED_RETENTION', problem });
-  }
-  if (maxRetryAttempts !== undefined && retryBaseDelayMs !== undefined) {
-    const longestMs = retryBaseDelayMs * 2 ** (maxRetryAttempts - 1);
-    if (longestMs > MAX_RETRY_DELAY_MS) {
-      const problem = `with RELAY_MAX_RETRY_ATTEMPTS=${maxRetryAttempts} the last retry would wait ${Math.round(longestMs / DAY / 1000)} days; at most 365`;
-      problems.push({ variable: 'RELAY_RETRY_BASE_DELAY', problem });
-    }
-  }
-  if (config.board) problems.push(...openBoard(config));
-  return [...problems, ...keyConflicts(config)];
-}
-
-/** What is wrong about a dashboard that everybody could use; nothing unless RELAY_BOARD_USERS is empty. */
-export function openBoard({
-  boardUsers,
-  httpHost,
-  boardBasePath,
-  trustedProxies,
-}: Partial<RelayConfig>): ConfigProblem[] {
-  if (boardUsers === undefined || boardUsers.length > 0) return [];
-  const wrong = (why: string): ConfigProblem[] => [
-    { variable: 'RELAY_BOARD_USERS', problem: `needs an entry of "relay hash-password": ${why}` },
-  ];
-  if (httpHost !== undefined && !isLoopback(httpHost))
-    return wrong(`the dashboard would be open to everybody who can reach RELAY_HTTP_HOST (${httpHost})`);
-  if (boardBasePath || trustedProxies?.length) return wrong('the dashboard is to be used through a proxy');
-  return [];
-}
-
-const isLoopback = (host: string): boolean => /^(?:localhost|127(?:\.\d{1,3}){3}|::1)$/i.test(host);
-
-/** The streams and BullMQ's keys share one Redis: no key may serve two purposes. */
-function keyConflicts(config: Partial<RelayConfig>): ConfigProblem[] {
-  const { streamName, dlqStreamName, queuePrefix, allowedTopics } = config;
-  const problems: ConfigProblem[] = [];
-  if (streamName !== undefined && allowedTopics !== undefined && !allowing(allowedTopics)(streamName)) {
-    const problem = `must allow RELAY_STREAM_NAME (${quoted(streamName)})`;
-    problems.push({ variable: 'RELAY_ALLOWED_TOPICS', problem });
-  }
-  if (streamName !== undefined && streamName === dlqStreamName) {
-    problems.push({ variable: 'RELAY_DLQ_STREAM_NAME', problem: 'must differ from RELAY_STREAM_NAME' });
-  }
-  if (queuePrefix === undefined) return problems;
-  const queueKeys = `${queuePrefix}:`;
-  const problem = `must not begin with ${quoted(queueKeys)}: BullMQ's own keys do`;
-  if (streamName?.startsWith(queueKeys)) problems.push({ variable: 'RELAY_STREAM_NAME', problem });
-  if (dlqStreamName?.startsWith(queueKeys)) problems.push({ variable: 'RELAY_DLQ_STREAM_NAME', problem });
-  return problems;
-}
-
-/** Read by the demo and the tests, not by the service. */
-const KNOWN_ELSEWHERE = ['RELAY_REDIS_SERVER_BIN', 'RELAY_CHROMIUM_BIN'];
-
-/** What Kubernetes sets for a Service whose name begins with `relay`. */
-const KUBERNETES_VARIABLE = /_SERVICE_(?:HOST|PORT)(?:_|$)|_PORT_\d+_(?:TCP|UDP)(?:_|$)/;
-
-/**
- * Variables of `env` that begin with RELAY_ and mean nothing: most likely typing errors. `nearest` is the known name
- * that was probably meant.
- */
-export function unknownVariables(
-  env: Record<string, string | undefined>,
-): { name: string; nearest?: string }[] {
-  const known = [...VARIABLES.map(({ name }) => name), ...KNOWN_ELSEWHERE];
-  return Object.entries(env)
-    .filter(([name]) => /^relay_/i.test(name) && !known.includes(name))
-    .filter(([name, value]) => !KUBERNETES_VARIABLE.test(name) && !/^(?:tcp|udp):\/\//.test(value ?? ''))
-    .map(([name]) => {
-      const nearest = nearestName(name.toUpperCase(), known);
-      return { name, ...(nearest !== undefined && { nearest }) };
-    });
-}
-
-/** The entry of `known` that is fewest edits away from `name`, if these are at most a third of its length. */
-function nearestName(name: string, known: readonly string[]): string | undefined {
-  const withoutPrefix = (full: string) => full.slice('RELAY_'.length, 100);
-  const [best] = known
-    .map((candidate) => ({ candidate, edits: editDistance(withoutPrefix(name), withoutPrefix(candidate)) }))
-    .sort((a, b) => a.edits - b.edits);
-  return best !== undefined && best.edits <= Math.max(2, withoutPrefix(best.candidate).length / 3)
-    ? best.candidate
-    : undefined;
-}
-
-/** Levenshtein distance. */
-function editDistance(a: string, b: string): number {
-  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
-  for (let i = 1; i <= a.length; i++) {
-    const next = [i];
-    for (let j = 1; j <= b.length; j++) {
-      const substituted = (row[j - 1] ?? 0) + (a[i - 1] === b[j - 1] ? 0 : 1);
-      next.push(Math.min(substituted, (row[j] ?? 0) + 1, (next[j - 1] ?? 0) + 1));
-    }
-    row = next;
-  }
-  return row[b.length] ?? 0;
-}
 
 /** Every variable with its default and meaning, for `--help`: two lines each, at most `width` columns. */
 export function describeVariables(width = 100): string {

@@ -1,5 +1,6 @@
 /** Where the configuration says that Redis is, and what does not go together there. */
-import type { ConfigProblem, RelayConfig } from './config.ts';
+import type { RelayConfig } from './config.ts';
+import type { ConfigProblem } from './conflicts.ts';
 import { redisNodes, redisOptions } from './redis-urls.ts';
 import { hashTagOf, patternsOf, quoted, slotOf } from './topics.ts';
 

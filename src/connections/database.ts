@@ -11,23 +11,25 @@ export type Queryable = Pick<pg.ClientBase, 'query'>;
 /** What the relay needs of a node-postgres pool: sessions. Every statement runs in `transaction`. */
 export type Pool = Readonly<{
   connect(): Promise<pg.PoolClient>;
-  /** The same for those who hold a session while they wait for another: they get one where so many others are left. */
+  /** The same pool for a caller that holds a session while it waits for another one: `others` sessions stay free. */
   leaving?(others: number): Pool;
-  /** What its transactions must belong to. */
+  /** The generation that transactions must belong to. */
   generation?: Generation;
 }>;
 
 /**
- * Every statement of the relay is a walk along one partial index. Stale statistics (an adopted table whose
- * rows were all published when it was last analysed, then a burst of a million) make the planner prefer to
- * fetch and sort the whole backlog; within our own transactions these plans are off the table. Fresh ones are no
- * better: beside the platform's index on `aggregate_id` alone, every acknowledgement read all 100,000 rows that
- * its aggregate had parked, to sort them by id (incrementally, which is a setting of its own). And a plan is kept: that
- * of an acknowledgement, made while the table was empty, joined the appended events with all of it, 12 ms for 23 of them beside
- * 17,000 published rows instead of 0.8, until autovacuum came by. Rows are looked up one by one.
+ * Planner settings of the relay's transactions. Every statement of the relay walks along one partial index, row by row, and
+ * the planner must choose that plan. Three reasons why it would not by itself, each seen:
  *
- * No compilation either: before version 18 a plan that cannot do without what is off here counts as so dear that
- * PostgreSQL compiles it each time it is planned (3.4 s for a claim of 100 rows, seen with version 15).
+ * - Stale statistics. An adopted table had only published rows when it was last analysed, then a million rows came: the
+ *   planner fetched and sorted the whole backlog.
+ * - Another index. Beside the platform's index on `aggregate_id` alone, every acknowledgement read all 100,000 rows that
+ *   its aggregate had parked, to sort them by id (incrementally, which has a setting of its own).
+ * - A kept plan. The plan of an acknowledgement, made while the table was empty, joined the events with the whole table:
+ *   12 ms for 23 events beside 17,000 published rows instead of 0.8, until autovacuum ran.
+ *
+ * `jit` is off too: before version 18 PostgreSQL gives a plan that needs what is off here such a high cost that it compiles
+ * the plan each time (3.4 s for a claim of 100 rows, seen with version 15).
  */
 const PLANNER: Readonly<Record<string, string>> = {
   enable_indexscan: 'on',
@@ -42,8 +44,9 @@ const PLANNER: Readonly<Record<string, string>> = {
 };
 
 /**
- * How values are read and printed, whatever a role, a database or the owner of a pool has set: the order of
- * published rows is kept as text. What is not here is not ours to change: triggers of others run in these transactions.
+ * How PostgreSQL reads and prints values, whatever a role, a database or the owner of a pool has set: the relay keeps
+ * positions in the order of published rows as text. Other settings stay as they are, since triggers of other teams run in
+ * these transactions.
  */
 const PRINTED: Readonly<Record<string, string>> = {
   DateStyle: 'ISO, YMD',
@@ -53,45 +56,44 @@ const PRINTED: Readonly<Record<string, string>> = {
   extra_float_digits: '1',
   standard_conforming_strings: 'on',
 };
-/** What a function of the relay's statements means is not decided by a schema that comes first. */
+/** Puts pg_catalog first: no other schema can replace a function that the relay's statements call. */
 const SEARCH_PATH =
   "pg_catalog.concat_ws(', ', 'pg_catalog', nullif(pg_catalog.current_setting('search_path'), ''))";
 
 /**
- * A named statement is planned once per connection: 0.5 ms less for each acknowledgement. A pooler that hands out
- * another connection with each transaction (PgBouncer before 1.21) makes the name unknown, or known already: then
- * we do without names from there on.
+ * Whether statements have names. A named statement is planned once per connection: 0.5 ms less for each acknowledgement.
+ * Behind a pooler that changes the connection with each transaction (PgBouncer before 1.21) a name may be unknown, or
+ * taken: after the first such error the process uses no names any more.
  */
 let statementsKept = true;
 
 /**
  * - `durable`: when it returns, a crash of PostgreSQL cannot undo it
- * - `repeatable`: a crash may undo it, and doing it again is harmless. Spares the disk's answer, about 3 ms on the machine
- *   where this was tried. A claim is not: if a crash undid the lease of an event that was appended, and its job was removed,
- *   nobody would know of its entry.
+ * - `repeatable`: a crash may undo it, and doing it again is harmless. The commit does not wait for the disk, which takes
+ *   about 3 ms (measured). A claim must be durable: a crash could undo the lease of an event that was appended, and if its
+ *   job had been removed, nothing would know of its entry.
  */
 export type Durability = 'durable' | 'repeatable';
 
-/** For claims: PostgreSQL would plan each of them anew, 900 µs, since its LIMIT is a parameter. */
+/** For claims. Their LIMIT is a parameter, so PostgreSQL would plan each claim anew, which takes 900 µs. */
 export const GENERIC = { generic: true } as const;
 
 type TransactionOptions = Readonly<{
-  /** Taken in this order before anything else is done, each waited for as long as the first one. */
+  /** Taken in this order at the beginning. The wait for each is as long as that for the first. */
   locks?: readonly [TableLock, ...TableLock[]];
-  /** Statements are planned whatever their parameters are: those that are named, once. */
+  /** Plans do not depend on parameters, so a named statement is planned once. */
   generic?: boolean;
-  /** How long the transaction may idle between two statements, i.e. `work` be busy with other things. */
+  /** How long the transaction may idle between two statements, while `work` does something else. */
   idleMs?: number;
 }>;
 
 /**
- * Runs `work` in one transaction, with a deadline on each statement and on idling in between, on the server
- * as well as here: neither a hung statement nor a dead network holds row locks for ever. For this transaction alone:
- * it works on pools that belong to someone else and behind PgBouncer.
+ * Runs `work` in one transaction. Each statement and each pause between two has a deadline, on the server and here: neither
+ * a hung statement nor a dead network holds row locks for ever. All settings are those of this transaction alone, so it
+ * works on pools of other programs and behind PgBouncer.
  *
- * A session that cannot do it (see pool-health.ts) is given back with its error, and another one does all of it again,
- * once: `work` is run twice then, as it is when its owner tries again. Not after the COMMIT was sent, and not where no
- * answer came: that took its time already.
+ * If the session is sick (see pool-health.ts), it leaves the pool with its error, and `work` runs once more on another
+ * session. It does not run again after the COMMIT was sent, nor where no answer came: the deadline has passed already.
  */
 export async function transaction<T>(
   pool: Pool,
@@ -108,7 +110,7 @@ export async function transaction<T>(
   return last.result;
 }
 
-/** The pool, which also runs single statements, each in a transaction of its own. */
+/** Adds `query` to the pool: each statement runs in a transaction of its own. */
 export const asking = (pool: Pool, deadlineMs: number): Pool & Queryable => ({
   connect: () => pool.connect(),
   ...(pool.leaving && { leaving: pool.leaving }),
@@ -130,11 +132,11 @@ async function attemptTransaction<T>(
   const { locks, generic = false, idleMs = deadlineMs + 1_000 } = options;
   const { generation } = pool;
   const client = await pool.connect();
-  // A connection that breaks between two statements says so by this event alone, and unheard it ends the process.
+  // A connection that breaks between two statements emits only this event. Without a listener it would end the process.
   client.on('error', nextStatementFails);
   const settings = {
     ...(durability === 'repeatable' && { synchronous_commit: 'off' }),
-    // The lock's own deadline comes first: it says what was waited for.
+    // The deadline of the lock comes first: its error says that a lock was waited for.
     statement_timeout:
       locks === undefined ? deadlineMs : Math.max(deadlineMs, locks[0].waitMs + LOCK_MARGIN_MS),
     lock_timeout: locks?.[0].waitMs ?? 0,
@@ -143,18 +145,18 @@ async function attemptTransaction<T>(
     ...PLANNER,
     plan_cache_mode: generic ? 'force_generic_plan' : 'auto',
   };
-  // One statement for all of them: they are what a transaction costs.
+  // One statement sets all of them: a round trip is what a transaction costs.
   const set = Object.entries(settings).map(
     ([name, value]) => `pg_catalog.set_config('${name}', '${value}', true)`,
   );
-  /** When the locks are there. */
+  /** What is asked for once the locks are held. */
   const asked = [
-    // Rows are waited for as long as a statement may take.
+    // A statement waits for rows until its own deadline.
     ...(locks ? [`pg_catalog.set_config('lock_timeout', '0', true)`] : []),
-    // While a lock was waited for, the table may have been emptied and filled again.
+    // While the transaction waited for a lock, the table may have been emptied and filled again.
     ...(generation ? [`${generation.sql()} AS generation`] : []),
   ];
-  // The level is said, not left to the database's default: under a stricter one the same statements would fail by chance.
+  // The isolation level is named, since the default may be stricter: then the same statements would fail now and then.
   const begin = [
     'BEGIN ISOLATION LEVEL READ COMMITTED',
     `SELECT ${set.join(', ')}, pg_catalog.set_config('search_path', ${SEARCH_PATH}, true)`,
@@ -163,7 +165,7 @@ async function attemptTransaction<T>(
   ].join('; ');
   const beginDeadlineMs = Math.max(deadlineMs, (locks?.[0].waitMs ?? 0) * (locks?.length ?? 0));
 
-  /** The first error of this session: those after it follow from it. */
+  /** The first error of this session: later errors follow from it. */
   let ownError: unknown;
   let isCommitting = false;
   async function ask({ name, ...query }: pg.QueryConfig, answerMs = deadlineMs): Promise<pg.QueryResult> {
@@ -185,7 +187,7 @@ async function attemptTransaction<T>(
     query: (async (statement: string | pg.QueryConfig, values?: unknown[]) => {
       const query =
         typeof statement === 'string' ? { text: statement, ...(values && { values }) } : statement;
-      // Nothing is believed of a transaction that belongs to another generation.
+      // The result counts only if the transaction belongs to the accepted generation.
       const [result] = await Promise.all([ask(query), begun]);
       return result;
     }) as Queryable['query'],
@@ -195,14 +197,14 @@ async function attemptTransaction<T>(
       const answers = results as unknown as pg.QueryResult<{ generation: string }>[];
       generation?.assert(answers.at(-1)?.rows[0]?.generation ?? '');
     });
-    // Sent together with the first statement where the connection can do that: a round trip less.
+    // A pipelined connection sends BEGIN together with the first statement, which saves a round trip.
     if (isPipelined(client) && locks?.[0].mode !== 'EXCLUSIVE') begun.catch(nextStatementFails);
     else await begun;
     const result = await work(tx);
     await begun;
     isCommitting = true;
     await tx.query('COMMIT');
-    // Of what `work` went back from, a session may be sick all the same.
+    // `work` may have caught an error that shows that the session is sick.
     giveBack(ownError !== undefined && isSick(ownError) ? (ownError as Error) : null);
     return { kind: 'done', result };
   } catch (error) {
@@ -212,7 +214,7 @@ async function attemptTransaction<T>(
     else giveBack(isSessionSick ? (ownError as Error) : await rollBack());
     if (locks !== undefined && sqlState(ownError) === LOCK_NOT_AVAILABLE)
       return { kind: 'failed', error: await heldBy(pool, locks), isWorthAnother: false };
-    // Where the BEGIN failed, what came after it says only that.
+    // 25P02 only says that an earlier statement failed: throw the error of that one.
     const told = ownError !== undefined && sqlState(error) === '25P02' ? ownError : error;
     return {
       kind: 'failed',
@@ -233,17 +235,17 @@ async function attemptTransaction<T>(
   function giveBack(error: Error | null): void {
     if (error === null) {
       client.release();
-      client.off('error', nextStatementFails); // since the release the pool listens
+      client.off('error', nextStatementFails); // from the release on the pool listens
     }
-    // Thrown away, it may still have a last word (57P01 while it ends): it keeps its listener.
+    // A session that is thrown away may emit one more error while it ends (57P01), so it keeps its listener.
     else client.release(error);
   }
 }
 
 const LOCK_MARGIN_MS = 500;
 
-/** The server's deadline comes first; when it says nothing for so long after that, it is not there. */
+/** The server enforces its deadline. If it sends no answer for so long after that, it is gone. */
 const ANSWER_MS = 1_000;
 
-/** A connection of a pool that is not ours may take one statement at a time only. */
+/** Whether the connection takes several statements at a time. That of an embedding program's pool may take one. */
 const isPipelined = (client: pg.ClientBase): boolean => (client as { pipeline?: boolean }).pipeline === true;

@@ -1,37 +1,38 @@
 import type pg from 'pg';
+import type { DatabaseState } from '../event.ts';
 import { withSession } from './session.ts';
 
 /**
- * PostgreSQL may forget: a standby that lagged is promoted, the database is restored, the table is emptied. Then rows
- * are older than what Redis holds of them. A generation names what the rows came from: timeline, run of the server and
- * file of the table. While it is the same, nothing that was committed is forgotten.
+ * PostgreSQL may forget what was committed: a standby that lagged is promoted, the database is restored, the table is
+ * emptied. Then rows are older than what Redis holds of them. A generation names where the rows come from: the timeline,
+ * the run of the server and the file of the table. While the generation is the same, nothing is forgotten.
  *
- * The timeline is the one that the server writes to (`pg_control_checkpoint()` tells of a new one late). The run of the
- * server: a crash costs what was committed without waiting for the disk, and a folder that was copied back has its old
- * timeline. The file: TRUNCATE and whatever writes the table anew make another one.
+ * - Timeline: a promotion makes a new one. It is the one that the server writes to, since `pg_control_checkpoint()` shows a
+ *   new one late.
+ * - Run of the server: a crash loses commits that did not wait for the disk, and a data directory that was copied back
+ *   still has its old timeline.
+ * - File: TRUNCATE, and whatever else rewrites the table, makes a new one.
  *
- * Each transaction tells its own, not each session once: behind a pooler a session is no session.
+ * Each transaction reads the generation, not each session once: behind a pooler the server may change between two
+ * transactions of a session.
  */
 const RUN_AND_FILE = `extract(epoch FROM pg_postmaster_start_time())::text || '.' || pg_relation_filenode('identity.outbox')`;
 const TIMELINE = 'left(pg_walfile_name(pg_current_wal_lsn()), 8)';
-/** Of a server that does not tell its timeline. */
+/** Timeline of a server that does not tell it. */
 const UNTOLD = `'00000000'`;
-/** Of a standby: it has no timeline of its own, and takes no writes. */
+/** Takes the place of the timeline on a standby, which takes no writes. */
 const STANDBY = 'standby';
 
 /** 42501: the role may not ask; 42883, 0A000: the server is a relative of PostgreSQL and has no such function. */
 const CANNOT_TELL = new Set(['42501', '42883', '0A000']);
 
-/** Sessions to a former primary that one look throws away, at most; the next look goes on. */
+/** Sessions to a former primary that one `read` closes, at most; the next `read` goes on. */
 const THROWN_AWAY_MAX = 3;
-
-/** What the database says of itself. `now`: its time, to the microsecond. */
-export type DatabaseState = Readonly<{ now: string; generation: string }>;
 
 /** Each promotion makes a higher one. */
 const timelineOf = (generation: string): number => Number.parseInt(generation, 16);
 
-/** Whether it is a standby, or a primary of before the failover that made the other one. */
+/** Whether the server of `generation` is a standby, or the former primary of the failover that made `other`. */
 const isBehind = (generation: string, other: string | undefined): boolean =>
   generation.startsWith(STANDBY) ||
   (other !== undefined && timelineOf(generation) > 0 && timelineOf(generation) < timelineOf(other));
@@ -67,7 +68,7 @@ export type Generation = ReturnType<typeof createGeneration>;
 
 export function createGeneration() {
   let accepted: string | undefined;
-  /** One of the highest timeline that a session, or another pod, has told of. */
+  /** A generation of the highest timeline that a session, or another pod, has reported. */
   let latest: string | undefined;
   let timeline = TIMELINE;
   let onOther = (): void => {};
@@ -117,12 +118,12 @@ export function createGeneration() {
     },
 
     /**
-     * Asks a session. After a failover a pool may have sessions to both servers; those to the former primary are thrown
-     * away.
+     * Asks the database for its time and generation. After a failover a pool may have sessions to both servers; it closes
+     * those to the former primary.
      * @param known the generation that pods have worked with last; null where there is none, undefined to leave it
      * @throws {NotPrimaryError} when no session leads to the primary
      */
-    async look(
+    async read(
       pool: Readonly<{ connect(): Promise<pg.PoolClient> }>,
       timeoutMs: number,
       known?: string | null,

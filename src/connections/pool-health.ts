@@ -4,44 +4,43 @@ import type { Pool } from './database.ts';
 import { nextStatementFails } from './session.ts';
 
 /**
- * Sessions that cannot do the relay's work leave the pool, and a pool that gets fewer sessions than it may have works
- * with those.
+ * Removes sick sessions from the pool, and works with fewer sessions where PostgreSQL gives fewer than allowed.
  *
- * A session is given back with the error that it failed with; by that it is judged. Some errors tell of more than their
- * own session: when a network breaks without a word, when a server becomes a standby, or when a table is altered, every
- * session of the pool is sick and none says so. Each would cost its user a transaction, of a dead network the whole time
- * that an answer is waited for. So the first such error puts all sessions out that were not heard of since.
+ * The caller releases a session with the error that it failed with, and the error tells whether the session is sick. Some
+ * errors concern all sessions of the pool: the network broke, the server became a standby, a table was altered. Each
+ * sick session would cost its next user a transaction, and on a dead network the whole timeout. So the first such error
+ * removes every session that has not answered since.
  */
 
-/** node-postgres has no code for it. */
+/** The server gave no answer in time. node-postgres has no code for that. */
 export const isNoAnswer = (error: unknown): error is Error =>
   error instanceof Error && error.message === 'Query read timeout';
 
-/** SQLSTATE of what a server answered; undefined where the connection failed. */
+/** SQLSTATE of an error that the server sent; undefined where the connection failed. */
 export const sqlState = (error: unknown): string | undefined => {
   // Errors of the system have a code as well, such as EPIPE.
   const { code, severity } = (error ?? {}) as Partial<pg.DatabaseError>;
   return severity === undefined ? undefined : code;
 };
 
-/** The plan of a kept statement does not fit its table any more; or a server in recovery is asked to write. */
+/** The plan of a named statement does not fit its altered table, or the server is in recovery and takes no writes. */
 const NOT_SUPPORTED = '0A000';
 const READ_ONLY = '25006';
-/** A pooler that hands out another session with each transaction does not know, or knows already, a kept statement. */
+/** Behind a pooler that changes the session with each transaction, a named statement is unknown, or exists already. */
 export const STATEMENT_FORGOTTEN = new Set(['26000', '42P05']);
 
 const SICK = new Set([
   ...[NOT_SUPPORTED, READ_ONLY, ...STATEMENT_FORGOTTEN],
-  // Shut down, crashed, starting up, its database dropped, idle for too long; in a transaction, too, or that took too long.
+  // Shut down, crashed, starting up, database dropped, idle for too long; transaction idle, or running, for too long.
   ...['57P01', '57P02', '57P03', '57P04', '57P05', '25P03', '25P04'],
   // Another program's transaction is open in it, or failed in it.
   ...['25001', '25P02'],
 ]);
 
-/** Whether a session that failed so can do no further work. Of any other error the statement is at fault. */
+/** Whether a session with this error can do no further work. After any other error only the statement has failed. */
 export function isSick(error: unknown): boolean {
   const state = sqlState(error);
-  // Class 08: the connection; class XX: what PostgreSQL keeps of its catalogs in this session does not fit any more.
+  // Class 08: the connection failed. Class XX: the session's cache of the catalogs is broken.
   return state === undefined || SICK.has(state) || /^(?:08|XX)/.test(state);
 }
 
@@ -65,34 +64,35 @@ export class ReadOnlyError extends Error {
   }
 }
 
-/** PostgreSQL gives this pod fewer sessions than this takes. */
+/** PostgreSQL gives this pod fewer sessions than the work needs. */
 export class TooFewSessionsError extends Error {
   override readonly name = 'TooFewSessionsError';
 }
 
 export type HealthyPool = Pool &
   Readonly<{
-    /** Sessions that it may have, and those that PostgreSQL gives it. */
+    /** How many sessions the pool may have, and how many PostgreSQL gives it. */
     sessions(): Readonly<{ size: number; granted: number }>;
   }>;
 
-/** Deadline for what a session is asked before it is used again. */
+/** Deadline of the check of a session before it is used again. */
 const VERIFY_TIMEOUT_MS = 1_000;
-/** Sessions of a pool of others that are put out for one that is asked for, at most. */
+/** Sick sessions of an embedding program's pool that one `connect` removes, at most. */
 const MAX_TRIES = 100;
-/** A session is waited for so long: for others to give one back, and for the pool to connect one. */
+/** How long `connect` waits for a free session. */
 const WAIT_MS = 3_000;
+/** How long it waits for the pool to connect one. */
 const CONNECT_MS = 5_000;
-/** A pod that got fewer sessions asks for one more this often. */
+/** Interval at which a pod that got fewer sessions asks for one more. */
 const GROW_AFTER_MS = 10_000;
-/** Sick sessions come by the dozen; they are reported once in so long. */
+/** Interval at which sick sessions are logged: they come by the dozen. */
 const REPORT_EVERY_MS = 10_000;
 
 type Waiter = { others: number; admit: () => void };
 
 /**
- * `pool`, of which at most `size` sessions are used at a time, and none that is likely to be sick.
- * @param size where the pool itself has a smaller limit, that counts
+ * Wraps `pool`: at most `size` sessions are in use at a time, and none that is likely to be sick.
+ * @param size of it and the pool's own limit, the smaller one counts
  */
 export function healthyPool(
   pool: Pool & Readonly<{ options?: Readonly<{ max?: number }>; on?: (...args: never[]) => unknown }>,
@@ -102,9 +102,9 @@ export function healthyPool(
   const size = Math.min(options.size, pool.options?.max ?? options.size);
 
   const heardAt = new WeakMap<pg.PoolClient, number>();
-  /** Connected since this pool is watched: not of a pool's owner, of unknown age. */
+  /** Sessions that were connected since the pool is wrapped. Any other may be old, and used by the pool's owner. */
   const born = new WeakSet<pg.PoolClient>();
-  /** When a session last told of others. */
+  /** When an error last concerned all sessions. */
   let invalidatedAt = Number.NEGATIVE_INFINITY;
   let reportedAt = Number.NEGATIVE_INFINITY;
   (pool.on as ((event: string, heard: (client: pg.PoolClient) => void) => void) | undefined)?.call(
@@ -118,7 +118,7 @@ export function healthyPool(
   let growsAt = 0;
   let waiting: Waiter[] = [];
 
-  /** Waits for one of the sessions that this pod may use, so that `others` more are left. */
+  /** Waits until one session can be used and `others` more stay free. */
   async function admission(others: number): Promise<void> {
     if (granted < size && granted - inUse <= others && performance.now() >= growsAt) {
       growsAt = performance.now() + GROW_AFTER_MS;
@@ -159,7 +159,7 @@ export function healthyPool(
     next.admit();
   }
 
-  /** With what it has, until it may ask for more. */
+  /** PostgreSQL gives no more sessions: works with those in use, and asks for more after GROW_AFTER_MS. */
   function shrink(error: Error): void {
     const left = Math.max(1, inUse - 1);
     growsAt = performance.now() + GROW_AFTER_MS;
@@ -190,7 +190,7 @@ export function healthyPool(
   async function connected(): Promise<pg.PoolClient> {
     for (let i = 0; ; i++) {
       const client = await connectWithin(pool, CONNECT_MS);
-      // In the case of a session that breaks meanwhile; its user brings a listener of his own.
+      // The session may break during the check. Afterwards its user adds a listener.
       client.on('error', nextStatementFails);
       try {
         if (await isSound(client)) {
@@ -199,7 +199,7 @@ export function healthyPool(
           return client;
         }
       } catch (error) {
-        // New ones are no better. Of those that others have used the next may be.
+        // If a new session is sick, the next new one will be too. Among old sessions the next may be sound.
         if (born.has(client) || i >= MAX_TRIES) {
           discard(client);
           throw error;
@@ -209,11 +209,11 @@ export function healthyPool(
     }
   }
 
-  /** @throws why not, where it had to be asked */
+  /** @throws why the session is sick, where it had to be asked */
   async function isSound(client: pg.PoolClient): Promise<boolean> {
     const heard = heardAt.get(client);
     if (heard !== undefined) return heard > invalidatedAt;
-    // New, or its owner's so far.
+    // The pool has not used this session yet, and no error has concerned all sessions.
     if (invalidatedAt === Number.NEGATIVE_INFINITY) return true;
     const { rows } = await client.query({
       text: `SELECT current_setting('transaction_read_only') AS "readOnly", pg_is_in_recovery() AS "isStandby"`,
@@ -224,7 +224,7 @@ export function healthyPool(
   }
 
   function watchRelease(client: pg.PoolClient): void {
-    // Ours until then: the pool puts a new one there each time.
+    // The pool sets a new `release` each time that it hands the session out.
     const release = client.release;
     client.release = (error) => {
       if (error instanceof Error && isSick(error)) {

@@ -4,21 +4,21 @@ import { RESULT_TYPES } from './result-types.ts';
 import { withSession } from './session.ts';
 
 /**
- * Locks between pods are those of empty tables. An advisory lock takes no right: any log-in could hold the relay up. Like
- * those they write no row, and end with their transaction.
+ * Pods exclude each other by locks on empty tables. Advisory locks need no right, so any role could block the relay with
+ * one. Like advisory locks, table locks write no row and end with their transaction.
  */
 export type TableLock = Readonly<{
   table: string;
   /**
-   * `ROW SHARE` goes with itself and not with `EXCLUSIVE`, which goes with neither. `ACCESS SHARE` is what every SELECT
-   * takes: only what empties, rewrites or alters a table excludes it.
+   * Several transactions may hold `ROW SHARE`, but none beside `EXCLUSIVE`. Every SELECT takes `ACCESS SHARE`: only
+   * statements that empty, rewrite or alter the table exclude it.
    */
   mode: 'ACCESS SHARE' | 'ROW SHARE' | 'EXCLUSIVE';
-  /** How long it is waited for; 0: not at all. */
+  /** How long a transaction waits for the lock; 0: not at all. */
   waitMs: number;
 }>;
 
-/** One pod claims at a time. Others do meanwhile; none does for so long. */
+/** One pod claims at a time. No claim job takes as long as the wait. */
 export const CLAIM_LOCK: TableLock = {
   table: 'identity.relay_claim_lock',
   mode: 'EXCLUSIVE',
@@ -28,7 +28,9 @@ export const CLAIM_LOCK: TableLock = {
 /** One process deletes old rows at a time. */
 export const PRUNE_LOCK: TableLock = { table: 'identity.relay_prune_lock', mode: 'EXCLUSIVE', waitMs: 0 };
 
-/** Shared by what rests on an epoch; what waits until all of that has ended has it alone. */
+/**
+ * Transactions that rest on an epoch share it (`ROW SHARE`). `EXCLUSIVE` waits until all of them have ended.
+ */
 export const epochLock = (mode: TableLock['mode'], waitMs: number): TableLock => ({
   table: 'identity.relay_epoch_lock',
   mode,
@@ -36,8 +38,8 @@ export const epochLock = (mode: TableLock['mode'], waitMs: number): TableLock =>
 });
 
 /**
- * The outbox itself, for a transaction that asks of which generation it is and then reads rows: nobody empties the table
- * or writes it anew in between.
+ * The outbox itself, for a transaction that reads its generation and then rows: no other transaction can empty or rewrite
+ * the table in between.
  */
 export const outboxLock = (waitMs: number): TableLock => ({
   table: 'identity.outbox',
@@ -45,7 +47,7 @@ export const outboxLock = (waitMs: number): TableLock => ({
   waitMs,
 });
 
-/** What PostgreSQL answers when the lock was not to be had in time. */
+/** SQLSTATE when a lock was not available in time. */
 export const LOCK_NOT_AVAILABLE = '55P03';
 
 export const lockStatement = ({ table, mode, waitMs }: TableLock): string =>
@@ -54,7 +56,7 @@ export const lockStatement = ({ table, mode, waitMs }: TableLock): string =>
 /** Another session has kept a lock of the relay for too long. */
 export class LockHeldError extends Error {
   override readonly name = 'LockHeldError';
-  /** Whether one transaction is known to have had it all the time; else other pods may have had it meanwhile. */
+  /** Whether one transaction is known to have held the lock all the time. If not, pods may have held it one after another. */
   readonly isHeldThroughout: boolean;
   constructor({ table, waitMs }: TableLock, holder: Holder | undefined) {
     super(
@@ -71,7 +73,7 @@ export class LockHeldError extends Error {
 type Session = Readonly<{ pid: number; application: string; role: string; address: string }>;
 type Holder = Session & Readonly<{ isHeldThroughout: boolean }>;
 
-/** By table: the transaction that had its lock when that was last asked, and since when it is known to have it. */
+/** By table: the transaction that held its lock at the last check, and since when this pod has seen it hold the lock. */
 const lastHolders = new Map<string, Readonly<{ transaction: string; since: number }>>();
 
 /** When this transaction was first seen to hold the lock, by `performance.now()`. */
@@ -84,8 +86,8 @@ function seenSince(table: string, transaction: string): number {
 }
 
 /**
- * Who has a lock that excludes others, the longest first. How long is hidden of a session of another role, which may be
- * another pod's: of that counts how long it was seen here.
+ * The session that has held a conflicting lock for the longest time. PostgreSQL hides how long a session of another role
+ * (maybe another pod's) has run its transaction: for that session it counts how long this pod has seen it.
  */
 async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise<Holder | undefined> {
   const { rows } = await withSession(pool, (client) =>
@@ -109,7 +111,7 @@ async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise
   return { ...holder, isHeldThroughout: holder.isOld ?? seenMs >= waitMs };
 }
 
-/** One of these locks was not to be had: what to say of it. */
+/** The error for locks of which one was not available: it names the holder. */
 export async function heldBy(
   pool: Pool,
   locks: readonly [TableLock, ...TableLock[]],
@@ -121,7 +123,7 @@ export async function heldBy(
   return new LockHeldError(locks[0], undefined);
 }
 
-/** @throws {LockHeldError} when one session has had a lock that pods need for longer than they wait for it */
+/** @throws {LockHeldError} when one session has held a lock for longer than pods wait for it */
 export async function assertLocksPass(pool: Pool): Promise<void> {
   const { waitMs } = CLAIM_LOCK;
   for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', waitMs), outboxLock(waitMs)]) {
@@ -134,7 +136,7 @@ const HARMLESS_TO_SHARES = [
   ...['AccessShareLock', 'RowShareLock', 'RowExclusiveLock'],
   ...['ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock'],
 ];
-/** The modes of others that a lock does not wait for. */
+/** Modes that other sessions may hold without making a lock of this mode wait. */
 const HARMLESS: Readonly<Record<TableLock['mode'], readonly string[]>> = {
   'ACCESS SHARE': [...HARMLESS_TO_SHARES, 'ExclusiveLock'],
   'ROW SHARE': HARMLESS_TO_SHARES,

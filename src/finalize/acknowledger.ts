@@ -10,12 +10,13 @@ const BATCH_MAX = 500;
 /** Transactions at once: one commits while the next is being collected and planned. */
 const CONCURRENT_BATCHES = 2;
 /**
- * Under load a batch waits so long for company: fewer, larger transactions cost the database and this process
- * less (0.045 -> 0.02 transactions per event, measured).
+ * Under load a batch waits so long for more rows: fewer, larger transactions cost the database and this process less
+ * (0.045 -> 0.02 transactions per event, measured).
  */
 const COLLECT_MS = 10;
+/** A batch of so many rows means load. */
 const UNDER_LOAD = 24;
-/** Waits before the tries of one batch after the first; then its jobs try again by themselves. */
+/** Delays before the second and later tries of one batch. After the last try its jobs are postponed, and run again. */
 const RETRY_DELAYS_MS = [100, 400, 1_600, 3_000, 3_000];
 
 /** An event that was appended in that epoch. */
@@ -24,8 +25,8 @@ export type Appended = Readonly<{ event: OutboxEvent; entryId: string; epoch: st
 export type Acknowledger = ReturnType<typeof createAcknowledger>;
 
 /**
- * Marks rows published, in batches that size themselves: what arrives while the running transactions are busy goes
- * into the next one. So an idle relay acknowledges at once, a busy one hundreds together.
+ * Marks rows published, in batches: events that arrive while transactions run go into the next one. So an idle relay
+ * acknowledges each event at once, and a busy one hundreds together.
  */
 export function createAcknowledger(deps: {
   outbox: Pick<Outbox, 'inEpoch' | 'markPublished'>;
@@ -45,7 +46,7 @@ export function createAcknowledger(deps: {
 
   function schedule(): void {
     if (pending.length === 0 || running >= CONCURRENT_BATCHES || timer !== undefined) return;
-    // Otherwise after the I/O of this iteration of the event loop: one read from Redis often answers many appends.
+    // Without load, after the I/O of this iteration of the event loop: one read from Redis often answers many appends.
     timer = lastSize >= UNDER_LOAD ? setTimeout(flush, COLLECT_MS) : setImmediate(flush);
   }
 
@@ -62,7 +63,7 @@ export function createAcknowledger(deps: {
     schedule();
   }
 
-  /** Of one epoch: an epoch that is over must not keep others' rows from being marked. */
+  /** A batch has events of one epoch: if that epoch is over, the batch fails, and events of other epochs must not. */
   function nextBatch(): Pending[] {
     const epoch = pending[0]?.epoch;
     const batch: Pending[] = [];
@@ -110,7 +111,7 @@ export function createAcknowledger(deps: {
     /**
      * Resolves when the event's row is marked published.
      * @throws {EpochOverError} when the entry may be lost since
-     * @throws when the database did not take it; the append is remembered, so the job may simply run again
+     * @throws when the database did not take it; the job remembers its append, so it may simply run again
      */
     acknowledge: (appended: Appended): Promise<void> =>
       new Promise((resolve, reject) => {

@@ -13,9 +13,9 @@ import type { Refiller } from './refiller.ts';
 export type DeadLetters = ReturnType<typeof createDeadLetters>;
 
 /**
- * Gives events up: one entry in the dead-letter stream, then the row is dead and its aggregate goes on (or is held).
- * Both halves are idempotent and the failed job stays until both are done, so that what finds it (the failed-event
- * handler, or the lease reaper after a crash) may run it again.
+ * Gives events up: appends the dead letter, then marks the row dead, and its aggregate goes on (or is held). Both steps are
+ * idempotent, and the failed job stays in BullMQ until both are done. So the failed-event handler may be followed by the
+ * lease reaper, which finishes what a dead pod began.
  */
 export function createDeadLetters(deps: {
   streams: Pick<Streams, 'deadLetter'>;
@@ -81,10 +81,10 @@ export function createDeadLetters(deps: {
   }
 
   return {
-    /** The event's job has failed for good. */
+    /** Gives up the event of a job whose retries are spent. */
     bury: ({ madeAt, ...failure }: FailedJob): Promise<void> => write(failure, madeAt),
 
-    /** The row is dead, and its dead letter is lost. */
+    /** Appends the dead letter of a dead row again, after Redis lost it. */
     writeAgain: (failure: Failure): Promise<void> => write(failure, null),
   };
 }

@@ -1,14 +1,14 @@
 import type { Queues } from '../queue/queues.ts';
 import type { Memory } from '../streams/memory.ts';
 
-/** Why an event's job was left: a worker has it, or it remembers that the event was appended. */
+/** Why a job was not removed: a worker has it, or it remembers that the event was appended. */
 export type JobLeft = 'busy' | 'appended';
 
 export type RemoveJobs = ReturnType<typeof createJobRemoval>;
 
 /**
- * Removes the jobs of events whose rows are to get new ones, or none: the ids of the old jobs would shadow the new
- * ones. A job that remembers an append stays: its row is to expire, and the lease reaper asks what became of it.
+ * Removes the jobs of events that are to get new jobs, or none: BullMQ adds no job whose id is taken. A job that remembers
+ * an append stays. Its caller ends the row's lease, and the lease reaper asks what became of the event.
  */
 export function createJobRemoval(deps: {
   queues: Pick<Queues, 'withJobs' | 'remove'>;
@@ -21,7 +21,7 @@ export function createJobRemoval(deps: {
   return async (
     events: readonly Readonly<{ eventId: string; topic: string }>[],
   ): Promise<ReadonlyMap<string, JobLeft>> => {
-    // Most have none: after a loss of Redis this is asked of each event that is published again.
+    // Most events have no job: after Redis lost data, this runs for each event that is published again.
     const there = await deps.queues.withJobs(events.map((it) => it.eventId));
     const withJobs = events.filter((it) => there.has(it.eventId));
     const appended = await deps.memory.appendedOf(withJobs);

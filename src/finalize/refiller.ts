@@ -5,18 +5,18 @@ import type { Logger } from '../telemetry/logger.ts';
 
 /** Aggregates in one statement, at most. */
 const BATCH_MAX = 1_000;
-/** While aggregates have parked rows: their speed depends on it. */
+/** Delay of a refill while aggregates have parked rows: their speed depends on it. */
 const PROMPT_MS = 2;
-/** While none has: long enough to ask about many aggregates in one statement. */
+/** Delay while none has parked rows: long enough to ask about many aggregates in one statement. */
 const CALM_MS = 20;
-/** The same under load, where each statement counts: when more than one aggregate a millisecond has come. */
+/** The same under load, which is when more than one aggregate is requested per millisecond: fewer statements. */
 const CALM_UNDER_LOAD_MS = 200;
 
 export type Refiller = ReturnType<typeof createRefiller>;
 
 /**
- * Frees parked rows when there is room for them, and asks for a claim. Requests are coalesced: one statement at a time,
- * for all aggregates that have come meanwhile.
+ * Frees parked rows when their window has room, and asks for a claim. One statement runs at a time, for all aggregates
+ * that were requested since the last one.
  */
 export function createRefiller(deps: {
   outbox: Pick<Outbox, 'refill' | 'parkedAggregates' | 'unparkAll'>;
@@ -70,7 +70,7 @@ export function createRefiller(deps: {
   }
 
   return {
-    /** To be called after the commit of whatever parked a row of these, or took one out of the way. */
+    /** Called after a commit that parked a row of these aggregates, or finished one that others waited for. */
     request(aggregates: readonly Aggregate[]): void {
       if (!ordered || stopped) return;
       for (const { aggregateType, aggregateId } of aggregates) {
@@ -80,7 +80,7 @@ export function createRefiller(deps: {
       schedule();
     },
 
-    /** Refills the next aggregates with parked rows, some at a time: for what a dead pod missed. */
+    /** Refills the next aggregates that have parked rows, some in each tick: a pod may have died before its refill. */
     async sweep(): Promise<void> {
       if (!ordered) {
         if ((await outbox.unparkAll(options.maxInFlight)) > 0) await scheduler.wake();

@@ -13,7 +13,7 @@ import { orderOf } from './order.ts';
 export type LeasedEvent = OutboxEvent &
   Readonly<{
     after: string | null;
-    /** It failed, was replayed or published before: a job of an earlier time may still be there. */
+    /** The event failed, was replayed or was published before: an earlier job of it may still be in Redis. */
     mayHaveJob: boolean;
   }>;
 
@@ -24,23 +24,23 @@ export type Claim = Readonly<{
   parked: Aggregate[];
   /** Rows that changed. */
   rows: number;
-  /** There may be more: this claim had as many rows as it may, or as many bytes. */
+  /** More rows may be fresh: this claim reached its limit of rows or bytes. */
   more: boolean;
 }>;
 
 /**
- * A claim job lasts 2 s and a round. One that lasts longer hangs, or its pod is gone without a word: the database ends
- * its transaction, and another pod claims.
+ * A claim job lasts 2 s and one more claim. When it lasts longer, it hangs, or its pod vanished without closing the
+ * connection: the database ends its transaction, and another pod claims.
  */
 const CLAIM_LOCK_LIMIT_MS = 8_000;
 
-/** Rows that are remembered to have been printed in vain, at most. */
+/** Entries of `unanswered`, at most. */
 const UNANSWERED_KEPT = 1_000;
 
 type Only =
   | { kind: 'batch' }
   | { kind: 'alone'; id: string }
-  /** Printed without its numbers being read, for which a deeply nested payload may need too much stack. */
+  /** Prints the payload without reading its numbers first, which may need too much stack in a deeply nested payload. */
   | { kind: 'unasked'; id: string }
   | { kind: 'withheld'; id: string; reason: string };
 
@@ -113,21 +113,21 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
     };
   }
 
-  /** Rows whose claim alone got no answer, and how often. */
+  /** How often the claim of a single row got no answer, by its id. */
   const unanswered = new Map<string, number>();
 
   async function claimLocked(tx: Queryable, id: string): Promise<Claim> {
     const withhold = (reason: string) => claim(tx, 1, { kind: 'withheld', id, reason });
-    // Twice, each time right after the lock was answered: a server or a network that hangs does not hang by the row.
+    // Twice the server locked this row and then did not answer. A server or a network that hangs does not choose the row.
     if ((unanswered.get(id) ?? 0) >= 2) return withhold('PostgreSQL does not print the payload in time');
-    // The lock on the row is older than the savepoint and outlives the way back to it.
+    // The row was locked before the savepoint, so a rollback to it keeps the lock.
     await tx.query('SAVEPOINT alone');
     const backFrom = async (error: unknown): Promise<string> => {
       if (!payloadMayBeAtFault(error) || isNoAnswer(error)) throw error;
       await tx.query('ROLLBACK TO SAVEPOINT alone');
       return `PostgreSQL cannot print the payload: ${errorText(error)}`;
     };
-    // Twice in a row: a server that hung, or was out of memory, for a moment must not cost an event.
+    // Two tries: the first may fail because the server is out of memory for a moment.
     return claim(tx, 1, { kind: 'alone', id })
       .catch((error) => backFrom(error).then(() => claim(tx, 1, { kind: 'unasked', id })))
       .catch(async (error) => withhold(await backFrom(error)));
@@ -135,13 +135,13 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
 
   return {
     /**
-     * Runs `work` while no other pod claims; `busy` when other pods have claimed for so long that a claim
-     * is to be asked for again. The lock is that of a transaction which does nothing else: it ends with its connection, so a
-     * pod that dies holds up nobody.
-     * @throws {LockHeldError} when one session has kept it all the time
+     * Runs `work` while no other pod claims. Answers `busy` when other pods held the lock one after the other for as long
+     * as this one waited. A transaction that does nothing else holds the lock: when a pod dies, its connection ends, and
+     * the lock with it.
+     * @throws {LockHeldError} when one session held the lock all the time
      */
     async withClaimLock<T>(work: () => Promise<T>): Promise<T | 'busy'> {
-      // It holds this session while it claims by another.
+      // The pod needs two sessions: this one holds the lock while `work` claims on the other.
       const ofTwo = pool.leaving?.(1) ?? pool;
       return transaction(ofTwo, statementTimeoutMs, 'repeatable', work, {
         idleMs: CLAIM_LOCK_LIMIT_MS,
@@ -153,15 +153,15 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
     },
 
     /**
-     * Takes up to `limit` fresh rows by id, skipping those that another transaction has locked, and leases as many
-     * rows at most: of each aggregate those that its window has room for, parked ones among them. It parks the
-     * other rows that it took. The caller adds the jobs before the transaction commits.
+     * Takes up to `limit` fresh rows by id, but none that another transaction has locked. Of each of their aggregates it
+     * leases the rows that the window has room for, parked rows among them, `limit` rows at most in all. It parks the
+     * fresh rows that are behind a retry or beyond the window. The caller adds the jobs before the transaction commits.
      */
     claimFresh: (tx: Queryable, limit: number): Promise<Claim> => claim(tx, limit, { kind: 'batch' }),
 
     /**
-     * Takes the first fresh row alone, after a claim failed by what may be a payload that PostgreSQL cannot print:
-     * if it is this one's, the row is taken all the same, its payload withheld.
+     * Takes the first fresh row alone. The claim calls this after a batch failed, maybe because PostgreSQL cannot print one
+     * of its payloads. If it is this row's payload, the event is taken without it.
      */
     async claimFirst(tx: Queryable): Promise<Claim> {
       const { rows } = await tx.query<{ id: string }>(

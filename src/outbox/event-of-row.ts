@@ -3,18 +3,17 @@ import { isNoAnswer } from '../connections/pool-health.ts';
 import { ATTEMPTS } from './conditions.ts';
 
 /**
- * How a row becomes an OutboxEvent, in SQL. Anybody who may write the table chooses what is in it, so nothing of a
- * row leaves PostgreSQL before its size is known: what is too large, or cannot be printed at all, is withheld, and
- * the event says why.
+ * Makes an OutboxEvent of a row, in SQL. A producer may write anything into the row, so the SQL measures a row before any
+ * of it leaves PostgreSQL. It withholds what is too large, or cannot be printed, and the event says why (`withheld`).
  */
 
-/** Events of one claim, as text: a few times as much in the pod. The first is always taken. */
+/** Bytes of text that one claim fetches; the pod needs a few times as much memory. One event is always taken. */
 const CLAIM_BYTES = 8 * 1024 * 1024;
-/** A payload of so few bytes in the table need not be unpacked to be weighed. */
+/** A payload with at most so many bytes in the table need not be unpacked to be weighed. */
 const SMALL_BYTES = 1_000;
-/** Unpacked, so few bytes print to 200 MB at the very most, within 2 s; looking for long numbers costs 30 prints. */
+/** So many unpacked bytes print to 200 MB at most, within 2 s. Looking for long numbers takes as long as 30 prints. */
 const HARMLESS_BYTES = 16_000;
-/** Texts that are withheld leave so much behind. */
+/** Longer texts of an event whose payload is withheld are cut. */
 const CUT_BYTES = 800;
 const CUT_CHARACTERS = 200;
 /** A tenant or a correlation is a uuid; what is longer than this is something else. */
@@ -40,18 +39,18 @@ const OCCURRED_AT = `
             || to_char(o.created_at AT TIME ZONE 'UTC', '-${ISO_8601}')
        ELSE o.created_at::text END`;
 
-/** The sizes of these are known without reading them. `$1` is the topic of rows that have none. */
+/** Bytes of types and topic; PostgreSQL knows them without reading the texts. `$1` is the topic of rows that have none. */
 const TEXT_BYTES = (row: string) =>
   `coalesce(octet_length(${row}.event_type), 0)::bigint + octet_length(${row}.aggregate_type)
    + octet_length(coalesce(${row}.topic, $1))`;
 
 /**
- * A database in SQL_ASCII keeps whatever bytes it is given, and refuses to send what is no UTF-8: one such text would
- * fail every statement that answers it. One that is asked for its encoding costs nothing where that is another.
+ * Whether a text is UTF-8. A database in SQL_ASCII stores any bytes, and refuses to send those that are no UTF-8: one such
+ * text would fail every statement that returns it. In any other encoding this costs nothing.
  */
 const isUtf8 = (text: string) => `
   CASE WHEN current_setting('server_encoding') <> 'SQL_ASCII' THEN true ELSE ${text} ~ ${UTF8} END`;
-/** Of bytes, each of which is a character in SQL_ASCII. */
+/** Regular expression of UTF-8, over bytes: in SQL_ASCII each byte is a character. */
 const UTF8 = `'^(${[
   String.raw`[\x01-\x7f]`,
   String.raw`[\xc2-\xdf][\x80-\xbf]`,

@@ -2,14 +2,14 @@ import { type Pool, type Queryable, transaction } from '../connections/database.
 import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
 
 /**
- * Rows become published or dead, or wait for another attempt. Each statement names its rows by `id` and `event_id`: ids
- * are given out again after a failover or TRUNCATE ... RESTART IDENTITY.
+ * Marks rows published or dead, records failed attempts, and parks rows. The statements name a row by `id` and `event_id`:
+ * after a failover or TRUNCATE ... RESTART IDENTITY another event may have the same `id`.
  */
 
-/** A row, and the event that it must hold. */
+/** A row by its id, and by the event that it must hold. */
 export type RowName = Readonly<{ id: string; eventId: string }>;
 
-/** An event that was appended. `entryId`: its place in the stream, e.g. `1700000000000-0`. */
+/** An event that was appended. `entryId`: the id of its entry, e.g. `1700000000000-0`. */
 export type PublishedEvent = RowName & Readonly<{ entryId: string }>;
 
 /** An event that is given up. `entryId`: of its dead letter. */
@@ -18,13 +18,13 @@ export type DeadEvent = RowName & Readonly<{ attempts: number; reason: string; e
 export function createFinalize(pool: Pool, options: OutboxOptions) {
   return {
     /**
-     * Marks rows published, in the order of their ids: two overlapping acknowledgements lock them alike. A row that is
-     * published already gets this entry id; a discarded one stays as it is, and so does one that holds another event.
+     * Marks rows published, in the order of their ids, so that two overlapping acknowledgements cannot deadlock. A row that
+     * is published already gets this entry id. A row that is discarded, or holds another event, stays as it is.
      */
     async markPublished(tx: Queryable, events: readonly PublishedEvent[]): Promise<void> {
       await tx.query({
         name: 'relay-publish',
-        // The clock's time, not the transaction's: one that began early may have waited.
+        // clock_timestamp(), not now(): the transaction may have begun long before, and waited.
         text: `UPDATE identity.outbox o
                SET published = true, published_at = coalesce(CASE WHEN o.published THEN o.published_at END, clock_timestamp()),
                    next_attempt_at = NULL, stream_entry_id = r.entry_id, dead_lettered_at = NULL
@@ -36,8 +36,8 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
     },
 
     /**
-     * Marks a row dead. Nothing happens to a row that is published or discarded, or has its dead letter. A letter that
-     * was lost and is written again has a new time: by its old one the next comparison would not look for it.
+     * Marks a row dead. A row that is published, discarded, or has its dead letter stays as it is. A dead letter that Redis
+     * lost and that is written again gets a new time: the next comparison only looks for entries since a certain time.
      */
     async markDead(tx: Queryable, dead: DeadEvent): Promise<void> {
       await tx.query(
@@ -50,7 +50,7 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
       );
     },
 
-    /** Mirrors a failed attempt on its row: how many there were, why, and when the next one comes. */
+    /** Records a failed attempt on its row: how many there were, why, and when the next one comes. */
     async recordFailure(
       failure: RowName & Readonly<{ attempts: number; reason: string; retryInMs: number }>,
     ): Promise<void> {
@@ -58,7 +58,7 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
         tx.query(
           `UPDATE identity.outbox o
            SET attempts = $3, error_message = $4, next_attempt_at = now() + $5 ${MS}
-           -- Not "and leased": an attempt may fail before the lease that started it is committed.
+           -- Whether the row is leased is not asked: an attempt may fail before its claim has committed.
            WHERE o.id = $1 AND o.event_id = $2 AND ${STILL_LIVE('o')} AND o.attempts <= $3`,
           [failure.id, failure.eventId, failure.attempts, failure.reason, failure.retryInMs],
         ),
@@ -66,14 +66,14 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
     },
 
     /**
-     * Parks rows whose jobs have ended since an earlier event of their aggregate waits. `failed` are events that have
-     * failed before: their rows say so from now on, or refill would free at once what is parked behind them.
+     * Parks rows whose jobs were released. `failed` are the events right before them that have failed: their rows get
+     * `attempts` of at least 1. Otherwise refill would free the parked rows at once.
      */
     async park(eventIds: readonly string[], failed: readonly string[]): Promise<void> {
       await transaction(pool, options.statementTimeoutMs, 'repeatable', async (tx) => {
         await tx.query(
-          // Whether it is leased, the locked row says: a job may be released before the claim that leased its row has
-          // committed, and this statement, which waits for that, began with a fresh one.
+          // `is_leased` is read from the locked row. A job may be released before its claim has committed: then this
+          // statement still sees a fresh row in its snapshot, waits for the lock, and gets the leased row.
           `WITH named AS MATERIALIZED (
              SELECT o.id FROM unnest($1::uuid[] || $2::uuid[]) AS a (event_id)
              CROSS JOIN LATERAL (SELECT o.id FROM identity.outbox o WHERE o.event_id = a.event_id LIMIT 1) o

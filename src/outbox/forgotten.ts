@@ -2,14 +2,14 @@ import { type Pool, type Queryable, transaction } from '../connections/database.
 import { DEAD, LIVE, type OutboxOptions, STILL_LIVE } from './conditions.ts';
 import { printable, printableType, storedType } from './event-of-row.ts';
 
-/** What the table is asked after PostgreSQL may have forgotten what became of rows; see recovery/forgotten-entries.ts. */
+/** Statements for the time after PostgreSQL may have forgotten what became of rows; see recovery/forgotten-entries.ts. */
 
-/** Rows in one statement, whose topics are asked for. */
+/** Rows whose topics one statement reads. */
 const PAGE_ROWS = 10_000;
-/** Rows that were published last, whose entries tell how far the table knows. Several: one may be of another Redis. */
+/** How many of the latest published rows tell how far the table knows. Several, since one may be from another Redis. */
 const LATEST_ROWS = 1_000;
 
-/** An entry of a stream, as anybody may have written it. */
+/** An entry of a stream. Other programs may have written it, so its event id may be any text. */
 type Entry = Readonly<{ eventId: string; entryId: string }>;
 
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
@@ -45,7 +45,7 @@ export function createForgotten(pool: Pool, options: OutboxOptions) {
     });
 
   return {
-    /** The streams that rows which are not published belong to. */
+    /** The streams of all rows that are not published. */
     async unpublishedTopics(): Promise<string[]> {
       const topics = new Set<string>();
       for (const condition of [LIVE, DEAD]) {
@@ -59,7 +59,10 @@ export function createForgotten(pool: Pool, options: OutboxOptions) {
       return [...topics];
     },
 
-    /** The time (ms since the epoch, of Redis) up to which the table knows entries, by rows that were published last; 0 where there are none. */
+    /**
+     * Time of Redis (ms since 1970) up to which the table knows entries: that of the oldest entry among the rows that were
+     * published last. 0 where there are none.
+     */
     async latestEntryMs(): Promise<number> {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
         const { rows } = await tx.query<{ ms: string | null }>(
@@ -73,9 +76,9 @@ export function createForgotten(pool: Pool, options: OutboxOptions) {
     },
 
     /**
-     * Those of the events which have a row with this topic that is not published become published with their entry; a
-     * dead one as well, since a replay may be what was forgotten.
-     * @returns how many
+     * Marks published, with their entry, the rows of these events that have this topic and are not published. Dead rows
+     * too: PostgreSQL may have forgotten that an operator replayed them.
+     * @returns how many rows
      */
     async markFound(tx: Queryable, topic: string, entries: readonly Entry[]): Promise<number> {
       const { rowCount } = await tx.query(
@@ -98,8 +101,8 @@ export function createForgotten(pool: Pool, options: OutboxOptions) {
     },
 
     /**
-     * Locks the live rows of events that have these dead letters: that they were given up is forgotten. Not those of
-     * events that were replayed since.
+     * Locks the live rows of events that have these dead letters: PostgreSQL has forgotten that they were given up. It skips
+     * events that were replayed after their dead letter.
      */
     async lockUngiven(
       tx: Queryable,

@@ -2,14 +2,14 @@ import { type Pool, type Queryable, transaction } from '../connections/database.
 import { ATTEMPTS, ENTRY_ID, MS, type OutboxOptions, STILL_LIVE, TOPIC } from './conditions.ts';
 import { printable, printableType } from './event-of-row.ts';
 
-/** Leases that have ended, and what the lease reaper makes of their rows. */
+/** Ends leases, finds rows whose lease has ended, and changes them for the lease reaper. */
 
 /** Leases that one statement ends, at most: 5,000 take the database about 0.3 s. */
 const EXPIRED_AT_ONCE = 5_000;
 
 /**
- * A row whose lease has ended: nothing was heard of its job. `isDead`: its dead letter is to be written once more.
- * `knownLetter`: the dead letter of before its replay. `endedAt`: when the lease ended, to the microsecond.
+ * A row whose lease has ended. `isDead`: Redis lost its dead letter. `knownLetter`: the dead letter that it had before it was
+ * replayed. `endedAt`: when the lease ended, to the microsecond.
  */
 export type ExpiredRow = Readonly<{
   id: string;
@@ -40,7 +40,7 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
     );
   }
 
-  /** In the order of their ids, as acknowledgements lock them. */
+  /** In the order of the rows' ids, since acknowledgements lock rows in that order too. */
   const expireSomeLeases = () =>
     transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
       const { rows } = await tx.query<{ leased: number; rows: number }>(
@@ -73,7 +73,7 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
         return rows;
       }),
 
-    /** Locks those of these rows that nobody has changed since they were read, nor has locked; answers their event ids. */
+    /** Locks the rows that have not changed since they were read, and are not locked. Answers their event ids. */
     async lockExpired(tx: Queryable, rows: readonly ExpiredRow[]): Promise<ReadonlySet<string>> {
       const { rows: locked } = await tx.query<{ eventId: string }>(
         `SELECT o.event_id AS "eventId"
@@ -89,7 +89,7 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       return new Set(locked.map((it) => it.eventId));
     },
 
-    /** The job of each of these rows is gone: the claim takes them again, in their order. */
+    /** Makes rows fresh whose jobs are gone: the claim takes them again, in their order. */
     async returnToFresh(tx: Queryable, eventIds: readonly string[]): Promise<void> {
       await tx.query(
         `UPDATE identity.outbox o SET next_attempt_at = NULL
@@ -99,8 +99,7 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
     },
 
     /**
-     * The job of each of these rows is there: the reaper asks again after another lease. Failures that a pod could not
-     * mirror before it died are mirrored now.
+     * Gives rows another lease. It also records failed attempts of their jobs that a pod could not record before it died.
      */
     async extendLeases(
       tx: Queryable,
@@ -123,13 +122,14 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       );
     },
 
-    /** These leases end now, so that the reaper asks what became of the jobs. */
+    /** Ends leases now, so that the lease reaper asks what became of the jobs. */
     expireLeases,
     expireLeasesOf: (eventIds: readonly string[]): Promise<void> =>
       transaction(pool, statementTimeoutMs, 'durable', (tx) => expireLeases(tx, eventIds)),
 
     /**
-     * Redis may have lost the jobs: every lease ends now. Rows that wait for a retry go on waiting: their time comes.
+     * Ends every lease, since Redis may have lost the jobs. Rows that wait for a retry keep theirs: it ends when the retry
+     * is due.
      * @returns how many leases ended
      */
     async expireAllLeases(): Promise<number> {
@@ -140,7 +140,7 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
       }
     },
 
-    /** Of these events, those whose row is live: neither published, nor dead, nor gone. */
+    /** Those of the events whose row is live: it exists, and is neither published nor dead. */
     async liveOf(eventIds: readonly string[]): Promise<string[]> {
       const { rows } = await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
         tx.query<{ eventId: string }>(

@@ -11,22 +11,22 @@ import {
 } from './conditions.ts';
 
 /**
- * The order within an aggregate, as the one condition that claim, refill and gate share: refill frees only what the
- * claim would lease, and the gate lets pass what no earlier row holds back.
+ * The order within an aggregate, in SQL. Claim, refill and gate share it: refill frees only rows that the claim would
+ * lease, and the gate lets an event pass when no earlier row holds it back.
  */
 
 /**
- * Rows of one aggregate that may have their jobs at the same time, at most. Enough for full speed (a job takes about
- * 80 ms from its claim to its acknowledgement under load), and a quarter of RELAY_MAX_IN_FLIGHT at most: one aggregate
- * cannot fill the road.
+ * Window: rows of one aggregate that may have jobs at the same time, at most. It is enough for full speed (under load a
+ * job takes about 80 ms from claim to acknowledgement). It is also at most a quarter of RELAY_MAX_IN_FLIGHT, so that one
+ * aggregate leaves room for others.
  */
 const WINDOW_MAX = 256;
-/** Refill waits until so much of the window is free: one claim leases many rows. */
+/** Refill frees a row when this share of the window is free, so that one claim leases many rows. */
 const FREE_SHARE = 0.25;
 
 /**
- * While a claim cannot lease all that it may, it leases each aggregate's first rows before anybody's next ones, in steps
- * of so many: a hot aggregate with a full window leaves the others their rate.
+ * A claim that cannot lease every leasable row leases the first 32 of each aggregate, then the next 32, and so on: a hot
+ * aggregate with a full window does not slow down the others.
  */
 const FAIR_STEP = 32;
 

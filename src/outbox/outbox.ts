@@ -1,6 +1,7 @@
 import { type Durability, GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { createGeneration } from '../connections/generation.ts';
 import { epochLock, outboxLock } from '../connections/table-lock.ts';
+import type { DatabaseState } from '../event.ts';
 import { createClaims } from './claims.ts';
 import type { OutboxOptions } from './conditions.ts';
 import { createFinalize } from './finalize.ts';
@@ -27,8 +28,8 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
   ...createPublished(pool, options),
 
   /**
-   * A transaction that rests on entries or jobs in Redis: its owner confirms the epoch before it returns. A comparison
-   * of table and streams waits until all of these have ended.
+   * A transaction that rests on entries or jobs in Redis. `work` confirms the epoch before it returns. A comparison of table
+   * and streams first waits until all of these transactions have ended (`epochsEnded`).
    */
   inEpoch: <T>(
     work: (tx: Queryable) => Promise<T>,
@@ -39,7 +40,7 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
       generic,
     }),
 
-  /** Resolves when every transaction of `inEpoch` that has begun is committed, and can be seen, or undone. */
+  /** Resolves when every transaction of `inEpoch` that has begun is committed or rolled back. */
   async epochsEnded(): Promise<void> {
     const { statementTimeoutMs: waitMs } = options;
     await transaction(pool, waitMs, 'repeatable', async () => {}, {
@@ -48,11 +49,11 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
   },
 
   /**
-   * Which generation of the database this is, and its time to the microsecond; see Generation.look.
+   * What the database says of itself; see Generation.read.
    * @throws when it does not answer, or is not the primary
    */
-  look: (known?: string | null): Promise<Readonly<{ now: string; generation: string }>> =>
-    (pool.generation ?? createGeneration()).look(pool, options.statementTimeoutMs, known),
+  databaseState: (known?: string | null): Promise<DatabaseState> =>
+    (pool.generation ?? createGeneration()).read(pool, options.statementTimeoutMs, known),
 
   /** From now on transactions of any other generation fail. */
   accept: (generation: string): void => pool.generation?.accept(generation),

@@ -4,7 +4,7 @@ import { FIRST, LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, STILL_LIVE } fro
 import { printableType, storedType } from './event-of-row.ts';
 import { orderOf } from './order.ts';
 
-/** Parked rows wait behind an earlier row of their aggregate; here they are freed, and asked about. */
+/** Frees parked rows, and answers what earlier rows of its aggregate an event waits for. */
 
 /**
  * What the rows say of an event that has a job.
@@ -23,9 +23,9 @@ export function createParked(pool: Pool, options: OutboxOptions) {
 
   return {
     /**
-     * Frees the first parked row of each aggregate whose window has room, so that the next claim leases what the window
-     * has room for. What parks a row, or takes one out of the way, calls it after its commit: of two transactions
-     * that do not see each other, the one that commits last sees both.
+     * Frees the first parked row of each aggregate whose window has room; the next claim leases the others with it. Called
+     * after each commit that parked a row, or finished one that others waited for. Two such transactions may not see each
+     * other, but the refill after the later commit sees both.
      *
      * @returns how many rows became fresh, and how many of the aggregates have parked rows
      */
@@ -36,8 +36,9 @@ export function createParked(pool: Pool, options: OutboxOptions) {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
         const { rows } = await tx.query<{ fresh: number; waiting: number }>({
           name: `relay-refill-${variant}${isEscaped ? '-escaped' : ''}`,
-          // Most aggregates have no parked row, which their own index says at once. Asked one by one: EXISTS became a
-          // join with all parked rows (100 aggregates beside 100,000 parked rows: 4 s instead of 1 ms).
+          // Most aggregates have no parked row, and the index of parked rows tells that at once. LATERAL asks for one
+          // aggregate after the other: the planner made of EXISTS a join with all parked rows (100 aggregates beside
+          // 100,000 parked rows: 4 s instead of 1 ms).
           text: `WITH waiting AS MATERIALIZED (
              SELECT a.* FROM unnest(${types}, $2::uuid[]) AS a (aggregate_type, aggregate_id)
              CROSS JOIN LATERAL (
@@ -61,8 +62,8 @@ export function createParked(pool: Pool, options: OutboxOptions) {
     },
 
     /**
-     * What the rows say of these events. `before` is the event right before in its aggregate, where it is known that
-     * no earlier one became live since: when that one is published, there is none.
+     * What the rows say of these events. `before` is the event right before in its aggregate. The caller gives it only
+     * where it knows that no earlier event became live since: when `before` is published, the event is `first`.
      */
     async standingOf(
       events: readonly Readonly<{ eventId: string; before: string | null }>[],
@@ -96,8 +97,8 @@ export function createParked(pool: Pool, options: OutboxOptions) {
     },
 
     /**
-     * The next aggregates, by key, that have parked rows: steps from one to the next in the index, however
-     * many rows each has parked.
+     * The next aggregates, by key, that have parked rows. It steps through the index from one aggregate to the next, so the
+     * number of parked rows does not matter.
      */
     async parkedAggregates(after: Aggregate | null, limit: number): Promise<Aggregate[]> {
       return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {

@@ -1,4 +1,4 @@
-/** What a backend needs to write events: this file alone, on whatever client the backend has. */
+/** `appendEvent`, for backends. It works with the client that the backend has, and loads nothing else. */
 
 /** A domain event as its producer knows it. */
 export type NewEvent = {
@@ -49,7 +49,7 @@ export async function appendEvent(
   event: NewEvent,
 ): Promise<{ id: bigint; eventId: string }> {
   const { payload, headers } = event;
-  // PostgreSQL asks for the right to each column that is named: none is that has nothing to say.
+  // Only columns with a value are named: the producer's role needs no right to the others.
   const columns: readonly (readonly [name: string, value: unknown])[] = [
     ['event_id', event.eventId],
     ['event_type', event.eventType],
@@ -71,7 +71,7 @@ export async function appendEvent(
   return { id: BigInt(row.id), eventId: row.event_id };
 }
 
-// A client of node-postgres has no insert; a transaction of drizzle has a query, which is another thing.
+// A client of node-postgres has no `insert`. A transaction of drizzle has a `query` too, but it is something else.
 const isDrizzle = (tx: Transaction): tx is DrizzleTransaction => 'insert' in tx && 'execute' in tx;
 
 async function insertByDrizzle(
@@ -80,7 +80,7 @@ async function insertByDrizzle(
   values: readonly unknown[],
   returning: string,
 ): Promise<unknown[]> {
-  // Theirs, which is there where a transaction of it is; nobody else needs to load it.
+  // The backend's own drizzle: it is installed, since `tx` comes from it. Other backends need not have it.
   const { sql } = await import('drizzle-orm');
   const list = sql.join(
     values.map((value) => sql`${value}`),

@@ -4,8 +4,8 @@ import { byId, ENTRY_ID, type OutboxOptions, TOPIC } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
 /**
- * Rows whose entry is in Redis, as `stream_entry_id` says: published ones in their stream, dead ones in the dead-letter
- * stream. Should Redis lose entries, these tell which, and the rows change their state.
+ * Rows that have a `stream_entry_id`: published rows have an entry in their stream, dead rows in the dead-letter stream.
+ * By these the relay finds out which entries Redis has lost, and makes their rows unpublished.
  */
 
 /** A row that was published or given up, and its entry. */
@@ -14,7 +14,7 @@ export type FinalizedRow = Readonly<{
   eventId: string;
   /** Key of its stream; null for the dead-letter stream. */
   topic: string | null;
-  /** Empty where the row has something that is no entry id: it counts as lost. */
+  /** Empty where the column holds no entry id: then the entry counts as lost. */
   entryId: string;
   /** When it was published or given up, as the database prints it. */
   finalizedAt: string;
@@ -29,11 +29,11 @@ export type PublishedRow = FinalizedRow &
     bytes: number;
   }>;
 
-/** An event that was appended; of a dead row with what its dead letter says. */
+/** The event of a published or dead row, with what the row says of its failure. */
 export type FinalizedEvent = OutboxEvent &
   Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null; entryId: string | null }>;
 
-/** Which published events are meant; what is left out does not matter. */
+/** Selects published events. A member that is left out selects all. */
 export type PublishedFilter = Readonly<{
   topic?: string;
   eventType?: string;
@@ -47,7 +47,7 @@ export type FinalizedPlace = Readonly<{ finalizedAt: string; id: string }>;
 
 export type Published = ReturnType<typeof createPublished>;
 
-/** The database's clock may step back this far, e.g. when a replica takes over, and nothing is overlooked. */
+/** How far the database's clock may step back, e.g. when a replica takes over, without a row being overlooked. */
 const CLOCK_STEP_MS = 5_000;
 
 const FINALIZED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
@@ -75,7 +75,7 @@ export function createPublished(
       return rows.sort(byId);
     });
 
-  /** Of a row that cannot be printed (it is dead for that) the payload is withheld, as it was the first time. */
+  /** Withholds the payload of a row that PostgreSQL cannot print: the row is dead for that reason. */
   async function eventsWhere(ids: readonly string[], condition: string): Promise<FinalizedEvent[]> {
     try {
       return await select(ids, condition, true);
@@ -168,9 +168,9 @@ export function createPublished(
       ),
 
     /**
-     * Redis has lost the entries of these rows. Published rows are fresh again, as if they were new (`published_at`
-     * stays: the claim knows by it that there may be a job); dead rows have no dead letter, and the lease reaper
-     * writes one. A row that has another entry by now stays as it is.
+     * Makes rows unpublished whose entries Redis has lost. Published rows become fresh; `published_at` stays, and tells the
+     * claim that an earlier job may be there. Dead rows lose their entry id and their lease ends, so that the lease reaper
+     * writes the dead letter again. A row that has got another entry since stays as it is.
      */
     async unpublish(lost: readonly FinalizedRow[]): Promise<number> {
       return transaction(pool, statementTimeoutMs, 'durable', async (tx) => {
@@ -182,7 +182,7 @@ export function createPublished(
                      attempts = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.attempts ELSE 0 END,
                      error_message = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.error_message END
                  FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS l (id, event_id, entry_id)
-                 -- Not the column itself, by which the index of rows with an entry seems to answer, and is read to its end.
+                 -- An expression, not the column: with the column the planner reads the whole index of rows with an entry.
                  WHERE o.id = l.id AND o.event_id = l.event_id AND coalesce(${ENTRY_ID('o')}, '') = l.entry_id
                    AND CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE o.dead_lettered_at IS NOT NULL END`,
           values: [lost.map((it) => it.id), lost.map((it) => it.eventId), lost.map((it) => it.entryId)],

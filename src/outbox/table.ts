@@ -28,9 +28,9 @@ const instant = (name: string) => timestamp(name, { withTimezone: true });
  * | dead      | not published, `dead_lettered_at` set, `next_attempt_at` infinity; the entry id is its dead letter's |
  * | discarded | `published` and `dead_lettered_at` set: an operator gave it up for good; it never was in its stream |
  *
- * The relay's indexes are partial on unpublished rows, so that published rows cost nothing; but for
- * `relay_outbox_settled`, which finds entry ids by the time of their row, should Redis lose its last entries, and
- * `relay_outbox_unreceipted`, which finds published rows that have none. By these two, old rows are found to be deleted.
+ * The relay's indexes have unpublished rows only, so that published rows cost nothing. There are two exceptions.
+ * `relay_outbox_settled` finds rows with an entry by their time, to compare them when Redis has lost data.
+ * `relay_outbox_unreceipted` finds published rows without an entry. Retention uses both to find old rows.
  */
 export const outbox = identity.table(
   'outbox',
@@ -78,8 +78,8 @@ export const outbox = identity.table(
     index('relay_outbox_settled')
       .on(sql`coalesce(dead_lettered_at, published_at)`, row.id)
       .where(sql`stream_entry_id is not null`),
-    // Rows that another system published, and discarded ones. Ours get their entry id in the statement that publishes them and never
-    // enter: the index costs an event nothing.
+    // Rows that another system published, and discarded rows. Rows that the relay publishes get their entry id in the same
+    // statement and never enter this index, so it costs an event nothing.
     index('relay_outbox_unreceipted')
       .on(sql`coalesce(published_at, created_at)`, row.id)
       .where(sql`published and stream_entry_id is null`),
@@ -87,8 +87,8 @@ export const outbox = identity.table(
 );
 
 /**
- * One row: by its token the database is known again, beside the queues in Redis (connections/ownership.ts), wherever it
- * is restored or copied to. No secret.
+ * Has one row. Its token names the database as the owner of its queues in Redis (connections/ownership.ts), wherever the
+ * database is restored or copied to. The token is no secret.
  */
 export const relayOwner = identity.table(
   'relay_owner',
@@ -99,7 +99,7 @@ export const relayOwner = identity.table(
   (row) => [check('relay_owner_is_only', sql`${row.isOnly}`)],
 );
 
-/** Nobody writes into these: pods lock them (locks.ts). */
+/** Tables without rows: pods lock them (connections/table-lock.ts). */
 const lockTable = (name: string) => identity.table(name, { unused: boolean('unused') });
 export const relayClaimLock = lockTable('relay_claim_lock');
 export const relayEpochLock = lockTable('relay_epoch_lock');

@@ -6,11 +6,11 @@ import type { Logger } from '../telemetry/logger.ts';
 /**
  * Wake-up: an insert into the outbox asks the relay for a claim, by LISTEN/NOTIFY.
  *
- * NOTIFY makes commits queue up behind one database-wide lock, so writers must stay quiet while the relay
- * is busy anyway. They learn that from an advisory lock: an idle relay holds it exclusively ("armed").
- * The trigger tries to share it. Cannot: the relay sleeps, notify. Can: the relay is awake, say nothing, and
- * keep the share until commit. So a relay that wants to sleep gets the lock only when every quiet writer
- * has committed, claims once more, and has missed nobody.
+ * NOTIFY makes commits wait for one database-wide lock, so writers send none while the relay is busy anyway. An advisory
+ * lock tells them: an idle relay holds it exclusively (it is "armed"). The trigger tries to share the lock. If it cannot,
+ * the relay sleeps, and the writer notifies. If it can, the relay is awake: the writer sends nothing, and keeps the share
+ * until it commits. So a relay gets the lock only when every writer that sent nothing has committed. Then it claims once
+ * more, and has missed no event.
  */
 
 const CHANNEL = 'relay_outbox';
@@ -64,8 +64,8 @@ export async function isWakeupOff(db: Queryable): Promise<boolean> {
 const HEARD_WITHIN_MS = 2_000;
 
 /**
- * Whether a session that listens hears another one. Of a pooler in transaction mode the same session might hear itself,
- * while both its transactions are on one connection.
+ * Whether a session that listens hears another session. One session alone might hear itself even behind a pooler in
+ * transaction mode, as long as both of its transactions are on one connection.
  */
 export async function hearsNotifications(pool: Pool & Queryable): Promise<boolean> {
   const client = await (pool.leaving?.(1) ?? pool).connect();
@@ -76,7 +76,7 @@ export async function hearsNotifications(pool: Pool & Queryable): Promise<boolea
     await pool.query(`SELECT pg_notify('relay_check', '')`);
     return await Promise.race([heard, pause(HEARD_WITHIN_MS, heard).then(() => false)]);
   } finally {
-    // It goes on listening.
+    // The session still listens, so it is closed.
     client.release(true);
   }
 }
@@ -95,7 +95,7 @@ export type Wakeup = Readonly<{
   arm(): Promise<Arming>;
 }>;
 
-/** Sessions that claiming takes beside the one that listens. */
+/** Sessions that a claim takes beside the one that listens: one holds the claim lock, one claims. */
 const OTHER_SESSIONS = 2;
 
 export function createWakeup(deps: {
@@ -105,7 +105,7 @@ export function createWakeup(deps: {
 }): Wakeup {
   const { logger, onWake } = deps;
   const pool = deps.pool.leaving?.(OTHER_SESSIONS) ?? deps.pool;
-  /** A session that only listens is the first that a pod does without. */
+  /** When sessions are few, the pod first gives up the one that only listens. */
   const hasTooFewSessions = () => (deps.pool.sessions?.().granted ?? OTHER_SESSIONS + 1) <= OTHER_SESSIONS;
   let isLost = false;
   let stopped = true;
@@ -155,7 +155,7 @@ export function createWakeup(deps: {
       while (!stopped) {
         const beat = await Promise.race([broken.then(() => 'broken'), pause(HEARTBEAT_MS, broken)]);
         if (beat === 'broken' || stopped) break;
-        // On a server that has become a standby nobody writes, so nobody notifies.
+        // A standby takes no writes, so no notification would ever arrive.
         const { rows } = await query(client, 'SELECT pg_is_in_recovery() AS "isStandby"');
         if (rows[0].isStandby) throw new ReadOnlyError(true);
         if (hasTooFewSessions()) throw new TooFewSessionsError('its session is needed to claim and publish');
@@ -215,7 +215,7 @@ export function createWakeup(deps: {
       const client = listener;
       if (!client) return 'deaf';
       if (armed) return 'already-armed';
-      // Asking who else has it means locking the whole lock table for a moment: only where the try failed.
+      // Reading pg_locks locks the whole lock table for a moment, so it is read only when the try failed.
       const asked = query(
         client,
         `SELECT CASE
@@ -225,7 +225,7 @@ export function createWakeup(deps: {
              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) THEN 'already-armed'
            ELSE 'writers' END AS outcome`,
       );
-      // The claim does not wait for the heartbeat to find out that nobody is there.
+      // A failure closes the listening session at once: the heartbeat would notice later.
       asked.catch(() => interrupt());
       const { rows } = await asked;
       const outcome = rows[0].outcome as Arming;

@@ -5,7 +5,7 @@ import { createValidator } from '../streams/validate.ts';
 import { errorText } from '../telemetry/logger.ts';
 import type { Tally } from '../telemetry/tally.ts';
 
-/** How Redis says that the user may not: for the call itself, and from within a script. */
+/** What Redis answers to a user without the right: to a command, and from within a script. */
 const NO_PERMISSION = /NOPERM|ACL failure/;
 
 export type EventCheck = ReturnType<typeof createEventCheck>;
@@ -29,8 +29,8 @@ export const rulesOf = (config: RelayConfig, tally: Rules['tally']): Rules => ({
 });
 
 /**
- * What can be wrong with an event before it is appended. Whatever appends an event asks here: a row that was inserted
- * as published has never been asked before it is republished.
+ * Checks an event before it is appended. Both callers that append events use it: the publish job, and `relay republish`,
+ * which may meet rows that were inserted as published and never checked.
  * @returns why the event can never be appended, or null
  */
 export const createProblemOf =
@@ -51,17 +51,17 @@ export const createProblemOf =
     return null;
   };
 
-/** The same, and what a refusal by Redis means. */
+/** Checks an event, and finds out what a refusal by Redis means. */
 export function createEventCheck(
   deps: Rules & {
-    /** Rejects with the reason when Redis refuses the relay everything, also what is not the event's stream. */
+    /** Rejects with the reason when Redis refuses the relay other keys too, not only the event's stream. */
     assertPermitted: (event: OutboxEvent) => Promise<unknown>;
   },
 ) {
   return {
     problemOf: createProblemOf(deps),
 
-    /** Of a refusal: why Redis refuses the relay everything, or null when it is this event's stream. */
+    /** Why Redis refuses the relay every key, or null when it refuses only this event's stream. */
     async refusedEverything(event: OutboxEvent, reason: string): Promise<string | null> {
       if (!NO_PERMISSION.test(reason)) return null;
       return deps.assertPermitted(event).then(

@@ -9,8 +9,8 @@ const BATCH_MAX = 500;
 export type Parker = ReturnType<typeof createParker>;
 
 /**
- * Parks the rows of released jobs: what is released in one iteration of the event loop, or while a statement runs, in the next
- * statement.
+ * Parks the rows of released jobs. Rows that are released in one iteration of the event loop, or while a statement runs,
+ * are parked together, in the next statement.
  */
 export function createParker(deps: {
   outbox: Pick<Outbox, 'park'>;

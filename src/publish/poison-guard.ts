@@ -4,12 +4,13 @@ import { succeedsWithin } from '../lifecycle.ts';
 /**
  * Guards pods against events that kill them.
  *
- * A pod that ends leaves up to RELAY_CONCURRENCY jobs behind, and one of their events may be the reason. BullMQ counts
- * the stalls of each, but a stall says nothing about the event: its neighbours stalled with it, and so does every job
- * in progress while Redis hangs for longer than a lock lasts. So an event whose job has stalled is published alone: no
- * other event of this pod is between its check and the answer to its append meanwhile. Its start is counted in its
- * job's hash, and the count is taken back when the pod is still there afterwards, whatever the answer was. What stays
- * counted is the death of a pod that had nothing else in progress: the event's crashes.
+ * A pod that dies leaves up to RELAY_CONCURRENCY jobs behind, and the event of one of them may have killed it. BullMQ
+ * counts the stalls of each job, but a stall does not tell which event it was: all jobs of the dead pod stall, and so do
+ * all jobs in progress while Redis hangs for longer than a lock lasts.
+ *
+ * So the guard publishes an event whose job has stalled alone: meanwhile the pod checks and appends no other event. The
+ * guard counts the start in the job's hash before, and takes the count back afterwards, whatever the outcome. A count that
+ * stays means that the pod died while this event alone was in progress: the event's crashes.
  */
 
 /** The event has ended as many pods as it may. */
@@ -20,15 +21,15 @@ export class CrashLimitError extends Error {
   }
 }
 
-/** Field of the job's hash that is ours: starts alone of which nothing was heard. */
+/** The relay's field in the job's hash: how often the event was started alone and the pod did not live to take it back. */
 const STARTS = 'relay:starts';
-/** BullMQ's own: how often the job was found stalled. Without it, it counts from 0 again. */
+/** BullMQ's field: how often it found the job stalled. Removing it sets the count to 0. */
 const STALLED = 'stc';
 
 /**
- * Counts a start, unless that would be one too many. KEYS: job hash. ARGV: field, starts allowed. Answers the starts
- * before this one, or -1 when there is no job: a count must not bring back a hash that Redis lost, since a job of the
- * same id could not be added any more.
+ * Counts a start, unless the limit is reached. KEYS: job hash. ARGV: field, starts allowed. Answers the starts before this
+ * one, or -1 when there is no job. It never writes to a missing hash: with a hash of that key, BullMQ would add no job of
+ * that id any more.
  */
 const COUNT_START = `
 local job = redis.call('HMGET', KEYS[1], 'timestamp', ARGV[1])
@@ -43,11 +44,11 @@ declare module 'ioredis' {
   }
 }
 
-/** A count that cannot be taken back (Redis is away) is tried again this soon. */
+/** Interval at which the guard tries to take a count back while Redis is away. */
 const FORGET_AGAIN_MS = 200;
 
 export type PoisonGuard = Readonly<{
-  /** Runs `append` unless an event is being published alone, or waits to be: then after that. */
+  /** Runs `append` beside others, after every event that is published alone or waits for that. */
   together<T>(expiresAt: number, append: () => Promise<T>): Promise<T>;
   /**
    * Runs `append` while no other does.
@@ -71,15 +72,15 @@ export function createPoisonGuard(deps: {
 }): PoisonGuard {
   const { redis, jobKey } = deps;
   redis.defineCommand('countStart', { numberOfKeys: 1, lua: COUNT_START });
-  // The first crash is not counted, since several events were in progress. It does not tell which of them it was, so even
-  // with a limit of 1 there is one start alone.
+  // The first crash is not in the count: several events were in progress, and it does not tell which of them killed the
+  // pod. So even with a limit of 1 there is one start alone.
   const startsAllowed = Math.max(1, deps.maxCrashes - 1);
   let stopped = false;
 
-  /** Appends of several events together, and who waits until there are none. */
+  /** How many appends run together, and the callback of an event that waits until none does. */
   let running = 0;
   let onNoneRunning = (): void => {};
-  /** Events that are published alone or wait to be, one after the other. */
+  /** How many events are published alone or wait for that; one is published after the other. */
   let alone = 0;
   let lastAlone: Promise<void> = Promise.resolve();
 
@@ -101,7 +102,7 @@ export function createPoisonGuard(deps: {
     await succeedsWithin(Math.max(1, expiresAt - Date.now()), clear(eventId));
   }
 
-  /** Waits for those that are published alone before, then for all others. */
+  /** Runs `work` after the events that were to be published alone before, and after all appends that run together. */
   async function exclusively<T>(work: () => Promise<T>): Promise<T> {
     alone++;
     const before = lastAlone;
@@ -150,8 +151,8 @@ export function createPoisonGuard(deps: {
           return await append();
         });
       } finally {
-        // Before the acknowledgement, which may wait for reasons that are not the event's; and before the job is
-        // handed on, so that its next start finds a clean slate.
+        // Before the acknowledgement, which may wait for reasons that have nothing to do with the event. Before the job
+        // can be started again, so that its next start counts from 0.
         if (mayBeCounted) await clearUntil(eventId, expiresAt);
       }
     },

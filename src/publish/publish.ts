@@ -7,8 +7,10 @@ import { withDeadline } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Queues } from '../queue/queues.ts';
 import type { FailedRun, Fate, Run } from '../queue/workers.ts';
-import { type Gate, NOT_KNOWN, type Streams } from '../streams/append.ts';
+import type { Streams } from '../streams/append.ts';
+import { NOT_KNOWN } from '../streams/append-outcome.ts';
 import { type Epoch, epochId } from '../streams/epoch.ts';
+import type { Gate } from '../streams/gate-script.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
@@ -19,22 +21,22 @@ import type { Parker } from './parker.ts';
 import { CrashLimitError, type PoisonGuard } from './poison-guard.ts';
 import type { RowQuestions } from './row-questions.ts';
 
-/** How soon an event is tried again when nobody could publish it. */
+/** Delay of an event that no pod could publish now. */
 const POSTPONE_MS = 1_000;
-/** How soon one that is early; then twice that, and so on. */
+/** First delay of an early event; each further delay is twice as long. */
 const EARLY_DELAY_MS = 50;
-/** An early event holds a worker's place for so long: what comes before it is in progress. */
+/** How long an early event keeps its worker slot: its predecessor is usually in progress. */
 const EARLY_HOLD_MS = 60;
-/** Another pod may append what comes before it: the script is asked again so often. */
+/** Interval at which an early event asks the script again: another pod may append its predecessor. */
 const EARLY_RETRY_MS = 10;
 /**
- * One that was begun so often, about 2 s, asks the rows as well: behind a failed event each job would be released only
- * after the one before it (45 s for a full window, measured).
+ * An early event whose job was started so often, which takes about 2 s, asks the rows as well. Without this, each job
+ * behind a failed event is released only after the job before it (45 s for a full window, measured).
  */
 const EARLY_STARTS = 6;
-/** Of the jobs in Redis, retries that wait take up so many at most; beyond, they wait on their rows. */
+/** Share of RELAY_MAX_IN_FLIGHT that delayed retries may take up. Beyond it, retries wait on their rows, without jobs. */
 const RETRIES_SHARE = 0.25;
-/** Failures that are written at once: each takes a connection of the pool, and claims and acknowledgements need some as well. */
+/** Failures written at the same time. Each takes a session of the pool; claims and acknowledgements need some too. */
 const WRITTEN_AT_ONCE = 4;
 
 export type PublishOptions = Readonly<{
@@ -42,21 +44,23 @@ export type PublishOptions = Readonly<{
   maxInFlight: number;
 }>;
 
-/** What the job of an event that is not published answers to the worker: its row is to be parked. */
+/** Result of a job that ended without an append: the row of its event is to be parked. */
 export type Released = Readonly<{ failedBefore: boolean }>;
 
 type PublishRun = Run<OutboxEvent>;
 
-/** The job's event, or null where it has none: anybody who may use the queue's Redis may add jobs. */
+/** The job's event, or null where the job holds none: other programs may add jobs to the queue. */
 const eventOf = ({ id, data }: PublishRun): OutboxEvent | null =>
   isEvent(data) && data.eventId === id ? data : null;
 
 /**
- * One attempt to publish one event: check, append in order, decide; then acknowledge, retry, park or dead-letter. The
- * job's fate is decided first, and what follows from its end comes after it has ended in Redis.
+ * One attempt to publish one event: check, append in order, decide; then acknowledge, retry, park or dead-letter.
+ *
+ * BullMQ calls `process` for the attempt. It calls `onCompleted` or `onFailed` after the job has ended in Redis: only then
+ * is a released row parked, and a failed attempt written to its row.
  */
 export function createPublish(deps: {
-  streams: Pick<Streams, 'publish' | 'isAppended' | 'appendOf' | 'mayHaveForgotten'>;
+  streams: Pick<Streams, 'publish' | 'isAppended' | 'untilAppended' | 'mayHaveForgotten'>;
   lookup: Pick<Lookup, 'find'>;
   epoch: Pick<Epoch, 'known' | 'current'>;
   outbox: Pick<Outbox, 'expireLeasesOf' | 'recordFailure'>;
@@ -122,14 +126,14 @@ export function createPublish(deps: {
         return { kind: 'delayed', ms: POSTPONE_MS };
       case 'retry':
       case 'give-up':
-        // Resolves when the failures before are written, or just being: no more events fail than can be written.
+        // Waits for a free writer, so that events fail no faster than their failures can be written.
         await writing(() => {});
         return { kind: 'failed', reason: outcome.reason, isFinal: outcome.kind === 'give-up' };
     }
   }
 
   async function attempt(event: OutboxEvent, run: PublishRun, expiresAt: number): Promise<Attempt> {
-    // Not within the guard: it is no time to wait for that.
+    // Outside the guard: an event that is published alone must not make the others wait for the epoch.
     if (epochs.current() === undefined) await epochs.known();
     const work = () => checkAndAppend(event, run);
     const outcome =
@@ -174,7 +178,7 @@ export function createPublish(deps: {
     return reason === null ? outcome : { status: 'unavailable', reason };
   }
 
-  /** Appends when the gate lets the event pass; asks again for a moment while it is early. */
+  /** Appends when the gate lets the event pass. While the event is early, it asks again, for EARLY_HOLD_MS at most. */
   async function appendInOrder(event: OutboxEvent, run: PublishRun): Promise<AppendOutcome> {
     const holdUntil = performance.now() + (run.stalls > 0 ? 0 : EARLY_HOLD_MS);
     let asked: { epoch: string; gate: Gate } | undefined;
@@ -185,7 +189,7 @@ export function createPublish(deps: {
         const entryId = (await deps.lookup.find(event.topic, [event.eventId])).get(event.eventId);
         if (entryId !== undefined) return { status: 'remembered', entryId, epoch };
       }
-      // Made in this epoch, and no attempt failed or was cut off: what was before it then is before it now.
+      // On the first run of a job of this epoch, `after` still names the predecessor. Later runs ask the rows.
       const isFirst = event.epoch === epochId(epoch) && run.failures === 0 && run.stalls === 0;
       const before = isFirst ? event.after : undefined;
       const gate = asked?.epoch === epoch ? asked.gate : isFirst ? gateOf(event, epoch) : 'ask';
@@ -194,11 +198,11 @@ export function createPublish(deps: {
       if (outcome.status === 'ask-rows' || isLongEarly) {
         const standing = await deps.rows.standingOf(event.eventId, before ?? null);
         if (standing === 'over' || standing === 'early') return { status: standing };
-        // Its claim may not have committed yet, or the claim takes what comes before it in a moment.
+        // The claim of both may not have committed yet, or the next claim takes the predecessor.
         if (standing === 'unclaimed' && isFirst && run.starts < EARLY_STARTS) return { status: 'early' };
         asked = { epoch, gate: standing === 'first' ? 'open' : 'release' };
       } else if (outcome.status === 'early' && performance.now() < holdUntil) {
-        await streams.appendOf([event.eventId, event.after as string], EARLY_RETRY_MS);
+        await streams.untilAppended([event.eventId, event.after as string], EARLY_RETRY_MS);
       } else return outcome;
     }
   }
@@ -217,12 +221,12 @@ export function createPublish(deps: {
     return { kind: 'done' };
   }
 
-  /** The job has ended in Redis, by this run of it: only now may its row be parked, and get another job. */
+  /** This run has ended its job in Redis. Only now may the row be parked: a parked row may get another job. */
   function onCompleted(run: PublishRun, released: Released | null): void {
     if (released !== null && run.data !== null) deps.parker.park(run.data, released.failedBefore);
   }
 
-  /** BullMQ tells of every failed attempt. A listener that throws would end the process. */
+  /** BullMQ calls this after every failed attempt. It must not throw: that would end the process. */
   function onFailed(run: FailedRun<OutboxEvent>): void {
     const handled = writing(() => recordFailure(run)).finally(() => handlers.delete(handled));
     handlers.add(handled);
@@ -238,16 +242,16 @@ export function createPublish(deps: {
     try {
       if (failedForGoodAt !== null) {
         await deps.deadLetters.bury({ event, attempts, reason, failedAt: failedForGoodAt, madeAt });
-        // Who retries it from a dashboard means it: it is started again.
+        // An operator who retries the job from a dashboard gets a run of it: its crashes count from 0 again.
         if (run.stalls > 0) await guard.clear(eventId, Date.now() + options.publishTimeoutMs);
         return;
       }
       await outbox.recordFailure({ id, eventId, attempts, reason, retryInMs });
       const about = { topic: brief(event.topic), attempt: attempts, reason, retryInMs };
       tally.info(eventId, about, 'publishing failed; retries are scheduled');
-      // Fresh events must always find room: when retries take up more than their share of the jobs in Redis, this
-      // one waits on its row, whose lease ends when its time has come. Counted after it was added, so that any
-      // number that fail at once all see themselves.
+      // Fresh events must always find room. When retries take up more than their share of the jobs in Redis, this
+      // job is removed: the row's lease ends when the retry is due, and then the event gets a new job. The count includes
+      // this job, so events that fail at the same time see each other.
       const { delayed } = await deps.queues.inFlight();
       if (delayed > Math.floor(options.maxInFlight * RETRIES_SHARE)) await deps.removeJobs([event]);
     } catch (err) {
@@ -263,14 +267,14 @@ export function createPublish(deps: {
     process,
     onCompleted,
     onFailed,
-    /** Resolves when every failure that was told of is recorded. */
+    /** Resolves when every failure that BullMQ has reported is written. */
     drain: async (): Promise<void> => {
       await Promise.all(handlers);
     },
   };
 }
 
-/** An outage postpones thousands of events a second: one line when it begins, and one in so long while it lasts. */
+/** Interval of the log line about postponed events: an outage postpones thousands a second. */
 const REPORT_INTERVAL_MS = 10_000;
 
 function createPostponedReport(logger: Logger): (about: Record<string, unknown>, reason: string) => void {

@@ -55,7 +55,7 @@ export function createPublishing(context: Context) {
   return {
     workers,
     start: workers.start,
-    /** Takes no more jobs, waits for those in progress until the deadline, then leaves them to the other pods. */
+    /** Takes no more jobs, and waits for those in progress. At the deadline it leaves the rest to the other pods. */
     async stop(deadlineMs: number): Promise<void> {
       await workers.stop(deadlineMs);
       await succeedsWithin(deadlineMs, publish.drain());

@@ -6,7 +6,7 @@ const BATCH_MAX = 500;
 
 export type RowQuestions = ReturnType<typeof createRowQuestions>;
 
-/** Asks the rows about events: what is asked while a statement runs, in the next one. */
+/** Asks the rows about events. Questions that arrive while a statement runs are asked together, in the next statement. */
 export function createRowQuestions(outbox: Pick<Outbox, 'standingOf'>) {
   type Question = {
     eventId: string;

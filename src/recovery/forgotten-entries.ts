@@ -2,26 +2,26 @@ import type { Outbox } from '../outbox/outbox.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
-/** Entries that the table is asked about in one transaction. */
+/** Entries that one transaction looks up in the table. */
 const STEP_ENTRIES = 1_000;
 /**
- * So long before the latest entries that the table knows of, each entry is acknowledged on its row. An acknowledgement
- * that takes longer still has its job in Redis, which remembers the entry.
+ * An acknowledgement may come later than those of newer entries, by this much. If it comes later still, the job is still
+ * in Redis, and remembers the entry.
  */
 const MARGIN_MS = 60_000;
 
-/** What was found of rows that were not published. */
+/** What the walk through the streams found, and how many rows it changed. */
 type Found = { entries: number; published: number; dead: number };
 
 export type FindForgotten = ReturnType<typeof createFindForgotten>;
 
 /**
- * PostgreSQL may have forgotten what became of rows: they are fresh, leased, parked or dead, and have been published
- * since, or given up. Before any of them is claimed, each is looked up in its stream: one walk back through each stream,
- * past all that the table knows nothing of, and the table is asked which of these events it has. So the cost is that of
- * the time that was lost, not that of the rows that wait.
+ * Finds rows of which PostgreSQL has forgotten what became of them: they are fresh, leased, parked or dead, but their
+ * events have been published or given up since. This runs before any of them is claimed.
  *
- * Rows that are gone leave their entries behind. The epoch is over: nothing is appended or acknowledged meanwhile.
+ * It walks back through each stream, to a minute before the latest entry that the table knows, and asks the table which of
+ * these events have a row that is not published. So the cost depends on how much time was lost, not on how many rows wait.
+ * Entries whose rows are gone stay as they are. The epoch is over: nothing is appended or acknowledged meanwhile.
  */
 export function createFindForgotten(deps: {
   outbox: Pick<
@@ -34,7 +34,7 @@ export function createFindForgotten(deps: {
 }) {
   const { outbox, lookup, dlqStreamName, logger } = deps;
 
-  /** @param confirm rejects when another pod compares by now */
+  /** @param confirm rejects when another process has begun to compare */
   return async function findForgotten(confirm: () => Promise<void>): Promise<void> {
     const startedAt = Date.now();
     const topics = await outbox.unpublishedTopics();

@@ -10,14 +10,14 @@ import type { Lookup } from '../streams/lookup.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
 
-/** Rows that are judged together: each batch means a walk back through their streams. */
+/** Rows in one batch: each batch walks back through the streams of its rows. */
 const BATCH = 1_000;
-/** Batches of one round; the next tick goes on. */
+/** Batches in one tick, at most; the next tick goes on. */
 const BATCHES_MAX = 5;
 
 type Judged = Readonly<{ row: ExpiredRow; fate: JobFate }>;
 
-/** What there is of the events whose jobs are gone. */
+/** What the streams have of the events whose jobs are gone. */
 type Found = Readonly<{
   /** Entry ids, by event id. */
   entries: ReadonlyMap<string, string>;
@@ -25,13 +25,17 @@ type Found = Readonly<{
 }>;
 
 /**
- * Asks what became of the jobs of rows whose lease has ended. Alive: another lease. Failed: a pod died before it had
- * written the dead letter, so that is finished. Gone: the row is published if its entry is among the latest of its
- * stream (the job was removed between append and acknowledgement, and with it the memory), dead if its dead letter is,
- * else fresh. A dead row expires when its dead letter is lost; the reaper writes it again.
+ * Finds out what became of the jobs of rows whose lease has ended.
  *
- * Redis is asked outside of a transaction, since a walk through long streams takes seconds. A row that was changed
- * meanwhile is left alone: nobody but a reaper takes an expired row, so its job cannot be made unseen.
+ * - The job is alive: the row gets another lease.
+ * - The job has failed: a pod died before it had written the dead letter, so the reaper writes it.
+ * - The job is gone: if the event is among the latest entries of its stream, the row becomes published (the job was removed
+ *   between append and acknowledgement). If it is among the latest dead letters, the row becomes dead. Otherwise the row
+ *   becomes fresh.
+ * - The row is dead: its lease ended because its dead letter is lost. The reaper writes it again.
+ *
+ * It asks Redis before its transaction begins, since a walk through long streams takes seconds. The transaction then skips
+ * rows that have changed meanwhile. Only a reaper takes expired rows, so no new job can be added in between.
  */
 export function createLeaseReaper(deps: {
   outbox: Outbox;
@@ -47,17 +51,17 @@ export function createLeaseReaper(deps: {
 }) {
   const { outbox, queues, lookup, epoch: epochs, deadLetters, logger } = deps;
 
-  /** `goesOn`: whether to begin another batch. */
+  /** @param goesOn asked before each batch. If false, the reaper stops there. */
   return async function reap(goesOn: () => boolean = () => true): Promise<void> {
     const seen = { alive: 0, failed: 0, missing: 0 };
     let found = 0;
     for (let batch = 0; batch < BATCHES_MAX && goesOn(); batch++) {
       const epoch = epochs.current();
-      // What is in the streams now may be lost in a moment; then the rows wait for the comparison.
+      // Without an epoch Redis may have lost entries: the rows wait until table and streams were compared.
       if (epoch === undefined) break;
       const rows = await outbox.expired(BATCH);
       const judged = await Promise.all(rows.map(judge));
-      const written = await write(epoch, judged, await look(judged));
+      const written = await write(epoch, judged, await findEntries(judged));
       found += written.found;
       for (const { row, fate } of written.judged) if (!row.isDead) seen[fate.state]++;
       for (const { row, fate } of written.judged) if (fate.state === 'failed') await finish(row);
@@ -79,8 +83,8 @@ export function createLeaseReaper(deps: {
     return { row, fate: row.isDead ? { state: 'missing' } : await queues.jobFate(row.eventId) };
   }
 
-  /** Looks for entries and dead letters of the events whose jobs are gone: without a job nobody appends them any more. */
-  async function look(judged: readonly Judged[]): Promise<Found> {
+  /** Looks for entries and dead letters of the events whose jobs are gone. Without a job no pod appends them meanwhile. */
+  async function findEntries(judged: readonly Judged[]): Promise<Found> {
     const missing = judged.filter(({ fate }) => fate.state === 'missing').map(({ row }) => row);
     const live = missing.filter((row) => !row.isDead);
     const entries = new Map<string, string>();
@@ -96,7 +100,7 @@ export function createLeaseReaper(deps: {
     return { entries, letters };
   }
 
-  /** One transaction, and the dead letters that are to be written after it. */
+  /** Changes the rows in one transaction. After it, writes the dead letters that are lost. */
   async function write(epoch: string, all: readonly Judged[], { entries, letters }: Found) {
     if (all.length === 0) return { judged: [], found: 0 };
     const { judged, found, unlettered } = await outbox.inEpoch(
@@ -114,7 +118,7 @@ export function createLeaseReaper(deps: {
         const left = missing.filter((row) => !entries.has(row.eventId));
         const without = left.filter((row) => !letters.has(row.eventId));
         const fresh = without.filter((row) => !row.isDead).map((row) => row.eventId);
-        // Until its letter is written, or its job is asked about again.
+        // They get another lease: until then the letter below is written, or the reaper tries again.
         const dead = without.filter((row) => row.isDead);
 
         if (published.length > 0) await outbox.markPublished(tx, published);

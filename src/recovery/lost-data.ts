@@ -25,7 +25,7 @@ const NOTHING: Found = { rows: 0, lost: 0, unpublished: 0, trimmed: 0, unreadabl
 /** By stream, in the order in which they were met. */
 export type Comparison = ReadonlyMap<string, Found>;
 
-/** Of all streams together. */
+/** Sums of all streams. */
 export function totals(comparison: Comparison): Found {
   const sum = { ...NOTHING };
   for (const found of comparison.values()) {
@@ -35,23 +35,23 @@ export function totals(comparison: Comparison): Found {
 }
 
 export type ComparisonRange = Readonly<{
-  /** Times of the database. */
+  /** Both are times of the database. */
   since: string;
   until: string;
   /** Only this stream. */
   stream?: string;
-  /** What to do with the rows of a page whose entries are lost; returns how many of them were changed. */
+  /** Called with the rows of a page whose entries are lost; answers how many rows it changed. */
   onLost?: (rows: readonly FinalizedRow[]) => Promise<number>;
-  /** Whether the last entries of streams are remembered as they are now; see gate-script.ts. */
+  /** Whether the comparison remembers the last entry of each stream; see gate-script.ts. */
   remembering?: boolean;
   onProgress?: (at: string, found: Comparison) => void;
-  /** Asked between two pages: end here. */
+  /** Asked between two pages. If true, the comparison ends there. */
   stopped?: () => boolean;
 }>;
 
 export type Compare = ReturnType<typeof createCompare>;
 
-/** Compares rows with streams, in bounded steps. */
+/** Looks for the entry of each published or dead row in its stream, page by page. */
 export function createCompare(deps: {
   published: Pick<Published, 'finalizedRows'>;
   lookup: Pick<Lookup, 'absent'>;
@@ -96,8 +96,15 @@ export function createCompare(deps: {
 }
 
 /**
- * Redis may have lost entries and jobs, and PostgreSQL may have forgotten what became of rows. The epoch is over, so nothing is appended and no row is marked meanwhile: rows
- * whose entries are missing become unpublished, leases end, and the road does the rest, in order.
+ * Runs between two epochs (streams/epoch.ts), when Redis may have lost entries and jobs, and PostgreSQL may have forgotten
+ * what became of rows. Meanwhile nothing is appended, and no transaction that rests on an append commits.
+ *
+ * 1. It waits until every transaction of the last epoch has ended.
+ * 2. If PostgreSQL may have forgotten, it looks for unpublished rows in their streams (forgotten-entries.ts).
+ * 3. It makes each row unpublished whose entry is missing: `outbox.unpublish`.
+ * 4. It ends every lease, so that the lease reaper asks which jobs are there.
+ *
+ * Then the next epoch begins, and the claim takes the fresh rows in their order.
  */
 export const createRecoverLostData =
   (deps: {
@@ -105,7 +112,7 @@ export const createRecoverLostData =
       Readonly<{ epochsEnded: () => Promise<void>; expireAllLeases: () => Promise<number> }>;
     findForgotten: FindForgotten;
     compare: Compare;
-    /** How far back, at most. */
+    /** How far back rows are compared, at most. */
     windowMs: number;
     onRecovered: (found: Found) => void;
     logger: Logger;

@@ -1,17 +1,17 @@
 import type { Context } from '../context.ts';
 import { createLeaseReaper } from './lease-reaper.ts';
 
-/** Failed jobs looked through in one round of trimming. */
+/** Failed jobs that one tick removes, at most. */
 const TRIM_LIMIT = 1_000;
 
 export type Recovery = ReturnType<typeof createRecovery>;
 
-/** The recovery stage: what each tick begins besides its claims, which do not wait for it. */
+/** The recovery stage: what each tick starts besides its claims. The claims do not wait for it. */
 export function createRecovery(context: Context) {
   const { config, outbox, queues, removeJobs, refiller, logger } = context;
   const reapLeases = createLeaseReaper(context);
 
-  /** Failed jobs are kept for the dashboard, so many; never one whose dead letter is not written yet. */
+  /** Removes failed jobs beyond RELAY_FAILED_JOBS_KEPT, but none whose dead letter is still to be written. */
   async function trimFailedJobs(): Promise<void> {
     const excess = await queues.failedBeyond(config.failedJobsKept, TRIM_LIMIT);
     if (excess.length === 0) return;

@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import type { AppendOutcome, OutboxEvent } from '../event.ts';
-import { createStreams, lastEntriesKeyOf, type PublishedAfterAll, type StreamOptions } from './append.ts';
-import { tryEpoch } from './epoch.ts';
+import { createStreams, type PublishedAfterAll, type StreamOptions } from './append.ts';
+import { identityOf, keysOf, STAMP } from './epoch-script.ts';
 
 /** Long enough for the trial. A process that dies in the middle leaves nothing that lives longer. */
 const TTL_MS = 60_000;
@@ -31,10 +31,11 @@ export async function tryAppend(redis: Redis, real: StreamOptions, hasTwoServers
     ...{ payload: '{}', occurredAt: new Date(madeAt).toISOString(), tenantId: null, correlationId: null },
     ...{ attempts: 0, after: null },
   };
-  const keys = [stream, dlqStreamName, epochKey, lastEntriesKeyOf(epochKey), `${epochKey}:checkpoint`, job];
+  const { lastEntries, checkpoint } = keysOf(epochKey);
+  const keys = [stream, dlqStreamName, epochKey, lastEntries, checkpoint, job];
   keys.push(`${prefix}:entry:${eventId}`, `${prefix}:dead:${eventId}:${madeAt}`);
   try {
-    const epoch = await tryEpoch(redis, epochKey, TTL_MS);
+    const epoch = await tryEpoch(redis, epochKey);
     await redis.hset(job, 'timestamp', madeAt);
     await redis.pexpire(job, TTL_MS);
     const streams = createStreams({
@@ -54,6 +55,24 @@ export async function tryAppend(redis: Redis, real: StreamOptions, hasTwoServers
   } finally {
     await redis.del(...keys);
   }
+}
+
+/**
+ * Begins an epoch and stamps it, as pods do all the time. The caller deletes the keys.
+ * @returns its name
+ * @throws what Redis has against it
+ */
+async function tryEpoch(redis: Redis, key: string): Promise<string> {
+  const server = await identityOf(redis);
+  if (server === null) throw new Error('this Redis is a replica: it takes no appends');
+  const epoch = `${server}:trial`;
+  await redis.set(key, epoch, 'PX', TTL_MS);
+  redis.defineCommand('stampEpoch', { numberOfKeys: 3, lua: STAMP });
+  const { checkpoint, lastEntries } = keysOf(key);
+  const [lasts] = await redis.stampEpoch(key, checkpoint, lastEntries, epoch, '', '0');
+  if (lasts !== 1)
+    throw new Error('Redis is another server each time that it is asked (a proxy in front of several?)');
+  return epoch;
 }
 
 /** A refusal is the server's answer. Any other outcome passes: its keys vanished in the middle of the trial. */

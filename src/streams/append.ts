@@ -1,34 +1,37 @@
 import type { Redis, RedisOptions, Result } from 'ioredis';
 import { Packr } from 'msgpackr';
-import {
-  closesConnection,
-  isConnectionLoss,
-  isRefusal,
-  LARGE_BYTES,
-  reasonOf,
-  untilConnected,
-} from '../connections/refusals.ts';
+import { closesConnection, isConnectionLoss, LARGE_BYTES, untilConnected } from '../connections/refusals.ts';
 import { type AppendOutcome, type Failure, inSteps, type OutboxEvent } from '../event.ts';
+import {
+  entryIdOf,
+  NOT_KNOWN,
+  outcomeOf,
+  outcomeOfError,
+  outcomeOfFailure,
+  refusal,
+} from './append-outcome.ts';
 import { deadLetterFields, pushEnvelope } from './envelope.ts';
 import { type Epoch, epochId } from './epoch.ts';
+import { lastEntriesKeyOf } from './epoch-script.ts';
 import { GATE, type Gate, gateScript, letterScript, MEMORY_TTL_S } from './gate-script.ts';
-
-export type { Gate } from './gate-script.ts';
+import { createKnownAppends } from './known-appends.ts';
 
 const packr = new Packr({ useRecords: false });
 
-/** What one call takes at most, and LARGE_BYTES: Redis does nothing else meanwhile. */
+/** Entries in one call, at most, and at most LARGE_BYTES of them: Redis does nothing else during a call. */
 const CALL_ENTRIES = 64;
-/** Streams that are known to be there, at most; then they are learnt anew. */
-const KNOWN_STREAMS_MAX = 10_000;
-/** Events that are remembered to be in their stream: the latest so many at least, and twice as many at most. */
-const KNOWN_EVENTS = 4_000;
-/** A network that fails does not fail by one event so often in a row. */
+/**
+ * So many losses of the connection in a row, each at the append of the same large event, mean that something refuses this
+ * event: a network that fails does not choose it each time.
+ */
 const LOSSES_OF_A_REFUSAL = 3;
-/** Events that are remembered so, at most. */
+/** Large events whose losses are counted, at most. */
 const LOST_AT_KEPT = 1_000;
-/** Between the question about a job and the append no more time passes than this, or nothing is appended. */
+/** Longest time between the question about a job and the append: what the answer said may be wrong later. */
 const FACTS_TRUE_FOR_MS = 5_000;
+
+/** The clocks of two pods differ by less than this. */
+const MARGIN_S = 300;
 
 declare module 'ioredis' {
   interface RedisCommander<Context> {
@@ -41,8 +44,8 @@ declare module 'ioredis' {
 }
 
 /**
- * What another server says of an event's job: when it was made, whether it has ended, and how many of its attempts have
- * failed. Null when there is none.
+ * What the Redis of the queues says of an event's job, where the streams are on another server: when it was made, whether
+ * it has ended, and how many of its attempts have failed. Null when there is no job.
  */
 export type JobFacts = readonly [madeAt: string, hasEnded: boolean, failures: number] | null;
 
@@ -67,12 +70,9 @@ export const memoryKeyOf =
   (eventId: string): string =>
     `${memoryPrefix}:entry:${eventId}`;
 
-/** Where the last entry of each stream is kept, for an epoch. */
-export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
-
 /**
- * What the append connection must be: it neither queues nor resends across a reconnect, so that an append of
- * unknown fate is asked again instead of overtaking what came after it.
+ * Options of the append connection. It neither queues nor resends commands across a reconnect: an append whose answer
+ * was lost fails, and its job asks the script again. Resent, it might overtake the append of a later event.
  */
 export const APPEND_CONNECTION: RedisOptions = {
   enableOfflineQueue: false,
@@ -88,21 +88,24 @@ export type Appending = Readonly<{
   madeAt: number;
 }>;
 
-/** An entry on its way to Redis. */
+/** The event has an entry in its stream: it must not be given up. */
+export type PublishedAfterAll = { status: 'published'; entryId: string; epoch: string };
+
+/** An append that waits for the next call of the script. */
 type Request = Readonly<{
   event: OutboxEvent;
   epoch: string;
-  /** What the script takes for it. */
+  /** The array that gate-script.ts describes. */
   entry: (string | number | JobFacts | false)[];
   bytes: number;
   resolve: (answer: string) => void;
   reject: (error: Error) => void;
 }>;
 
-/** Parts of an entry that are filled in when it is sent; see gate-script.ts. */
+/** Positions in an entry that are filled in right before the call; see gate-script.ts. */
 const STREAM_AT = 0;
 const FACTS_AT = 5;
-/** An entry without its payload has no more bytes, about. */
+/** About the most that an entry has besides its payload. */
 const ENVELOPE_BYTES = 600;
 
 export type Streams = ReturnType<typeof createStreams>;
@@ -123,48 +126,16 @@ export function createStreams(deps: {
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
   const lastEntriesKey = lastEntriesKeyOf(options.epochKey);
   const trimming = trimmedTo(options.streamMaxLen);
+  const known = createKnownAppends();
   const letterKey = (eventId: string, madeAt: number): string =>
     hasTwoServers ? `${options.memoryPrefix}:dead:${eventId}:${madeAt}` : options.jobKey(eventId);
 
-  /** Good for one epoch: what was appended then is there as long as it lasts. */
-  let known = {
-    epoch: '',
-    streams: new Set<string>(),
-    events: new Set<string>(),
-    olderEvents: new Set<string>(),
-  };
-  /** Who waits for the append of an event, by its id. */
-  const waiting = new Map<string, (() => void)[]>();
-  /** Large events at whose appends the connection was lost, and how often in a row. */
+  /** How often in a row the connection was lost at the append of a large event, by its id. */
   const lostAt = new Map<string, number>();
-  /** By the epoch that they belong to. */
+  /** What the next iteration of the event loop sends, by epoch. */
   let requested = new Map<string, Request[]>();
 
-  function knownIn(epoch: string): typeof known {
-    if (known.epoch !== epoch || known.streams.size >= KNOWN_STREAMS_MAX)
-      known = { epoch, streams: new Set(), events: new Set(), olderEvents: new Set() };
-    return known;
-  }
-
-  /** The event is in its stream: the one behind it may go on. */
-  function rememberAppended(epoch: string, eventId: string): void {
-    const now = knownIn(epoch);
-    now.events.add(eventId);
-    if (now.events.size >= KNOWN_EVENTS) {
-      now.olderEvents = now.events;
-      now.events = new Set();
-    }
-    wakeUp(eventId);
-  }
-
-  function wakeUp(eventId: string): void {
-    const callbacks = waiting.get(eventId);
-    if (callbacks === undefined) return;
-    waiting.delete(eventId);
-    for (const resume of callbacks) resume();
-  }
-
-  /** What is requested in one iteration of the event loop goes to Redis together. */
+  /** Appends that are requested in one iteration of the event loop go to Redis in one call. */
   function request(event: OutboxEvent, { epoch, gate, madeAt }: Appending): Promise<string> {
     return new Promise((resolve, reject) => {
       if (requested.size === 0) setImmediate(callAll);
@@ -184,7 +155,7 @@ export function createStreams(deps: {
     const all = requested;
     requested = new Map();
     for (const [epoch, ofEpoch] of all) {
-      // Their jobs may have begun in another order.
+      // By `id`, a bigint as text: the jobs may have begun in another order.
       ofEpoch.sort(
         ({ event: a }, { event: b }) => a.id.length - b.id.length || (a.id < b.id ? -1 : a.id > b.id ? 1 : 0),
       );
@@ -200,8 +171,8 @@ export function createStreams(deps: {
       }
       const streams: string[] = [];
       for (const { event, entry } of some) {
-        const known = streams.indexOf(event.topic);
-        entry[STREAM_AT] = known < 0 ? streams.push(event.topic) : known + 1;
+        const index = streams.indexOf(event.topic);
+        entry[STREAM_AT] = index < 0 ? streams.push(event.topic) : index + 1;
       }
       const entries = packr.pack(some.map((it) => it.entry));
       const answers = await redis.appendInOrder(
@@ -210,13 +181,14 @@ export function createStreams(deps: {
         ...[epoch, epochId(epoch), options.dlqStreamName, memoryKey(''), entries],
       );
       const cascaded = answers[some.length] as string[];
-      for (let i = 0; i < cascaded.length; i += 2) rememberAppended(epoch, cascaded[i] as string);
+      for (let i = 0; i < cascaded.length; i += 2) known.addEvent(epoch, cascaded[i] as string);
       some.forEach((it, i) => {
         lostAt.delete(it.event.eventId);
         it.resolve(String(answers[i]));
       });
     } catch (error) {
-      // One that may not be appended can stop the whole call. Who was appended all the same is remembered.
+      // A refusal of one event can end the whole script. Each event is tried by itself; a job whose event was appended
+      // before the script ended remembers its entry.
       if (some.length > 1 && outcomeOfError(error as Error).status === 'refused') {
         for (const one of some) void call(epoch, [one]);
         return;
@@ -226,7 +198,7 @@ export function createStreams(deps: {
     }
   }
 
-  /** A large entry is in a call by itself. When the connection is lost at it again and again, it is refused. */
+  /** A large entry has a call of its own. It counts as refused when the connection is lost there again and again. */
   function refusalByLoss([first]: readonly Request[], error: Error): Error | undefined {
     if (first === undefined || first.bytes < LARGE_BYTES || !isConnectionLoss(error)) return undefined;
     const { event, bytes } = first;
@@ -241,51 +213,19 @@ export function createStreams(deps: {
     const eventIds = [...new Set(some.flatMap(({ event }) => [event.eventId, event.after ?? []].flat()))];
     const facts = await ask(eventIds);
     if (Date.now() - askedAt > FACTS_TRUE_FOR_MS) throw new Error('what is known of the jobs is out of date');
-    const known = new Map(eventIds.map((eventId, i) => [eventId, facts[i] as JobFacts]));
+    const byEvent = new Map(eventIds.map((eventId, i) => [eventId, facts[i] as JobFacts]));
     for (const { event, entry } of some) {
-      entry[FACTS_AT] = known.get(event.eventId) ?? false;
-      entry[FACTS_AT + 1] = known.get(event.after ?? '') ?? false;
+      entry[FACTS_AT] = byEvent.get(event.eventId) ?? false;
+      entry[FACTS_AT + 1] = byEvent.get(event.after ?? '') ?? false;
     }
   }
 
   /**
-   * While the jobs were asked about, the streams' server may have been started anew with older data, in which the
-   * name of this epoch is found again.
+   * While the pod asked the other server about the jobs, the streams' server may have restarted with older data, in which
+   * the key has the name of this epoch again.
    */
   function assertLasts(epoch: string): void {
     if (epochs.current() !== epoch) throw new Error(NOT_KNOWN.reason);
-  }
-
-  /** An answer that is no success. */
-  function outcomeOf(answer: string, epoch: string): AppendOutcome {
-    switch (answer) {
-      case '':
-        return { status: 'gone' };
-      case '*':
-        return { status: 'ask-rows' };
-      case '~':
-        return { status: 'early' };
-      case '<':
-      case '<!':
-        return { status: 'behind', failedBefore: answer === '<!' };
-      case '?':
-        epochs.endFor(epoch);
-        return NOT_KNOWN;
-      case '!':
-        epochs.invalidate();
-        return NOT_KNOWN;
-      default:
-        if (answer.startsWith('-')) return failed(refusal(answer.slice(1)));
-        return { status: 'refused', reason: 'Redis gave no stream id in answer to the append' };
-    }
-  }
-
-  /** A reply that is not a stream id must never pass for success. */
-  const entryIdOf = (answer: string): string | undefined => /^[+=^](\d+-\d+)$/.exec(answer)?.[1];
-
-  function failed(error: Error): AppendOutcome {
-    if (DEMOTED.test(error.message)) epochs.invalidate();
-    return outcomeOfError(error);
   }
 
   async function appendDeadLetter(
@@ -306,11 +246,11 @@ export function createStreams(deps: {
         ...[...trimmedTo(options.dlqMaxLen), '*', ...deadLetterFields(event, failure)],
       );
       const entryId = entryIdOf(answer);
-      if (entryId === undefined) return outcomeOf(answer, epoch);
+      if (entryId === undefined) return outcomeOf(answer, epoch, epochs);
       if (answer.startsWith('^')) return { status: 'published', entryId, epoch };
       return { status: answer.startsWith('=') ? 'remembered' : 'appended', entryId, epoch };
     } catch (error) {
-      return failed(error as Error);
+      return outcomeOfFailure(error as Error, epochs);
     }
   }
 
@@ -324,52 +264,24 @@ export function createStreams(deps: {
       try {
         const answer = await request(event, appending);
         const entryId = entryIdOf(answer);
-        if (entryId === undefined) return outcomeOf(answer, epoch);
-        const { streams } = knownIn(epoch);
-        if (!streams.has(event.topic)) {
-          deps.onFirstEntry?.(event.topic);
-          streams.add(event.topic);
-        }
-        rememberAppended(epoch, event.eventId);
+        if (entryId === undefined) return outcomeOf(answer, epoch, epochs);
+        if (known.addStream(epoch, event.topic)) deps.onFirstEntry?.(event.topic);
+        known.addEvent(epoch, event.eventId);
         return { status: answer.startsWith('=') ? 'remembered' : 'appended', entryId, epoch };
       } catch (error) {
-        return failed(error as Error);
+        return outcomeOfFailure(error as Error, epochs);
       }
     },
 
-    /** Whether this pod knows that the event was appended in this epoch. */
-    isAppended: (eventId: string, epoch: string): boolean =>
-      known.epoch === epoch && (known.events.has(eventId) || known.olderEvents.has(eventId)),
-
-    /** Resolves when this pod learns that the event was appended, or after `ms`. */
-    appendOf(eventIds: readonly string[], ms: number): Promise<void> {
-      return new Promise((resolve) => {
-        const resume = () => {
-          clearTimeout(timer);
-          resolve();
-        };
-        const timer = setTimeout(() => {
-          for (const eventId of eventIds) {
-            const left = waiting.get(eventId)?.filter((it) => it !== resume) ?? [];
-            if (left.length === 0) waiting.delete(eventId);
-            else waiting.set(eventId, left);
-          }
-          resolve();
-        }, ms);
-        for (const eventId of eventIds) {
-          const others = waiting.get(eventId);
-          if (others) others.push(resume);
-          else waiting.set(eventId, [resume]);
-        }
-      });
-    },
+    /** See known-appends.ts. */
+    isAppended: known.hasEvent,
+    untilAppended: known.untilAppended,
 
     /**
-     * Appends the event to the dead-letter stream, once for each job. Never throws. Answers `published` with its entry
-     * when the job remembers that it was appended: it is not dead. A large payload that the server does not take stays
-     * in the table.
+     * Appends the event to the dead-letter stream, once for each job. Never throws. Answers `published` with the event's
+     * entry when the job remembers one. If Redis does not take a large payload, the dead letter goes without it.
      *
-     * @param madeAt of the failed job; null where the row says that the letter is lost, and there may be no job
+     * @param madeAt of the failed job; null for a dead row whose letter is lost: there may be no job any more
      */
     async deadLetter(failure: Failure, madeAt: number | null): Promise<AppendOutcome | PublishedAfterAll> {
       const { event, reason } = failure;
@@ -380,33 +292,14 @@ export function createStreams(deps: {
       return appendDeadLetter({ ...failure, event: { ...event, payload: 'null', withheld: reason } }, madeAt);
     },
 
-    /** Whether a job that was made then may be older than what is remembered of it: row and stream are asked first. */
+    /**
+     * Whether the idempotency key of a job that was made then may have expired: before such a job appends, the pod looks
+     * for the event in its stream.
+     */
     mayHaveForgotten: (madeAt: number): boolean =>
       hasTwoServers && Date.now() - madeAt > (MEMORY_TTL_S - MARGIN_S) * 1_000,
   };
 }
 
-/** The event has an entry in its stream: it must not be given up. */
-export type PublishedAfterAll = { status: 'published'; entryId: string; epoch: string };
-
-/** Clocks of pods differ by less. */
-const MARGIN_S = 300;
-
 /** XADD's argument that keeps a stream at about `maxLen` entries; 0 = never trim. */
 export const trimmedTo = (maxLen: number): string[] => (maxLen === 0 ? [] : ['MAXLEN', '~', String(maxLen)]);
-
-export const NOT_KNOWN = {
-  status: 'unavailable',
-  reason:
-    'Redis may have lost entries, or PostgreSQL rows; nothing is appended until table and streams were compared',
-} satisfies AppendOutcome;
-
-/** As ioredis has what Redis answers instead of a reply. */
-const refusal = (message: string) => Object.assign(new Error(message), { name: 'ReplyError' });
-
-/** The server is no master any more: it may come back with another one's data. */
-const DEMOTED = /\b(READONLY|MASTERDOWN)\b/;
-
-export function outcomeOfError(error: Error): AppendOutcome & { status: 'refused' | 'unavailable' } {
-  return { status: isRefusal(error) ? 'refused' : 'unavailable', reason: reasonOf(error) };
-}

@@ -1,20 +1,21 @@
 import type { Redis, Result } from 'ioredis';
 import type { OutboxEvent } from '../event.ts';
 import { NotReadyError } from '../lifecycle.ts';
-import { outcomeOfError, type StreamOptions, trimmedTo } from './append.ts';
+import { type StreamOptions, trimmedTo } from './append.ts';
+import { outcomeOfError } from './append-outcome.ts';
 import { replayedFields } from './envelope.ts';
 
-/** Appending what was published before once more, on demand. No row and no job remembers the entry. */
+/** Appends copies of published events, for operators. No row and no job remembers the entry of a copy. */
 
 /**
  * KEYS: stream, epoch. ARGV: what the epoch's key must hold, then what XADD takes after the key. Answers the id, `!` in
- * another epoch, `?` when the stream is not there: made anew, it would look as if all that it had was trimmed.
+ * another epoch, `?` when the stream is not there: a new stream would look as if its old entries had been trimmed.
  */
 const REPUBLISH = `
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return '!' end
 return redis.call('XADD', KEYS[1], 'NOMKSTREAM', unpack(ARGV, 2)) or '?'`;
 
-/** KEYS: epoch. Answers its name if it was begun on this very server; else nothing. See epoch.ts. */
+/** KEYS: epoch. Answers its name if it begins with the identity of this server, else ''. See epoch-script.ts. */
 const CURRENT_EPOCH = `
 local epoch = redis.call('GET', KEYS[1])
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
@@ -47,7 +48,7 @@ export function createRepublisher(redis: Redis, options: StreamOptions) {
 
   return {
     /**
-     * The epoch to append in, waited for while table and streams are being compared.
+     * The epoch to append in. It waits while a pod compares table and streams.
      * @throws {NotReadyError} when none has begun within `timeoutMs`
      */
     async epoch(timeoutMs: number): Promise<string> {

@@ -1,66 +1,81 @@
 /**
- * The append script: memory of appends and gate of the order. It is the only way into a stream of events, but for
- * marked copies (republish.ts).
+ * The append script. It remembers what was appended, and it is the gate that keeps the order of an aggregate. Nothing else
+ * appends to a stream of events, except `relay republish` with its marked copies (copies.ts).
  *
- * Atomically, for some entries in the order of their ids: another epoch refuses all of them. A job that is gone, or was
- * made again since, appends nothing: the row decides. A job that remembers its entry gets that as its answer. What was
- * released is never appended. An event passes the gate when the event right before it in its aggregate is in its stream,
- * or the rows have said that there is none; else it is early, or behind one that has failed.
+ * One call takes several entries, in the order of their ids, and is atomic. For each entry it answers, in this order:
  *
- * The memory is `<epoch> <entry id>`. Of this epoch it is good; of an earlier one only if this very entry is in the
- * stream now, and is the event's. On one server it is a field of the job's hash, so it lives and dies with the job; where
- * the streams have a server of their own it is a key beside the stream, the idempotency key.
+ * | answer | when |
+ * |--------|------|
+ * | `!`    | the epoch is another one: nothing of the call is appended |
+ * | empty  | the job is gone, has ended, or was made again since: the row decides |
+ * | `=id`  | the job remembers its entry: an earlier run appended it |
+ * | `<`    | the job was released by an earlier call, or is released now since the rows say that the event is behind |
+ * | `*`    | the gate is `ask`: the pod has to ask the rows |
+ * | `?`    | the stream is lost |
+ * | `-why` | Redis refused the entry |
+ * | `+id`  | it was appended |
  *
- * A stream that had an entry in this epoch, appended or found, and is gone, or is another one of that name (a consumer's
- * `XGROUP CREATE ... MKSTREAM` makes an empty one), was lost with its entries. The hash of last entries tells.
+ * With the gate `after`, the event before must be in its stream, appended in this epoch. If it is not, the answer is
  *
- * Cascade: an early entry is kept with the job that it waits for, and the call that appends that one appends this one.
- * Without it ten hot aggregates on two pods reach 880 events/s instead of 2,480 or more. With two servers it is kept
- * beside the memory of that one: without it five hot aggregates on two pods reach 11 events/s, since each event is found
- * early until it is tried again. Its job cannot be asked there; what has become of an early job without a word beside
- * the stream (it was removed, or lost) leaves the event to be published all the same.
+ * | answer | when |
+ * |--------|------|
+ * | `*`    | the job of the event before is gone, or has ended: the pod has to ask the rows |
+ * | `<!`   | the event before has failed: this job is released |
+ * | `<`    | the job of the event before was released: so is this one |
+ * | `~`    | early: the event before is on its way |
+ *
+ * After these comes a list of what the cascade appended: event id, entry id, and so on.
+ *
+ * Memory: `<epoch> <entry id>`. A memory of this epoch is good. A memory of an earlier epoch is good only if that entry is
+ * in the stream now, and is the event's. On one server the memory is a field of the job's hash, so it ends with the job.
+ * Where the streams have a server of their own it is a key beside the stream, the idempotency key.
+ *
+ * Lost streams: the hash of last entries has the last entry of each stream, appended or found in this epoch. If the stream
+ * is gone, or is an empty one whose ids end before that (a consumer's `XGROUP CREATE ... MKSTREAM` makes one), Redis has
+ * lost it with its entries.
+ *
+ * Cascade: an early entry is kept with the job that it waits for, and the call that appends the event of that job appends
+ * the kept entry too. Without it, ten hot aggregates on two pods reach 880 events/s instead of 2,480 or more. With two
+ * servers the entry is kept beside the idempotency key of the event before: without it, five hot aggregates on two pods
+ * reach 11 events/s, since each event stays early until its next try. There the script cannot ask whether the job of a
+ * kept entry still exists: an event whose job was removed or lost meanwhile is published all the same.
  *
  * KEYS: epoch, last entries, then the streams.
- * ARGV: epoch, its id, dead-letter stream, what keys of memories begin with before the event id, then the entries as
- * MessagePack: of each the place of its stream among the keys, event id, time at which its job was made, gate (see
- * GATE), event id of the event before, facts about own job and about that of the event before (where these are on
- * another server), key of the memory of a dead letter, then what XADD takes after the key.
+ * ARGV: epoch, its id, dead-letter stream, prefix of the memories' keys, then the entries as MessagePack. Each entry is an
+ * array: position of its stream among the streams, event id, time at which its job was made, gate (see GATE), event id of
+ * the event before, facts about its job and about the job of the event before (where jobs are on another server), key of
+ * the memory of a dead letter, then the arguments of XADD after the key.
  *
- * Answers for each entry `+id` when it was appended, `=id` when it was remembered, nothing when the job is gone, `!` in
- * another epoch, `?` when its stream is lost, `*` when the rows have to be asked, `~` when it is early, `<` when it is
- * behind, `<!` when it is behind an event that has failed, or `-` and the reason why Redis refused it. After these a
- * list of what the cascade appended: event id, entry id, and so on.
- *
- * One call for many entries, with one argument: a call for each costs this process 25 µs and Redis 8 µs more per
- * entry, and an argument for each field 3 µs and 5 kB of garbage more.
+ * Measured: a call for each entry would cost this process 25 µs and Redis 8 µs more per entry, and an argument for each
+ * field 3 µs and 5 kB of garbage.
  */
 
-/** How an entry is let through. */
+/** When an entry passes the gate. */
 export const GATE = {
-  /** Not before the rows were asked. */
+  /** Not yet: the rows have to be asked first. */
   ask: 0,
   /** When the event before it is in its stream. */
   after: 1,
   /** At once. */
   open: 2,
-  /** Not at all: the rows say that it is behind. */
+  /** Never: the rows say that it is behind, so its job is released. */
   release: 3,
 } as const;
 export type Gate = keyof typeof GATE;
 
-/** Fields of the job's hash that are ours. BullMQ keeps and ignores them. */
+/** Fields that the relay adds to a job's hash. BullMQ keeps and ignores them. */
 export const ENTRY_FIELD = 'relay:entry';
 const RELEASED_FIELD = 'relay:released';
 const NEXT_FIELD = 'relay:next';
 export const LETTER_FIELD = 'relay:dlq';
 
-/** Lifetime of an idempotency key, renewed whenever it is asked for. About 150 bytes of Redis for each event. */
+/** Lifetime of an idempotency key. Each read renews it. It takes about 150 bytes of Redis for each event. */
 export const MEMORY_TTL_S = 3_600;
-/** Entries that the cascade appends in one call, at most: Redis does nothing else meanwhile. */
+/** Entries that the cascade appends in one call, at most: Redis does nothing else during a call. */
 const CASCADE_MAX = 64;
 /**
- * Lifetime of an early entry that is kept beside the stream; a job that still waits keeps it again. Much shorter than that of
- * the memories which say that it must not be appended any more.
+ * Lifetime of an early entry that is kept beside the stream. Each try of its job keeps it again. The lifetime is much
+ * shorter than that of the memories, which say that an entry must not be appended any more.
  */
 const NEXT_TTL_S = 60;
 /** Streams whose last entry is kept, at most. */
@@ -121,7 +136,7 @@ local function keep(job, packed) redis.call('HSET', job, '${NEXT_FIELD}', packed
 local function keptWith(_, it) return it.next end
 local function mayFollow(it, made) return it.made == made and not (it.entry or it.released or it.ended or it.letter) end`;
 
-/** The memory in an idempotency key; what is asked of jobs was asked before, of the other server. */
+/** The memory in an idempotency key. The pod has asked the other server about the jobs, and passes the facts. */
 const IN_KEY = `
 local function look(key, job, letterKey)
   local it = job and {made = job[1], ended = job[2], failures = job[3]} or {}
@@ -142,7 +157,7 @@ local function keep(key, packed) redis.call('SET', key .. ':next', packed, 'EX',
 local function keptWith(key) return redis.call('GET', key .. ':next') end
 local function mayFollow(_, _, key, letterKey) return redis.call('EXISTS', key) == 0 and redis.call('EXISTS', letterKey) == 0 end`;
 
-/** Where in an entry that comes from the pod begins what XADD takes after the key. */
+/** Position in an entry from which on it has the arguments of XADD. */
 export const XADD_AT = 8;
 
 /** @param hasTwoServers the jobs are on another server than the streams */
@@ -230,16 +245,16 @@ answers[#entries + 1] = cascaded
 return answers`;
 
 /**
- * Appends the dead letter of a job that has failed for good, once. A job that remembers an entry is never
- * dead-lettered.
+ * Appends the dead letter of a job whose retries are spent, once. The event of a job that remembers an entry is not
+ * dead-lettered: it is published.
  *
  * KEYS: epoch, last entries, dead-letter stream, key of the memory, key of the dead letter's memory.
  * ARGV: epoch, its id, event id, its stream, 1 if the job must be there and have ended, time at which it was made, facts
  * about it as MessagePack, then what XADD takes after the key.
- * Answers as above; `^id` is the entry that the job remembers.
+ * Answers as the append script does; `^id` is the event's entry, which the job remembers.
  *
- * The event's stream is no key of the script: an event may be given up since the relay may not touch that, or since it
- * is on another node of a cluster.
+ * The event's stream is not among the KEYS. It may be a key that the relay has no right to, which is why the event is
+ * given up, or it may be on another node of a cluster.
  */
 export const letterScript = (hasTwoServers: boolean) => `
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return '!' end
@@ -272,8 +287,8 @@ note_last()
 return '+' .. id`;
 
 /**
- * KEYS: key of the memory. ARGV: event id, epoch's id, the event's stream, which is no key as above. Answers the entry
- * that is remembered and good, or ''.
+ * Answers the entry that is remembered and good, or ''.
+ * KEYS: key of the memory. ARGV: event id, epoch's id, the event's stream (not a key, for the reasons above).
  */
 export const RECALL = (hasTwoServers: boolean) => `
 ${MEMORY_AND_LAST_ENTRIES}

@@ -1,16 +1,18 @@
 import type { Redis, Result } from 'ioredis';
-import { lastEntriesKeyOf, outcomeOfError, type StreamOptions } from './append.ts';
+import type { StreamOptions } from './append.ts';
+import { outcomeOfError } from './append-outcome.ts';
+import { lastEntriesKeyOf } from './epoch-script.ts';
 import { LAST_ENTRIES_MAX } from './gate-script.ts';
 
-/** Which entries are there. Reads, but for the streams' last entries (gate-script.ts). */
+/** Finds entries in streams. It only reads, except that it remembers the last entry of a stream (gate-script.ts). */
 
 /**
  * Answers the type of the stream's key, the id before which everything was trimmed on purpose, and the positions of the
  * entries that are not there, or are another event's.
  *
- * What was trimmed ends at the stream's first entry; where it has none, which XTRIM and XDEL leave behind, at its
- * last one ever; nothing was where the stream is gone. The last one ever is remembered: should the stream be gone later, it
- * is missed though nothing was appended since.
+ * Everything before the stream's first entry was trimmed. If the stream is empty, as XTRIM and XDEL may leave it,
+ * everything up to its last generated id was. If the stream is gone, nothing was. The script remembers the last generated
+ * id: if the stream vanishes later, the pods notice, though nothing was appended since.
  *
  * KEYS: stream, last entries. ARGV: 1 to remember the last entry, else 0, then pairs of entry id and event id.
  */
@@ -37,8 +39,8 @@ end
 return answer`;
 
 /**
- * One step back through a stream. The stream's last entry is remembered, unless one of it is: a row is marked published by
- * what is found, and without an append in this epoch nobody would miss the stream.
+ * One step back through a stream. It remembers the stream's last entry, unless there is one already: what is found here
+ * marks rows published, and without a last entry no pod would notice that the stream is lost.
  *
  * KEYS: stream, last entries. ARGV: id to begin at (`+`, or `(` and an id that is not meant), how many entries. Answers pairs of
  * entry id and event id.
@@ -56,11 +58,9 @@ if ARGV[1] == '+' and answer[1] and redis.call('HEXISTS', KEYS[2], KEYS[1]) == 0
 end
 return answer`;
 
-/**
- * Entries in one step, which Redis copies whole: 0.2 ms for small ones, 10 MB of 100 kB each. And how far back a search
- * goes.
- */
+/** Entries in one step. Redis copies them whole: 0.2 ms for small ones, 10 MB where each has 100 kB. */
 const FIND_STEP = 100;
+/** How many entries back a search goes. */
 const FIND_LIMIT = 50_000;
 
 declare module 'ioredis' {
@@ -70,10 +70,10 @@ declare module 'ioredis' {
   }
 }
 
-/** An entry as a row has it. */
+/** An entry by its id and its event. */
 export type NamedEntry = Readonly<{ entryId: string; eventId: string }>;
 
-/** Of some entries of one stream, those that are not there. */
+/** Those of some entries that are not in their stream. */
 export type Absent<T> = Readonly<{
   /** Lost: they should be there. */
   lost: T[];
@@ -93,11 +93,11 @@ export function createLookup(
   redis.defineCommand('stepBack', { numberOfKeys: 2, lua: STEP_BACK });
   const lastEntries = lastEntriesKeyOf(options.epochKey);
 
-  /** Rows can name any key: one that can be no stream of events is not asked. */
+  /** Rows can name any key. The relay does not read a key that can never be a stream of events. */
   const mayBeStream = (stream: string): boolean =>
     stream === options.dlqStreamName || options.topicProblem(stream) === null;
 
-  /** From the stream's end back, until `take` has seen enough. */
+  /** Walks from the stream's end back, until `take` answers false. */
   async function search(
     stream: string,
     eventIds: readonly string[],
@@ -143,8 +143,8 @@ export function createLookup(
     letter,
 
     /**
-     * The entries of a stream from its end back to that time of Redis, `size` or a few more at once. Of an event that
-     * has several, each one. A stream that cannot be read has none.
+     * The entries of a stream from its end back to `sinceMs` (time of Redis), in pages of `size` or a few more. An event may
+     * have several. A stream that cannot be read has none.
      * @throws when Redis does not answer
      */
     async *walkBack(stream: string, sinceMs: number, size: number): AsyncGenerator<NamedEntry[]> {
@@ -215,7 +215,7 @@ export function createLookup(
   };
 }
 
-/** The reply, or why Redis refused; rejects when it refuses everybody, or does not answer. */
+/** The reply, or why Redis refuses this request. Rejects when Redis takes no request now, or does not answer. */
 async function orRefusal<T>(reply: Promise<T>): Promise<T | { status: 'refused'; reason: string }> {
   try {
     return await reply;
@@ -226,7 +226,7 @@ async function orRefusal<T>(reply: Promise<T>): Promise<T | { status: 'refused';
   }
 }
 
-/** Whether `id` lies before `first`; of `(last`, whether it lies at or before `last`. */
+/** Whether `id` is less than `first`. Where `first` is `(last`: whether `id` is at most `last`. */
 function isTrimmed(id: string, first: string): boolean {
   const including = first.startsWith('(');
   const [ms = 0n, seq = 0n] = numbersOf(id);
@@ -235,6 +235,6 @@ function isTrimmed(id: string, first: string): boolean {
   return including ? seq <= firstSeq : seq < firstSeq;
 }
 
-/** What is no entry id names no entry that was trimmed. */
+/** A text that is no entry id counts as later than every entry, so it was not trimmed. */
 const numbersOf = (id: string): bigint[] =>
   /^\d+-\d+$/.test(id) ? id.split('-').map(BigInt) : [1n << 80n, 0n];

@@ -11,7 +11,7 @@ declare module 'ioredis' {
 
 export type Memory = ReturnType<typeof createMemory>;
 
-/** What is remembered of appends, asked beside them: before a job is removed. */
+/** Asks what jobs remember of appends, before a job is removed. */
 export function createMemory(
   redis: Redis,
   options: Pick<StreamOptions, 'memoryPrefix' | 'jobKey' | 'epochKey'>,
@@ -22,7 +22,7 @@ export function createMemory(
 
   return {
     /**
-     * Of these events, those whose entry is remembered, and is there.
+     * Those of the events whose entry is remembered and good; see gate-script.ts.
      * @throws when Redis does not answer
      */
     async appendedOf(

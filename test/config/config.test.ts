@@ -2,16 +2,12 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
-import {
-  ConfigError,
-  type ConfigProblem,
-  describeVariables,
-  loadConfig,
-  unknownVariables,
-  VARIABLES,
-} from '../../src/config/config.ts';
+import { describeVariables, VARIABLES } from '../../src/config/config.ts';
+import type { ConfigProblem } from '../../src/config/conflicts.ts';
 import { pgOptions, redactUrl, redactUrls } from '../../src/config/connection-urls.ts';
+import { ConfigError, loadConfig } from '../../src/config/load-config.ts';
 import { redisOptions } from '../../src/config/redis-urls.ts';
+import { unknownVariables } from '../../src/config/unknown-variables.ts';
 import { CERTIFICATE } from '../support/certificate.ts';
 
 const problemsOf = (env: Record<string, string>): readonly ConfigProblem[] => {

@@ -1,5 +1,6 @@
 import { expect, test } from 'vitest';
-import { ConfigError, type ConfigProblem, loadConfig } from '../../src/config/config.ts';
+import type { ConfigProblem } from '../../src/config/conflicts.ts';
+import { ConfigError, loadConfig } from '../../src/config/load-config.ts';
 import { isCluster, streamPlace } from '../../src/config/redis-places.ts';
 import { redisNodes, sentinelOptions } from '../../src/config/redis-urls.ts';
 import { createTopicCheck, slotOf } from '../../src/config/topics.ts';

@@ -15,7 +15,7 @@ const pidOf = async () => (await one.query('SELECT pg_backend_pid() AS pid')).ro
 
 let here = '';
 beforeAll(async () => {
-  here = (await createGeneration().look(one, 5_000)).generation;
+  here = (await createGeneration().read(one, 5_000)).generation;
 });
 
 describe('a transaction', () => {
@@ -48,14 +48,14 @@ describe('a transaction', () => {
 
   test('of a former primary fails, and its session leaves the pool', async () => {
     const generation = createGeneration();
-    await generation.look(one, 5_000, null);
+    await generation.read(one, 5_000, null);
     generation.accept(onTimeline(here, '000000FF'));
-    await expect(generation.look(one, 5_000, onTimeline(here, '000000FF'))).rejects.toThrow(NotPrimaryError);
+    await expect(generation.read(one, 5_000, onTimeline(here, '000000FF'))).rejects.toThrow(NotPrimaryError);
     const pid = await pidOf();
     await expect(run(generation)).rejects.toThrow(OtherGenerationError);
     expect(await pidOf()).not.toBe(pid);
     // An operator has said that it is the one.
-    expect((await generation.look(one, 5_000, null)).generation).toBe(here);
+    expect((await generation.read(one, 5_000, null)).generation).toBe(here);
   });
 });
 
@@ -67,23 +67,23 @@ test('a table that is emptied or written anew, or comes from elsewhere, is of an
     'ALTER TABLE identity.outbox ALTER COLUMN event_type TYPE varchar(300)',
   ]) {
     await admin.query(statement);
-    seen.add((await createGeneration().look(one, 5_000)).generation);
+    seen.add((await createGeneration().read(one, 5_000)).generation);
   }
   expect(seen.size).toBeGreaterThanOrEqual(3);
   await admin.query(
     'INSERT INTO identity.outbox (event_type, aggregate_id, payload) VALUES ($1, gen_random_uuid(), $2)',
     [...['X', '{}']],
   );
-  const { generation } = await createGeneration().look(one, 5_000);
+  const { generation } = await createGeneration().read(one, 5_000);
   await admin.query('DELETE FROM identity.outbox');
-  expect((await createGeneration().look(one, 5_000)).generation).toBe(generation);
+  expect((await createGeneration().read(one, 5_000)).generation).toBe(generation);
 });
 
 test('a role that may not ask for the timeline knows the rest', async () => {
   await admin.query('REVOKE EXECUTE ON FUNCTION pg_walfile_name(pg_lsn) FROM PUBLIC');
   const generation = createGeneration();
-  const untold = (await generation.look(one, 5_000)).generation;
+  const untold = (await generation.read(one, 5_000)).generation;
   expect(untold).toMatch(/^00000000\.\d/);
   // It is not taken for a former primary.
-  expect((await generation.look(one, 5_000, onTimeline(untold, '00000005'))).generation).toBe(untold);
+  expect((await generation.read(one, 5_000, onTimeline(untold, '00000005'))).generation).toBe(untold);
 });

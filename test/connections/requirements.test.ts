@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { Client } from 'pg';
 import { afterAll, describe, expect, test } from 'vitest';
 import { checkServers } from '../../src/commands/check.ts';
-import { loadConfig } from '../../src/config/config.ts';
+import { loadConfig } from '../../src/config/load-config.ts';
 import { createRelay } from '../../src/relay.ts';
 import type { RequirementResult } from '../../src/requirement.ts';
 import { startPrivatePostgres } from '../demo/servers.ts';

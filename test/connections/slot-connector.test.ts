@@ -1,10 +1,12 @@
 /** Connections to a slot of a cluster, while the slot moves: what waits is answered, what must not wait fails. */
 import { afterAll, beforeAll, expect, test } from 'vitest';
-import { loadConfig, type RelayConfig } from '../../src/config/config.ts';
+import type { RelayConfig } from '../../src/config/config.ts';
+import { loadConfig } from '../../src/config/load-config.ts';
 import { slotOf } from '../../src/config/topics.ts';
 import { openRedis } from '../../src/connections/servers.ts';
 import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
-import { APPEND_CONNECTION, outcomeOfError } from '../../src/streams/append.ts';
+import { APPEND_CONNECTION } from '../../src/streams/append.ts';
+import { outcomeOfError } from '../../src/streams/append-outcome.ts';
 import { createCluster, type TestCluster } from '../support/redis-cluster.ts';
 import { waitFor } from '../support/wait.ts';
 

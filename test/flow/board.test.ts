@@ -10,7 +10,7 @@ import { FastifyAdapter } from '@bull-board/fastify';
 import { Queue } from 'bullmq';
 import { fastify } from 'fastify';
 import { expect, inject, test } from 'vitest';
-import { loadConfig } from '../../src/config/config.ts';
+import { loadConfig } from '../../src/config/load-config.ts';
 import { isPassword } from '../../src/http/passwords.ts';
 import { createBoardQueues } from '../../src/index.ts';
 import type { Pod } from '../demo/pod.ts';

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { Client } from 'pg';
 import { expect, inject, test } from 'vitest';
 import { parse } from 'yaml';
-import { loadConfig } from '../../src/config/config.ts';
+import { loadConfig } from '../../src/config/load-config.ts';
 import { redisAcls } from '../../src/operations/roles.ts';
 import { startPrivatePostgres, startPrivateRedis } from '../demo/servers.ts';
 import { atEndOfFile } from '../support/cleanup.ts';

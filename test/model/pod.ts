@@ -18,13 +18,8 @@ import type { Queues } from '../../src/queue/queues.ts';
 import type { Run } from '../../src/queue/workers.ts';
 import { createCompare, createRecoverLostData } from '../../src/recovery/lost-data.ts';
 import { createRecovery } from '../../src/recovery/recovery.ts';
-import {
-  createStreams,
-  type JobFacts,
-  NOT_KNOWN,
-  type StreamOptions,
-  type Streams,
-} from '../../src/streams/append.ts';
+import { createStreams, type JobFacts, type StreamOptions, type Streams } from '../../src/streams/append.ts';
+import { NOT_KNOWN } from '../../src/streams/append-outcome.ts';
 import { createDeadEntries } from '../../src/streams/dead-entries.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { createMemory } from '../../src/streams/memory.ts';
@@ -142,7 +137,7 @@ export function createPod(deps: PodDeps, name: string) {
       await hold(actor, `dead letter of ${eventName(failure.event)}`);
       return appends.deadLetter(failure, madeAt);
     },
-    appendOf: (of) => hold(actor, `early: ${nameOf(of[0] as string)}`),
+    untilAppended: (of) => hold(actor, `early: ${nameOf(of[0] as string)}`),
   };
 
   let requested = new Map<string, Aggregate>();

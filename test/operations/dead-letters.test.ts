@@ -1,6 +1,6 @@
 import { Queue } from 'bullmq';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import { loadConfig } from '../../src/config/config.ts';
+import { loadConfig } from '../../src/config/load-config.ts';
 import type { Pool } from '../../src/connections/database.ts';
 import { CursorError, toCursor } from '../../src/operations/cursor.ts';
 import type { DeadLetters } from '../../src/operations/dead-letters.ts';

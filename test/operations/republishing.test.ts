@@ -1,5 +1,5 @@
 import { beforeAll, beforeEach, expect, test } from 'vitest';
-import { loadConfig } from '../../src/config/config.ts';
+import { loadConfig } from '../../src/config/load-config.ts';
 import type { Pool } from '../../src/connections/database.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import { CursorError, toCursor } from '../../src/operations/cursor.ts';

@@ -64,7 +64,7 @@ function setUp(outcomes: readonly AppendOutcome[] = [APPENDED], deps: Partial<De
         return outcome;
       },
       isAppended: () => false,
-      appendOf: (_, ms) => delay(ms),
+      untilAppended: (_, ms) => delay(ms),
       mayHaveForgotten: () => false,
     },
     lookup: { find: async () => new Map() },
@@ -393,7 +393,7 @@ describe('the gate', () => {
           return APPENDED;
         },
         isAppended: (eventId, epoch) => isAppended && eventId === before && epoch === EPOCH,
-        appendOf: async () => {},
+        untilAppended: async () => {},
         mayHaveForgotten: () => false,
       },
     });
@@ -507,7 +507,7 @@ describe('an early event', () => {
       streams: {
         publish: async (_, appending) => outcomes[appendings.push(appending) - 1] as AppendOutcome,
         isAppended: () => false,
-        appendOf: async (...wait) => void waits.push(wait),
+        untilAppended: async (...wait) => void waits.push(wait),
         mayHaveForgotten: () => false,
       },
     });
@@ -536,7 +536,7 @@ describe('an early event', () => {
           return gate === 'open' ? APPENDED : EARLY;
         },
         isAppended: () => isAppended,
-        appendOf: async () => {
+        untilAppended: async () => {
           isAppended = true;
         },
         mayHaveForgotten: () => false,
@@ -612,7 +612,7 @@ describe('a job that is older than what is remembered of it', () => {
           return APPENDED;
         },
         isAppended: () => false,
-        appendOf: async () => {},
+        untilAppended: async () => {},
         mayHaveForgotten: (madeAt) => madeAt === 5,
       },
       lookup: {
@@ -767,7 +767,7 @@ describe('on BullMQ', () => {
       streams: {
         publish: append,
         isAppended: () => false,
-        appendOf: async () => {},
+        untilAppended: async () => {},
         mayHaveForgotten: () => false,
       },
       queues,

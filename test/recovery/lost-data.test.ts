@@ -9,7 +9,7 @@ import {
   type Found,
   totals,
 } from '../../src/recovery/lost-data.ts';
-import { lastEntriesKeyOf } from '../../src/streams/append.ts';
+import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
 import { openContext } from '../support/context.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { deferred, readRows, readStates, silent } from '../support/stages.ts';

@@ -2,7 +2,8 @@ import { randomUUID } from 'node:crypto';
 import { afterEach, beforeAll, beforeEach, describe, expect, test, vi } from 'vitest';
 import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
-import { createStreams, type JobFacts, NOT_KNOWN } from '../../src/streams/append.ts';
+import { createStreams, type JobFacts } from '../../src/streams/append.ts';
+import { NOT_KNOWN } from '../../src/streams/append-outcome.ts';
 import { MEMORY_TTL_S } from '../../src/streams/gate-script.ts';
 import { createRedis } from '../support/servers.ts';
 import { type AdminRedis, aClaimedEvent, openAdminRedis, readStream } from '../support/stages.ts';
@@ -207,13 +208,13 @@ describe.each(SIDES)('with %s', (side) => {
       const [one, other] = (await events(2)) as [OutboxEvent, OutboxEvent];
       const { streams } = stage;
       const waiting = [
-        streams.appendOf([one.eventId, other.eventId], 60_000),
-        streams.appendOf([other.eventId], 60_000),
+        streams.untilAppended([one.eventId, other.eventId], 60_000),
+        streams.untilAppended([other.eventId], 60_000),
       ];
-      await streams.appendOf([other.eventId], 1);
+      await streams.untilAppended([other.eventId], 1);
       await stage.publish(other);
       await withDeadline(10_000, Promise.all(waiting));
-      await streams.appendOf([one.eventId], 1);
+      await streams.untilAppended([one.eventId], 1);
       await stage.publish(one);
       expect(await stage.idsIn()).toEqual(ids([other, one]));
     });

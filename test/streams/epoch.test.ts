@@ -1,9 +1,8 @@
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import type { DatabaseState } from '../../src/event.ts';
 import { NotReadyError } from '../../src/lifecycle.ts';
-import { APPEND_CONNECTION, lastEntriesKeyOf } from '../../src/streams/append.ts';
+import { APPEND_CONNECTION } from '../../src/streams/append.ts';
 import {
-  createEpoch,
-  type DatabaseState,
   type Epoch,
   EpochOverError,
   endEpoch,
@@ -12,6 +11,8 @@ import {
   isComparing,
   type Loss,
 } from '../../src/streams/epoch.ts';
+import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
+import { createEpoch } from '../../src/streams/epoch-watch.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
 import { deferred, openAdminRedis, openRedis, silent } from '../support/stages.ts';

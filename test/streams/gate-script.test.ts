@@ -2,7 +2,7 @@ import { Worker } from 'bullmq';
 import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { OutboxEvent } from '../../src/event.ts';
 import { createQueues, publishQueueName } from '../../src/queue/queues.ts';
-import type { Gate } from '../../src/streams/append.ts';
+import type { Gate } from '../../src/streams/gate-script.ts';
 import { MEMORY_TTL_S } from '../../src/streams/gate-script.ts';
 import { aClaimedEvent, openRedis, readStream, silent } from '../support/stages.ts';
 import {
@@ -582,7 +582,7 @@ describe.each(SIDES)('the cascade, with %s', (side) => {
     // In whichever order they came.
     for (const event of [...rest].reverse())
       expect(await stage.publish(event, 'after', { through: other })).toEqual(EARLY);
-    const woken = stage.streams.appendOf([rest[1]?.eventId as string], 60_000);
+    const woken = stage.streams.untilAppended([rest[1]?.eventId as string], 60_000);
     expect(await stage.publish(first)).toMatchObject({ status: 'appended' });
     await woken;
     expect(await stage.idsIn()).toEqual(ids([first, ...rest]));

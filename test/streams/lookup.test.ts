@@ -1,5 +1,5 @@
 import { beforeEach, describe, expect, test } from 'vitest';
-import { lastEntriesKeyOf } from '../../src/streams/append.ts';
+import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { asRelay, redisRules } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';

@@ -1,6 +1,6 @@
 /** The role and the user that pods run as: with the rights that `relay grants` prints, and no others. */
 import { Client } from 'pg';
-import { loadConfig } from '../../src/config/config.ts';
+import { loadConfig } from '../../src/config/load-config.ts';
 import { databaseGrants, redisAcls } from '../../src/operations/roles.ts';
 
 export const RELAY_USER = 'relay_pod';

@@ -3,7 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { mkdir, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { RedisOptions } from 'ioredis';
-import { loadConfig } from '../../src/config/config.ts';
+import { loadConfig } from '../../src/config/load-config.ts';
 import { sentinelAcl } from '../../src/operations/roles.ts';
 import { type PrivateRedis, redisBinary, redisIsReady } from '../demo/servers.ts';
 import { type PrivateServer, supervise } from '../demo/supervise.ts';

@@ -6,13 +6,13 @@ import { createQueues, publishJobKey, QUEUE_CONNECTION } from '../../src/queue/q
 import {
   APPEND_CONNECTION,
   createStreams,
-  type Gate,
-  lastEntriesKeyOf,
   memoryKeyOf,
   type StreamOptions,
   type Streams,
 } from '../../src/streams/append.ts';
 import { type Epoch, epochId } from '../../src/streams/epoch.ts';
+import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
+import type { Gate } from '../../src/streams/gate-script.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { asRelay, redisRules } from './least-privilege.ts';
 import { createRedis, type TestRedis } from './servers.ts';

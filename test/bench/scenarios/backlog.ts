@@ -2,7 +2,7 @@
  * A million rows waiting: whether the last tenth flows as the first does, what Redis holds beyond the stream, and what
  * the pod holds, watched while it drains. RELAY_MAX_IN_FLIGHT explains Redis' share.
  */
-import { loadConfig } from '../../../src/config/config.ts';
+import { loadConfig } from '../../../src/config/load-config.ts';
 import { NOTHING_FRESH, NOTHING_LIVE, openRelay, type Relay } from '../contenders/relay.ts';
 import { residentBytes } from '../cpu.ts';
 import { createRecorder } from '../recorder.ts';

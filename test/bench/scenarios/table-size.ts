@@ -4,7 +4,7 @@
  */
 import { join } from 'node:path';
 import pg from 'pg';
-import { loadConfig } from '../../../src/config/config.ts';
+import { loadConfig } from '../../../src/config/load-config.ts';
 import { migrate } from '../../../src/outbox/migrations.ts';
 import { createOutbox } from '../../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE } from '../../../src/outbox/pruner.ts';

@@ -1,0 +1,89 @@
+/** What an epoch is made of in Redis: its keys, the identity of the server in its name, and the scripts that keep it. */
+import type { Redis, Result } from 'ioredis';
+
+/** Redis key of the hash that has the last entry of each stream in the epoch. */
+export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
+
+/** The keys beside `epochKey`, which has the epoch's name. */
+export const keysOf = (epochKey: string) => ({
+  /** The time of the database up to which Redis has lost nothing; a pod writes it again and again. */
+  checkpoint: `${epochKey}:checkpoint`,
+  /** Held by the process that compares table and streams. */
+  checker: `${epochKey}:checker`,
+  /** The generation of the database whose rows were looked up in their streams. */
+  generation: `${epochKey}:generation`,
+  lastEntries: lastEntriesKeyOf(epochKey),
+});
+
+/**
+ * Identity of the server and of its history: a restart changes the first, a failover (also to and fro) the second. Null
+ * for a replica, and for a server that is loading its data.
+ */
+export async function identityOf(redis: Redis): Promise<string | null> {
+  const [server, replication] = await Promise.all([redis.info('server'), redis.info('replication')]);
+  const runId = /^run_id:(\w+)/m.exec(server)?.[1];
+  const history = /^master_replid:(\w+)/m.exec(replication)?.[1];
+  if (runId === undefined || history === undefined) throw new Error('Redis does not tell its run_id');
+  return /^role:master/m.test(replication) ? `${runId}/${history}` : null;
+}
+
+declare module 'ioredis' {
+  interface RedisCommander<Context> {
+    stampEpoch(
+      epochKey: string,
+      checkpointKey: string,
+      lastEntriesKey: string,
+      ...args: [epoch: string, at: string, cursor: string]
+    ): Result<[number, string], Context>;
+    beginEpoch(
+      epochKey: string,
+      checkpointKey: string,
+      checkerKey: string,
+      generationKey: string,
+      ...args: [token: string, epoch: string, at: string, generation: string]
+    ): Result<number, Context>;
+  }
+}
+
+/**
+ * Answers whether the epoch lasts. If it does, it writes the checkpoint: as long as this is there, so is every entry that
+ * was appended before. The script asks for the server's identity itself, since a checkpoint on data that was rolled back
+ * would hide what is missing. It also examines some of the streams that have a last entry (see gate-script.ts): where
+ * nothing is appended to a stream, nothing else notices that it is lost.
+ *
+ * KEYS: epoch, checkpoint, last entries. ARGV: epoch, database time ('' = no checkpoint), cursor into the last entries.
+ * Answers 0 when another epoch or server is there, 1 when the epoch lasts, 2 when a stream is lost; and the next cursor.
+ */
+export const STAMP = `
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {0, '0'} end
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+if string.find(ARGV[1], run .. '/' .. history .. ':', 1, true) ~= 1 then return {0, '0'} end
+local last_entries = redis.call('HSCAN', KEYS[3], ARGV[3], 'COUNT', 100)
+for i = 1, #last_entries[2], 2 do
+  if redis.pcall('XLEN', last_entries[2][i]) == 0 then
+    local info, latest = redis.pcall('XINFO', 'STREAM', last_entries[2][i]), '0-0'
+    for j = 1, #info, 2 do
+      if info[j] == 'last-generated-id' then latest = info[j + 1] end
+    end
+    local ms, sequence = string.match(latest, '(%d+)-(%d+)')
+    local last_ms, last_sequence = string.match(last_entries[2][i + 1], '(%d+)-(%d+)')
+    if tonumber(ms) < tonumber(last_ms)
+        or ms == last_ms and tonumber(sequence) < tonumber(last_sequence) then return {2, '0'} end
+  end
+end
+if ARGV[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2]) end
+return {1, last_entries[1]}`;
+
+/**
+ * Begins the next epoch, unless another process has begun to compare since. Answers 1 if it has begun.
+ *
+ * KEYS: epoch, checkpoint, checker, generation. ARGV: token, new epoch, database time, generation ('' = as it is).
+ */
+export const BEGIN = `
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+redis.call('SET', KEYS[2], ARGV[3])
+redis.call('DEL', KEYS[3])
+if ARGV[4] ~= '' then redis.call('SET', KEYS[4], ARGV[4]) end
+return 1`;

@@ -1,0 +1,246 @@
+import { randomUUID } from 'node:crypto';
+import type { Logger } from '../telemetry/logger.ts';
+import {
+  CHECKER_TTL_MS,
+  type Epoch,
+  EpochOverError,
+  RETRY_MS,
+  type RenewalDeps,
+  renewEpoch,
+} from './epoch.ts';
+import { identityOf, keysOf, STAMP } from './epoch-script.ts';
+
+/** Interval between two checkpoints. After a restart of Redis, this much is compared at least. */
+const STAMP_INTERVAL_MS = 2_000;
+const RETRY_AFTER_ERROR_MS = 500;
+/** Interval at which the same reason is logged again. */
+const REPORT_INTERVAL_MS = 10_000;
+/** How long an append waits for the epoch before its event is postponed. */
+const KNOWN_TIMEOUT_MS = 2_000;
+
+const NOT_COMPARED = 'Redis may have lost entries, or PostgreSQL rows: they are looked for';
+
+type EpochDeps = RenewalDeps &
+  Readonly<{
+    /** Told which generation of the database the epoch rests on. */
+    accept?: (generation: string) => void;
+    /** What `recover` does, for the log. */
+    recovering?: string;
+    logger: Logger;
+  }>;
+
+/**
+ * Tells a pod which epoch it is in, and renews the epoch where that has to be.
+ *
+ * The pod takes the epoch that it finds only if this names the server that the pod is connected to. It forgets the epoch
+ * when the connection closes: a server that starts with older data brings an old name back. Beside the name stands the
+ * generation of the database (connections/generation.ts) whose rows were looked up in their streams. A pod that is
+ * connected to another generation ends the epoch, and first looks up what that one may have forgotten.
+ *
+ * @param deps.redis the append connection: what is known of the epoch ends with it
+ */
+export function createEpoch(deps: EpochDeps): Epoch {
+  const { redis, key, logger, recovering = 'comparing what was published with what is there' } = deps;
+  const keys = keysOf(key);
+  redis.defineCommand('stampEpoch', { numberOfKeys: 3, lua: STAMP });
+
+  let stopped = true;
+  let epoch: string | undefined;
+  /** The generation that the epoch rests on. */
+  let generation: string | undefined;
+  let reason = NOT_COMPARED;
+  let reportedAt = Number.NEGATIVE_INFINITY;
+  /** Counts connections, so that an answer of one is never taken for an answer of the next. */
+  let connection = 0;
+  let finding: Promise<void> | undefined;
+  /** An epoch in which a stream was lost. It is still to be ended in Redis. */
+  let ended: string | undefined;
+  /** Where the next stamp goes on among the streams that have a last entry. */
+  let cursor = '0';
+  let timer: NodeJS.Timeout | undefined;
+  let stamping: Promise<void> = Promise.resolve();
+  let wakeSleeper = (): void => {};
+  const waiting = new Set<() => void>();
+
+  function take(found: string, of: string): void {
+    epoch = found;
+    generation = of;
+    reason = NOT_COMPARED;
+    reportedAt = Number.NEGATIVE_INFINITY;
+    deps.accept?.(of);
+    for (const resume of waiting) resume();
+    waiting.clear();
+  }
+
+  function forget(): void {
+    epoch = undefined;
+    if (redis.status === 'ready') find();
+  }
+
+  const onClose = () => {
+    connection++;
+    epoch = undefined;
+  };
+  const onReady = () => find();
+
+  /** Tries until the pod knows an epoch, or the connection is gone: then `ready` begins again. */
+  function find(): void {
+    if (stopped || finding !== undefined) return;
+    const mine = connection;
+    finding = (async () => {
+      while (!stopped && epoch === undefined && connection === mine) {
+        try {
+          await takeOrRenew(mine);
+          if (epoch === undefined) await sleep(RETRY_MS);
+        } catch (error) {
+          if (connection !== mine) break;
+          report(error as Error);
+          await sleep(RETRY_AFTER_ERROR_MS);
+        }
+      }
+    })().finally(() => {
+      finding = undefined;
+      if (!stopped && epoch === undefined && redis.status === 'ready') find();
+    });
+  }
+
+  function report(error: Error): void {
+    if (error.message === reason && performance.now() - reportedAt < REPORT_INTERVAL_MS) return;
+    reason = error.message;
+    reportedAt = performance.now();
+    logger.warn(
+      { err: error },
+      'cannot tell whether Redis or PostgreSQL has lost anything; nothing is appended until then',
+    );
+  }
+
+  /** Takes the epoch in Redis if it is good here. If not, and no other process compares, renews it. */
+  async function takeOrRenew(mine: number): Promise<void> {
+    if (ended !== undefined) {
+      // Without a checkpoint the lost stream is compared as a whole, however long ago its entries were written.
+      if ((await redis.get(key)) === ended) await redis.del(keys.checkpoint, key);
+      ended = undefined;
+    }
+    const server = await identityOf(redis);
+    if (server === null) return; // a replica takes no appends
+    // Redis may have been emptied since the start: the database that asks first owns the queue.
+    await deps.assertOwner?.();
+    const [found, lookedUp = null] = await redis.mget(key, keys.generation);
+    const { generation: here } = await deps.database(lookedUp);
+    if (connection !== mine) return;
+    const isOfServer = (name?: string | null): name is string => name?.startsWith(`${server}:`) === true;
+    if (isOfServer(found) && lookedUp === here) return take(found, here);
+    const isChecker = await redis.set(keys.checker, randomUUID(), 'PX', CHECKER_TTL_MS, 'NX');
+    if (!isChecker) return;
+    // The previous holder of the checker's key may have begun the next epoch since.
+    const [begun, lookedUpNow] = await redis.mget(key, keys.generation);
+    if (isOfServer(begun) && lookedUpNow === here) {
+      await redis.del(keys.checker);
+      if (connection === mine) take(begun, here);
+      return;
+    }
+    if (isOfServer(begun) && lookedUpNow)
+      logger.warn(
+        { generation: here, before: lookedUpNow },
+        `PostgreSQL was restarted, promoted, replaced or restored, or the table was emptied or rewritten: ${recovering}`,
+      );
+    else
+      logger.info(
+        { known: found !== null },
+        `Redis is new here, or was restarted, replaced or emptied: ${recovering}`,
+      );
+    deps.accept?.(here);
+    const next = await renewEpoch(deps, server, here, () => connection !== mine);
+    if (next !== undefined && connection === mine) take(next, here);
+  }
+
+  /** Asks both servers whether the epoch lasts, and writes the checkpoint. */
+  async function stamp(): Promise<void> {
+    const known = epoch;
+    if (known === undefined) {
+      if (redis.status === 'ready') find();
+      return;
+    }
+    // Without the database's time the checkpoint stays where it is: more is compared, should Redis fail now.
+    const { now, ...database } = await deps
+      .database(generation ?? null)
+      .catch(() => ({ now: '', generation }));
+    if (epoch !== known) return;
+    if (database.generation !== generation) return forget();
+    const [found, next] = await redis.stampEpoch(key, keys.checkpoint, keys.lastEntries, known, now, cursor);
+    cursor = next;
+    if (found === 2) endFor(known);
+    else if (found !== 1) forget();
+  }
+
+  function stampAgain(): void {
+    stamping = stamp()
+      .catch(() => {}) // Redis gave no answer: the owner of the connection reports that
+      .finally(() => {
+        if (!stopped) timer = setTimeout(stampAgain, STAMP_INTERVAL_MS);
+      });
+  }
+
+  function endFor(of: string): void {
+    if (epoch !== of) return;
+    ended = of;
+    forget();
+  }
+
+  async function sleep(ms: number): Promise<void> {
+    await new Promise<void>((resolve) => {
+      const alarm = setTimeout(resolve, ms);
+      wakeSleeper = () => {
+        clearTimeout(alarm);
+        resolve();
+      };
+    });
+  }
+
+  return {
+    start() {
+      if (!stopped) return;
+      stopped = false;
+      redis.on('close', onClose);
+      redis.on('ready', onReady);
+      if (redis.status === 'ready') find();
+      timer = setTimeout(stampAgain, STAMP_INTERVAL_MS);
+    },
+    async stop() {
+      stopped = true;
+      clearTimeout(timer);
+      wakeSleeper();
+      redis.off('close', onClose);
+      redis.off('ready', onReady);
+      for (const resume of waiting) resume();
+      waiting.clear();
+      await Promise.all([stamping, finding]);
+    },
+    current: () => epoch,
+    reason: () => reason,
+    async known() {
+      if (epoch !== undefined || stopped) return epoch;
+      await new Promise<void>((resolve) => {
+        const giveUp = setTimeout(() => resume(), KNOWN_TIMEOUT_MS);
+        const resume = () => {
+          clearTimeout(giveUp);
+          waiting.delete(resume);
+          resolve();
+        };
+        waiting.add(resume);
+      });
+      return epoch;
+    },
+    async confirm(of) {
+      if (epoch !== of) throw new EpochOverError();
+      const found = await redis.get(key);
+      if (found === of && epoch === of) return;
+      if (epoch === of) forget();
+      throw new EpochOverError();
+    },
+    invalidate() {
+      if (epoch !== undefined) forget();
+    },
+    endFor,
+  };
+}
