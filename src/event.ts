@@ -1,6 +1,4 @@
-/**
- * The vocabulary that crosses the borders between stages. Imports nothing.
- */
+/** The types that all parts share. Imports nothing. */
 
 /** One row of `identity.outbox` on its way to a stream; also the data of its publish job. */
 export type OutboxEvent = Readonly<{
@@ -14,11 +12,11 @@ export type OutboxEvent = Readonly<{
   aggregateId: string;
   /** Key of the stream: the row's topic, or RELAY_STREAM_NAME where that is null. */
   topic: string;
-  /** JSON text exactly as PostgreSQL printed it; never parsed and re-serialised on its way. `null` if withheld. */
+  /** JSON text exactly as PostgreSQL printed it; the relay never parses and prints it again. `null` if withheld. */
   payload: string;
   /**
-   * Why the row's payload, and all but the beginning of its longer texts, were left in the table: such an event
-   * cannot be published. Null where nothing was; absent from jobs of a pod that did not know of it yet.
+   * Why the claim left the payload, and all but the beginning of longer texts, in the table: such an event cannot be
+   * published. Null if it left nothing; absent from jobs of older builds.
    */
   withheld?: string | null;
   /** `outbox.created_at` as ISO 8601 in UTC with microseconds; `infinity` and `-infinity` as they are. */
@@ -27,16 +25,16 @@ export type OutboxEvent = Readonly<{
   tenantId: string | null;
   /** The payload's `correlation_id` likewise, or null. */
   correlationId: string | null;
-  /** Failed attempts before this job was made (a job that Redis lost continues where it was). */
+  /** Failed attempts before this job was made: the successor of a job that Redis lost goes on counting. */
   attempts: number;
   /**
-   * The trace that the event belongs to, and the span that comes before: its producer's, as the row's headers or its
-   * payload's metadata say; then that of each step on its way. Absent from jobs of a pod that did not know of it yet.
+   * The trace that the event belongs to, and the parent span: first its producer's, from the row's headers or the payload's
+   * metadata, then that of the step before. Absent from jobs of older builds.
    */
   trace?: TraceContext | null;
   /**
-   * `event_id` of the live row right before this one in its aggregate when its job was made, or null: the gate lets
-   * this event pass when that one is in its stream. Absent from jobs of a build that did not know the gate.
+   * Predecessor: `event_id` of the live row right before this one in its aggregate when its job was made, or null. The gate
+   * lets this event pass when the predecessor is in its stream. Absent from jobs of older builds.
    */
   after?: string | null;
   /** Epoch in which its job was made (streams/epoch.ts). Absent as `after` is. */
@@ -44,22 +42,23 @@ export type OutboxEvent = Readonly<{
 }>;
 
 const UUID = /^[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}$/i;
+export const isUuid = (text: string): boolean => UUID.test(text);
 const TEXTS = ['eventType', 'aggregateType', 'aggregateId', 'topic', 'payload', 'occurredAt'] as const;
 const TEXTS_OR_NULL = ['tenantId', 'correlationId', 'withheld', 'epoch'] as const;
 
-/** Whether the data of a job is an event: statements for many events would fail by one that is none. */
+/** Whether the data of a job is an event. If not, a statement for many events would fail because of it. */
 export function isEvent(data: unknown): data is OutboxEvent {
   if (typeof data !== 'object' || data === null) return false;
   const it = data as Partial<Record<keyof OutboxEvent, unknown>>;
-  const isUuid = (value: unknown) => typeof value === 'string' && UUID.test(value);
+  const isId = (value: unknown) => typeof value === 'string' && isUuid(value);
   return (
-    isUuid(it.eventId) &&
+    isId(it.eventId) &&
     typeof it.id === 'string' &&
     /^-?\d{1,19}$/.test(it.id) &&
     Number.isSafeInteger(it.attempts) &&
     TEXTS.every((name) => typeof it[name] === 'string') &&
     TEXTS_OR_NULL.every((name) => typeof (it[name] ?? '') === 'string') &&
-    (it.after === undefined || it.after === null || isUuid(it.after)) &&
+    (it.after === undefined || it.after === null || isId(it.after)) &&
     typeof (it.trace ?? {}) === 'object'
   );
 }
@@ -85,11 +84,11 @@ export type Aggregate = Readonly<{ aggregateType: string; aggregateId: string }>
 export const aggregateKey = ({ aggregateType, aggregateId }: Aggregate): string =>
   `${aggregateId} ${aggregateType}`;
 
-/** What became of one append to a stream. Every reply of Redis ends in exactly one of these. */
+/** Outcome of one append to a stream. Each reply of Redis means exactly one of these. */
 export type AppendOutcome =
-  /** Its entry is good for as long as Redis loses nothing, which would end the epoch. */
+  /** It was appended. Its entry is in the stream as long as the epoch lasts. */
   | { status: 'appended'; entryId: string; epoch: string }
-  /** An earlier run of the same job had appended it: nothing was written now. */
+  /** An earlier run of the same job had appended it: this run appended nothing. */
   | { status: 'remembered'; entryId: string; epoch: string }
   /** Its job is gone: finished elsewhere, or lost by Redis. The row decides. */
   | { status: 'gone' }
@@ -104,33 +103,37 @@ export type AppendOutcome =
    * `failedBefore`: the event right before it has failed, which its row may not say yet.
    */
   | { status: 'behind'; failedBefore: boolean }
-  /** Redis refused this very event (wrong type, no permission): it takes the retry road. */
+  /** Redis refused this event (wrong type, no permission): it is retried. */
   | { status: 'refused'; reason: string }
-  /** Redis can take nothing now (unreachable, loading, read-only, full): not the event's fault. */
+  /** Redis takes nothing now (unreachable, loading, read-only, full): the attempt does not count. */
   | { status: 'unavailable'; reason: string };
 
-/** What one attempt to publish came to, as far as its job is concerned. */
+/** What one attempt to publish means for its job. */
 export type Attempt =
   /** Nothing is left to do for the job. */
   | { kind: 'done' }
   /** The job ends without an append, and then its row is parked. */
   | { kind: 'release'; failedBefore: boolean }
-  /** Refused: BullMQ's backoff, and after the last attempt the dead-letter stream. */
+  /** The attempt failed: BullMQ's backoff, and after the last attempt the dead-letter stream. */
   | { kind: 'retry'; reason: string }
-  /** Nobody can publish now: again soon, at no cost to the event's attempts. */
+  /** No pod can publish now: the job runs again soon, and the attempt does not count. */
   | { kind: 'postpone'; reason: string }
-  /** The event before it is on its way: very soon, then less and less often, at no cost. */
+  /** The event before it is on its way: the job runs again very soon, then less and less often. Does not count. */
   | { kind: 'wait' }
-  /** No attempt can ever succeed: the dead-letter stream at once. */
+  /** No attempt can ever succeed: the event is dead-lettered at once. */
   | { kind: 'give-up'; reason: string };
 
 /** An event that is given up, and why. */
 export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: string; failedAt: Date }>;
 
-/** A text of the row, which may be of any length, as it may stand in a log line, a reason or the name of a job. */
+/** Order of rows by `id`, a bigint as text. */
+export const byId = (a: Pick<OutboxEvent, 'id'>, b: Pick<OutboxEvent, 'id'>): number =>
+  a.id.length - b.id.length || (a.id < b.id ? -1 : a.id > b.id ? 1 : 0);
+
+/** Cuts a text of a row, which may have any length, for a log line, a reason or the name of a job. */
 export const brief = (text: string): string => (text.length > 200 ? `${text.slice(0, 200)}...` : text);
 
-/** The items in their order, in steps of not too many of them, nor of too many bytes; a large one is a step by itself. */
+/** Splits items into steps of at most `maxItems` and `maxBytes`, in their order. An item above `maxBytes` is a step of its own. */
 export function inSteps<T extends Readonly<{ bytes: number }>>(
   items: readonly T[],
   maxItems: number,

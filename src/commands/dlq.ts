@@ -1,8 +1,9 @@
 import { type Command, InvalidArgumentError } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
 import { printableJson } from '../config/printable.ts';
+import { isUuid } from '../event.ts';
 import type { ActionResult, DeadLetters, Selection } from '../operations/dead-letters.ts';
-import { isUuid, type ListedDeadLetter } from '../operations/inspection.ts';
+import type { ListedDeadLetter } from '../operations/inspection.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
 import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, instant, range, WHEN, when, withConfig } from './command.ts';

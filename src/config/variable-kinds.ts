@@ -86,16 +86,20 @@ export const patterns = (): Kind<string> => {
   return { schema: z.string().refine(areNames, expected), expected };
 };
 
-export const url = (expected: string, normalise: (text: string) => string): Kind<string> => ({
-  schema: z.string().transform((value, context) => {
+/** Reads a text by `read`, whose UrlError says what is wrong with it. */
+const readBy = <T>(read: (text: string) => T, expected: string): z.ZodType<T, string> =>
+  z.string().transform((value, context) => {
     try {
-      return normalise(value);
+      return read(value);
     } catch (error) {
       if (!(error instanceof UrlError)) throw error;
       context.addIssue({ code: 'custom', message: `${expected}, but ${error.message}` });
       return z.NEVER;
     }
-  }),
+  });
+
+export const url = (expected: string, normalise: (text: string) => string): Kind<string> => ({
+  schema: readBy(normalise, expected),
   expected,
   secret: true,
 });
@@ -118,20 +122,11 @@ export const sentinels = (): Kind<string> =>
 /** Whether Redis is a cluster, and nodes of it that RELAY_REDIS_URL does not name. */
 export const cluster = (): Kind<false | readonly RedisNode[]> => {
   const expected = 'true, false, or nodes like host:6379,host:6379';
-  return {
-    schema: z.string().transform((text, context) => {
-      const isCluster = flag().schema.safeParse(text);
-      if (isCluster.success) return isCluster.data && Object.freeze([]);
-      try {
-        return Object.freeze(nodeList(text));
-      } catch (error) {
-        if (!(error instanceof UrlError)) throw error;
-        context.addIssue({ code: 'custom', message: `${expected}, but ${error.message}` });
-        return z.NEVER;
-      }
-    }),
-    expected,
+  const read = (text: string): false | readonly RedisNode[] => {
+    const isCluster = flag().schema.safeParse(text);
+    return Object.freeze(isCluster.success ? isCluster.data && [] : nodeList(text));
   };
+  return { schema: readBy(read, expected), expected };
 };
 
 /** Log-ins of the dashboard; `none` is nobody. */

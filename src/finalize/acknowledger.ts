@@ -1,5 +1,4 @@
-import type { OutboxEvent } from '../event.ts';
-import { byId } from '../outbox/conditions.ts';
+import { byId, type OutboxEvent } from '../event.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import { type Epoch, EpochOverError } from '../streams/epoch.ts';
 import type { Logger } from '../telemetry/logger.ts';

@@ -1,3 +1,4 @@
+import { isUuid } from '../event.ts';
 import type { RemoveJobs } from '../finalize/job-removal.ts';
 import type {
   AggregatePlace,
@@ -14,7 +15,7 @@ import type { DeadEntries, DeadEntry } from '../streams/dead-entries.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { fromCursor, toCursor } from './cursor.ts';
-import { createInspection, isUuid } from './inspection.ts';
+import { createInspection } from './inspection.ts';
 
 /**
  * Dead letters, as operators see them: one notion behind command line, HTTP and board. The row is the truth; where it

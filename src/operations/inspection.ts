@@ -1,4 +1,4 @@
-import type { OutboxEvent } from '../event.ts';
+import { isUuid, type OutboxEvent } from '../event.ts';
 import type {
   DeadLetter,
   DeadLetterFilter,
@@ -133,9 +133,6 @@ export function createInspection(deps: {
 
   return { list, show, prunedPages };
 }
-
-const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
-export const isUuid = (text: string): boolean => UUID.test(text);
 
 function inOrderOfTime(moments: readonly [string | null | undefined, string][]) {
   return moments

@@ -1,16 +1,16 @@
 import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
-import { FIRST, LIVE, OF_AGGREGATE } from './conditions.ts';
+import { DEAD, FINALIZED_AT, FIRST, FRESH, LIVE, OF_AGGREGATE, PARKED } from './conditions.ts';
 import { printable, printableType } from './event-of-row.ts';
 import { lacks, missingFromTable } from './required.ts';
 
-/** What operators ask of the table: how much waits, for how long, for what, and how fast it goes. Changes nothing. */
+/** Figures about the table, for operators: how much waits, for how long, for what, and the rates. Changes nothing. */
 
 /** Live rows by state, and dead ones; each counted up to `limit`, and the ages are of the rows counted. */
 export type Backlog = Readonly<{
   fresh: number;
-  /** In their first attempt, or about to be. */
+  /** In their first attempt, or about to begin it. */
   leased: number;
-  /** Failed before, and leased until the next attempt. */
+  /** Failed before, and wait for the next attempt. */
   retrying: number;
   due: number;
   parked: number;
@@ -66,20 +66,19 @@ const UNDEFINED: ReadonlySet<unknown> = new Set(['42P01', '42703', '3F000']);
 const LIMIT = 100_000;
 
 const ROWS = 'identity.outbox o';
-const FRESH = 'NOT o.published AND o.next_attempt_at IS NULL';
-/** A dead row has a time as well while its dead letter is lost. */
-const IN_HAND = `NOT o.published AND o.next_attempt_at < 'infinity' AND o.dead_lettered_at IS NULL`;
-const PARKED = `${LIVE('o')} AND o.next_attempt_at = 'infinity'`;
-const DEAD = 'NOT o.published AND o.dead_lettered_at IS NOT NULL';
-/** Any order would do: this one is that of the relay's own indexes, beside which the platform's look as good. */
+const IS_FRESH = `NOT o.published AND ${FRESH('o')}`;
+/** Leased or expired. A dead row has a finite time too, while its dead letter is lost. */
+const IS_LEASED = `NOT o.published AND o.next_attempt_at < 'infinity' AND o.dead_lettered_at IS NULL`;
+const IS_PARKED = `${LIVE('o')} AND ${PARKED('o')}`;
+/** Any order would do. With this one the planner takes an index of the relay, not one of the platform. */
 const BY_AGGREGATE = 'ORDER BY o.aggregate_type, o.aggregate_id, o.id';
-const FINALIZED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
+const AT = FINALIZED_AT('o');
 
 /** Seconds since the earliest of `time`; rows may have infinite times, which cannot be subtracted. */
 const age = (time: string, condition = 'true') =>
   `extract(epoch FROM now() - min(${time}) FILTER (WHERE isfinite(${time}) AND ${condition}))::float8`;
 
-/** Producers may have clocks of their own. */
+/** A producer's clock may be ahead. */
 const positive = (seconds: number | null) => (seconds === null ? null : Math.max(0, seconds));
 
 export type BacklogReader = ReturnType<typeof createBacklog>;
@@ -111,20 +110,20 @@ export function createBacklog(
                   parked.age AS "parkedAge", dead.age AS "deadAge"
            FROM
              -- Counted without reading the rows themselves; the first by id is as good as the oldest.
-             (SELECT (SELECT count(*)::int FROM (SELECT FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT ${LIMIT}) x) AS n,
+             (SELECT (SELECT count(*)::int FROM (SELECT FROM ${ROWS} WHERE ${IS_FRESH} ORDER BY o.id LIMIT ${LIMIT}) x) AS n,
                      (SELECT ${age('created_at')}
-                      FROM (SELECT o.created_at FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT 1) x) AS age) fresh,
+                      FROM (SELECT o.created_at FROM ${ROWS} WHERE ${IS_FRESH} ORDER BY o.id LIMIT 1) x) AS age) fresh,
              (SELECT count(*) FILTER (WHERE NOT due AND NOT again)::int AS leased,
                      count(*) FILTER (WHERE NOT due AND again)::int AS retrying,
                      count(*) FILTER (WHERE due)::int AS due,
                      greatest(${age('created_at', 'NOT again')}, ${age('next_attempt_at', 'due AND again')}) AS age,
                      ${age('created_at', 'NOT due AND again')} AS "retryingAge"
               FROM (SELECT o.created_at, o.next_attempt_at, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
-                    FROM ${ROWS} WHERE ${IN_HAND} ORDER BY o.next_attempt_at LIMIT ${LIMIT}) x) in_hand,
+                    FROM ${ROWS} WHERE ${IS_LEASED} ORDER BY o.next_attempt_at LIMIT ${LIMIT}) x) in_hand,
              (SELECT count(*)::int AS n, ${age('created_at')} AS age
-              FROM (SELECT o.created_at FROM ${ROWS} WHERE ${PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) parked,
+              FROM (SELECT o.created_at FROM ${ROWS} WHERE ${IS_PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) parked,
              (SELECT count(*)::int AS n, ${age('dead_lettered_at')} AS age
-              FROM (SELECT o.dead_lettered_at FROM ${ROWS} WHERE ${DEAD} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) dead`,
+              FROM (SELECT o.dead_lettered_at FROM ${ROWS} WHERE ${DEAD('o')} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) dead`,
         );
         const { waitingAge, retryingAge, parkedAge, deadAge, ...counts } = rows[0];
         return {
@@ -162,18 +161,18 @@ export function createBacklog(
       read(async (tx) => {
         const first = (dead: boolean) => `
           (SELECT e.id, e.event_id, ${dead} AS is_dead FROM identity.outbox e
-           WHERE ${dead ? 'NOT e.published AND e.dead_lettered_at IS NOT NULL' : LIVE('e')}
+           WHERE ${dead ? DEAD('e') : LIVE('e')}
              AND ${OF_AGGREGATE('e', 'o')} ${FIRST('e')})`;
         const { rows } = await tx.query<OldestRow & { behindId: string | null; behindIsDead: boolean }>(
           `WITH in_hand AS MATERIALIZED (
              SELECT o.id, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
-             FROM ${ROWS} WHERE ${IN_HAND} ORDER BY o.next_attempt_at LIMIT ${LIMIT}
+             FROM ${ROWS} WHERE ${IS_LEASED} ORDER BY o.next_attempt_at LIMIT ${LIMIT}
            ), oldest (state, id) AS (
-             (SELECT 'fresh', o.id FROM ${ROWS} WHERE ${FRESH} ORDER BY o.id LIMIT 1)
+             (SELECT 'fresh', o.id FROM ${ROWS} WHERE ${IS_FRESH} ORDER BY o.id LIMIT 1)
              UNION ALL SELECT 'due', min(id) FROM in_hand WHERE due
              UNION ALL SELECT 'leased', min(id) FROM in_hand WHERE NOT due AND NOT again
              UNION ALL SELECT 'retrying', min(id) FROM in_hand WHERE NOT due AND again
-             UNION ALL SELECT 'parked', min(id) FROM (SELECT o.id FROM ${ROWS} WHERE ${PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x
+             UNION ALL SELECT 'parked', min(id) FROM (SELECT o.id FROM ${ROWS} WHERE ${IS_PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x
            )
            SELECT oldest.state, o.id::text AS id, o.event_id AS "eventId",
                   ${printable('left(o.event_type, 200)')} AS "eventType",
@@ -212,9 +211,9 @@ export function createBacklog(
         }>(
           `SELECT dead, count(*) FILTER (WHERE ago <= 60)::int AS minute, count(*)::int AS five,
                   (sum(count(*)) OVER ())::int AS "all", (max(max(ago)) OVER ())::float8 AS since
-           FROM (SELECT extract(epoch FROM now() - ${FINALIZED_AT}) AS ago, o.dead_lettered_at IS NOT NULL AS dead
-                 FROM ${ROWS} WHERE o.stream_entry_id IS NOT NULL AND ${FINALIZED_AT} > now() - interval '5 minutes'
-                 ORDER BY ${FINALIZED_AT} DESC, o.id DESC LIMIT ${LIMIT}) x
+           FROM (SELECT extract(epoch FROM now() - ${AT}) AS ago, o.dead_lettered_at IS NOT NULL AS dead
+                 FROM ${ROWS} WHERE o.stream_entry_id IS NOT NULL AND ${AT} > now() - interval '5 minutes'
+                 ORDER BY ${AT} DESC, o.id DESC LIMIT ${LIMIT}) x
            GROUP BY dead`,
         );
         const rate = (dead: boolean) => {

@@ -1,9 +1,9 @@
 import { GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { isNoAnswer } from '../connections/pool-health.ts';
 import { CLAIM_LOCK, LockHeldError } from '../connections/table-lock.ts';
-import type { Aggregate, OutboxEvent } from '../event.ts';
+import { type Aggregate, aggregateKey, byId, type OutboxEvent } from '../event.ts';
 import { errorText } from '../telemetry/logger.ts';
-import { byId, MS, type OutboxOptions } from './conditions.ts';
+import { MS, type OutboxOptions } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 import { orderOf } from './order.ts';
 
@@ -101,7 +101,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
     const leased: LeasedEvent[] = [];
     const parked = new Map<string, Aggregate>();
     for (const { parked: isParked, seen: _, leasable: __, leasedRows: ___, ...event } of rows) {
-      if (isParked) parked.set(`${event.aggregateId} ${event.aggregateType}`, event);
+      if (isParked) parked.set(aggregateKey(event), event);
       else leased.push(event);
     }
     const [first] = rows;

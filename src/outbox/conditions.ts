@@ -1,5 +1,3 @@
-import type { OutboxEvent } from '../event.ts';
-
 /** The states of a row (table.ts) as SQL conditions, and what else several statements share. */
 
 /** Makes an interval of a number of milliseconds. */
@@ -30,6 +28,9 @@ export const ENTRY_ID = (row: string) =>
 export const TOPIC = (row: string, otherwise: string) =>
   `CASE WHEN octet_length(${row}.topic) > 2048 THEN left(${row}.topic, 600) ELSE coalesce(${row}.topic, ${otherwise}) END`;
 
+/** When a row was published or dead-lettered. The index relay_outbox_settled has this expression. */
+export const FINALIZED_AT = (row: string) => `coalesce(${row}.dead_lettered_at, ${row}.published_at)`;
+
 /** Failed attempts, limited: a producer that writes the column cannot make an event overflow, or be retried for ever. */
 export const ATTEMPTS = (row: string) => `least(greatest(${row}.attempts, 0), 1000000)`;
 
@@ -47,9 +48,6 @@ export const OF_AGGREGATE = (row: string, aggregate: string) =>
    AND ${row}.aggregate_id >= ${aggregate}.aggregate_id AND ${row}.aggregate_id <= ${aggregate}.aggregate_id`;
 export const BY_ID = (row: string) => `ORDER BY ${row}.aggregate_id, ${row}.id`;
 export const FIRST = (row: string) => `${BY_ID(row)} LIMIT 1`;
-
-export const byId = (a: Pick<OutboxEvent, 'id'>, b: Pick<OutboxEvent, 'id'>): number =>
-  a.id.length - b.id.length || (a.id < b.id ? -1 : 1);
 
 export type OutboxOptions = Readonly<{
   ordering: 'aggregate' | 'none';

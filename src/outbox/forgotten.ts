@@ -1,5 +1,6 @@
 import { type Pool, type Queryable, transaction } from '../connections/database.ts';
-import { DEAD, LIVE, type OutboxOptions, STILL_LIVE } from './conditions.ts';
+import { isUuid } from '../event.ts';
+import { DEAD, FINALIZED_AT, LIVE, type OutboxOptions, STILL_LIVE } from './conditions.ts';
 import { printable, printableType, storedType } from './event-of-row.ts';
 
 /** Statements for the time after PostgreSQL may have forgotten what became of rows; see recovery/forgotten-entries.ts. */
@@ -12,13 +13,11 @@ const LATEST_ROWS = 1_000;
 /** An entry of a stream. Other programs may have written it, so its event id may be any text. */
 type Entry = Readonly<{ eventId: string; entryId: string }>;
 
-const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
-
 /** The last entry of each event; `$1` and `$2` of the statement. */
 function byEvent(entries: readonly Entry[]): [eventIds: string[], entryIds: string[]] {
   const last = new Map<string, string>();
   for (const { eventId, entryId } of entries)
-    if (UUID.test(eventId) && !last.has(eventId)) last.set(eventId, entryId);
+    if (isUuid(eventId) && !last.has(eventId)) last.set(eventId, entryId);
   return [[...last.keys()], [...last.values()]];
 }
 
@@ -68,7 +67,7 @@ export function createForgotten(pool: Pool, options: OutboxOptions) {
         const { rows } = await tx.query<{ ms: string | null }>(
           `SELECT min(split_part(o.stream_entry_id, '-', 1)::bigint)::text AS ms FROM (
              SELECT o.stream_entry_id FROM identity.outbox o WHERE o.stream_entry_id IS NOT NULL
-             ORDER BY coalesce(o.dead_lettered_at, o.published_at) DESC, o.id DESC LIMIT ${LATEST_ROWS}
+             ORDER BY ${FINALIZED_AT('o')} DESC, o.id DESC LIMIT ${LATEST_ROWS}
            ) o WHERE o.stream_entry_id ~ '^[0-9]{1,15}-[0-9]+$'`,
         );
         return Number(rows[0]?.ms ?? 0);

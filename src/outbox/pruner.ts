@@ -2,6 +2,7 @@ import type pg from 'pg';
 import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { LockHeldError, PRUNE_LOCK } from '../connections/table-lock.ts';
 import { errorText } from '../telemetry/logger.ts';
+import { FINALIZED_AT } from './conditions.ts';
 
 /**
  * Deleting published rows that are old enough. They are found by two indexes, in the order of their time: those with
@@ -40,7 +41,7 @@ export type PruneResult = Readonly<{
 
 const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
   'with-entry': {
-    at: 'coalesce(o.dead_lettered_at, o.published_at)',
+    at: FINALIZED_AT('o'),
     condition: 'o.stream_entry_id IS NOT NULL',
   },
   'without-entry': {

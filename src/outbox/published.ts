@@ -1,6 +1,6 @@
 import { type Pool, type Queryable, transaction } from '../connections/database.ts';
-import type { OutboxEvent } from '../event.ts';
-import { byId, ENTRY_ID, type OutboxOptions, TOPIC } from './conditions.ts';
+import { byId, type OutboxEvent } from '../event.ts';
+import { ENTRY_ID, FINALIZED_AT, type OutboxOptions, TOPIC } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
 /**
@@ -50,7 +50,7 @@ export type Published = ReturnType<typeof createPublished>;
 /** How far the database's clock may step back, e.g. when a replica takes over, without a row being overlooked. */
 const CLOCK_STEP_MS = 5_000;
 
-const FINALIZED_AT = 'coalesce(o.dead_lettered_at, o.published_at)';
+const AT = FINALIZED_AT('o');
 
 export function createPublished(
   pool: Pool,
@@ -113,11 +113,11 @@ export function createPublished(
         const { rows } = await tx.query<FinalizedRow>(
           `SELECT o.id::text AS "id", o.event_id AS "eventId",
                   CASE WHEN o.dead_lettered_at IS NULL THEN ${TOPIC('o', '$1')} END AS "topic",
-                  coalesce(${ENTRY_ID('o')}, '') AS "entryId", ${FINALIZED_AT}::text AS "finalizedAt"
+                  coalesce(${ENTRY_ID('o')}, '') AS "entryId", ${AT}::text AS "finalizedAt"
            FROM identity.outbox o
-           WHERE o.stream_entry_id IS NOT NULL AND (${FINALIZED_AT}, o.id) > ($2::timestamptz, $3::bigint)
-             AND ${FINALIZED_AT} <= $4::timestamptz
-           ORDER BY ${FINALIZED_AT}, o.id LIMIT $5`,
+           WHERE o.stream_entry_id IS NOT NULL AND (${AT}, o.id) > ($2::timestamptz, $3::bigint)
+             AND ${AT} <= $4::timestamptz
+           ORDER BY ${AT}, o.id LIMIT $5`,
           [streamName, after.finalizedAt, after.id, until, limit],
         );
         return rows;
@@ -137,14 +137,14 @@ export function createPublished(
         const { rows } = await tx.query<PublishedRow>(
           `SELECT o.id::text AS "id", o.event_id AS "eventId", ${TOPIC('o', '$1')} AS "topic",
                   o.stream_entry_id AS "entryId",
-                  ${FINALIZED_AT}::text AS "finalizedAt", pg_column_size(o.payload) AS "bytes",
-                  round(extract(epoch FROM ${FINALIZED_AT}) * 1000000)::bigint::text AS "finalizedUs"
+                  ${AT}::text AS "finalizedAt", pg_column_size(o.payload) AS "bytes",
+                  round(extract(epoch FROM ${AT}) * 1000000)::bigint::text AS "finalizedUs"
            FROM identity.outbox o
-           WHERE o.stream_entry_id IS NOT NULL AND (${FINALIZED_AT}, o.id) > ($2::timestamptz, $3::bigint)
-             AND ${FINALIZED_AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL AND (${ENTRY_ID('o')}) IS NOT NULL
+           WHERE o.stream_entry_id IS NOT NULL AND (${AT}, o.id) > ($2::timestamptz, $3::bigint)
+             AND ${AT} <= $4::timestamptz AND o.published AND o.dead_lettered_at IS NULL AND (${ENTRY_ID('o')}) IS NOT NULL
              AND ($6::text IS NULL OR coalesce(o.topic, $1) = $6) AND ($7::text IS NULL OR o.event_type = $7)
              AND ($8::text IS NULL OR o.aggregate_type = $8) AND ($9::uuid IS NULL OR o.aggregate_id = $9)
-           ORDER BY ${FINALIZED_AT}, o.id LIMIT $5`,
+           ORDER BY ${AT}, o.id LIMIT $5`,
           [
             ...[streamName, after.finalizedAt, after.id, until, limit],
             ...[filter.topic, filter.eventType, filter.aggregateType, filter.aggregateId],

@@ -1,7 +1,7 @@
 import type { Redis, RedisOptions, Result } from 'ioredis';
 import { Packr } from 'msgpackr';
 import { closesConnection, isConnectionLoss, LARGE_BYTES, untilConnected } from '../connections/refusals.ts';
-import { type AppendOutcome, type Failure, inSteps, type OutboxEvent } from '../event.ts';
+import { type AppendOutcome, byId, type Failure, inSteps, type OutboxEvent } from '../event.ts';
 import {
   entryIdOf,
   NOT_KNOWN,
@@ -155,10 +155,8 @@ export function createStreams(deps: {
     const all = requested;
     requested = new Map();
     for (const [epoch, ofEpoch] of all) {
-      // By `id`, a bigint as text: the jobs may have begun in another order.
-      ofEpoch.sort(
-        ({ event: a }, { event: b }) => a.id.length - b.id.length || (a.id < b.id ? -1 : a.id > b.id ? 1 : 0),
-      );
+      // The jobs may have begun in another order.
+      ofEpoch.sort((a, b) => byId(a.event, b.event));
       for (const some of inSteps(ofEpoch, CALL_ENTRIES, LARGE_BYTES)) void call(epoch, some);
     }
   }

@@ -46,6 +46,27 @@ declare module 'ioredis' {
 }
 
 /**
+ * A function for scripts: whether a stream that once had the entry `last` is lost. It is, if it has no entries now and all
+ * ids that it ever gave are lower: a stream that was trimmed to nothing has a higher one.
+ */
+export const IS_LOST_STREAM = `
+local function isBelow(a, b)
+  local ams, aseq = string.match(a, '(%d+)-(%d+)')
+  local bms, bseq = string.match(b, '(%d+)-(%d+)')
+  if not ams or not bms then return false end
+  if ams ~= bms then return tonumber(ams) < tonumber(bms) end
+  return tonumber(aseq) < tonumber(bseq)
+end
+local function isLostStream(stream, last)
+  if redis.pcall('XLEN', stream) ~= 0 then return false end
+  local latest, info = '0-0', redis.pcall('XINFO', 'STREAM', stream)
+  for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then latest = info[i + 1] end
+  end
+  return isBelow(latest, last)
+end`;
+
+/**
  * Answers whether the epoch lasts. If it does, it writes the checkpoint: as long as this is there, so is every entry that
  * was appended before. The script asks for the server's identity itself, since a checkpoint on data that was rolled back
  * would hide what is missing. It also examines some of the streams that have a last entry (see gate-script.ts): where
@@ -55,22 +76,14 @@ declare module 'ioredis' {
  * Answers 0 when another epoch or server is there, 1 when the epoch lasts, 2 when a stream is lost; and the next cursor.
  */
 export const STAMP = `
+${IS_LOST_STREAM}
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {0, '0'} end
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
 if string.find(ARGV[1], run .. '/' .. history .. ':', 1, true) ~= 1 then return {0, '0'} end
 local last_entries = redis.call('HSCAN', KEYS[3], ARGV[3], 'COUNT', 100)
 for i = 1, #last_entries[2], 2 do
-  if redis.pcall('XLEN', last_entries[2][i]) == 0 then
-    local info, latest = redis.pcall('XINFO', 'STREAM', last_entries[2][i]), '0-0'
-    for j = 1, #info, 2 do
-      if info[j] == 'last-generated-id' then latest = info[j + 1] end
-    end
-    local ms, sequence = string.match(latest, '(%d+)-(%d+)')
-    local last_ms, last_sequence = string.match(last_entries[2][i + 1], '(%d+)-(%d+)')
-    if tonumber(ms) < tonumber(last_ms)
-        or ms == last_ms and tonumber(sequence) < tonumber(last_sequence) then return {2, '0'} end
-  end
+  if isLostStream(last_entries[2][i], last_entries[2][i + 1]) then return {2, '0'} end
 end
 if ARGV[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2]) end
 return {1, last_entries[1]}`;

@@ -50,6 +50,8 @@
  * field 3 µs and 5 kB of garbage.
  */
 
+import { IS_LOST_STREAM } from './epoch-script.ts';
+
 /** When an entry passes the gate. */
 export const GATE = {
   /** Not yet: the rows have to be asked first. */
@@ -83,13 +85,7 @@ export const LAST_ENTRIES_MAX = 10_000;
 
 /** Needs ARGV[1] = epoch, ARGV[2] = its id, KEYS[2] = last entries. */
 const MEMORY_AND_LAST_ENTRIES = `
-local function below(a, b)
-  local ams, aseq = string.match(a, '(%d+)-(%d+)')
-  local bms, bseq = string.match(b, '(%d+)-(%d+)')
-  if not ams or not bms then return false end
-  if ams ~= bms then return tonumber(ams) < tonumber(bms) end
-  return tonumber(aseq) < tonumber(bseq)
-end
+${IS_LOST_STREAM}
 local function entryOf(memory, stream, event)
   if not memory then return nil end
   local made, id = string.match(memory, '^(%S+) (%d+%-%d+)$')
@@ -101,15 +97,8 @@ end
 local lost, last = {}, {}
 local function isLost(stream)
   if lost[stream] ~= nil then return lost[stream] end
-  lost[stream] = false
   local known = redis.call('HGET', KEYS[2], stream)
-  if known and redis.pcall('XLEN', stream) == 0 then
-    local latest, info = '0-0', redis.pcall('XINFO', 'STREAM', stream)
-    for i = 1, #info, 2 do
-      if info[i] == 'last-generated-id' then latest = info[i + 1] end
-    end
-    lost[stream] = below(latest, known)
-  end
+  lost[stream] = known and isLostStream(stream, known) or false
   return lost[stream]
 end
 local function note_last()

@@ -30,6 +30,8 @@ const ALL = { since: '2020-01-01T00:00:00Z', until: '2100-01-01T00:00:00Z', filt
 
 let pool: AdminPool;
 let redis: AdminRedis;
+/** The connection that entries are appended on. */
+let relayRedis: ReturnType<typeof openRedis>;
 let relayPool: Pool;
 let republish: Republish;
 let epoch: string;
@@ -39,7 +41,7 @@ beforeAll(async () => {
   pool = openAdminPool(database.adminUrl);
   redis = openAdminRedis(server.adminUrl);
   relayPool = openPool(database.url, { max: 4 });
-  const relayRedis = openRedis(server.url, APPEND_CONNECTION);
+  relayRedis = openRedis(server.url, APPEND_CONNECTION);
   await waitFor(() => relayRedis.status === 'ready', { what: 'the connection' });
   const config = loadConfig({ RELAY_DATABASE_URL: database.url, RELAY_REDIS_URL: server.url });
   const operations = openOperations(config, {
@@ -257,7 +259,8 @@ test('nothing is appended while it is not known whether Redis lost entries; a co
   await redis.xtrim(STREAM, 'MAXLEN', 0);
   await redis.set(EPOCH, epoch);
   const onProgress = (seen: number) => {
-    if (seen === 1) void redis.set(EPOCH, 'a/b:x');
+    // On the same connection, so that it comes before the next append.
+    if (seen === 1) void relayRedis.set(EPOCH, 'a/b:x');
   };
   const second = republish.run(ALL, { ...BY, onProgress });
   const goesOn = waitFor(async () => (await again()).length > 1, { what: 'it', timeoutMs: 600 });
