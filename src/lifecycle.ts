@@ -1,4 +1,4 @@
-/** Ordered start, reverse stop. Imports nothing. */
+/** Starts parts in order, stops them in reverse; deadlines, pauses and loops. Imports nothing. */
 
 export type Part = Readonly<{
   name: string;
@@ -39,7 +39,7 @@ export function createLifecycle(parts: readonly Part[]): Lifecycle {
   return {
     async start() {
       for (const part of parts) {
-        // Before it starts: a part that fails half-way is stopped too.
+        // Added before its start, so that a part that fails half-way is stopped too.
         started.push(part);
         await part.start?.();
         if (stopping !== undefined) return;
@@ -55,8 +55,8 @@ export function createLifecycle(parts: readonly Part[]): Lifecycle {
 export type Task = Readonly<{ begin(): void; stop(): Promise<void> }>;
 
 /**
- * Work that goes on beside the job that asked for it, one run at a time: a wish in the meantime is none. `run` is to
- * end soon once `goesOn()` says no, and owns its errors.
+ * Work that goes on beside the job that began it, one run at a time: `begin` does nothing while a run goes on. `run` ends
+ * soon after `goesOn()` answers false, and handles its errors.
  */
 export function createTask(run: (goesOn: () => boolean) => Promise<void>): Task {
   let running: Promise<void> | undefined;
@@ -75,6 +75,8 @@ export function createTask(run: (goesOn: () => boolean) => Promise<void>): Task 
   };
 }
 
+export const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
 /** A part cannot start; the message tells an operator why and what to do. */
 export class NotReadyError extends Error {
   override readonly name = 'NotReadyError';
@@ -82,7 +84,7 @@ export class NotReadyError extends Error {
 
 /**
  * @returns what `work` resolves to
- * @throws DeadlineError when it has not ended within `ms`; it goes on, but nobody waits for it
+ * @throws DeadlineError when it has not ended within `ms`. It goes on, and its result is dropped
  */
 export function withDeadline<T>(ms: number, work: Promise<T>): Promise<T> {
   return new Promise((resolve, reject) => {
@@ -114,8 +116,7 @@ export const succeedsWithin = (ms: number, work: Promise<unknown>): Promise<bool
   );
 
 /**
- * Does `work`, which must not throw, at once and again and again, `intervalMs` after it has ended.
- * `stop` resolves when it is not being done any more.
+ * Runs `work`, which must not throw, at once, and again `intervalMs` after each end. `stop` waits for a run in progress.
  */
 export function loop(work: () => Promise<unknown>, intervalMs: number) {
   let stopped = true;

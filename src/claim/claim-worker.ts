@@ -1,5 +1,6 @@
 import type { Redis } from 'ioredis';
 import { brief } from '../event.ts';
+import { pause } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Wakeup } from '../outbox/wakeup.ts';
 import { claimQueueName } from '../queue/queues.ts';
@@ -133,5 +134,3 @@ export function createClaimWorker(deps: {
 }
 
 const COMPLETED: Fate<void> = { kind: 'completed', result: undefined };
-
-const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));

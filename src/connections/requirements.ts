@@ -1,7 +1,7 @@
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { streamPlace } from '../config/redis-places.ts';
-import { NotReadyError } from '../lifecycle.ts';
+import { NotReadyError, pause } from '../lifecycle.ts';
 import { checkInTurn, RequirementError, type RequirementResult } from '../requirement.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import type { Logger } from '../telemetry/logger.ts';
@@ -75,6 +75,6 @@ export async function meetRequirements(
       throw new NotReadyError(text);
     if (text !== told) logger.warn({ failed: text }, 'a requirement is not met; waiting for it');
     told = text;
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    await pause(RETRY_MS);
   }
 }

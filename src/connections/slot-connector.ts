@@ -2,6 +2,7 @@ import { connect as connectTcp, type Socket } from 'node:net';
 import { connect as connectTls, type TLSSocket } from 'node:tls';
 import { AbstractConnector, Redis, type RedisOptions } from 'ioredis';
 import type { RedisNode } from '../config/redis-urls.ts';
+import { pause } from '../lifecycle.ts';
 
 /**
  * A Redis Cluster, seen from one slot of it. Everything of one relay is in one slot, so all that it needs of a cluster
@@ -79,7 +80,7 @@ function connectorTo(seeds: readonly RedisNode[], slot: number) {
           }
         }
         emit('error', new Error(`no node of the cluster tells who has slot ${slot}: ${reason}`));
-        await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+        await pause(RETRY_MS);
         if (!this.connecting) throw new Error('Connection is closed.');
       }
     }

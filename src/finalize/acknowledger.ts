@@ -1,4 +1,5 @@
 import { byId, type OutboxEvent } from '../event.ts';
+import { pause } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import { type Epoch, EpochOverError } from '../streams/epoch.ts';
 import type { Logger } from '../telemetry/logger.ts';
@@ -101,7 +102,7 @@ export function createAcknowledger(deps: {
           { err: error, events: batch.length, retryInMs: delay },
           'cannot mark events published; again',
         );
-        await new Promise((resolve) => setTimeout(resolve, delay));
+        await pause(delay);
       }
     }
   }

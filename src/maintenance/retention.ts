@@ -1,3 +1,4 @@
+import { pause } from '../lifecycle.ts';
 import {
   FIRST_PLACE,
   type KeptRow,
@@ -84,5 +85,3 @@ export function createRetention(deps: {
     },
   };
 }
-
-const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));

@@ -1,5 +1,6 @@
 import { isUuid } from '../event.ts';
 import type { RemoveJobs } from '../finalize/job-removal.ts';
+import { pause } from '../lifecycle.ts';
 import type {
   AggregatePlace,
   DeadLetterFilter,
@@ -303,7 +304,7 @@ export function createDeadLetters(deps: {
       const endsAt = Date.now() + ROOM_TIMEOUT_MS;
       while (patient && (await rows.fresh(ROOM)) >= ROOM) {
         if (Date.now() >= endsAt) patient = false;
-        else await new Promise((resolve) => setTimeout(resolve, ROOM_POLL_MS));
+        else await pause(ROOM_POLL_MS);
       }
     };
   }

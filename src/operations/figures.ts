@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
-import { withDeadline } from '../lifecycle.ts';
+import { pause, withDeadline } from '../lifecycle.ts';
 import type { Backlog } from '../outbox/backlog.ts';
 import type { QueueFigures } from '../queue/queues.ts';
 import type { StreamFigures } from '../streams/inspect.ts';
@@ -130,7 +130,7 @@ export function shareFigures(deps: {
       const found = await shared();
       if (found !== undefined) return found;
       if (await redis.set(lockKey, token, 'PX', READING_MS, 'NX')) return readForAll(token);
-      await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+      await pause(LOOK_MS);
     }
     return undefined;
   }

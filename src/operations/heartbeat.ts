@@ -1,5 +1,6 @@
 import { hostname } from 'node:os';
 import type { Redis, Result } from 'ioredis';
+import { pause } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /** What a pod tells of itself. */
@@ -128,7 +129,7 @@ export async function waitForOtherProtocols(deps: {
     } catch (error) {
       deps.logger.debug({ err: error }, 'cannot read the heartbeats of other pods');
     }
-    await new Promise((resolve) => setTimeout(resolve, OTHERS_RETRY_MS));
+    await pause(OTHERS_RETRY_MS);
   }
   deps.onWaiting(undefined);
 }

@@ -3,6 +3,7 @@ import { readMigrationFiles } from 'drizzle-orm/migrator';
 import { drizzle } from 'drizzle-orm/node-postgres';
 import { migrate as runMigrations } from 'drizzle-orm/node-postgres/migrator';
 import type pg from 'pg';
+import { pause } from '../lifecycle.ts';
 import { RequirementError } from '../requirement.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import {
@@ -106,7 +107,7 @@ async function takeLock(client: pg.Client, logger: Logger): Promise<void> {
       if (isOver) throw new Error(`${holder} has held the lock of migrations for an hour; nothing was done`);
       logger.info({ holder }, 'another process is migrating this database; waiting for it');
     }
-    await new Promise((resolve) => setTimeout(resolve, LOCK_POLL_MS));
+    await pause(LOCK_POLL_MS);
   }
 }
 

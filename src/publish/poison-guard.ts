@@ -1,5 +1,5 @@
 import type { Redis, Result } from 'ioredis';
-import { succeedsWithin } from '../lifecycle.ts';
+import { pause, succeedsWithin } from '../lifecycle.ts';
 
 /**
  * Guards pods against events that kill them.
@@ -164,5 +164,3 @@ export function createPoisonGuard(deps: {
     },
   };
 }
-
-const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms));

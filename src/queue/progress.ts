@@ -3,20 +3,20 @@ import type { Redis } from 'ioredis';
 import { loop } from '../lifecycle.ts';
 import type { Workers } from './workers.ts';
 
-/** Between two looks. */
+/** Interval of the checks. */
 const LOOK_INTERVAL_MS = 2_000;
-/** Jobs that wait so long beside a worker with nothing to do, or a job so long in progress beyond its deadline, prove it. */
+/** A pod is stuck when a job waits so long beside a free worker, or is in progress so long after its deadline. */
 const STUCK_AFTER_MS = 30_000;
 
 /** The workers of a queue. */
 export type Workplace = Readonly<{
   workers: Pick<Workers, 'lastStartedAt' | 'inProgress' | 'oldestStartedAt' | 'slots'>;
   queue: Queue;
-  /** No job is in progress for longer, as long as Redis and database answer or refuse. */
+  /** Longest time of a job, while Redis and database answer or refuse. */
   deadlineMs: number;
   /**
-   * Whether jobs must wait for one that nobody takes. Where one job is taken at a time, other pods may well take every
-   * one of them.
+   * Whether the queue has one job at a time. Then other pods may take every job: only a job that stays the same proves that
+   * none is taken.
    */
   oneByOne: boolean;
 }>;
@@ -24,14 +24,14 @@ export type Workplace = Readonly<{
 export type ProgressWatch = Readonly<{
   start(): void;
   stop(): Promise<void>;
-  /** What is stuck, although a restart of this process would get it going; empty when nothing is. */
+  /** What is stuck and would go on after a restart of this process; empty when nothing is. */
   reasons(): string[];
 }>;
 
 /**
- * Notices a pod that is alive and does nothing. That is so when there is work, this pod has room for it, nothing
- * forbids it, and none is taken. It is not so while Redis is away or takes nothing, while an operator has paused the
- * queue or bounds it, when there is nothing to do, or when others do it all: no restart would help.
+ * Notices a pod that is alive and does nothing, though there is work, the pod has room for it, and nothing forbids it. A pod
+ * is not stuck while Redis is away or takes nothing, while an operator has paused or limited the queue, or while other pods
+ * do all the work: a restart would not help.
  */
 export function createProgressWatch(deps: {
   redis: Redis;
@@ -45,7 +45,7 @@ export function createProgressWatch(deps: {
   const watches = deps.workplaces.map(watch);
 
   function watch({ workers, queue, deadlineMs, oneByOne }: Workplace) {
-    /** Since when every look has found that; and the job that would be next, then. */
+    /** Since when every check has found that; and the job that was next at the last check. */
     let idleSince: number | undefined;
     let overdueSince: number | undefined;
     let next: string | null = null;
@@ -67,7 +67,7 @@ export function createProgressWatch(deps: {
       const isOverdue = now - (workers.oldestStartedAt() ?? now) > deadlineMs;
       const isIdle = now - workers.lastStartedAt() > lookIntervalMs;
       let waiting: string | null = null;
-      // A worker that takes jobs is asked nothing: under load this costs Redis no command.
+      // While workers take jobs, Redis is not asked: under load this costs it no command.
       if (isOverdue || isIdle) {
         try {
           await assertWritable();

@@ -9,7 +9,7 @@ import {
   untilConnected,
 } from '../connections/refusals.ts';
 import { brief, type Failure, inSteps, isEvent, type OutboxEvent, type TraceContext } from '../event.ts';
-import { NotReadyError, succeedsWithin, withDeadline } from '../lifecycle.ts';
+import { NotReadyError, pause, succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { createJobViews } from './job-views.ts';
 
@@ -20,7 +20,7 @@ export type QueueOptions = Readonly<{
   retryBaseDelayMs: number;
 }>;
 
-/** Publish jobs in Redis, by state; failed ones are kept apart (they wait for nobody). */
+/** Publish jobs in Redis, by state. `total` is without failed ones, which have ended. */
 export type InFlight = Readonly<{
   waiting: number;
   active: number;
@@ -44,7 +44,7 @@ export type QueueFigures = Readonly<{
  * - `alive`: waiting, delayed, or active with a worker on it (or soon found to be stalled); with the failed
  *   attempts of the event so far, and why the last one failed
  * - `failed`: its retries are spent
- * - `missing`: done, or lost
+ * - `missing`: there is no job; it has ended, or Redis lost it
  */
 export type JobFate =
   | Readonly<{ state: 'alive'; attempts: number; reason: string }>
@@ -66,7 +66,7 @@ export type JobView = Readonly<{
 
 export type Queues = ReturnType<typeof createQueues>;
 
-/** For everything but waiting for jobs: no database transaction is held open across a Redis outage. */
+/** Options of all connections to the queues but those of workers. They fail fast: no transaction stays open in an outage. */
 export const QUEUE_CONNECTION: RedisOptions = {
   enableOfflineQueue: false,
   autoResendUnfulfilledCommands: false,
@@ -105,7 +105,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     defaultJobOptions: {
       // Frees the id, and is the cheapest setting.
       removeOnComplete: true,
-      // Failed jobs stay (BullMQ's default) until their dead letter is written; how many after that we bound.
+      // Failed jobs stay (BullMQ's default): until their dead letter is written, then up to RELAY_FAILED_JOBS_KEPT.
     },
   });
 
@@ -135,7 +135,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     await publish.add(name, data, opts);
   }
 
-  /** Events whose jobs the server does not take, and why: a claim that fails for another reason need not find out again. */
+  /** Events whose jobs the server does not take, and why. A claim that is made again need not find out again. */
   const tooLarge = new Map<string, string>();
 
   async function addLarge(event: OutboxEvent): Promise<void> {
@@ -143,7 +143,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     if (reason === null) return;
     if (tooLarge.size >= TOO_LARGE_KEPT) tooLarge.clear();
     tooLarge.set(event.eventId, reason);
-    // That this one is taken proves that it was the size.
+    // If the server takes the job without payload, the size was the reason.
     await add({ ...event, payload: 'null', withheld: reason });
     tooLarge.delete(event.eventId);
   }
@@ -163,7 +163,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
           return `Redis does not take its job of ${bytes} bytes: ${reasonOf(error as Error)}`;
         if (!isConnectionLoss(error as Error)) throw error;
         await untilConnected(redis);
-        // Twice in a row, each time right after the server has answered: a network that fails does not fail by the event.
+        // Twice in a row, each time right after the server has answered: a network that fails does not choose the event.
         if (losses === 2) return closesConnection(bytes);
       }
     }
@@ -187,7 +187,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       const sized = events.map((event) => ({ event, bytes: JOB_BYTES + event.payload.length }));
       for (const step of inSteps(sized, events.length, LARGE_BYTES)) {
         const [{ event, bytes }] = step as [(typeof step)[number]];
-        // A transaction of Redis costs 150 µs of this process to begin: too much for one.
+        // addBulk makes a transaction of Redis, which costs this process 150 µs: too much for one job.
         if (step.length > 1) await publish.addBulk(step.map((it) => jobOf(it.event)));
         else if (bytes < LARGE_BYTES) await add(event);
         else await addLarge(event);
@@ -223,7 +223,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       const key = publish.toKey(eventId);
       if (state === 'failed') return { state };
       if (state === 'unknown') {
-        // A hash in no list (Redis came back with half of the truth): out of the way of the job to come.
+        // A hash whose id is in no list (Redis lost a part). With it, BullMQ would not add the event's next job.
         await redis.del(key);
         return { state: 'missing' };
       }
@@ -246,7 +246,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       };
     },
 
-    /** What the gate asks of jobs where the streams are on another server; see JobFacts in streams/append.ts. */
+    /** What the gate needs to know of jobs where the streams are on another server; see JobFacts in streams/append.ts. */
     async jobFacts(
       eventIds: readonly string[],
     ): Promise<(readonly [madeAt: string, hasEnded: boolean, failures: number] | null)[]> {
@@ -264,7 +264,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       const excess = (await publish.getJobCountByTypes('failed')) - kept;
       if (excess <= 0) return [];
       const jobs = await publish.getFailed(kept, kept + Math.min(excess, limit) - 1);
-      // What is no event was not added by the relay, and is not its to remove.
+      // A job without an event is another program's: it stays.
       return jobs.flatMap((job) =>
         isEvent(job?.data) ? [{ eventId: job.data.eventId, topic: job.data.topic }] : [],
       );
@@ -286,8 +286,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     remove: async (eventId: string): Promise<boolean> => (await publish.remove(eventId)) === 1,
 
     /**
-     * Removes a job of which BullMQ cannot read data or options: every worker that takes it fails by it, and finds it
-     * stalled.
+     * Removes a job whose data or options BullMQ cannot read: every worker that takes it fails, and the job stalls.
      * @returns whether it was such a job
      */
     async removeUnreadable(queue: Queue, jobId: string): Promise<boolean> {
@@ -315,7 +314,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       };
     },
 
-    /** @throws what BullMQ met at its first command; then they are of no use any more, see openQueues */
+    /** @throws the error of BullMQ's first command; then the queues never work, see openQueues */
     async ready(): Promise<void> {
       await Promise.all([claim.waitUntilReady(), publish.waitUntilReady()]);
     },
@@ -330,8 +329,8 @@ const OPEN_RETRY_MS = 200;
 const CLOSE_TIMEOUT_MS = 2_000;
 
 /**
- * Queues that work. BullMQ asks Redis for its version when a queue is made; should the connection break at that very
- * moment, each call of that queue fails with the same error ever after, though the connection is long back.
+ * Makes queues until they work. BullMQ asks Redis for its version when a queue is made. If the connection breaks at that
+ * moment, each later call of that queue fails with the same error, even when the connection is back.
  *
  * @throws {NotReadyError} when Redis does not answer within `timeoutMs`
  */
@@ -351,7 +350,7 @@ export async function openQueues(
       await succeedsWithin(CLOSE_TIMEOUT_MS, queues.close());
       if (Date.now() >= endsAt)
         throw new NotReadyError(`Redis cannot be reached (see RELAY_REDIS_URL): ${(error as Error).message}`);
-      await new Promise((resolve) => setTimeout(resolve, OPEN_RETRY_MS));
+      await pause(OPEN_RETRY_MS);
     }
   }
 }

@@ -8,29 +8,29 @@ import { redisTime } from './clock.ts';
 export const TICK = 'tick';
 export const WAKE = 'wake';
 
-/** A job that comes again and again. */
+/** A job that BullMQ adds again and again. */
 export type Schedule = Readonly<{ name: string; everyMs: number }>;
 
-/** How soon a scheduler that vanished (FLUSHALL, obliterate, a removed tick) is back at the latest. */
+/** Interval at which schedules are checked: one that vanished (FLUSHALL, obliterate, a removed tick) is made again. */
 const HEAL_INTERVAL_MS = 2_000;
-/** Clocks that are kept differ by less. */
+/** A schedule that is further away than its interval plus this was set by a wrong clock. */
 const TOO_FAR_MS = 2_000;
 
 export type Scheduler = Readonly<{
   start(): void;
   stop(): Promise<void>;
-  /** Asks for a claim now; any number of wishes in the meantime make one more claim. Never throws. */
+  /** Asks for a claim now. Any number of calls during a claim make one more claim. Never throws. */
   wake(): Promise<void>;
-  /** When it last looked, whether it succeeded or not; ms since the epoch. */
+  /** When it last checked the schedules, with success or not; ms since 1970. */
   lastLookAt(): number;
 }>;
 
-/** The repeatable job that claims, and others. Any number of pods may run one: they uphold the same schedules. */
+/** Keeps the schedules in the claim queue: that of the ticks, and others. All pods keep the same ones. */
 export function createScheduler(deps: {
   queue: Queue;
   redis: Redis;
   pollIntervalMs: number;
-  /** Further schedules, upheld like that of the ticks. */
+  /** Further schedules. */
   others?: readonly Schedule[];
   /** Names of schedules that an earlier configuration may have left behind. */
   retired?: readonly string[];
@@ -42,7 +42,7 @@ export function createScheduler(deps: {
   let lookedAt = Date.now();
 
   async function heal(): Promise<void> {
-    // Upserting while the queue is paused leaves one more tick behind each time.
+    // While the queue is paused, each upsert would leave one more tick in it.
     if (await queue.isPaused()) return;
     for (const name of retired) await queue.removeJobScheduler(name);
     retired = [];
@@ -50,8 +50,8 @@ export function createScheduler(deps: {
   }
 
   async function uphold({ name, everyMs }: Schedule): Promise<void> {
-    // The next tick is set by the clock of the pod that starts the one before. A pod whose clock is minutes fast, and then
-    // gone, left the others without any for so long.
+    // The pod that starts a tick sets the time of the next one by its own clock. If that clock is minutes fast, there would
+    // be no tick for minutes.
     const next = (await queue.getJobScheduler(name))?.next;
     if (next !== undefined && next - (await redisTime(redis)) > everyMs + TOO_FAR_MS) {
       await queue.removeJobScheduler(name);
@@ -81,7 +81,7 @@ export function createScheduler(deps: {
           WAKE,
           {},
           {
-            // The only mode of deduplication that keeps a wish which arrives in mid-claim.
+            // The only mode of deduplication that keeps a job which is added during a claim.
             deduplication: { id: WAKE, keepLastIfActive: true },
             attempts: 1,
             removeOnComplete: true,

@@ -5,13 +5,12 @@ import type { Logger } from '../telemetry/logger.ts';
 
 /** BullMQ's workers, several of them for one queue in a pod. */
 
-/** A worker waits up to 10 s for a job while a delayed one is far off; then an answer is due. */
+/** A worker waits up to 10 s for a job. An answer that takes longer than this means a lost connection. */
 const BLOCKING_ANSWER_TIMEOUT_MS = 15_000;
 
 /**
- * BullMQ's own connections for its workers: commands wait until Redis is back, and are sent again on the next
- * connection. One that was executed twice finds its lock gone, or leaves a job that nobody works on: the stalled check
- * finds both.
+ * Connections of BullMQ's workers: commands wait until Redis is back, and are sent again on the next connection. A command
+ * that ran twice finds its lock gone, or leaves a job that no worker has: the stalled check finds both.
  */
 export const WORKER_CONNECTION: RedisOptions = {
   maxRetriesPerRequest: null,
@@ -19,25 +18,25 @@ export const WORKER_CONNECTION: RedisOptions = {
   socketTimeout: BLOCKING_ANSWER_TIMEOUT_MS,
 };
 
-/** A killed pod's jobs are taken over after this and a stalled check or two. */
+/** Lock of a job. Another pod takes over a killed pod's jobs after this and one or two stalled checks. */
 const LOCK_DURATION_MS = 5_000;
 /**
  * Workers of one queue in a pod, at most. A worker fetches one job after the other and begins none while there are
  * more, up to its concurrency: one with 300 slots takes 300 ms for that, eight with 38 each 40 ms (measured).
  */
 const WORKERS_MAX = 8;
-/** However long jobs take, so many at once: rows are acknowledged together. */
+/** Slots that a pod keeps however long jobs take: rows are acknowledged together. */
 const FEWEST_SLOTS = 8;
-/** A worker that Redis refuses asks again after so long. BullMQ asks at once, 10,000 times a second, measured. */
+/** Pause of a worker that Redis refused. By itself, BullMQ asks again at once, 10,000 times a second (measured). */
 const REFUSED_PAUSE_MS = 1_000;
-/** The same error of a worker is reported once in so long: an outage makes one a second. */
+/** Interval at which the same error of a worker is logged: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
 const JOB_ID = /[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}/g;
 
 /** What becomes of a job whose processor has ended. */
 export type Fate<R> =
   | Readonly<{ kind: 'completed'; result: R }>
-  /** Again after so long, at no cost to its attempts. */
+  /** It runs again after `ms`. The attempt does not count. */
   | Readonly<{ kind: 'delayed'; ms: number }>
   /** An attempt failed: BullMQ's backoff, or after the last one the failed jobs. */
   | Readonly<{ kind: 'failed'; reason: string; isFinal: boolean }>;
@@ -52,9 +51,9 @@ export type Run<T> = Readonly<{
   madeAt: number;
   /** Attempts that failed before. */
   failures: number;
-  /** How often it was begun, this run included. */
+  /** How often the job was started, this run included. */
   starts: number;
-  /** How often it was found without its worker. */
+  /** How often BullMQ found the job without its worker. */
   stalls: number;
 }>;
 
@@ -75,7 +74,7 @@ export type Workers = ReturnType<typeof createWorkers>;
  *
  * @param deps.onCompleted told after the job has ended in Redis, if it was this worker that ended it
  * @param deps.onFailed told after each failed attempt; must not throw
- * @param deps.onRefused told what Redis answers where it lets a worker take or end no job: then there are no attempts
+ * @param deps.onRefused told why, when Redis lets a worker take or end no job: then there are no attempts
  */
 export function createWorkers<T, R = void>(deps: {
   queueName: string;
@@ -120,8 +119,8 @@ export function createWorkers<T, R = void>(deps: {
         case 'completed':
           return fate.result;
         case 'delayed':
-          // If not even that is possible, the job stays where it is and its lock ends: found by the stalled check, at no
-          // cost to its attempts. Waiting for it would renew the lock for ever.
+          // If this fails, the job stays active, its lock ends, and the stalled check finds it; the attempt does not count.
+          // Waiting longer would renew the lock for ever.
           await succeedsWithin(deps.timeoutMs, job.moveToDelayed(Date.now() + fate.ms, token));
           throw new DelayedError();
         case 'failed':
@@ -144,9 +143,9 @@ export function createWorkers<T, R = void>(deps: {
       drainDelay: 2,
       // How long a worker waits after an error of the connection before it asks again.
       runRetryDelay: 1_000,
-      // Of what has no options of ours: a job whose hash Redis lost, or one of another program.
+      // For jobs without the relay's options: Redis lost the hash, or another program added the job.
       removeOnComplete: { count: 0 },
-      // A stall is no crash, and a crash not the fault of all jobs that were in progress.
+      // Stalls never fail a job: the poison guard counts crashes.
       maxStalledCount: 1_000_000,
       ...(deps.telemetry && { telemetry: deps.telemetry }),
     });
@@ -175,7 +174,7 @@ export function createWorkers<T, R = void>(deps: {
   const shareOf = (all: number, index: number): number =>
     Math.max(1, Math.floor(all / count) + (index < all % count ? 1 : 0));
 
-  /** Redis refuses everybody (OOM, READONLY, NOPERM). */
+  /** After a refusal that concerns every job (OOM, READONLY, NOPERM). */
   function pauseAWhile(worker: Worker<T, R>): void {
     if (isStopping || worker.isPaused()) return;
     void worker.pause(true);
@@ -187,7 +186,7 @@ export function createWorkers<T, R = void>(deps: {
   }
 
   function report(error: Error): void {
-    // After a pod has slept every job that it worked on makes the same error, by its own name.
+    // After a pod has slept, each of its jobs makes the same error, with its own id in it.
     const kind = error.message.replace(JOB_ID, '#');
     const { at, errors } = reported.get(kind) ?? { at: 0, errors: 0 };
     const isDue = Date.now() - at >= REPEAT_AFTER_MS;
@@ -208,8 +207,8 @@ export function createWorkers<T, R = void>(deps: {
   }
 
   /**
-   * Without this, a pod that gets too little of a processor would give up most of what it begins, and publish next to
-   * nothing for a minute (measured). Jobs that had begun by the time of a change tell nothing new.
+   * Fits the number of slots to the time that jobs take. Without this, a pod with too little CPU gives up most of its jobs,
+   * and publishes next to nothing for a minute (measured). Jobs that began before the last change do not count.
    */
   function fitSlots(beganAt: number, isCompleted: boolean): void {
     const tookMs = performance.now() - beganAt;

@@ -1,6 +1,6 @@
 import type { Redis, Result } from 'ioredis';
 import type { OutboxEvent } from '../event.ts';
-import { NotReadyError } from '../lifecycle.ts';
+import { NotReadyError, pause } from '../lifecycle.ts';
 import { type StreamOptions, trimmedTo } from './append.ts';
 import { outcomeOfError } from './append-outcome.ts';
 import { replayedFields } from './envelope.ts';
@@ -60,7 +60,7 @@ export function createRepublisher(redis: Redis, options: StreamOptions) {
           throw new NotReadyError(
             'Redis may have lost entries, and no relay has compared it with the table yet: start one, then try again',
           );
-        await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN_MS));
+        await pause(LOOK_AGAIN_MS);
       }
     },
 

@@ -9,7 +9,7 @@
 import { randomBytes, randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import type { DatabaseState } from '../event.ts';
-import { NotReadyError } from '../lifecycle.ts';
+import { NotReadyError, pause } from '../lifecycle.ts';
 import { BEGIN, identityOf, keysOf } from './epoch-script.ts';
 
 /** What a pod knows of the epoch; see epoch-watch.ts. */
@@ -145,7 +145,7 @@ export async function endEpoch(deps: RenewalDeps & Readonly<{ timeoutMs: number 
     }
     if (Date.now() >= endsAt)
       throw new NotReadyError('another process compares table and streams; try again when it has ended');
-    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    await pause(RETRY_MS);
   }
 }
 
