@@ -79,18 +79,31 @@ test('what is released while a statement runs is parked by the next one, 500 row
   expect(statements.map((it) => it.eventIds.length)).toEqual([1, 500, 1]);
 });
 
-test('rows that cannot be parked are left to the lease reaper, and the next ones are parked', async () => {
-  const { parker, statement, steps } = setUp();
+test('rows that cannot be parked are tried again, with one warning, before those that come after them', async () => {
+  const { parker, statements, statement, steps } = setUp();
   parker.park(aClaimedEvent(), false);
   const { end } = await statement(1);
   parker.park(aClaimedEvent(), false);
   end.reject(new Error('no database'));
-  (await statement(2)).end.resolve();
-  await parker.drain();
-  expect(steps).toEqual(['warned', 'parked', 'refill']);
-  parker.park(aClaimedEvent(), false);
+  (await statement(2)).end.reject(new Error('no database'));
   (await statement(3)).end.resolve();
+  (await statement(4)).end.resolve();
   await parker.drain();
+  expect(steps).toEqual(['warned', 'parked', 'refill', 'parked', 'refill']);
+  const [first, second, third, fourth] = statements.map((it) => it.eventIds);
+  expect([second, third]).toEqual([first, first]);
+  expect(fourth).not.toEqual(first);
+});
+
+test('rows that cannot be parked while the pod stops are left to the lease reaper', async () => {
+  const { parker, statements, statement, steps } = setUp();
+  parker.park(aClaimedEvent(), false);
+  const { end } = await statement(1);
+  const drained = parker.drain();
+  end.reject(new Error('no database'));
+  await drained;
+  expect(steps).toEqual(['warned']);
+  expect(statements).toHaveLength(1);
 });
 
 test('draining ends when everything is parked, at once where there is nothing', async () => {
