@@ -8,7 +8,8 @@ import { configDefaults, defineConfig } from 'vitest/config';
 const SLOW = [
   'test/{chaos,model,package}/*.test.ts',
   'test/docs/{consumers,nestjs}.test.ts',
-  'test/flow/!(configuration|costs|crashing|health|killing|metrics|order|payload|redis-loss|retries|status|stopping|wakeup).test.ts',
+  'test/flow/!(configuration|costs|health|killing|metrics|order|payload|redis-loss|retries|status|stopping|wakeup).test.ts',
+  'test/demo/main.test.ts',
   'test/outbox/held-snapshot.test.ts',
 ];
 
