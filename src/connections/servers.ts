@@ -24,6 +24,12 @@ const HTTP_POOL_SIZE = 4;
 /** So many commands at most are held back until the iteration of the event loop has ended. */
 const COLLECTED_WRITES = 32;
 
+/**
+ * A session is replaced after so long. After a failover of which the old primary knows nothing, a pod with enough sessions
+ * would otherwise never open one to the new primary: it stands still, and everything says healthy.
+ */
+const SESSION_LIFETIME_S = 60;
+
 /** One connection to one server: the one that there is, the master that sentinels name, or the node with our slot. */
 export function openRedis(place: QueuePlace, options: RedisOptions): Redis {
   return new Redis({
@@ -107,6 +113,7 @@ export function openServers(
   const pools: ReturnType<typeof createPool>[] = [];
   const openPool = (max: number, name: string) => {
     const pool = createPool(config.databaseUrl, {
+      maxLifetimeSeconds: SESSION_LIFETIME_S,
       ...{ max, connectionTimeoutMillis: CONNECT_TIMEOUT_MS, keepAlive: true, pipeline: true },
       application_name: name,
     });

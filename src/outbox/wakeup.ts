@@ -104,6 +104,7 @@ export function createWakeup(deps: {
   onWake: () => void;
 }): Wakeup {
   const { logger, onWake } = deps;
+  const { generation } = deps.pool;
   const pool = deps.pool.leaving?.(OTHER_SESSIONS) ?? deps.pool;
   /** When sessions are few, the pod first gives up the one that only listens. */
   const hasTooFewSessions = () => (deps.pool.sessions?.().granted ?? OTHER_SESSIONS + 1) <= OTHER_SESSIONS;
@@ -156,8 +157,13 @@ export function createWakeup(deps: {
         const beat = await Promise.race([broken.then(() => 'broken'), pause(HEARTBEAT_MS, broken)]);
         if (beat === 'broken' || stopped) break;
         // A standby takes no writes, so no notification would ever arrive.
-        const { rows } = await query(client, 'SELECT pg_is_in_recovery() AS "isStandby"');
+        const { rows } = await query(
+          client,
+          `SELECT pg_is_in_recovery() AS "isStandby"${generation ? `, ${generation.sql()} AS generation` : ''}`,
+        );
         if (rows[0].isStandby) throw new ReadOnlyError(true);
+        // Nor does one of a former primary.
+        generation?.assert(rows[0].generation);
         if (hasTooFewSessions()) throw new TooFewSessionsError('its session is needed to claim and publish');
       }
     } catch (error) {
