@@ -20,7 +20,7 @@ import { createLogger, type Logger } from './telemetry/logger.ts';
 import { type Tracing, untraced } from './telemetry/tracing.ts';
 import { VERSION } from './version.ts';
 
-/** What an embedding team may bring along. The relay never closes what it was given. */
+/** What an embedding program may give. The relay never closes it. */
 export type RelayDeps = Readonly<{
   /** node-postgres pool with at least 6 connections to spare. Default: one of its own. */
   pool?: PgPool;

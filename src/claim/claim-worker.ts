@@ -9,7 +9,7 @@ import { createWorkers, type Fate, type Run, type Workers } from '../queue/worke
 import type { Logger } from '../telemetry/logger.ts';
 import type { ClaimOutcome } from './claim.ts';
 
-/** A claim job ends after so long and asks for another one: other pods claim too, and dashboards show progress. */
+/** A claim job ends after this time and asks for another one: other pods claim too, and dashboards show progress. */
 const JOB_MS = 2_000;
 /** Interval between claims while there is no room, or while a writer has yet to commit. */
 const PAUSE_MS = 5;

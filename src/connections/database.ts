@@ -244,7 +244,7 @@ async function attemptTransaction<T>(
 
 const LOCK_MARGIN_MS = 500;
 
-/** The server enforces its deadline. If it sends no answer for so long after that, it is gone. */
+/** The server enforces its deadline. If it sends no answer within this time after that, it is gone. */
 const ANSWER_MS = 1_000;
 
 /** Whether the connection takes several statements at a time. That of an embedding program's pool may take one. */

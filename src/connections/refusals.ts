@@ -10,7 +10,7 @@ import { succeedsWithin } from '../lifecycle.ts';
 
 /** Any server takes requests of this size. Larger ones are made one at a time: then it is known which of them fails. */
 export const LARGE_BYTES = 64 * 1024;
-/** A connection is waited for so long before a request is made once more. */
+/** Time to wait for a connection before a request is made once more. */
 const RECONNECT_MS = 2_000;
 
 /** Replies by which Redis refuses everybody, whatever the request. */

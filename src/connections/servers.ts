@@ -25,7 +25,7 @@ const HTTP_POOL_SIZE = 4;
 const COLLECTED_WRITES = 32;
 
 /**
- * A session is replaced after so long. After a failover of which the old primary knows nothing, a pod with enough sessions
+ * Lifetime of a session. After a failover of which the old primary knows nothing, a pod with enough sessions
  * would otherwise never open one to the new primary: it stands still, and everything says healthy.
  */
 const SESSION_LIFETIME_S = 60;

@@ -10,7 +10,7 @@ const BATCH_MAX = 500;
 /** Transactions at once: one commits while the next is being collected and planned. */
 const CONCURRENT_BATCHES = 2;
 /**
- * Under load a batch waits so long for more rows: fewer, larger transactions cost the database and this process less
+ * Under load a batch waits this time for more rows: fewer, larger transactions cost the database and this process less
  * (0.045 -> 0.02 transactions per event, measured).
  */
 const COLLECT_MS = 10;

@@ -34,7 +34,7 @@ const WRONG_ANSWER_MS = 1_000;
 const WINDOW_MS = 60_000;
 const TRIES_BY_ADDRESS = 10;
 const TRIES_BY_NAME = 100;
-/** A script that sends its password with every request has it computed once, and again when it was silent for so long. */
+/** For a script that sends its password with every request the hash is computed once, and again after this time without a request. */
 const REMEMBERED_MS = 600_000;
 const REMEMBERED_MAX = 200;
 const MAX_FORM_BYTES = 8_192;

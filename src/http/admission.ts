@@ -34,7 +34,7 @@ export function shareAnswers<T>(
 
 export type Gate = <T>(work: () => Promise<T>) => Promise<T>;
 
-/** However long a work took, its place is free again after so long. */
+/** A place rests for this time at most, however long the work in it took. */
 const REST_MAX_MS = 2_000;
 
 /**

@@ -14,7 +14,7 @@ export type Probes = Readonly<{
 }>;
 
 const PROBE_TIMEOUT_MS = 3_000;
-/** An event that should be out but has waited so long makes the backlog count as degraded. */
+/** The backlog is degraded when an event that could be published has waited for this time. */
 const WAITING_TOO_LONG_SECONDS = 60;
 
 export function createHealth(probes: Probes) {

@@ -13,7 +13,7 @@ import { openDashboard } from './dashboard-options.ts';
 import { createHealth } from './health.ts';
 import { createWebServer } from './server.ts';
 
-/** A pod that has not looked after the schedule for so long hangs. */
+/** A pod hangs when it has not looked after the schedule for this time. */
 const STUCK_AFTER_MS = 60_000;
 
 /** What the pod tells of itself: health, metrics, dashboard and API. */

@@ -70,7 +70,7 @@ const MOST_REFUSALS = 100;
  * would wait behind all of them.
  */
 const ROOM = 1_000;
-/** Where nobody claims, a replay waits for that so long, once. */
+/** When no pod claims, a replay waits for a claim for this time, once. */
 const ROOM_TIMEOUT_MS = 5_000;
 const ROOM_POLL_MS = 50;
 

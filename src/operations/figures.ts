@@ -87,7 +87,7 @@ export type SharedFigures = Readonly<{ figures: Figures; ageSeconds: number }>;
 const KEPT_MS = 15_000;
 /** Who reads for all is not waited for longer: it is gone, and another one reads. */
 const READING_MS = 6_000;
-/** The others look for the result so often, and for so long. */
+/** Interval at which the other pods look for the result, and how long they do. */
 const LOOK_MS = 50;
 const LOOKS = 20;
 

@@ -39,9 +39,9 @@ export const PROTOCOL = 3;
 const INTERVAL_MS = 5_000;
 /** A pod that has missed two beats is likely to be gone. */
 export const SILENT_AFTER_SECONDS = 15;
-/** A pod that was killed is shown for so long. */
+/** How long a pod that was killed is shown. */
 const FORGOTTEN_AFTER_MS = 600_000;
-/** Streams remembered, those appended to last; and all forgotten when there was no pod for so long. */
+/** Streams remembered, those appended to last; all are forgotten when there was no pod for this time. */
 const STREAMS_KEPT = 50;
 const KEPT_MS = 7 * 86_400_000;
 

@@ -56,7 +56,7 @@ const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
  */
 const PRUNABLE = 'CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE false END';
 
-/** A row that was kept is not tried again for so long. */
+/** Time before a row that the database kept is tried again. */
 const KEPT_FOR_MS = 3_600_000;
 /** So many of them are remembered, at most. */
 const KEPT_MAX = 10_000;
@@ -164,7 +164,7 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
       return { deleted: found.ids.length - stayed.length, kept: stayed, next: found.next };
     },
 
-    /** The database's time so long ago. */
+    /** The database's time, so many milliseconds ago. */
     async ago(ms: number): Promise<string> {
       const { rows } = await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
         tx.query<{ at: string }>(`SELECT (now() - $1 * interval '1 millisecond')::text AS at`, [ms]),

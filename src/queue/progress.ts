@@ -5,7 +5,7 @@ import type { Workers } from './workers.ts';
 
 /** Interval of the checks. */
 const LOOK_INTERVAL_MS = 2_000;
-/** A pod is stuck when a job waits so long beside a free worker, or is in progress so long after its deadline. */
+/** A pod is stuck when a job waits for this time beside a free worker, or is in progress for this time after its deadline. */
 const STUCK_AFTER_MS = 30_000;
 
 /** The workers of a queue. */

@@ -74,7 +74,7 @@ export const QUEUE_CONNECTION: RedisOptions = {
 };
 
 /**
- * For every connection: one that gets no answer for so long is replaced. TCP would take 15 minutes to notice that the
+ * For every connection: one that gets no answer within this time is replaced. TCP would take 15 minutes to notice that the
  * network is half-open. Longer than any command blocks, and than a healthy Redis is busy with one thing.
  */
 export const ANSWER_TIMEOUT_MS = 4_000;

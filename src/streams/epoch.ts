@@ -75,7 +75,7 @@ export type RenewalDeps = Readonly<{
 
 /** What the epoch's key begins with while a process compares table and streams. */
 const COMPARING = 'checking:';
-/** When the comparing process dies, another one may begin after so long. */
+/** When the comparing process dies, another one may begin after this time. */
 export const CHECKER_TTL_MS = 4_000;
 const CHECKER_RENEWAL_MS = 1_000;
 /** Interval at which a process that waits for another one's comparison asks for its result. */

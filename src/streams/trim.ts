@@ -100,7 +100,7 @@ const STREAMS_IN_RUN = 1_000;
 /** Entries trimmed in one call, which keeps Redis busy for about a millisecond; and calls for one stream in one run. */
 const ENTRIES_IN_CALL = 5_000;
 const CALLS_IN_RUN = 40;
-/** The same is said of a stream once in so long, by all pods together. */
+/** Interval at which the same is said of a stream again, by all pods together. */
 const REPEAT_AFTER_MS = 60_000;
 
 /** Redis refuses what it was asked, maybe for this one stream only; anything else is trouble with all of them. */

@@ -5,7 +5,7 @@ import { succeedsWithin } from '../lifecycle.ts';
 import { errorText, type Logger } from './logger.ts';
 import { traceIds } from './trace-ids.ts';
 
-/** A problem is reported once in so long: a collector that is away makes one with every batch. */
+/** Interval at which the same problem is reported again: a collector that is away makes one with every batch. */
 const REPEAT_AFTER_MS = 10_000;
 
 /**
