@@ -19,7 +19,7 @@ import { hasWakeup, hearsNotifications, isWakeupOff } from '../outbox/wakeup.ts'
 import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../requirement.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { type Pool, type Queryable, transaction } from './database.ts';
-import { sqlState } from './pool-health.ts';
+import { sqlState, TooFewSessionsError } from './pool-health.ts';
 import { withSession } from './session.ts';
 
 /** What the relay needs of PostgreSQL, of the table and of its role there. */
@@ -129,20 +129,22 @@ async function takesWrites({ pool }: OnDatabase): Promise<Finding> {
   return ok('the primary, and it takes writes');
 }
 
-const ADVISORY = (key: number) => `pg_try_advisory_xact_lock(1919705465, ${key}) AS mine`;
-
-/** Two sessions, each in a transaction: what one has locked, the other must not get. */
+/** A lock of the first statement is there for the second: both ran in one transaction, of one session of PostgreSQL. */
 async function keepsTransactions({ pool }: OnDatabase): Promise<Finding> {
-  const lock = `SELECT ${ADVISORY(randomInt(2 ** 31))}`;
-  const gets = (from: Pool, meanwhile: () => Promise<boolean>) =>
-    transaction(from, SCAN_MS, 'repeatable', async (tx) => {
-      const { rows } = await tx.query(lock);
-      return rows[0]?.mine === true && (await meanwhile());
-    });
-  const bothGetIt = await gets(pool.leaving?.(1) ?? pool, () => gets(pool, async () => true));
-  return bothGetIt
-    ? failed('advisory locks exclude nobody here: two pods would claim at once; connect to PostgreSQL itself')
-    : ok('kept, and their locks exclude others');
+  const key = randomInt(2 ** 31);
+  const isHeld = await transaction(pool, SCAN_MS, 'repeatable', async (tx) => {
+    await tx.query(`SELECT pg_try_advisory_xact_lock(${key}, ${key})`);
+    const { rows } = await tx.query<{ held: boolean }>(
+      `SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted
+         AND (classid, objid) = (${key}, ${key})) AS held`,
+    );
+    return rows[0]?.held === true;
+  });
+  return isHeld
+    ? ok('kept, with their locks')
+    : failed(
+        'a lock does not last as long as its transaction: two pods would claim at once; connect to PostgreSQL itself',
+      );
 }
 
 async function hasTable({ pool }: OnDatabase): Promise<Finding> {
@@ -229,7 +231,12 @@ async function wakesUp({ pool, config }: OnDatabase): Promise<Finding | undefine
     return advice(
       `the trigger is off: ${waits} (ALTER TABLE identity.outbox ENABLE TRIGGER relay_outbox_wakeup)`,
     );
-  if (await hearsNotifications(pool)) return ok('the trigger is there, and notifications arrive');
+  try {
+    if (await hearsNotifications(pool)) return ok('the trigger is there, and notifications arrive');
+  } catch (error) {
+    if (error instanceof TooFewSessionsError) return advice(`${waits}: ${error.message}`);
+    throw error;
+  }
   return advice(
     `no notification arrives on this connection, as behind a pooler in transaction mode: ${waits}; connect to PostgreSQL itself, or set RELAY_NOTIFY=false`,
   );

@@ -48,7 +48,7 @@ const tellsOfOthers = (error: unknown): boolean =>
   isNoAnswer(error) || [NOT_SUPPORTED, READ_ONLY].includes(sqlState(error) ?? '');
 
 /** The server, or the limit of the role or the database, allows no further session. */
-const TOO_MANY_SESSIONS = '53300';
+export const TOO_MANY_SESSIONS = '53300';
 
 /** No session that PostgreSQL gives can write. */
 export class ReadOnlyError extends Error {

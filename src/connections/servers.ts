@@ -29,6 +29,8 @@ const COLLECTED_WRITES = 32;
  * would otherwise never open one to the new primary: it stands still, and everything says healthy.
  */
 const SESSION_LIFETIME_S = 60;
+/** A session that is not needed is soon free for another pod: the role may have fewer than all pods could use. */
+const SESSION_IDLE_MS = 3_000;
 
 /** One connection to one server: the one that there is, the master that sentinels name, or the node with our slot. */
 export function openRedis(place: QueuePlace, options: RedisOptions): Redis {
@@ -114,6 +116,7 @@ export function openServers(
   const openPool = (max: number, name: string) => {
     const pool = createPool(config.databaseUrl, {
       maxLifetimeSeconds: SESSION_LIFETIME_S,
+      idleTimeoutMillis: SESSION_IDLE_MS,
       ...{ max, connectionTimeoutMillis: CONNECT_TIMEOUT_MS, keepAlive: true, pipeline: true },
       application_name: name,
     });

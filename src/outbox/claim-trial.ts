@@ -14,7 +14,8 @@ class RolledBack extends Error {}
  * @throws what the database has against it
  */
 export async function tryClaim(pool: Pool, options: OutboxOptions): Promise<void> {
-  const outbox = createOutbox(pool, options);
+  // A pod whom PostgreSQL gives one session leaves claiming to others: one has to do for the trial.
+  const outbox = createOutbox({ connect: () => pool.connect() }, options);
   await outbox.withClaimLock(async () => {});
   const trial = outbox.inEpoch(
     async (tx) => {
