@@ -2,7 +2,6 @@
  * Every variable, described once, in `TABLE`. `RelayConfig`, `relay start --help` and `.env.example` are made from it;
  * tests compare docs/configuration.md with it. load-config.ts reads the environment by it.
  */
-import type { z } from 'zod';
 import { normaliseDatabaseUrl } from './connection-urls.ts';
 import { normaliseRedisUrl } from './redis-urls.ts';
 import { keyRule, STREAM_NAME } from './topics.ts';
@@ -318,11 +317,11 @@ type Table = typeof TABLE;
 export type Property = keyof Table;
 
 /** What the relay runs with. Names ending in `Ms` are milliseconds. */
-export type RelayConfig = Readonly<{ [P in Property]: z.output<Table[P]['schema']> }>;
+export type RelayConfig = Readonly<{ [P in Property]: ReturnType<Table[P]['read']> }>;
 
-/** What `TABLE` says to people, without the schemas. */
+/** What `TABLE` says to people, without how they are read. */
 export const VARIABLES: readonly Variable[] = Object.freeze(
-  Object.entries(TABLE).map(([property, { schema: _, ...described }]) =>
+  Object.entries(TABLE).map(([property, { read: _, ...described }]) =>
     Object.freeze({ property, ...described }),
   ),
 );

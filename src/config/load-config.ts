@@ -1,10 +1,10 @@
 /** Reads the environment: each variable by itself, then the defaults that depend on others, then what conflicts. */
-import type { z } from 'zod';
 import { type Property, type RelayConfig, TABLE } from './config.ts';
 import { type ConfigProblem, conflicts } from './conflicts.ts';
 import { redactUrls } from './connection-urls.ts';
 import { placeConflicts, placeDefaults } from './redis-places.ts';
 import { quoted } from './topics.ts';
+import { ValueError } from './variable-kinds.ts';
 
 /** The environment is wrong. The message has one line for each problem. */
 export class ConfigError extends Error {
@@ -47,9 +47,13 @@ function readVariable(
 ): { value: unknown } | { problem: string } {
   const value = (given ?? described.default).trim();
   if (value === '') return { problem: 'is set but empty; remove it to use the default' };
-  const result = (described.schema as z.ZodType<unknown, string>).safeParse(value);
-  if (result.success) return { value: result.data };
-  const expected = `expected ${result.error.issues[0]?.message ?? described.expected}`;
+  let expected: string;
+  try {
+    return { value: described.read(value) };
+  } catch (error) {
+    if (!(error instanceof ValueError)) throw error;
+    expected = `expected ${error.message}`;
+  }
   if ('secret' in described) return { problem: expected };
   return { problem: `${expected}; got ${quoted(redactUrls(value))}${kubernetesHint(value)}` };
 }

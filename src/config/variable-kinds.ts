@@ -1,22 +1,41 @@
-/** How values of the environment are read: each kind has a schema, and words for what it takes. */
+/** How values of the environment are read: each kind has a function that reads it, and words for what it takes. */
 import { isIP } from 'node:net';
-import { z } from 'zod';
 import { type BoardUser, parseBoardUsers } from './board-users.ts';
 import { UrlError } from './connection-urls.ts';
 import { nodeList, normaliseSentinels, type RedisNode } from './redis-urls.ts';
 import { type keyRule, patternsOf, STREAM_NAME } from './topics.ts';
 
-/** How one variable is read. `schema` takes the trimmed, non-empty text of the environment. */
-export type Kind<T> = { schema: z.ZodType<T, string>; expected: string; unit?: string; secret?: true };
+/** How one variable is read. */
+export type Kind<T> = {
+  /**
+   * Of the trimmed, non-empty text of the environment.
+   * @throws {ValueError} what was expected
+   */
+  read: (text: string) => T;
+  expected: string;
+  unit?: string;
+  secret?: true;
+};
+
+/** A value of the environment is not what its variable takes. The message says what it takes. */
+export class ValueError extends Error {
+  override readonly name = 'ValueError';
+}
+
+function assertExpected(isSo: boolean, expected: string): void {
+  if (!isSo) throw new ValueError(expected);
+}
+
+function numberIn(text: string, pattern: RegExp, min: number, max: number, expected: string): number {
+  const value = Number(text);
+  assertExpected(pattern.test(text) && min <= value && value <= max, expected);
+  return value;
+}
 
 export const wholeNumber = (min: number, max: number, unit?: string): Kind<number> => {
   const expected = `a whole number ${unit === undefined ? '' : `of ${unit} `}from ${min} to ${max}`;
   return {
-    schema: z
-      .string()
-      .regex(/^[+-]?\d{1,15}$/, expected)
-      .transform(Number)
-      .pipe(z.number().min(min, expected).max(max, expected)),
+    read: (text) => numberIn(text, /^[+-]?\d{1,15}$/, min, max, expected),
     expected,
     ...(unit !== undefined && { unit }),
   };
@@ -25,13 +44,9 @@ export const wholeNumber = (min: number, max: number, unit?: string): Kind<numbe
 /** Seconds in the environment, whole milliseconds in the configuration. */
 export const seconds = (min: number, max: number): Kind<number> => {
   const expected = `a number of seconds from ${min} to ${max}`;
+  const pattern = /^[+-]?(?:\d{1,15}(?:\.\d*)?|\.\d+)$/;
   return {
-    schema: z
-      .string()
-      .regex(/^[+-]?(?:\d{1,15}(?:\.\d*)?|\.\d+)$/, expected)
-      .transform(Number)
-      .pipe(z.number().min(min, expected).max(max, expected))
-      .transform((value) => Math.round(value * 1000)),
+    read: (text) => Math.round(numberIn(text, pattern, min, max, expected) * 1000),
     expected,
     unit: 's',
   };
@@ -48,31 +63,37 @@ export const oneOf = <const N extends string>(
   ]);
   const expected = `one of ${names.join(', ')}`;
   return {
-    schema: z.string().transform((text, context): N => {
+    read(text) {
       const name = byText.get(text.toLowerCase());
-      if (name !== undefined) return name;
-      context.addIssue({ code: 'custom', message: expected });
-      return z.NEVER;
-    }),
+      if (name === undefined) throw new ValueError(expected);
+      return name;
+    },
     expected,
   };
 };
 
+const FLAGS = new Map<string, boolean>([
+  ...['true', '1', 'yes', 'on'].map((text): [string, boolean] => [text, true]),
+  ...['false', '0', 'no', 'off'].map((text): [string, boolean] => [text, false]),
+]);
+
 export const flag = (): Kind<boolean> => {
   const expected = 'true or false; also 1, yes, on, 0, no and off';
   return {
-    schema: z.stringbool({
-      truthy: ['true', '1', 'yes', 'on'],
-      falsy: ['false', '0', 'no', 'off'],
-      case: 'insensitive',
-      error: expected,
-    }) as z.ZodType<boolean, string>,
+    read(text) {
+      const value = FLAGS.get(text.toLowerCase());
+      if (value === undefined) throw new ValueError(expected);
+      return value;
+    },
     expected,
   };
 };
 
 export const text = (expected: string, pattern: RegExp): Kind<string> => ({
-  schema: z.string().regex(pattern, expected),
+  read(given) {
+    assertExpected(pattern.test(given), expected);
+    return given;
+  },
   expected,
 });
 
@@ -83,23 +104,29 @@ export const key = ({ expected, pattern }: ReturnType<typeof keyRule>): Kind<str
 export const patterns = (): Kind<string> => {
   const expected = 'names of streams, separated by commas; * stands for anything, ? for one character';
   const areNames = (list: string) => patternsOf(list).every((name) => STREAM_NAME.pattern.test(name));
-  return { schema: z.string().refine(areNames, expected), expected };
+  return {
+    read(list) {
+      assertExpected(areNames(list), expected);
+      return list;
+    },
+    expected,
+  };
 };
 
 /** Reads a text by `read`, whose UrlError says what is wrong with it. */
-const readBy = <T>(read: (text: string) => T, expected: string): z.ZodType<T, string> =>
-  z.string().transform((value, context) => {
+const readBy =
+  <T>(read: (text: string) => T, expected: string) =>
+  (text: string): T => {
     try {
-      return read(value);
+      return read(text);
     } catch (error) {
       if (!(error instanceof UrlError)) throw error;
-      context.addIssue({ code: 'custom', message: `${expected}, but ${error.message}` });
-      return z.NEVER;
+      throw new ValueError(`${expected}, but ${error.message}`);
     }
-  });
+  };
 
 export const url = (expected: string, normalise: (text: string) => string): Kind<string> => ({
-  schema: readBy(normalise, expected),
+  read: readBy(normalise, expected),
   expected,
   secret: true,
 });
@@ -123,22 +150,22 @@ export const sentinels = (): Kind<string> =>
 export const cluster = (): Kind<false | readonly RedisNode[]> => {
   const expected = 'true, false, or nodes like host:6379,host:6379';
   const read = (text: string): false | readonly RedisNode[] => {
-    const isCluster = flag().schema.safeParse(text);
-    return Object.freeze(isCluster.success ? isCluster.data && [] : nodeList(text));
+    const isCluster = FLAGS.get(text.toLowerCase());
+    if (isCluster === undefined) return Object.freeze(nodeList(text));
+    return isCluster && Object.freeze([]);
   };
-  return { schema: readBy(read, expected), expected };
+  return { read: readBy(read, expected), expected };
 };
 
 /** Log-ins of the dashboard; `none` is nobody. */
 export const boardUsers = (): Kind<readonly BoardUser[]> => {
   const expected = 'none, or entries that "relay hash-password" prints, separated by spaces or commas';
   return {
-    schema: z.string().transform((list, context) => {
+    read(list) {
       const parsed = list === 'none' ? { users: [] } : parseBoardUsers(list);
       if ('users' in parsed) return Object.freeze(parsed.users);
-      context.addIssue({ code: 'custom', message: `${expected}, but ${parsed.problem}` });
-      return z.NEVER;
-    }),
+      throw new ValueError(`${expected}, but ${parsed.problem}`);
+    },
     expected,
     secret: true,
   };
@@ -148,10 +175,10 @@ export const boardUsers = (): Kind<readonly BoardUser[]> => {
 export const basePath = (): Kind<string> => {
   const expected = 'a path like / or /ops/relay';
   return {
-    schema: z
-      .string()
-      .regex(/^(?:\/|(?:\/(?!\.)[A-Za-z0-9._~-]{1,64}){1,8}\/?)$/, expected)
-      .transform((path) => path.replace(/\/$/, '')),
+    read(path) {
+      assertExpected(/^(?:\/|(?:\/(?!\.)[A-Za-z0-9._~-]{1,64}){1,8}\/?)$/.test(path), expected);
+      return path.replace(/\/$/, '');
+    },
     expected,
   };
 };
@@ -161,13 +188,15 @@ const PROXY_NAMES = ['loopback', 'linklocal', 'uniquelocal'];
 /** Addresses of proxies; `none` is nobody. */
 export const proxies = (): Kind<readonly string[]> => {
   const expected = `none, or addresses like 10.0.0.0/8 and ${PROXY_NAMES.join(', ')}, separated by commas`;
-  const listed = (list: string) => (list === 'none' ? [] : list.split(',').map((it) => it.trim()));
   return {
-    schema: z
-      .string()
-      .transform(listed)
-      .refine((list) => list.every((it) => PROXY_NAMES.includes(it) || isAddress(it)), expected)
-      .transform((list) => Object.freeze(list)),
+    read(list) {
+      const addresses = list === 'none' ? [] : list.split(',').map((it) => it.trim());
+      assertExpected(
+        addresses.every((it) => PROXY_NAMES.includes(it) || isAddress(it)),
+        expected,
+      );
+      return Object.freeze(addresses);
+    },
     expected,
   };
 };

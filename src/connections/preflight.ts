@@ -1,3 +1,4 @@
+import { once } from 'node:events';
 import type { Redis } from 'ioredis';
 import { NotReadyError, withDeadline } from '../lifecycle.ts';
 import { lacks, missingFromTable } from '../outbox/required.ts';
@@ -43,14 +44,17 @@ export async function requireTable(pool: Pool): Promise<void> {
   if (missing.length > 0) throw new NotReadyError(lacks(missing));
 }
 
-/** Asks for a sign of life. A connection that is not ready has told why by its last error. */
+/** Asks for a sign of life. A connection that is not ready tells why by its last error. */
 function answers(redis: Redis): () => Promise<unknown> {
   let reason: Error | undefined;
   redis.on('error', (error) => {
     reason = error;
   });
   return async () => {
-    if (redis.status !== 'ready') throw reason ?? new Error(`connection is ${redis.status}`);
+    if (redis.status !== 'ready')
+      await once(redis, 'ready', { signal: AbortSignal.timeout(RETRY_MS) }).catch(() => {
+        throw reason ?? new Error(`connection is ${redis.status}`);
+      });
     await redis.ping();
   };
 }

@@ -1,4 +1,6 @@
+import { Ajv2020 } from 'ajv/dist/2020.js';
 import { describe, expect, test } from 'vitest';
+import { EVENT_SCHEMAS } from '../../src/streams/event-schemas.ts';
 import { createValidator } from '../../src/streams/validate.ts';
 
 const validate = createValidator();
@@ -18,6 +20,11 @@ const good: Record<string, Record<string, unknown>> = {
   UserDisabled: { ...common, disabled_at: '2024-01-01T00:00:00Z', disabled_by: USER, reason: 'admin_action' },
 };
 const eventTypes = Object.keys(good);
+
+test.each(Object.entries(EVENT_SCHEMAS))('the schema of %s is a JSON schema', (_, schema) => {
+  const ajv = new Ajv2020({ strict: false });
+  expect(ajv.validateSchema(schema), ajv.errorsText()).toBe(true);
+});
 
 describe('good payloads', () => {
   test.each(eventTypes)('%s with its required members passes', (eventType) => {
