@@ -209,13 +209,13 @@ describe('the fate of a job', () => {
     startWorkers(
       async (run) => {
         runs.push(run);
-        return runs.length === 1 ? { kind: 'delayed', ms: 300 } : DONE;
+        return runs.length === 1 ? { kind: 'delayed', ms: 2_000 } : DONE;
       },
       { onFailed: (run) => failures.push(run) },
     );
     const { timestamp } = await add({ attempts: 1 });
     await waitFor(async () => (await stateOf('one')) === 'delayed', { what: 'the job to be put off' });
-    expect(await queue.getJob('one')).toMatchObject({ attemptsMade: 0, delay: 300 });
+    expect(await queue.getJob('one')).toMatchObject({ attemptsMade: 0, delay: 2_000 });
     await isDone();
     const run = { id: 'one', name: 'job', data: 7, madeAt: timestamp, failures: 0, stalls: 0 };
     expect(runs).toEqual([
