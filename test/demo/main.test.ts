@@ -169,18 +169,18 @@ test.concurrent('a long run says what to try, and that works; another event fail
   const [, port, topic] = await says(demo, /redis-cli -p (\d+) DEL (\S+);/);
   const redis = new Redis(Number(port), '127.0.0.1');
   expect(await redis.del(topic ?? '')).toBe(1);
-  expect(await run('node dist/cli.js dlq replay --all --yes')).toContain('replayed 1 dead letter.');
+  expect(await run('node dist/cli.js dlq replay --all --yes')).toMatch(/replayed \d+ dead letters?\./);
   await waitFor(() => redis.xlen(topic ?? ''), { what: 'the entry of what was mended' });
   redis.disconnect();
   await says(demo, /dead [\s\S]*dead .*given up after 3 attempts/);
 
   demo.child.kill('SIGINT');
   expect(await demo.exited, demo.output()).toEqual({ code: 0 });
-  const [, events, entries] = await says(
+  const [, events, entries, dead] = await says(
     demo,
-    /The promises held\. (\d+) events: (\d+) entries, 1 dead letter;/,
+    /The promises held\. (\d+) events: (\d+) entries, ([1-9]\d*) dead letters?;/,
   );
-  expect(Number(entries)).toBe(Number(events) - 1);
+  expect(Number(entries)).toBe(Number(events) - Number(dead));
   await expectNothingLeft(demo);
 });
 

@@ -218,6 +218,7 @@ test('whatever happens in whatever order, every event gets out once and in order
     ),
     {
       numRuns: RUNS,
+      includeErrorInReport: true,
       endOnFailure: MODEL_PATH !== undefined,
       interruptAfterTimeLimit: LIMIT_MS,
       ...(MODEL_SEED !== 'random' && { seed: Number(MODEL_SEED) }),
