@@ -27,7 +27,8 @@ export function addPrune(command: Command): void {
     .option('--yes', 'do not ask')
     .addHelpText(
       'after',
-      '\nDead and discarded rows stay, as do rows that a resync may need (RELAY_RESYNC_WINDOW). Interrupted, it can be run again.',
+      '\nDead and discarded rows stay, as do rows that a resync may need\n' +
+        '(RELAY_RESYNC_WINDOW). After an interruption, run it again.',
     )
     .action((options: PruneOptions) => withConfig((config) => prune(config, options)));
 }
