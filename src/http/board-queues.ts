@@ -1,7 +1,7 @@
 import { BullMQAdapter } from '@bull-board/api/bullMQAdapter';
 import type { BeforeHook, QueueJobJson } from '@bull-board/api/typings/app';
 import type { Job, Queue } from 'bullmq';
-import { brief, type OutboxEvent } from '../event.ts';
+import { brief, counted, type OutboxEvent } from '../event.ts';
 import { type QueueKind, refusalOf } from './board-actions.ts';
 
 /**
@@ -128,7 +128,7 @@ function nameOf(job: QueueJobJson): string {
 
 function attemptOf(job: QueueJobJson, before: number): string {
   const made = before + job.attemptsMade;
-  if (job.finishedOn) return `given up after ${made} ${made === 1 ? 'attempt' : 'attempts'}`;
+  if (job.finishedOn) return `given up after ${counted(made, 'attempt')}`;
   const next = `attempt ${made + 1} of ${Math.max(made + 1, before + (job.opts?.attempts ?? 1))}`;
   // BullMQ counts the delay from the end of the attempt before, a moment after its start.
   if (!job.delay || !job.processedOn) return next;
