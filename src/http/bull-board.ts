@@ -29,11 +29,16 @@ const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
  * Hides what is refused to everybody. Bull Board has an option for none of it, and its classes change with each version;
  * the names of its icons stay.
  */
-const withoutRefused = (claimQueue: string): string => `<style>
+const withoutRefused = (claimQueue: string): string => {
+  const path = `/${encodeURIComponent(claimQueue)}`;
+  return `<style>
   li button:has(.lucide-files, .lucide-pencil, .lucide-clock, .lucide-arrow-up-down), [role=dialog] button:has(.lucide-pencil),
   [role=menuitem]:has(.lucide-plus, .lucide-chart-no-axes-gantt, .lucide-gauge, .lucide-trash-2, .lucide-ban), td button,
-  main:has([aria-current][href*="/${encodeURIComponent(claimQueue)}?status=delayed"]) li button { display: none !important }
+  /* The next tick of the claim queue: in the list, and on its own page. */
+  main:has([aria-current][href*="${path}?status=delayed"]) li button,
+  main:has([href*="${path}"]):has([style*="--status-delayed"]) li button { display: none !important }
 </style>`;
+};
 
 /**
  * Bull Board at /board. Viewers see a board without buttons and jobs without payloads; they are refused by the server
