@@ -123,7 +123,7 @@ test('a viewer’s requests are worked on one by one, some wait, the others are 
   expect(asked).toHaveLength(1);
   for (const reply of refused) {
     expect([reply.statusCode, reply.headers['retry-after']]).toEqual([503, '1']);
-    expect(reply.json().error).toContain('too much is asked at once');
+    expect(reply.json().error).toContain('too many requests at once');
   }
   wait = undefined;
   expect((await call('GET', '/dlq')).status).toBe(200);
