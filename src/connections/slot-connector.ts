@@ -50,7 +50,7 @@ type Options = RedisOptions & Readonly<{ disconnectTimeout: number }>;
 function connectorTo(seeds: readonly RedisNode[], slot: number) {
   return class SlotConnector extends AbstractConnector {
     readonly #options: Options;
-    /** All known nodes. They are asked in turn: a node that is cut off from the others has an old view. */
+    /** All known nodes. Each is asked, one after another: a node that is cut off from the others has an old view. */
     #nodes: readonly RedisNode[] = seeds;
     #next = 0;
 

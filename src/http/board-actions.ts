@@ -1,6 +1,6 @@
 /**
  * Which actions of Bull Board are allowed, and why the others are refused. An action that a later version adds is refused
- * until somebody has decided on it here.
+ * until it has been decided on here.
  *
  * An allowed action never leaves a row in a wrong state. A job that is removed comes back when its row's lease ends,
  * unless its dead letter is written. A job that is retried or promoted publishes its event and marks its row, or fails again.

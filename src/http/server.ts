@@ -25,7 +25,7 @@ export type WebServer = Readonly<{
  * - `/livez`: 200 while this process makes progress; otherwise it should be restarted
  * - `/readyz`: 200 while the relay runs and database and Redis answer
  * - `/metrics`: for Prometheus
- * - `/health`, `/health/detailed`: the checks of `/readyz` in the platform's form, detailed also the backlog; 503 when unhealthy
+ * - `/health`, `/health/detailed`: the checks of `/readyz`, and of the backlog, in the platform's form; 503 when unhealthy
  * - the routes of `dashboard`, for people who log in
  */
 export function createWebServer(deps: {

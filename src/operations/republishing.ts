@@ -42,17 +42,17 @@ export type RepublishOptions = Readonly<{
 
 export type RepublishResult = Readonly<{
   appended: number;
-  /** Left out: their topic or payload is not what may be published (any more), or their stream refuses them. */
+  /** Events that are left out: their topic or payload may not be published (any more), or Redis refuses them. */
   refused: number;
-  /** Why the first of them was. */
+  /** Why the first of them was refused. */
   reason: string | null;
-  /** What ended it early, after something was done; null when nothing did. */
+  /** The error that ended it early, after something was done; else null. */
   error: string | null;
-  /** Where to go on, if it was not all; give it as `after`. */
+  /** Cursor to continue with, as `after`; null if everything was done. See republish-progress.ts. */
   next: string | null;
 }>;
 
-/** How many there are, by stream. */
+/** Number of events, by stream. */
 export type RepublishCount = Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>;
 
 const PAGE_ROWS = 1_000;
@@ -74,7 +74,7 @@ export function createRepublish(deps: {
 }) {
   const { published, republisher, logger } = deps;
 
-  /** Appends, in whichever epoch it is; a comparison of table and streams is waited for. */
+  /** Appends in the epoch of now. Waits while table and streams are being compared. */
   function createAppend(replayedAt: Date) {
     let epoch: string | undefined;
     return async (event: OutboxEvent): Promise<string | null> => {
@@ -92,7 +92,7 @@ export function createRepublish(deps: {
 
   return {
     /**
-     * How many entries that would be, at most `limit` of them.
+     * How many entries `run` would append, at most `limit` of them.
      * @throws {CursorError} when `after` is not what an earlier call answered
      */
     async count(
@@ -118,10 +118,10 @@ export function createRepublish(deps: {
     },
 
     /**
-     * Appends them, in the order in which they were appended first. Interrupted, it goes on after `next`; an entry whose
-     * answer was lost may then come twice.
+     * Appends the events again, in the order of their first entries. After an interruption, `next` continues it; an entry
+     * whose answer was lost may then be appended twice.
      * @throws {CursorError} when `after` is not what an earlier call answered
-     * @throws {NotReadyError} when it is not known whether Redis lost entries, and nobody finds out
+     * @throws {NotReadyError} when Redis may have lost entries, and no pod compares it with the table in time
      * @throws when a server does not answer; each of these before anything was appended: after that, see `error`
      */
     async run(range: RepublishRange, options: RepublishOptions): Promise<RepublishResult> {

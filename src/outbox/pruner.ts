@@ -116,7 +116,7 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
   }
 
   /**
-   * Runs `work` in a transaction if no other process deletes. The commit is not waited for on disk: if a crash of PostgreSQL
+   * Runs `work` in a transaction if no other process deletes. The commit does not wait for the disk: if a crash of PostgreSQL
    * undoes it, the rows are deleted again.
    */
   const alone = <T>(work: (tx: Queryable) => Promise<T>): Promise<T | 'busy'> =>
