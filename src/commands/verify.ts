@@ -199,7 +199,7 @@ function report(
   else if (lost === 0 && unreadable === 0) print(text`Nothing is missing.`);
   else if (!repair)
     print(
-      text`${counted(lost, 'entry is', 'entries are')} missing: "relay verify --repair" has the relay publish what is missing.`,
+      text`${counted(lost, 'entry is', 'entries are')} missing: "relay verify --repair" restores what is missing.`,
     );
   else
     print(
@@ -207,6 +207,6 @@ function report(
     );
   if (unreadable > 0)
     print(
-      text`${counted(unreadable, 'row was', 'rows were')} not compared: a topic names a key that holds no stream, or that this relay must not read.`,
+      text`${counted(unreadable, 'row was', 'rows were')} not compared: the key of the topic is no stream, or must not be read.`,
     );
 }
