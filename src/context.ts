@@ -34,7 +34,7 @@ export type Context = ReturnType<typeof createContext>;
 
 type State = {
   phase: 'starting' | 'running' | 'stopping';
-  /** When this pod last ran a tick, ms since the epoch. */
+  /** When this pod last ran a tick, Unix time in ms. */
   tickedAt: number | undefined;
   /** Why the pod has not begun to work yet. */
   waitsFor: string | undefined;

@@ -133,6 +133,10 @@ export const byId = (a: Pick<OutboxEvent, 'id'>, b: Pick<OutboxEvent, 'id'>): nu
 /** Cuts a text of a row, which may have any length, for a log line, a reason or the name of a job. */
 export const brief = (text: string): string => (text.length > 200 ? `${text.slice(0, 200)}...` : text);
 
+/** `1 entry`, `2 entries`: a count with its noun. */
+export const counted = (count: number, noun: string, plural = `${noun}s`): string =>
+  `${count} ${count === 1 ? noun : plural}`;
+
 /** Splits items into steps of at most `maxItems` and `maxBytes`, in their order. An item above `maxBytes` is a step of its own. */
 export function inSteps<T extends Readonly<{ bytes: number }>>(
   items: readonly T[],

@@ -85,5 +85,3 @@ export async function withProgress<T>(
     bar.stop();
   }
 }
-
-export const counted = (count: number, what: string): string => `${count} ${what}${count === 1 ? '' : 's'}`;

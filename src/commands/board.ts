@@ -14,10 +14,11 @@ import { createLogger } from '../telemetry/logger.ts';
 import { VERSION } from '../version.ts';
 import { EXIT, warnOfUnknownVariables, withConfig } from './command.ts';
 import { signalled } from './signals.ts';
+import { helpColumns } from './terminal.ts';
 
 export function addBoard(command: Command): void {
   command
-    .addHelpText('after', () => `\nEnvironment:\n${describeVariables()}`)
+    .addHelpText('after', () => `\nEnvironment:\n${describeVariables(helpColumns())}`)
     .action(async () => {
       await withConfig(serve, { logs: true });
       // What still waits for a server that is away must not keep the process.

@@ -1,11 +1,11 @@
 import { type Command, InvalidArgumentError } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
 import { printableJson } from '../config/printable.ts';
-import { isUuid } from '../event.ts';
+import { counted, isUuid } from '../event.ts';
 import type { ActionResult, DeadLetters, Selection } from '../operations/dead-letters.ts';
 import type { ListedDeadLetter } from '../operations/inspection.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
-import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
+import { confirmed, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, instant, range, WHEN, when, withConfig } from './command.ts';
 import { cut, fitted, print, printError, printJson, text, toSecond } from './terminal.ts';
 import { withOperations } from './with-operations.ts';
@@ -43,7 +43,7 @@ export function addDlq(dlq: Command): void {
     );
 
   acting(dlq.command('replay').description('publish dead events again, in the order of their aggregates'))
-    .addHelpText('after', '\nCut off, it may simply be run again. Exits 1 if any event was refused.')
+    .addHelpText('after', '\nAfter an interruption, run it again. Exits 1 if any event was refused.')
     .action((ids: string[], options: ActOptions) =>
       run('relay-dlq-replay', (it, config) => act(it, config, 'replay', ids, options)),
     );
@@ -124,7 +124,7 @@ async function show(deadLetters: DeadLetters, id: string, options: { json?: bool
     ['attempts', String(attempts)],
     ['error', error ?? '–'],
     ['dead letter', dlqEntryId ?? 'none in the stream'],
-    ['job', job === null ? 'none in BullMQ' : `${job.state}, ${job.attempts} attempts`],
+    ['job', job === null ? 'none in BullMQ' : `${job.state}, ${counted(job.attempts, 'attempt')}`],
     ['payload', event.withheld ? `withheld: ${event.withheld}` : printableJson(event.payload)],
   ];
   for (const [name, value] of rows) print(text`${name.padEnd(12)} ${value}`);

@@ -16,8 +16,9 @@ export function addGrants(command: Command): void {
     .addHelpText(
       'after',
       '\nThe roles must exist. For example: relay grants --only sql | psql\n' +
-        'In the line for Redis put a password in place of the word "password" before you use it. Where the streams\n' +
-        'are on another server there are two lines: for the server of the queues, then for that of the streams.',
+        'In the line for Redis, replace the word "password" before you use it. If the\n' +
+        'streams have a server of their own, there are two lines: for the server of the\n' +
+        'queues, then for that of the streams.',
     )
     .action((options: GrantsOptions) =>
       withConfig(async (config) => {

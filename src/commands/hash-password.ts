@@ -3,6 +3,7 @@ import { Writable } from 'node:stream';
 import { text as readAll } from 'node:stream/consumers';
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import { entryOf, ROLES, type Role, USER_NAME } from '../config/board-users.ts';
+import { counted } from '../event.ts';
 import { hashPassword } from '../http/passwords.ts';
 import { EXIT, fail } from './command.ts';
 import { print, text } from './terminal.ts';
@@ -30,7 +31,7 @@ export function addHashPassword(command: Command): void {
         const { length } = [...password];
         if (length < MIN_CHARACTERS || length > MAX_CHARACTERS)
           throw new Error(
-            `the password has ${length} characters; ${MIN_CHARACTERS} to ${MAX_CHARACTERS} are needed`,
+            `the password has ${counted(length, 'character')}; ${MIN_CHARACTERS} to ${MAX_CHARACTERS} are needed`,
           );
         if (/[\p{Cc}]/u.test(password))
           throw new Error('the password has control characters, or several lines');

@@ -15,12 +15,15 @@ export function addOwn(command: Command): void {
     .option('--yes', 'do not ask')
     .addHelpText(
       'after',
-      '\nA queue belongs to one database: the one that came first. A database that fails over stays its owner. One that\n' +
-        'was restored to another server, renamed, copied, or that was made anew is refused by relay start and relay check\n' +
-        'until this is run with its RELAY_DATABASE_URL. So is a primary of before a failover (a lower timeline).\n\n' +
-        'Stop the relay of the other database first. What is done: the owner is written anew in Redis, and the epoch\n' +
-        'ends. Then the pods look up every row that is not published in its stream before they claim anything, and jobs\n' +
-        'whose events have no row here end without a trace. No row and no entry is changed by this command.',
+      '\nA queue belongs to one database: the first whose relay used it. A failover does\n' +
+        'not change that. relay start and relay check refuse a database that was created\n' +
+        'anew, copied, renamed or restored to another server, and a primary from before a\n' +
+        'failover (a lower timeline), until this command is run with its\n' +
+        'RELAY_DATABASE_URL.\n\n' +
+        'Stop the relay of the other database first. This command writes the new owner to\n' +
+        'Redis and ends the epoch. It changes no row and no entry. Before they claim\n' +
+        'again, the pods look up every unpublished row in its stream. Jobs of events that\n' +
+        'have no row here end without effect.',
     )
     .action(({ yes = false }: { yes?: boolean }) => withConfig((config) => own(config, yes)));
 }

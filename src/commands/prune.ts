@@ -1,8 +1,9 @@
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
+import { counted } from '../event.ts';
 import { createRetentionOf } from '../maintenance/maintenance.ts';
 import type { KeptRow } from '../outbox/pruner.ts';
-import { confirmed, counted, withProgress } from './act.ts';
+import { confirmed, withProgress } from './act.ts';
 import { EXIT, when, withConfig, withServers } from './command.ts';
 import { print, text } from './terminal.ts';
 
@@ -27,7 +28,8 @@ export function addPrune(command: Command): void {
     .option('--yes', 'do not ask')
     .addHelpText(
       'after',
-      '\nDead and discarded rows stay, as do rows that a resync may need (RELAY_RESYNC_WINDOW). Interrupted, it can be run again.',
+      '\nDead and discarded rows stay, as do rows that a resync may need\n' +
+        '(RELAY_RESYNC_WINDOW). After an interruption, run it again.',
     )
     .action((options: PruneOptions) => withConfig((config) => prune(config, options)));
 }
@@ -46,7 +48,7 @@ async function prune(config: RelayConfig, options: PruneOptions): Promise<number
     const retention = createRetentionOf(config, pool, streamRedis, config.publishTimeoutMs, (rows) => {
       kept.push(...rows);
     });
-    const found = await sumOf(' counting | {value} rows', 0, retention.byHand(ms, true));
+    const found = await sumOf(' counting rows | {value}', 0, retention.byHand(ms, true));
     const before = new Date(Date.now() - ms).toISOString();
     if (options.dryRun || found === 0) {
       print(
@@ -57,7 +59,7 @@ async function prune(config: RelayConfig, options: PruneOptions): Promise<number
     const question = text`Delete ${counted(found, 'row')} published before ${before}?`;
     if (!(await confirmed(question, options.yes === true))) return EXIT.failed;
     const startedAt = Date.now();
-    const format = ' deleting {percentage}% | {bar} | {value} of {total} rows | {eta_formatted} left';
+    const format = ' deleting rows {percentage}% | {bar} | {value} of {total} | {eta_formatted} left';
     const deleted = await sumOf(format, found, retention.byHand(ms, false));
     print(text`Deleted ${counted(deleted, 'row')} in ${((Date.now() - startedAt) / 1000).toFixed(1)} s.`);
     if (kept.length > 0) print(text`The database keeps ${counted(kept.length, 'row')} old enough to go:`);

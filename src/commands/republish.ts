@@ -1,7 +1,8 @@
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
+import { counted } from '../event.ts';
 import type { Republish } from '../operations/republishing.ts';
-import { confirmed, counted, operator, untilInterrupted, withProgress } from './act.ts';
+import { confirmed, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, range, WHEN, when, withConfig } from './command.ts';
 import { aggregate } from './dlq.ts';
 import { fitted, print, printError, text } from './terminal.ts';

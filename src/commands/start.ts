@@ -8,6 +8,7 @@ import { tracesWanted } from '../telemetry/tracing.ts';
 import { VERSION } from '../version.ts';
 import { exitCodeOf, warnOfUnknownVariables, withConfig } from './command.ts';
 import { signalled } from './signals.ts';
+import { helpColumns } from './terminal.ts';
 
 /**
  * V8 lets the heap grow to four times what lives before it collects all of it: 25 MiB of a busy pod became 225 MiB of
@@ -24,7 +25,7 @@ export function addStart(command: Command): void {
     .addHelpText(
       'after',
       () =>
-        `\nEnvironment:\n${describeVariables()}\n\nTraces are switched on by the standard OTEL_* variables.`,
+        `\nEnvironment:\n${describeVariables(helpColumns())}\n\nTraces are switched on by the standard OTEL_* variables.`,
     )
     .action(() => withConfig(start, { logs: true }));
 }

@@ -5,6 +5,7 @@ import type { RelayConfig } from '../config/config.ts';
 import { asking, type Pool } from '../connections/database.ts';
 import { createPool } from '../connections/pool.ts';
 import { openBoth } from '../connections/servers.ts';
+import { counted } from '../event.ts';
 import { createFigures, entriesAtRisk } from '../operations/figures.ts';
 import { createStatus, inFlight, isSilent, type Status } from '../operations/fleet-status.ts';
 import { createFleetReader } from '../operations/heartbeat.ts';
@@ -175,7 +176,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
     const row = (state: keyof typeof backlog, ageOf: number | null | undefined, isBad = false) => {
       const count = backlog[state] as number;
       const suffix = ageOf === undefined || ageOf === null ? '' : `   oldest ${duration(ageOf)}`;
-      const line = `${state.padEnd(9)}${counted(count, limit).padStart(9)}${suffix}`;
+      const line = `${state.padEnd(9)}${upTo(limit, count).padStart(9)}${suffix}`;
       return isBad && count > 0 ? paint.yellow(line) : line;
     };
     const isLate = (oldest.waiting ?? 0) > 60;
@@ -219,7 +220,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
     ]);
     paragraph('Queues', [
       ...table(rows, width),
-      `${inFlight(queues.publish)} jobs of at most ${status.maxInFlight} in flight`,
+      `${counted(inFlight(queues.publish), 'job')} in flight, of at most ${status.maxInFlight}`,
     ]);
   }
   if (fleet) {
@@ -231,7 +232,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
           pod.version,
           isSilent(pod) ? paint.red(`silent for ${duration(pod.heardSecondsAgo)}`) : pod.phase,
           `up ${duration(pod.upSeconds)}`,
-          `${pod.inProgress} of ${pod.concurrency} jobs in progress`,
+          `${pod.inProgress} of ${counted(pod.concurrency, 'job')} in progress`,
         ]),
         width,
       ),
@@ -247,13 +248,13 @@ function describe(status: Status, config: RelayConfig): Text[] {
         : streams.flatMap(({ stream, length, groups, moreGroups }) => {
             const maxLength = stream === config.dlqStreamName ? config.dlqMaxLen : config.streamMaxLen;
             return [
-              fit`${stream}  ${length} entries${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`,
+              fit`${stream}  ${counted(length, 'entry', 'entries')}${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`,
               ...table(
                 groups.map((it) => {
                   const atRisk = entriesAtRisk(it.unacknowledged, maxLength);
                   return [
                     text`  ${it.group}`,
-                    `${it.consumers} consumers`,
+                    counted(it.consumers, 'consumer'),
                     `${it.isEstimate ? 'about ' : ''}${it.lag} to read`,
                     `${it.pending} pending`,
                     ...(atRisk > 0 ? [paint.red(`${atRisk} about to be trimmed unread`)] : []),
@@ -261,7 +262,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
                 }),
                 width,
               ),
-              ...(moreGroups > 0 ? [`  and ${moreGroups} more groups`] : []),
+              ...(moreGroups > 0 ? [`  and ${counted(moreGroups, 'more group')}`] : []),
             ];
           }),
     );
@@ -269,7 +270,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
   return lines;
 }
 
-const counted = (count: number, limit: number) => (count >= limit ? `${limit}+` : String(count));
+const upTo = (limit: number, count: number) => (count >= limit ? `${limit}+` : String(count));
 const perSecond = (rate: number) => `${rate.toFixed(rate < 10 ? 1 : 0)}/s`.padStart(9);
 
 function duration(seconds: number): string {

@@ -75,6 +75,9 @@ export const isTerminal = (): boolean => process.stdout.isTTY === true;
 export const columns = (): number =>
   process.stdout.columns || Number(process.env.COLUMNS) || Number.POSITIVE_INFINITY;
 
+/** Columns for help texts: those of the terminal, and 80 where the output goes elsewhere. */
+export const helpColumns = (): number => Math.max(60, process.stdout.columns || 80);
+
 /** The text in so many columns. */
 export function cut(value: Printable, width = columns()): Text {
   const whole = text`${value}`;

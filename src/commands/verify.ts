@@ -2,6 +2,7 @@ import type { Command } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { claimQueue } from '../connections/ownership.ts';
+import { counted } from '../event.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import type { FinalizedRow } from '../outbox/published.ts';
 import { createQueues } from '../queue/queues.ts';
@@ -105,7 +106,7 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
       // It advances by the time of the rows.
       const from = Date.parse(since);
       const { result: found, interrupted } = await withProgress(
-        ` {percentage}% | {bar} | {rows} rows, {lost} missing${options.repair ? ', {unpublished} to be published again' : ''} | {eta_formatted} left`,
+        ` {percentage}% | {bar} | rows: {rows}, missing: {lost}${options.repair ? ', to be published again: {unpublished}' : ''} | {eta_formatted} left`,
         Math.max(1, Date.parse(until) - from),
         (update) =>
           untilInterrupted(async (stopped) => {
@@ -197,10 +198,15 @@ function report(
   if (rows === 0) print(text`No row has an entry id in this time.`);
   else if (lost === 0 && unreadable === 0) print(text`Nothing is missing.`);
   else if (!repair)
-    print(text`${lost} entries are missing: "relay verify --repair" has them published again.`);
-  else print(text`${unpublished} of ${lost} missing entries are published again, in order, by the relay.`);
+    print(
+      text`${counted(lost, 'entry is', 'entries are')} missing: "relay verify --repair" restores what is missing.`,
+    );
+  else
+    print(
+      text`The relay publishes ${unpublished} of ${counted(lost, 'missing entry', 'missing entries')} again, in order.`,
+    );
   if (unreadable > 0)
     print(
-      text`Of ${unreadable} rows nothing can be said: their topics name keys that hold no stream, or that this relay must not read.`,
+      text`${counted(unreadable, 'row was', 'rows were')} not compared: the key of the topic is no stream, or must not be read.`,
     );
 }

@@ -326,13 +326,13 @@ export const VARIABLES: readonly Variable[] = Object.freeze(
   ),
 );
 
-/** Every variable with its default and meaning, for `--help`: two lines each, at most `width` columns. */
-export function describeVariables(width = 100): string {
+/** Every variable with its default and meaning, for `--help`: two or three lines each, in `width` columns. */
+export function describeVariables(width: number): string {
   return VARIABLES.map(({ name, default: defaultText, unit, description }) => {
     const value = unit === undefined ? defaultText : `${defaultText} ${unit}`;
-    return `  ${name}  (${value})\n${wrapped(description, width - 6)
-      .map((line) => `      ${line}`)
-      .join('\n')}`;
+    const fits = name.length + value.length + 6 <= width;
+    const about = [...(fits ? [] : [`(${value})`]), ...wrapped(description, width - 6)];
+    return [`  ${name}${fits ? `  (${value})` : ''}`, ...about.map((line) => `      ${line}`)].join('\n');
   }).join('\n');
 }
 

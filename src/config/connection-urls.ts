@@ -23,7 +23,7 @@ export type PgOptions = Readonly<{
   ssl: false | ConnectionOptions;
   /**
    * `ssl` is false, yet TLS is wanted if the server offers it (libpq's and asyncpg's default). node-postgres cannot
-   * ask by itself: `createPool` in `outbox/pool.ts` does.
+   * ask by itself: `createPool` in `connections/pool.ts` does.
    */
   preferTls: boolean;
   sslnegotiation?: 'direct';

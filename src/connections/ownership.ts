@@ -5,9 +5,9 @@ import { type Finding, failed, ok, type Requirement, RequirementError } from '..
 import { asking, type Pool } from './database.ts';
 
 /**
- * A queue in Redis belongs to one database: with two, each takes the other's jobs for its own, whose events have no row
- * there. Beside the queue, and beside the epoch where the streams have a server of their own, stands which database that
- * is: the first that comes. Streams themselves may be shared by relays with queues of their own.
+ * A queue in Redis belongs to one database. If two databases used it, the relay of each would take the other's jobs, whose
+ * events have no row there. The first relay that comes writes its database to the key `<prefix>:<name>:owner`: on the Redis
+ * of the queues, and on that of the streams if it is another server. Relays with different queues may share streams.
  */
 
 type QueueName = Pick<RelayConfig, 'queuePrefix' | 'queueName'>;
@@ -15,7 +15,7 @@ type QueueName = Pick<RelayConfig, 'queuePrefix' | 'queueName'>;
 export const ownerKey = ({ queuePrefix, queueName }: QueueName): string =>
   `${queuePrefix}:${queueName}:owner`;
 
-/** Who has the queue on this Redis; null when nobody has. */
+/** The owner of the queue on this Redis; null if there is none. */
 export async function ownerOf(redis: Redis, queue: QueueName): Promise<Owner | null> {
   const text = await redis.get(ownerKey(queue));
   return text === null ? null : (JSON.parse(text) as Owner);
@@ -24,17 +24,17 @@ export async function ownerOf(redis: Redis, queue: QueueName): Promise<Owner | n
 export const describeOwner = ({ database, system }: Owner): string =>
   `database "${database}"${system && ` of PostgreSQL ${system}`}`;
 
-/** A server whose role may not tell its identifier is taken at its word. */
+/** An empty `system` matches any: the role may not read the identifier of its server. */
 export const isSame = (a: Owner, b: Owner): boolean =>
   a.token === b.token &&
   a.database === b.database &&
   (a.system === b.system || a.system === '' || b.system === '');
 
-/** What is wrong about a queue that has this owner, and what to do; null when nothing is. */
+/** Why a queue with the owner `there` cannot be used, and what to do; null if it can. */
 function problemOf(mine: Owner, there: Owner, queue: QueueName): string | null {
   if (isSame(mine, there)) return null;
   const which =
-    there.token === mine.token ? 'which this one was restored or copied from, or renamed' : 'another one';
+    there.token === mine.token ? 'from which this one was restored, copied or renamed' : 'another one';
   return (
     `queue "${queue.queueName}" (prefix "${queue.queuePrefix}") on this Redis belongs to ${describeOwner(there)}, ${which}: ` +
     `RELAY_DATABASE_URL leads to ${describeOwner(mine)}. Give this relay a RELAY_QUEUE_NAME or RELAY_QUEUE_PREFIX of its own, ` +
@@ -43,14 +43,14 @@ function problemOf(mine: Owner, there: Owner, queue: QueueName): string | null {
   );
 }
 
-/** Deadline of one question to PostgreSQL. */
+/** Deadline of one query. */
 const ASK_MS = 5_000;
 
 export type OnBoth = Readonly<{ pool: Pool; redis: Redis; place: RelayConfig }>;
 
 export const OWNER_REQUIREMENTS: readonly Requirement<OnBoth>[] = [{ subject: 'owner', check: isOurs }];
 
-/** Whether the queue on this Redis is, or would be, this database's. Changes nothing. */
+/** Whether the queue on this Redis is free or belongs to this database. Changes nothing. */
 async function isOurs({ pool, redis, place: queue }: OnBoth): Promise<Finding> {
   const [mine, there] = await Promise.all([readOwner(asking(pool, ASK_MS)), ownerOf(redis, queue)]);
   const problem = there && problemOf(mine, there, queue);
@@ -59,8 +59,8 @@ async function isOurs({ pool, redis, place: queue }: OnBoth): Promise<Finding> {
 }
 
 /**
- * Makes the queue on this Redis this database's, unless another one has it.
- * @throws {RequirementError} when another one has it
+ * Makes this database the owner of the queue on this Redis.
+ * @throws {RequirementError} if it belongs to another database
  */
 export async function claimQueue(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
   const mine = await readOwner(asking(pool, ASK_MS));

@@ -5,11 +5,11 @@ import { lacks, missingFromTable } from '../outbox/required.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type Pool, transaction } from './database.ts';
 
-/** What must be there before the relay can work. */
+/** Waits for the servers, and asks whether they can do what the relay needs. */
 
 const RETRY_MS = 500;
 const LOG_EVERY_MS = 5_000;
-/** Deadline for a question to PostgreSQL's catalog, or whether a session can write. */
+/** Deadline of one query here. */
 const LOOK_MS = 2_500;
 
 /**
@@ -19,7 +19,7 @@ const LOOK_MS = 2_500;
 export async function waitForServers(deps: {
   pool: Pool;
   redis: readonly Redis[];
-  /** To the server of the streams, where that is another one. */
+  /** For the streams, if they have a server of their own. */
   streamRedis?: readonly Redis[];
   timeoutMs: number;
   logger: Logger;
@@ -27,7 +27,7 @@ export async function waitForServers(deps: {
   const { pool, redis, timeoutMs, logger } = deps;
   const streamRedis = (deps.streamRedis ?? []).filter((it) => !redis.includes(it));
   const endsAt = Date.now() + timeoutMs;
-  // A session that ends meanwhile is no reason to give up.
+  // In a transaction, which is run again if its session ends.
   const asksDatabase = () => transaction(pool, LOOK_MS, 'repeatable', (tx) => tx.query('SELECT 1'));
   await Promise.all([
     waitFor('PostgreSQL', 'RELAY_DATABASE_URL', asksDatabase, endsAt, logger),
@@ -44,7 +44,7 @@ export async function requireTable(pool: Pool): Promise<void> {
   if (missing.length > 0) throw new NotReadyError(lacks(missing));
 }
 
-/** Asks for a sign of life. A connection that is not ready tells why by its last error. */
+/** A probe for one connection. While it is not ready, the probe fails with the connection's last error. */
 function answers(redis: Redis): () => Promise<unknown> {
   let reason: Error | undefined;
   redis.on('error', (error) => {
@@ -87,8 +87,8 @@ async function waitFor(
 }
 
 /**
- * Connects a client that is lazy. What keeps it from connecting, its `error` events alone tell.
- * @throws why there is no connection within `timeoutMs`
+ * Connects a lazy client.
+ * @throws the first `error` event, which has the reason, if it is not connected within `timeoutMs`
  */
 export async function connected(redis: Redis, timeoutMs: number): Promise<void> {
   if (redis.status === 'ready') return;
@@ -105,10 +105,10 @@ export async function connected(redis: Redis, timeoutMs: number): Promise<void> 
 }
 
 /**
- * Asks PostgreSQL for a session that can write, as every step of the relay does. A standby, or a session that is
- * read-only, answers SELECT 1 all the same; this writes nothing and locks no row.
+ * Checks that PostgreSQL takes writes. SELECT 1 would also succeed on a standby or in a read-only session. This writes
+ * nothing and locks no row.
  *
- * @throws why there is none
+ * @throws why it takes none
  */
 export async function assertWritable(pool: Pool): Promise<void> {
   await transaction(pool, LOOK_MS, 'repeatable', (tx) =>
@@ -116,14 +116,12 @@ export async function assertWritable(pool: Pool): Promise<void> {
   );
 }
 
-/** Long enough to be seen by a curious operator, short enough to be gone when the relay is. */
 const PROBE_KEY_TTL_MS = 10_000;
 
 /**
- * Asks Redis to take a write, as every step of the relay does. One that is full, read-only or without its replicas
- * answers a PING all the same.
+ * A probe that writes a short-lived key. PING would also succeed if Redis is full, read-only or lacks replicas.
  *
- * @throws why it takes none
+ * The probe throws the reason why Redis takes no writes.
  */
 export function createWriteProbe(redis: Redis, key: string): () => Promise<void> {
   let lost: Error | undefined;
@@ -134,7 +132,7 @@ export function createWriteProbe(redis: Redis, key: string): () => Promise<void>
     lost = undefined;
   });
   return async () => {
-    // What ioredis says of a connection that is not there tells nobody why.
+    // ioredis' own error would not say why there is no connection.
     if (redis.status !== 'ready') {
       throw lost ?? new Error(`no connection to Redis yet (${redis.status}): is it loading its data?`);
     }
@@ -148,7 +146,7 @@ export async function writeProbeKey(redis: Redis, key: string): Promise<void> {
 
 export type RedisFacts = Readonly<{ version: string; aofEnabled: boolean; maxmemoryPolicy: string }>;
 
-/** From INFO: what decides whether Redis may be trusted with streams. */
+/** The facts in INFO that health and requirements depend on. */
 export async function inspectRedis(redis: Redis): Promise<RedisFacts> {
   const info = new Map(
     (await redis.info()).split('\r\n').map((line): [string, string] => {

@@ -13,26 +13,26 @@ import { createPool } from './pool.ts';
 import { type HealthyPool, healthyPool } from './pool-health.ts';
 import { inCluster } from './slot-connector.ts';
 
-/** Every connection of a pod: what it is for, and how long it is waited for. */
+/** Every connection of a pod, and its timeouts. */
 
-/** Answer of a healthy server; commands that take longer are given up and asked again. */
+/** A healthy server answers within this time. Commands that take longer fail, and are sent again. */
 const QUEUE_TIMEOUT_MS = 5_000;
 const CONNECT_TIMEOUT_MS = 3_000;
 const RECONNECT_DELAY_MS = 1_000;
-/** One for figures, one for viewers, two for operators; closed when nobody has asked for 10 s. */
+/** One session for figures, one for viewers, two for operators. */
 const HTTP_POOL_SIZE = 4;
-/** So many commands at most are held back until the iteration of the event loop has ended. */
+/** Most commands that wait for the end of an iteration of the event loop. */
 const COLLECTED_WRITES = 32;
 
 /**
- * Lifetime of a session. After a failover of which the old primary knows nothing, a pod with enough sessions
- * would otherwise never open one to the new primary: it stands still, and everything says healthy.
+ * Sessions are replaced after this time. If an old primary does not know of a failover, a pod would otherwise keep its
+ * sessions there and never reach the new primary: it would publish nothing, and look healthy.
  */
 const SESSION_LIFETIME_S = 60;
-/** A session that is not needed is soon free for another pod: the role may have fewer than all pods could use. */
+/** Unused sessions are closed soon: the role may have fewer than all pods could use. */
 const SESSION_IDLE_MS = 3_000;
 
-/** One connection to one server: the one that there is, the master that sentinels name, or the node with our slot. */
+/** A connection to one server: the only one, the master that the sentinels name, or the cluster node with our slot. */
 export function openRedis(place: QueuePlace, options: RedisOptions): Redis {
   return new Redis({
     ...redisOptions(place.redisUrl),
@@ -41,10 +41,10 @@ export function openRedis(place: QueuePlace, options: RedisOptions): Redis {
   } as LegacyOptions);
 }
 
-/** ioredis' types want the reply mapping said, though this is the default. */
+/** ioredis' types require `replyMapping`, though this is the default. */
 type LegacyOptions = RedisOptions & { replyMapping?: 'legacy' };
 
-/** To the Redis of the queues and that of the streams: the same connection, where it is one server. */
+/** Connections to the Redis of the queues and that of the streams: the same one, if it is one server. */
 export function openBoth(config: RelayConfig, options: RedisOptions): [queues: Redis, streams: Redis] {
   const queues = openRedis(config, options);
   const streams = streamPlace(config);
@@ -52,8 +52,8 @@ export function openBoth(config: RelayConfig, options: RedisOptions): [queues: R
 }
 
 /**
- * Options of a client that say which server it is, and who we are there. All others are the relay's own: with automatic
- * pipelining, key prefixes, numbers as strings or another protocol, BullMQ and the scripts fail or read something else.
+ * Options of a given client that say where and as whom it connects. The relay takes these and no others: with automatic
+ * pipelining, key prefixes, numbers as strings or another protocol, BullMQ and the scripts fail or misread replies.
  */
 const ADDRESS = new Set([
   ...['host', 'port', 'path', 'family', 'tls', 'keepAlive', 'noDelay', 'natMap', 'Connector'],
@@ -63,7 +63,7 @@ const ADDRESS = new Set([
   ...['sentinelCommandTimeout', 'sentinelMaxConnections', 'updateSentinels', 'failoverDetector'],
 ]);
 
-/** For a duplicate: its own options are undone, so that ioredis' defaults are in their place. */
+/** Overrides for `duplicate()`: resets all options but those of ADDRESS to ioredis' defaults. */
 const withoutHabits = (options: RedisOptions): RedisOptions =>
   Object.fromEntries(
     Object.keys(options).flatMap((name) => (ADDRESS.has(name) ? [] : [[name, undefined]])),
@@ -77,7 +77,7 @@ function whereaboutsOf(place: QueuePlace, waits: boolean): RedisOptions {
       name: redisSentinelName,
       enableTLSForSentinelMode: redisOptions(redisUrl).tls !== undefined,
       sentinelCommandTimeout: CONNECT_TIMEOUT_MS,
-      // A master that was demoted without a word: the sentinels know the new one.
+      // The master was demoted but kept the connection: ask the sentinels for the new one.
       reconnectOnError: ({ message }) => /^READONLY\b/.test(message) && (waits ? 2 : 1),
     } as RedisOptions;
   }
@@ -88,25 +88,25 @@ function whereaboutsOf(place: QueuePlace, waits: boolean): RedisOptions {
 
 export type Servers = Readonly<{
   pool: HealthyPool;
-  /** For the queues: fails fast. */
+  /** For the queues. Commands fail at once while there is no connection. */
   queueRedis: Redis;
-  /** To read streams: the same, unless they are on a server of their own. */
+  /** For reading streams: `queueRedis`, unless the streams have a server of their own. */
   streamRedis: Redis;
-  /** For the streams alone: neither queues nor resends. */
+  /** For appending and trimming. Neither queues commands nor sends them again. */
   appendRedis: Redis;
-  /** For BullMQ's workers: waits until Redis is back. */
+  /** For BullMQ's workers. Commands wait until Redis is back. */
   workerRedis: Redis;
   /**
-   * For what is asked over HTTP, and for figures: whatever takes long there takes no connection of the relay's. A pool
-   * that was given is used for both, and half of it is left to the relay.
+   * For HTTP and figures: their slow queries must not take sessions from the relay. An embedding program's pool serves both,
+   * and half of it is reserved for the relay.
    */
   httpPool: Pool;
-  /** The same to Redis; opens them. */
+  /** Opens connections for HTTP. */
   openHttpRedis(): Readonly<{ queueRedis: Redis; streamRedis: Redis }>;
   close(): Promise<void>;
 }>;
 
-/** @param deps what the embedding program brought: used, and never closed */
+/** @param deps clients of an embedding program: used, but never closed */
 export function openServers(
   config: RelayConfig,
   deps: Readonly<{ pool?: Pool; redis?: Redis }>,
@@ -192,9 +192,9 @@ export function openServers(
 }
 
 /**
- * What is written in one iteration of the event loop leaves in one system call. The workers finish jobs by the dozen at once, and
- * each call costs this process more than all the rest of its command (50 of 190 µs per event, measured). ioredis' own
- * pipelining costs more than it spares there.
+ * Sends everything that is written in one iteration of the event loop with one system call. The workers finish dozens of
+ * jobs at once, and a system call costs this process more than the rest of its command (50 of 190 µs per event,
+ * measured). ioredis' own pipelining costs more than it saves.
  */
 function collectWrites(socket: Socket): void {
   const write = socket.write.bind(socket) as (...args: unknown[]) => boolean;
@@ -212,7 +212,7 @@ function collectWrites(socket: Socket): void {
     }
     collected++;
     const isTaken = write(...args);
-    // Redis works on the first of them while we are busy with the next.
+    // So that Redis works on these commands while this process writes the next.
     if (collected >= COLLECTED_WRITES) send();
     return isTaken;
   };

@@ -5,39 +5,40 @@ import type { RedisNode } from '../config/redis-urls.ts';
 import { pause } from '../lifecycle.ts';
 
 /**
- * A Redis Cluster, seen from one slot of it. Everything of one relay is in one slot, so all that it needs of a cluster
- * is to be told which node has that slot now. Its connections are ordinary ones to that node: each belongs to one
- * server, ends when the slot moves, and asks the nodes anew where to go.
+ * Connects to the node of a Redis Cluster that has one slot. All keys of a relay are in one slot, so it only has to find
+ * out which node has it. Each connection is an ordinary one to that node. It ends when the slot moves; the next one
+ * asks the nodes again.
  *
- * ioredis' own client for clusters follows a redirection within the same "connection", and sends again what was
- * under way. For the streams that would be wrong: another node has another memory, and before anything is appended
- * there it has to be asked whether it lost something (see stream/epoch.ts).
+ * ioredis' own cluster client follows a redirection within the same "connection" and sends pending commands again. For the
+ * streams that is wrong: the other node may have lost entries, and before anything is appended there, the epoch has to
+ * be checked (see streams/epoch-watch.ts).
  */
 
-/** A node that does not answer within this is passed over. */
+/** A node that does not answer within this time is skipped. */
 const NODE_TIMEOUT_MS = 1_000;
-/** Between two rounds through all nodes. */
+/** Pause after all nodes were asked. */
 const RETRY_MS = 200;
 
-/** Replies of a node that is not, or not in full, where the slot is: nothing was done. */
+/** Errors of a node that does not have the slot. The command was not executed. */
 const MOVED = /^MOVED /;
+/** Errors while the slot is being moved, or the cluster is down. The command was not executed. */
 const IN_BETWEEN = /^(ASK|TRYAGAIN|CLUSTERDOWN)\b/;
 
-/** ioredis' words for what is done about a reply. */
+/** What `reconnectOnError` of ioredis may return. */
 const PASS_ON = false;
 const RECONNECT = 1;
 const RECONNECT_AND_RESEND = 2;
 
 /**
  * @param nodes of the cluster, some or all
- * @param waits whether commands of this connection wait until they can be answered; else they fail at once
+ * @param waits whether commands wait until the node can execute them; otherwise they fail at once
  */
 export function inCluster(nodes: readonly RedisNode[], slot: number, waits: boolean): RedisOptions {
   return {
     Connector: connectorTo(nodes, slot),
     reconnectOnError({ message }) {
       if (MOVED.test(message)) return waits ? RECONNECT_AND_RESEND : RECONNECT;
-      // While the slot is on its way, a reconnection is a pause as well.
+      // Reconnecting also serves as a pause while the slot is being moved.
       if (IN_BETWEEN.test(message)) return waits ? RECONNECT_AND_RESEND : PASS_ON;
       return PASS_ON;
     },
@@ -49,7 +50,7 @@ type Options = RedisOptions & Readonly<{ disconnectTimeout: number }>;
 function connectorTo(seeds: readonly RedisNode[], slot: number) {
   return class SlotConnector extends AbstractConnector {
     readonly #options: Options;
-    /** All nodes that were heard of. One after the other is asked: one that was cut off knows an old truth. */
+    /** All known nodes. Each is asked, one after another: a node that is cut off from the others has an old view. */
     #nodes: readonly RedisNode[] = seeds;
     #next = 0;
 
@@ -58,12 +59,12 @@ function connectorTo(seeds: readonly RedisNode[], slot: number) {
       this.#options = options as Options;
     }
 
-    /** A node that lost the slot may not know it yet. */
+    /** Refuses replicas: a node that was demoted may still claim the slot. */
     override check(info: { role?: string }): boolean {
       return info.role === undefined || info.role === 'master';
     }
 
-    /** Never rejects but after `disconnect`: ioredis would give the connection up for good. */
+    /** Rejects only after `disconnect`: on a rejection ioredis would give up for good. */
     override async connect(emit: (type: string, error: Error) => void): Promise<Socket | TLSSocket> {
       this.connecting = true;
       for (;;) {
@@ -79,7 +80,7 @@ function connectorTo(seeds: readonly RedisNode[], slot: number) {
             reason = (error as Error).message;
           }
         }
-        emit('error', new Error(`no node of the cluster tells who has slot ${slot}: ${reason}`));
+        emit('error', new Error(`no node of the cluster says which node has slot ${slot}: ${reason}`));
         await pause(RETRY_MS);
         if (!this.connecting) throw new Error('Connection is closed.');
       }
@@ -104,7 +105,7 @@ function connectorTo(seeds: readonly RedisNode[], slot: number) {
         const nodes = [...ranges.flatMap((range) => range.nodes), ...seeds];
         this.#nodes = [...new Map(nodes.map((it) => [`${it.host} ${it.port}`, it])).values()];
         const [owner] = ranges.find(({ from, to }) => from <= slot && slot <= to)?.nodes ?? [];
-        if (owner === undefined) throw new Error('nobody has it');
+        if (owner === undefined) throw new Error('no node has it');
         return owner;
       } finally {
         redis.disconnect();
@@ -125,7 +126,7 @@ function connectorTo(seeds: readonly RedisNode[], slot: number) {
 
 type Range = Readonly<{ from: number; to: number; nodes: RedisNode[] }>;
 
-/** CLUSTER SLOTS: `[from, to, [host, port, …], …]` of each range, its master first. A node may not know its own host. */
+/** The reply of CLUSTER SLOTS: `[from, to, [host, port, …], …]` for each range, master first. A node may not know its own host. */
 function rangesOf(reply: unknown, asked: RedisNode): Range[] {
   const ranges = reply as [from: number, to: number, ...nodes: [host: string | null, port: number][]][];
   return ranges.map(([from, to, ...nodes]) => ({

@@ -11,30 +11,30 @@ import { isPassword, NOBODYS_HASH } from './passwords.ts';
 import { createSeals } from './seals.ts';
 import { addressOf, createTries } from './tries.ts';
 
-/** Who is asking, and what that allows. */
+/** Authentication and roles: who sends a request, and what they may do. */
 
 export type Operator = Readonly<{ name: string; role: Role }>;
 
 declare module 'fastify' {
   interface FastifyRequest {
-    /** Set by `requires`. */
+    /** Set by the hook of `requires`. */
     operator: Operator | null;
   }
 }
 
 const SESSION = { cookie: 'relay_session', kind: 'session' } as const;
-/** One working day. A session cannot be ended on the server, but for all at once. */
+/** One working day. The server cannot end a single session, only all of them. */
 const SESSION_MS = 8 * 3_600_000;
-/** Says that a user has logged in with this browser: guesses from elsewhere do not lock that name out here. */
+/** The user has logged in with this browser before. Wrong guesses from elsewhere do not lock the name out here. */
 const KNOWN = { cookie: 'relay_known', kind: 'known' } as const;
 const KNOWN_MS = 90 * 86_400_000;
-/** A wrong password is answered no sooner, whatever is wrong: the time tells nothing, and guessing takes long. */
+/** Minimum time to answer a wrong name or password: guessing is slow, and the time does not tell which one was wrong. */
 const WRONG_ANSWER_MS = 1_000;
-/** Wrong passwords in a minute: from one address (of IPv6, one /64), and for one name. */
+/** Limits on wrong passwords per window: from one address (a /64 of IPv6), and for one name. */
 const WINDOW_MS = 60_000;
 const TRIES_BY_ADDRESS = 10;
 const TRIES_BY_NAME = 100;
-/** For a script that sends its password with every request the hash is computed once, and again after this time without a request. */
+/** A script sends its password with every request. Its hash is computed once, and again after this time without a request. */
 const REMEMBERED_MS = 600_000;
 const REMEMBERED_MAX = 200;
 const MAX_FORM_BYTES = 8_192;
@@ -47,11 +47,11 @@ type Checked = { operator: Operator } | { wrong: true } | { tooMany: true; retry
 /**
  * Log-in by page and session cookie, or by HTTP Basic.
  *
- * A session is a sealed cookie that names user and end. The role is looked up each time.
+ * A session is a signed cookie with the user's name and an expiry time. The role is looked up at each request.
  *
- * @param users nobody: all who can reach the address are the operator "local"; only for loopback addresses
- * @param secret of the deployment, for sessions
- * @param basePath path of the whole server as the browser sees it, without a slash at its end
+ * @param users if empty, everyone who can reach the address is the operator "local"; only for loopback addresses
+ * @param secret of the deployment; signs sessions
+ * @param basePath path of the whole server as the browser sees it, without a trailing slash
  */
 export function createAccess(deps: {
   users: readonly BoardUser[];
@@ -67,7 +67,7 @@ export function createAccess(deps: {
   const wrongByName = createTries({ max: TRIES_BY_NAME, windowMs: WINDOW_MS });
   const checking = new Map<string, Promise<Checked>>();
 
-  /** The same password from the same address is computed once, however many requests bring it at once. */
+  /** Simultaneous requests with the same credentials from the same address share one hash computation. */
   function check(request: FastifyRequest, name: string, password: string): Promise<Checked> {
     const address = addressOf(request.ip);
     const asked = remembered.digest(`${address} ${name}:${password}`);
@@ -96,7 +96,7 @@ export function createAccess(deps: {
       [wrongByName, isKnown ? `${name} ${address}` : name],
     ] as const) {
       const retryInS = tries.take(key);
-      if (retryInS > 0) return tooMany(retryInS, 'too many wrong passwords; refused unseen');
+      if (retryInS > 0) return tooMany(retryInS, 'too many wrong passwords; refused without a check');
       taken.push(() => tries.giveBack(key));
     }
     const user = byName.get(name);
@@ -108,7 +108,7 @@ export function createAccess(deps: {
       }
     } catch (error) {
       if (error instanceof BusyError)
-        return tooMany(error.retryAfterSeconds, 'too many log-ins at once; refused unseen');
+        return tooMany(error.retryAfterSeconds, 'too many log-ins at once; refused without a check');
       throw error;
     }
     await answerAt;
@@ -116,7 +116,7 @@ export function createAccess(deps: {
     return { wrong: true };
   }
 
-  /** A name that is not known may be a password in the wrong field: that is not for the log. */
+  /** An unknown name is not logged: it may be a password in the wrong field. */
   const known = (name: string): string | null => byName.get(name)?.name ?? null;
 
   async function byBasic(request: FastifyRequest, credentials: string): Promise<Checked> {
@@ -135,16 +135,16 @@ export function createAccess(deps: {
     return byName.get(name ?? '') ?? null;
   }
 
-  /** Without users: this machine's own people, and no page or proxy that speaks for others. */
+  /** Without users: serves only people on this machine, not proxies or pages of other sites. */
   function byAddress(request: FastifyRequest): Operator | string {
     const { headers, raw, hostname, host } = request;
-    // Else a page of anybody's could point its own name at 127.0.0.1 and be let in.
+    // DNS rebinding: any site can point its own name at 127.0.0.1.
     if (!LOOPBACK_NAME.test(hostname)) return 'without RELAY_BOARD_USERS only localhost is served';
-    // Many proxies say nothing of themselves; those speak HTTP/1.0, as nginx does unless told otherwise.
+    // Proxies that add no header usually speak HTTP/1.0, as nginx does by default.
     if (raw.httpVersion === '1.0' || Object.keys(headers).some((name) => OF_A_PROXY.test(name)))
-      return 'this came through a proxy: set RELAY_BOARD_USERS';
+      return 'this request came through a proxy: set RELAY_BOARD_USERS';
     if (headers.origin !== undefined && hostOf(headers.origin) !== host)
-      return 'this was asked by a page of another site';
+      return 'this request comes from a page of another site';
     return { name: 'local', role: 'operator' };
   }
 
@@ -159,7 +159,7 @@ export function createAccess(deps: {
     return operator && { operator };
   }
 
-  /** A hook (onRequest or later) that lets nobody pass but these, and says who it is in `request.operator`. */
+  /** A hook (onRequest or later) that requires the role, and sets `request.operator`. */
   function requires(role: Role) {
     return async (request: FastifyRequest, reply: FastifyReply): Promise<unknown> => {
       const found = await identify(request);
@@ -179,7 +179,7 @@ export function createAccess(deps: {
       const next = encodeURIComponent(`${basePath}${request.url}`);
       return reply.redirect(`${basePath}/login?next=${next}`, 303);
     }
-    // No challenge for others: a browser would open a window of its own over the dashboard.
+    // Only requests with Basic credentials get a challenge: a browser would open its own log-in window over the dashboard.
     if (byScript) reply.header('www-authenticate', 'Basic realm="relay"');
     return reply.code(401).send({ error: byScript ? WRONG : 'log in first' });
   }
@@ -192,7 +192,7 @@ export function createAccess(deps: {
   const refuseForNow = (reply: FastifyReply, retryInS: number): FastifyReply =>
     reply.code(429).header('retry-after', Math.max(1, retryInS));
 
-  /** Paths of our own only: the author of a link must not choose where its reader ends up. */
+  /** Allows only our own paths as `next`: no open redirect. */
   function ownPath(next: unknown): string {
     const home = `${basePath}/board`;
     if (typeof next !== 'string' || !/^\/(?![/\\])[\x21-\x5b\x5d-\x7e]{0,2000}$/.test(next)) return home;
@@ -200,8 +200,8 @@ export function createAccess(deps: {
   }
 
   /**
-   * What changes anything must come from a page of our own, or from no page at all. SameSite=Strict keeps the cookie
-   * from other sites, but not from other ports and subdomains of the same one, and Basic credentials from nobody.
+   * CSRF: a request that changes something must come from our own page, or from no page at all. SameSite=Strict does not
+   * withhold the cookie from other ports and subdomains of the same site, and nothing withholds Basic credentials.
    */
   async function refuseOtherSites(request: FastifyRequest, reply: FastifyReply): Promise<unknown> {
     if (isRead(request) || isOfOurOwn(request)) return undefined;
@@ -216,7 +216,7 @@ export function createAccess(deps: {
     const site = headers['sec-fetch-site'];
     if (site !== undefined) return site === 'same-origin';
     if (headers.origin !== undefined) return hostOf(headers.origin) === host;
-    // A script says neither. A browser does, so a session without is none.
+    // Browsers send one of the two headers, scripts neither. A session cookie without them is refused.
     return cookies[SESSION.cookie] === undefined;
   }
 
@@ -274,7 +274,7 @@ export function createAccess(deps: {
   return {
     requires,
 
-    /** Adds the log-in to `app`, and to everything that is added to it afterwards the protection from other sites. */
+    /** Adds the log-in to `app`. Routes that are added afterwards are protected from other sites. */
     async register(app: FastifyInstance): Promise<void> {
       await app.register(cookie);
       await app.register(formBody, { bodyLimit: MAX_FORM_BYTES });
@@ -287,7 +287,7 @@ export function createAccess(deps: {
 
 const WRONG = 'Wrong name or password.';
 const TOO_MANY = 'Too many tries. Wait a minute.';
-/** Headers that a proxy adds, by its own name or its client's. */
+/** Headers that proxies add. */
 const OF_A_PROXY =
   /^(via|forwarded|x-(forwarded|real|client|original|cluster)\b.*|.*connecting-ip|true-client-ip)$/;
 const LOOPBACK_NAME = /^(localhost|127(\.\d{1,3}){3}|\[::1\])$/i;
@@ -305,7 +305,7 @@ const hostOf = (origin: string): string | null => {
 
 const pathOf = (request: FastifyRequest): string => request.routeOptions.url ?? 'unknown';
 
-/** Which credentials were right a while ago. Of them only a keyed hash is kept, for as long as the process lives. */
+/** Remembers which credentials were right lately, as keyed hashes. The key is lost with the process. */
 function createMemory() {
   const key = randomBytes(32);
   const names = new Map<string, { name: string; until: number }>();

@@ -1,21 +1,21 @@
 import { setTimeout as delay } from 'node:timers/promises';
 
 /**
- * How much may be asked over HTTP at once. The server shares its process, PostgreSQL and Redis with the relay, whose
- * events come first. Imports nothing.
+ * Limits on the load from HTTP requests. The server shares its process, PostgreSQL and Redis with the relay, and events
+ * come first.
  */
 
-/** More was asked than is answered; asking again after a moment helps. */
+/** Too many requests; a later one may succeed. */
 export class BusyError extends Error {
   override readonly name = 'BusyError';
   readonly statusCode = 503;
   readonly retryAfterSeconds = 1;
   constructor() {
-    super('too much is asked at once: try again in a second');
+    super('too many requests at once: try again in a second');
   }
 }
 
-/** One answer for all who ask the same while it is made, and for `keptMs` after that. A failure is not kept. */
+/** Callers with the same question share one answer while `ask` runs and for `keptMs` after. A failure is not kept. */
 export function shareAnswers<T>(
   keptMs: number,
   ask: (question: string) => Promise<T>,
@@ -34,13 +34,13 @@ export function shareAnswers<T>(
 
 export type Gate = <T>(work: () => Promise<T>) => Promise<T>;
 
-/** A place rests for this time at most, however long the work in it took. */
+/** Longest rest of a slot, however long its work took. */
 const REST_MAX_MS = 2_000;
 
 /**
- * Lets `atOnce` through at a time, one after another, while `waiting` more wait. A place rests `rest` times as long as the
- * work in it took: with 4, who asks without end keeps the database busy for a fifth of the time.
- * The function that it returns throws {@link BusyError} to all who come after these.
+ * A concurrency limit with `atOnce` slots and a queue of at most `waiting` callers. After its work, a slot rests `rest`
+ * times as long as the work took: with `rest` 4 and one slot, a client that never stops asking keeps the database busy for a
+ * fifth of the time. The returned function throws {@link BusyError} when the queue is full.
  */
 export function createGate({
   atOnce,
@@ -52,7 +52,6 @@ export function createGate({
   return async (work) => {
     if (running < atOnce) running++;
     else if (queue.length >= waiting) throw new BusyError();
-    // Each hands its place on when it ends.
     else await new Promise<void>((resolve) => queue.push(resolve));
     const beganAt = performance.now();
     try {
@@ -72,9 +71,9 @@ export function createGate({
 }
 
 /**
- * Lets `burst` through at once and `perSecond` after that; others wait until they may, which costs a timer. A
- * client that asks again as soon as it is answered gets slower; an answer that it is refused would make it faster.
- * The function that it returns throws {@link BusyError} when `waiting` wait already.
+ * A rate limit that delays: `burst` requests pass at once, then `perSecond`. A client that asks again after each answer
+ * is slowed down; refusals would make it ask faster. The returned function throws {@link BusyError} when `waiting`
+ * requests wait already.
  */
 export function createPace({
   perSecond,

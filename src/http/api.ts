@@ -5,15 +5,15 @@ import { BusyError, createGate, shareAnswers } from './admission.ts';
 import { describeApi } from './openapi.ts';
 
 /**
- * Dead letters over HTTP, for operators: the same as `relay dlq` and `relay republish`. Each request does a bounded
- * part; `next` of the answer, given back as `after`, goes on from there.
+ * The HTTP API for operators: what `relay dlq` and `relay republish` do. Each request does a bounded part of the work;
+ * `next` of the answer, sent as `after`, continues it.
  */
 
 type Filter = Readonly<Record<string, string>>;
 type Selection = Readonly<{ eventIds: string[] }> | Readonly<{ filter: Filter; pruned?: boolean }>;
 type Options = Readonly<{ by: string; dryRun: boolean; limit: number; after?: string }>;
 
-/** What the API offers; see operate/dead-letters.ts and operate/republish.ts. */
+/** The operations behind the API; see operations/dead-letters.ts and operations/republishing.ts. */
 export type ApiDeps = Readonly<{
   deadLetters: Readonly<{
     list(
@@ -32,7 +32,7 @@ export type ApiDeps = Readonly<{
     ): Promise<Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>>;
     run(range: Range, options: Omit<Options, 'dryRun'>): Promise<object>;
   }>;
-  /** Lets through who has the role; sets `request.operator`. */
+  /** A hook that requires the role and sets `request.operator`. */
   requires: (role: 'viewer' | 'operator') => onRequestHookHandler;
   version: string;
   logger: Logger;
@@ -40,20 +40,20 @@ export type ApiDeps = Readonly<{
 
 type Range = Readonly<{ since: string; until: string; filter: Filter }>;
 
-/** Dead letters, or entries, that one request may deal with, or read. */
+/** Most dead letters, or entries, that one request reads or changes. */
 const MOST_PER_REQUEST = 1_000;
-/** Dead letters that are counted by error: 10,000 take the database about 50 ms. */
+/** Most dead letters that are counted by error: 10,000 take the database about 50 ms. */
 const MOST_GROUPED = 10_000;
-/** Who asks again within this time gets the same groups. */
+/** Requests within this time share the same groups. */
 const SHARED_MS = 1_000;
-/** Requests that are worked on at once, each with a connection to the database; so many more wait. */
+/** Each request at work has a connection to the database. */
 const GATES = {
   viewer: { atOnce: 1, waiting: 20, rest: 4 },
   operator: { atOnce: 2, waiting: 20 },
 };
 
 const text = { type: 'string', minLength: 1, maxLength: 1_000, pattern: '^[^\\u0000]*$' };
-/** Nothing longer: `urn:uuid:…` is of this format too, and PostgreSQL does not read it. */
+/** `maxLength` excludes `urn:uuid:…`, which has this format, too, but which PostgreSQL does not read. */
 const uuid = { type: 'string', format: 'uuid', maxLength: 36 };
 const time = { type: 'string', format: 'date-time' };
 const cursor = { type: 'string', minLength: 1, maxLength: 8_000, description: '`next` of an earlier answer' };
@@ -229,7 +229,7 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
   return [...routes, description];
 }
 
-/** What is in columns of its own. Nothing of a payload, nor what tells whose it is. */
+/** Columns without personal data: not the payload, nor tenant and trace, which tell whose event it is. */
 const SHOWN_TO_VIEWERS = [
   ...['id', 'eventId', 'eventType', 'aggregateType', 'aggregateId', 'topic'],
   ...['withheld', 'occurredAt', 'attempts'],
@@ -264,12 +264,12 @@ function selectionOf(body: Record<string, unknown>): Selection {
   } = body as { eventIds?: string[]; filter?: Filter; all?: boolean };
   const filtered = Object.keys(wanted).length > 0 || body.pruned === true;
   if (eventIds !== undefined) {
-    if (filtered || all) throw new ApiError(400, 'body has both eventIds and a filter: one of them');
-    // As the table and the jobs have them.
+    if (filtered || all) throw new ApiError(400, 'body has both eventIds and a filter: give one of them');
+    // Lower case, as in the table and in job ids.
     return { eventIds: [...new Set(eventIds.map((eventId) => eventId.toLowerCase()))] };
   }
   if (!filtered && !all)
-    throw new ApiError(400, 'body has neither eventIds nor a filter: say all for every dead letter');
+    throw new ApiError(400, 'body has neither eventIds nor a filter: set all to true for every dead letter');
   return { filter: wanted, pruned: body.pruned === true };
 }
 
@@ -282,7 +282,10 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
           const status = statusOf(error);
           if (error instanceof BusyError) reply.header('retry-after', error.retryAfterSeconds);
           else if (status >= 500)
-            deps.logger.error({ err: error, route: request.routeOptions.url }, 'a request failed');
+            deps.logger.error(
+              { err: error, route: request.routeOptions.url },
+              'a request to the HTTP API failed',
+            );
           return reply.code(status).send({ error: errorText(error) });
         },
       );
@@ -296,10 +299,10 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
           method: route.method,
           url: route.url,
           schema: route.schema,
-          // Before a body is read, or anything is said of the request: nobody learns from it who may not ask.
+          // Before the body is read: errors about the request must not reach people without the role.
           onRequest: deps.requires(route.role) as never,
           preValidation: [
-            // Else what is misspelt would be taken away, and `{"filter": {"tpye": …}}` would mean everything.
+            // Fastify removes unknown members: `{"filter": {"tpye": …}}` would select everything.
             async (request) => {
               refuseUnknown(route.schema.querystring, request.query, 'query');
               refuseUnknown(route.schema.body, request.body, 'body');
@@ -324,15 +327,15 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
 function statusOf(error: Error & { statusCode?: number; validation?: unknown }): number {
   if (error.validation !== undefined || error.name === 'CursorError') return 400;
   if (error instanceof NotReadyError || error instanceof BusyError) return 503;
-  // What only looks like a time or a number, such as a year that PostgreSQL does not have.
+  // It has the format but is out of range, such as a year that PostgreSQL does not have.
   if (UNREADABLE.has((error as { code?: string }).code ?? '')) return 400;
   return error.statusCode !== undefined && error.statusCode < 500 ? error.statusCode : 500;
 }
 
-/** SQLSTATE: out of range, no such time, no such time zone, no such character, not of that type. */
+/** SQLSTATEs of values that PostgreSQL cannot read: out of range, bad time, zone, character or text for the type. */
 const UNREADABLE = new Set(['22003', '22007', '22008', '22009', '22021', '22P02']);
 
-/** A body is taken at its word: Fastify would make false of `{"dryRun": null}`, and act. */
+/** Fastify coerces types: it would read `{"dryRun": null}` as false, and act. */
 function refuseMistyped(schema: unknown, value: unknown, where: string): void {
   const { type, properties = {}, items } = (schema ?? {}) as Schema;
   if (type === undefined) return;

@@ -1,9 +1,9 @@
 /**
- * What may be done on the board, and what may not, and why. Every action that Bull Board offers is decided here: one
- * that a later version adds is refused until its effect was thought about.
+ * Which actions of Bull Board are allowed, and why the others are refused. An action that a later version adds is refused
+ * until it has been decided on here.
  *
- * What remains leaves each row's fate right: a job that is removed comes back when its row's lease ends, unless its
- * dead letter is written; one that is retried or promoted is published, and its row with it, or fails again.
+ * An allowed action never leaves a row in a wrong state. A job that is removed comes back when its row's lease ends,
+ * unless its dead letter is written. A job that is retried or promoted publishes its event and marks its row, or fails again.
  */
 
 export type QueueKind = 'claim' | 'publish';
@@ -24,15 +24,15 @@ const onPublishOnly = (action: string, reason: string): Decision => ({
   all: reason,
 });
 
-const NOT_THE_SCHEDULE = 'The claim schedule is the relay’s: its next tick comes by itself.';
+const NOT_THE_SCHEDULE = 'The relay keeps the claim schedule: the next tick comes by itself.';
 const NO_RETRY_OF_CLAIMS = 'A claim that failed is not retried: the next tick does its work.';
 const NOT_FROM_HERE =
   'Events come from the outbox table, and claims from their schedule: nothing is added here.';
-const NOT_THE_DATA = 'A job holds the event as its row does: what is published must be what was committed.';
-const NOT_ALL = 'This takes away what waits or is worked on. Pause the queue, or remove single jobs.';
-const NOT_THE_LIMITS = 'How much runs at once is the relay’s: see RELAY_CONCURRENCY and RELAY_MAX_IN_FLIGHT.';
-const NOT_THE_ORDER =
-  'When an event is tried is the relay’s, in the order of its aggregate; promote a job to try it now.';
+const NOT_THE_DATA = 'A job has the event of its row: what is published must be what was committed.';
+const NOT_ALL = 'This removes jobs that wait or are being processed. Pause the queue, or remove single jobs.';
+const NOT_THE_LIMITS =
+  'The relay limits how many jobs run at once: see RELAY_CONCURRENCY and RELAY_MAX_IN_FLIGHT.';
+const NOT_THE_ORDER = 'The relay tries events in the order of their aggregate. Promote a job to try it now.';
 const NO_CHILDREN = 'The relay’s jobs have no children.';
 
 /** By method and route, as Bull Board names them. */
@@ -72,19 +72,19 @@ const DECISIONS: Readonly<Record<string, Decision>> = {
   'put /api/queues/:queueName/:jobId/remove-unprocessed-children': everywhere('remove children', NO_CHILDREN),
 };
 
-/** Jobs of these states may be removed all at once. Of the claim queue no tick that is to come, nor a wish. */
+/** "Clean all" is allowed for these states: in the claim queue, not for the next tick or a wake that waits. */
 const CLEANED: Readonly<Record<QueueKind, readonly string[]>> = {
   claim: ['failed', 'completed'],
   publish: ['failed', 'completed', 'delayed', 'wait', 'waiting'],
 };
 
-/** What Bull Board calls `method route` (such as `put /api/queues/:queueName/pause`), in short. */
+/** The short name of an action, for the log: `pause` for `put /api/queues/:queueName/pause`. */
 export const actionOf = (method: string, route: string): string | undefined =>
   DECISIONS[`${method.toLowerCase()} ${route}`]?.action;
 
 /**
- * Why this is refused, or null.
- * @param kind which of the relay's queues it is about; undefined for the whole board
+ * Why the request is refused, or null.
+ * @param kind which of the relay's queues it concerns; undefined for the whole board
  */
 export function refusalOf(
   method: string,
@@ -94,7 +94,7 @@ export function refusalOf(
 ): string | null {
   if (method.toLowerCase() === 'get') return null;
   const decision = DECISIONS[`${method.toLowerCase()} ${route}`];
-  if (decision === undefined) return 'Nobody has decided yet whether this harms the relay.';
+  if (decision === undefined) return 'Nobody has decided yet whether this action harms the relay.';
   const reason = decision[kind ?? 'all'];
   if (reason !== null || decision.action !== 'clean' || kind === undefined) return reason;
   return CLEANED[kind].includes(status ?? '') ? null : NOT_ALL;

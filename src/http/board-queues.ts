@@ -1,18 +1,18 @@
 import { BullMQAdapter } from '@bull-board/api/bullMQAdapter';
 import type { BeforeHook, QueueJobJson } from '@bull-board/api/typings/app';
 import type { Job, Queue } from 'bullmq';
-import { brief, type OutboxEvent } from '../event.ts';
+import { brief, counted, type OutboxEvent } from '../event.ts';
 import { type QueueKind, refusalOf } from './board-actions.ts';
 
 /**
- * The relay's two queues as Bull Board shows them: jobs that say what they are about. What is shown of a job is listed
- * in queue/job-views.ts and in `dataOf`; nothing else of it leaves Redis, whatever Bull Board would show.
+ * The relay's two queues for Bull Board, with readable jobs. Only the fields listed in queue/job-views.ts and `dataOf`
+ * are read from Redis and shown, whatever Bull Board asks for.
  */
 
-/** A payload that is longer is cut; all of it is in the row. */
+/** Longer payloads are cut; the row has all of it. */
 const MAX_PAYLOAD_CHARACTERS = 4_000;
 
-/** Jobs of one page, where Bull Board does not say how many. */
+/** Default number of jobs on one page. */
 const PAGE_JOBS = 100;
 
 const DESCRIPTIONS: Readonly<Record<QueueKind, string>> = {
@@ -32,7 +32,7 @@ export type RelayQueues = Readonly<
   Record<QueueKind, Queue> & { views: Readonly<Record<QueueKind, JobViews>> }
 >;
 
-/** Bull Board's adapter, reading jobs by `views`. The relay's jobs have neither logs nor children. */
+/** Bull Board's adapter, but jobs are read by `views`. The relay's jobs have neither logs nor children. */
 class RelayQueueAdapter extends BullMQAdapter {
   readonly #views: JobViews;
   readonly #remark: () => Promise<string>;
@@ -49,7 +49,7 @@ class RelayQueueAdapter extends BullMQAdapter {
     this.#remark = remark;
   }
 
-  /** Bull Board asks for this before it asks for the description, which cannot wait for an answer. */
+  /** Bull Board calls this right before `getDescription`, which is synchronous: so the remark is read here. */
   override async getJobCounts() {
     const [counts, remark] = await Promise.all([super.getJobCounts(), this.#remark().catch(() => '')]);
     this.#lastRemark = remark;
@@ -82,8 +82,8 @@ class RelayQueueAdapter extends BullMQAdapter {
 }
 
 /**
- * @param showsPayload asked for each job: payloads hold personal data
- * @param backlog a sentence that is shown with the publish queue
+ * @param showsPayload called for each job: payloads may hold personal data
+ * @param backlog returns a sentence that is shown with the publish queue
  */
 export function adaptersOf(
   queues: RelayQueues,
@@ -100,7 +100,7 @@ export function adaptersOf(
   });
 }
 
-/** For `handlerHooks.before`: refuses what would harm the relay, and leaves other queues of the same board alone. */
+/** For `handlerHooks.before`: refuses what would harm the relay. Other queues of the same board are not touched. */
 export function createGuard(queues: RelayQueues): BeforeHook {
   const kinds = new Map<string, QueueKind>([
     [queues.claim.name, 'claim'],
@@ -128,9 +128,9 @@ function nameOf(job: QueueJobJson): string {
 
 function attemptOf(job: QueueJobJson, before: number): string {
   const made = before + job.attemptsMade;
-  if (job.finishedOn) return `given up after ${made} ${made === 1 ? 'attempt' : 'attempts'}`;
+  if (job.finishedOn) return `given up after ${counted(made, 'attempt')}`;
   const next = `attempt ${made + 1} of ${Math.max(made + 1, before + (job.opts?.attempts ?? 1))}`;
-  // BullMQ counts the delay from the end of the attempt before, a moment after its start.
+  // Approximate: BullMQ counts the delay from the end of the last attempt, `processedOn` is its start.
   if (!job.delay || !job.processedOn) return next;
   return `${next} at ${new Date(job.processedOn + job.delay).toISOString().slice(0, 19)}Z`;
 }
@@ -141,7 +141,7 @@ function dataOf(data: unknown, showsPayload: boolean): unknown {
   if (typeof data === 'object' && data !== null) {
     if ('unreadBytes' in data)
       return `not read: ${data.unreadBytes} bytes are too many for this page; the row has them`;
-    // Of a claim there is nothing to hide.
+    // Claim jobs have no data.
     if (Object.keys(data).length === 0) return data;
   }
   if (!isEvent(data)) return showsPayload ? data : HIDDEN;
@@ -162,7 +162,7 @@ function payloadOf(text: string): unknown {
   if (text.length > MAX_PAYLOAD_CHARACTERS) {
     return `${text.slice(0, MAX_PAYLOAD_CHARACTERS)}… (${text.length} characters; the row has them all)`;
   }
-  // As text where a number would not survive being parsed.
+  // As text: parsing would round numbers of 16 digits.
   if (/\d{16}/.test(text)) return text;
   try {
     return JSON.parse(text);

@@ -10,45 +10,50 @@ import { adaptersOf, createGuard, type RelayQueues } from './board-queues.ts';
 
 const PREFIX = '/board';
 
-/** Jobs of one page: Bull Board itself reads as many at once as it is asked for. */
+/** Most jobs on one page: Bull Board itself has no limit. */
 const MAX_JOBS_PER_PAGE = 100;
 
 /**
- * Pages that are read in a second, for all who look, each of up to 1 MiB of jobs: who asks without end takes no more
- * than a tenth of a core. An open page asks once in 5 s.
+ * Reads per second, by all users together. A read returns up to 1 MiB of jobs, so a client that never stops reading costs
+ * at most a tenth of a core. An open page reads once in 5 s.
  */
 const READS = { perSecond: 10, burst: 20, waiting: 50 };
 
-/** In the page's configuration, where the name of its reader belongs. */
+/** Placeholder in the page's configuration: replaced by the name of the user. */
 const WHO = 'who-is-logged-in';
 
-/** Whatever would be fetched from another host: Bull Board's page asks for its fonts there. */
+/** Links to other hosts, where Bull Board's page loads its fonts from. */
 const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
 
 /**
- * Hides what is refused to everybody. Bull Board has an option for none of it, and its classes change with each version;
- * the names of its icons stay.
+ * Hides the buttons that are refused to everybody. Bull Board has no option for that. Its class names change with each
+ * version, the names of its icons do not.
  */
-const withoutRefused = (claimQueue: string): string => `<style>
+const withoutRefused = (claimQueue: string): string => {
+  const path = `/${encodeURIComponent(claimQueue)}`;
+  return `<style>
   li button:has(.lucide-files, .lucide-pencil, .lucide-clock, .lucide-arrow-up-down), [role=dialog] button:has(.lucide-pencil),
   [role=menuitem]:has(.lucide-plus, .lucide-chart-no-axes-gantt, .lucide-gauge, .lucide-trash-2, .lucide-ban), td button,
-  main:has([aria-current][href*="/${encodeURIComponent(claimQueue)}?status=delayed"]) li button { display: none !important }
+  /* The next tick of the claim queue: in the list, and on its own page. */
+  main:has([aria-current][href*="${path}?status=delayed"]) li button,
+  main:has([href*="${path}"]):has([style*="--status-delayed"]) li button { display: none !important }
 </style>`;
+};
 
 /**
- * Bull Board at /board. Viewers see a board without buttons and jobs without payloads; they are refused by the server
- * as well. Every action is logged with who did it.
+ * Bull Board at /board. Viewers see no buttons and no payloads, and the server refuses their actions. Every action is
+ * logged with the name of the operator.
  */
 export function createBoard(deps: {
   queues: RelayQueues;
   requires: ReturnType<typeof createAccess>['requires'];
-  /** How much waits, in a sentence. */
+  /** The backlog, in a sentence. */
   backlog: () => Promise<string>;
   basePath: string;
   logger: Logger;
 }) {
   const { queues, requires, basePath, logger } = deps;
-  /** Bull Board tells its hooks and formatters nothing of the request's own. */
+  /** Bull Board does not pass the request to its hooks and formatters. */
   const asking = new AsyncLocalStorage<Operator | null>();
   const mayAct = () => asking.getStore()?.role === 'operator';
 
@@ -60,7 +65,7 @@ export function createBoard(deps: {
       uiConfig: {
         boardTitle: 'Relay',
         hideDocsLink: true,
-        // It lists the clients of Redis, which is dangerous by its ACL categories.
+        // Needs CLIENT LIST, which is in the ACL category @dangerous: the relay's user may not run it.
         showWorkers: false,
         environment: { label: WHO, color: '#1f5fbf', textColor: '#fff' },
         miscLinks: [{ text: 'Log out', url: `${basePath}/logout` }],
@@ -130,7 +135,7 @@ export function createBoard(deps: {
   };
 }
 
-/** Bull Board shows no button of a queue that is read-only. */
+/** Bull Board shows no buttons for a read-only queue. */
 function withoutButtons(body: unknown): void {
   const { queues = [] } = body as { queues?: Record<string, unknown>[] };
   for (const queue of queues) {

@@ -9,12 +9,12 @@ import type { Logger } from '../telemetry/logger.ts';
 import { shareAnswers } from './admission.ts';
 import type { DashboardOptions } from './dashboard.ts';
 
-/** All who ask within this time of an answer get the same. */
+/** Requests within this time share one answer. */
 const SHARED_MS = 1_000;
 
 /**
- * What people who log in may see and do, in a pod and in `relay board`.
- * @param servers which nothing but the dashboard uses
+ * What the dashboard serves, in a pod and in `relay board`.
+ * @param servers connections that only the dashboard uses
  */
 export async function openDashboard(
   config: RelayConfig,

@@ -6,13 +6,13 @@ import { createAccess } from './access.ts';
 import type { RelayQueues } from './board-queues.ts';
 import { createBoard } from './bull-board.ts';
 
-/** Works offline: nothing is asked of another host, and no other page may show ours. */
+/** Nothing is loaded from other hosts, and no other site may frame our pages. */
 const CONTENT_SECURITY_POLICY = {
   useDefaults: false,
   directives: {
     defaultSrc: ["'none'"],
     scriptSrc: ["'self'"],
-    // Bull Board styles elements in place.
+    // Bull Board uses style attributes.
     styleSrc: ["'self'", "'unsafe-inline'"],
     imgSrc: ["'self'", 'data:'],
     fontSrc: ["'self'"],
@@ -25,14 +25,14 @@ const CONTENT_SECURITY_POLICY = {
 };
 
 export type DashboardOptions = Readonly<{
-  /** Who may log in; nobody: everybody on this machine is the operator "local". */
+  /** Who may log in. If empty, everyone on this machine is the operator "local". */
   users: readonly BoardUser[];
-  /** Of the deployment, for sessions. */
+  /** Of the deployment; signs sessions. */
   secret: () => Promise<string>;
-  /** Path of the whole server as the browser sees it, without a slash at its end. */
+  /** Path of the whole server as the browser sees it, without a trailing slash. */
   basePath: string;
   queues: RelayQueues;
-  /** How much waits, in a sentence. */
+  /** The backlog, in a sentence. */
   backlog: () => Promise<string>;
   /** Adds routes under /api; `requires` is their hook. */
   api?: (app: FastifyInstance, requires: ReturnType<typeof createAccess>['requires']) => Promise<void>;
@@ -42,8 +42,8 @@ export type DashboardOptions = Readonly<{
 }>;
 
 /**
- * Everything that asks who you are: the log-in at /login and /logout, the board at /board, and whatever `api` adds.
- * In a scope of its own: the endpoints beside it stay as they are.
+ * Everything that needs a log-in: /login, /logout, the board at /board, and the routes of `api`. Its hooks are in a scope
+ * of their own and do not affect health and metrics.
  */
 export function createDashboard(deps: DashboardOptions): (app: FastifyInstance) => Promise<void> {
   const { basePath, logger } = deps;
@@ -55,15 +55,15 @@ export function createDashboard(deps: DashboardOptions): (app: FastifyInstance) 
     if (deps.users.length === 0)
       logger.warn(
         {},
-        'the dashboard asks for no password: who can reach its loopback address may do everything',
+        'the dashboard asks for no password: everyone who can reach its loopback address may do everything',
       );
     await app.register(async (scope) => {
       await scope.register(helmet, {
         contentSecurityPolicy: CONTENT_SECURITY_POLICY,
         frameguard: { action: 'deny' },
-        // With no-referrer the browser does not say where a form comes from.
+        // With helmet's default, no-referrer, browsers send `Origin: null` with forms.
         referrerPolicy: { policy: 'same-origin' },
-        // For a whole host, and that is for the proxy that serves it by TLS.
+        // It applies to the whole host: the proxy that terminates TLS decides on it.
         hsts: false,
       });
       scope.addHook('onSend', async (_request, reply) => {

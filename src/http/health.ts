@@ -1,20 +1,20 @@
 import { withDeadline } from '../lifecycle.ts';
 import { errorText } from '../telemetry/logger.ts';
 
-/** What the health endpoints say; they ask, they do not remember. */
+/** The checks behind the health endpoints. Each call asks the servers anew. */
 
 export type Check = Readonly<{ status: 'healthy' | 'degraded' | 'unhealthy'; [detail: string]: unknown }>;
 
 export type Probes = Readonly<{
   database: () => Promise<Record<string, unknown>>;
   redis: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
-  /** That of the streams, where it is another server. */
+  /** Redis of the streams, if it is another server. */
   streamRedis?: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
   backlog: () => Promise<Record<string, unknown> & { oldestSeconds: { waiting: number | null } }>;
 }>;
 
 const PROBE_TIMEOUT_MS = 3_000;
-/** The backlog is degraded when an event that could be published has waited for this time. */
+/** The backlog is degraded when a publishable event has waited for longer than this. */
 const WAITING_TOO_LONG_SECONDS = 60;
 
 export function createHealth(probes: Probes) {
@@ -62,7 +62,7 @@ export function createHealth(probes: Probes) {
   };
 }
 
-/** The worst of them. */
+/** The worst status of all checks. */
 export function overall(checks: Record<string, Check>): Check['status'] {
   const found = Object.values(checks).map((check) => check.status);
   return found.includes('unhealthy') ? 'unhealthy' : found.includes('degraded') ? 'degraded' : 'healthy';

@@ -14,10 +14,10 @@ import { openDashboard } from './dashboard-options.ts';
 import { createHealth } from './health.ts';
 import { createWebServer } from './server.ts';
 
-/** A pod hangs when it has not looked after the schedule for this time. */
+/** A pod that has not checked the schedule for this time hangs. */
 const STUCK_AFTER_MS = 60_000;
 
-/** What the pod tells of itself: health, metrics, dashboard and API. */
+/** The HTTP server of a pod: health, metrics, dashboard and API. */
 export function createHttp(context: Context, workers: Readonly<{ publish: Workers; claim: Workers }>) {
   const { config, servers, queues, backlog, epoch, scheduler, state, logger } = context;
   const { queueRedis, streamRedis } = servers;
@@ -28,7 +28,7 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
   const health = createHealth({
     database: async () => {
       const locksPass = assertLocksPass(servers.httpPool).catch((error) => {
-        // PostgreSQL gives no session for people: the pod works with those that it has.
+        // PostgreSQL refuses another session for HTTP: the relay's own sessions answer instead.
         if (sqlState(error) === TOO_MANY_SESSIONS) return assertLocksPass(servers.pool);
         throw error;
       });
@@ -57,7 +57,7 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
       {
         workers: workers.publish,
         queue: queues.publish,
-        // One attempt, and the postponement of it.
+        // An attempt, and postponing it.
         deadlineMs: 2 * config.publishTimeoutMs,
         oneByOne: false,
       },
@@ -108,7 +108,7 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
       ...(workers.publish.isRunning() ? [] : ['the publish workers do not run']),
       ...(workers.claim.isRunning() ? [] : ['the claim worker does not run']),
       ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
-        ? ['nobody looks after the claim schedule']
+        ? ['the claim schedule is no longer checked']
         : []),
       ...progress.reasons(),
     ],
@@ -116,8 +116,8 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
     waitsFor: () => state.waitsFor,
     ...(config.board && {
       dashboard: () => {
-        const peoples = { pool: servers.httpPool, ...servers.openHttpRedis() };
-        return openDashboard(config, peoples, { backlog: backlog.count, version: VERSION, logger });
+        const ownServers = { pool: servers.httpPool, ...servers.openHttpRedis() };
+        return openDashboard(config, ownServers, { backlog: backlog.count, version: VERSION, logger });
       },
     }),
     basePath: config.boardBasePath,

@@ -1,6 +1,6 @@
 import type { ApiRoute } from './api.ts';
 
-/** The API's description, from the schemas that its requests are checked against. */
+/** The OpenAPI document, made from the schemas that requests are validated against. */
 export function describeApi(prefix: string, version: string, routes: readonly ApiRoute[]): object {
   const paths: Record<string, Record<string, object>> = {};
   for (const route of routes) {

@@ -4,7 +4,7 @@ import type { QueuePlace } from '../config/redis-places.ts';
 import { openRedis } from '../connections/servers.ts';
 import { createQueues, QUEUE_CONNECTION } from '../queue/queues.ts';
 
-/** Where the queues are: a configuration, or a client of yours and the names. */
+/** Where the queues are: a configuration, or your Redis client and the names. */
 export type BoardQueuesFrom =
   | QueuePlace
   | Readonly<{ redis: RedisClient; queuePrefix?: string; queueName?: string }>;
@@ -13,10 +13,10 @@ export type BoardQueues = Readonly<{
   /** For `queues` of createBullBoard, among your own. */
   // biome-ignore lint/suspicious/noExplicitAny: the adapters of whatever version of Bull Board is there
   queues: any[];
-  /** For `options.handlerHooks`: refuses what would harm the relay, with the reason; other queues are left alone. */
+  /** For `options.handlerHooks`: refuses, with the reason, what would harm the relay. Does not touch other queues. */
   // biome-ignore lint/suspicious/noExplicitAny: as above
   handlerHooks: { before: (event: any) => any };
-  /** Closes what was opened; a client that was given stays open. */
+  /** Closes the queues, and the connection unless it is yours. */
   close(): Promise<void>;
 }>;
 
@@ -32,10 +32,10 @@ export async function createBoardQueues(
   const { adaptersOf, createGuard } = await import('./board-queues.ts');
   const { queuePrefix = 'bull', queueName = 'relay' } = from;
   const own = 'redis' in from ? undefined : openRedis(from, QUEUE_CONNECTION);
-  // The board shows that Redis is away.
+  // Bull Board shows that Redis is away.
   own?.on('error', () => {});
   const redis = own ?? (from as unknown as { redis: Redis }).redis;
-  // Nothing is added by a board, so nothing is retried by these.
+  // A board adds no jobs, so the retry options do not matter.
   const queues = createQueues(
     redis,
     { queuePrefix, queueName, maxRetryAttempts: 0, retryBaseDelayMs: 0 },

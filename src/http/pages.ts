@@ -1,4 +1,4 @@
-/** The pages that people see before they are in, and on their way out. No script, nothing from elsewhere. */
+/** The pages for logging in and out, and for refusals. No scripts, nothing from other hosts. */
 
 const STYLE = `
   :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
@@ -38,8 +38,8 @@ const ESCAPES: Record<string, string> = {
 const escaped = (text: string): string => text.replaceAll(/[&<>"']/g, (it) => ESCAPES[it] as string);
 
 /**
- * @param next where to go when it worked; a path of our own
- * @param failed why it did not, and the name that was given: only the password is to be typed again
+ * @param next path to open after the log-in; must be one of our own
+ * @param failed the last try: why it failed, and the name, so that only the password must be typed again
  */
 export const logInPage = (
   action: string,

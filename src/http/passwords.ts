@@ -2,13 +2,13 @@ import { randomBytes, scrypt, timingSafeEqual } from 'node:crypto';
 import { PASSWORD_HASH } from '../config/board-users.ts';
 import { createGate } from './admission.ts';
 
-/** 32 MiB and about 80 ms of one core for each guess, on a thread of its own: the event loop stays free. */
+/** Each hash takes 32 MiB and about 80 ms of one core, on libuv's thread pool. */
 const COST = { logN: 15, r: 8, p: 1 };
 const SALT_BYTES = 16;
 const KEY_BYTES = 32;
 /**
- * Two log-ins are computed at once: of the four threads that DNS and files need too, some stay free. Ten more wait, for
- * half a second at most.
+ * Two hashes are computed at once: DNS and files need the other two threads of libuv's pool. Ten more wait, for half a
+ * second at most.
  */
 const gate = createGate({ atOnce: 2, waiting: 10 });
 
@@ -22,12 +22,12 @@ export async function hashPassword(password: string, cost: Cost = COST): Promise
   return `scrypt.${logN}.${r}.${p}.${salt.toString('base64url')}.${key.toString('base64url')}`;
 }
 
-/** Compared with it, every password is wrong, and as slow as any: for names that nobody has. */
+/** For unknown names: no password matches, and comparing takes as long as for a known name. */
 export const NOBODYS_HASH = `scrypt.${COST.logN}.${COST.r}.${COST.p}.${'A'.repeat(22)}.${'A'.repeat(43)}`;
 
 /**
  * Whether `hash` is that of `password`.
- * @throws {BusyError} when too many ask at once
+ * @throws {BusyError} when too many log-ins wait
  */
 export async function isPassword(password: string, hash: string): Promise<boolean> {
   const [, logN, r, p, salt = '', key = ''] = PASSWORD_HASH.exec(hash) ?? [];
@@ -37,7 +37,7 @@ export async function isPassword(password: string, hash: string): Promise<boolea
 }
 
 function derive(password: string, salt: Buffer, { logN, r, p }: Cost): Promise<Buffer> {
-  // Typed on one machine and checked on another: the same letters, however they are composed.
+  // Keyboards differ in how they compose letters: normalised, they are the same bytes.
   const text = password.normalize('NFC');
   const N = 2 ** logN;
   return gate(

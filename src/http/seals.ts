@@ -3,16 +3,15 @@ import { type BoardUser, entryOf } from '../config/board-users.ts';
 import { shareAnswers } from './admission.ts';
 
 /**
- * What a browser keeps for us, as text that only this deployment can have written: `<kind>.<end>.<name>.<signature>`.
+ * Signed cookies: `<kind>.<expiry, Unix time in ms>.<name>.<HMAC>`.
  *
- * The key is made of the deployment's secret and of RELAY_BOARD_USERS. So every pod knows it; what another deployment
- * has sealed is worth nothing, though it has the same users; and any change of a password or a role ends what was
- * sealed before.
+ * The key is derived from the deployment's secret and RELAY_BOARD_USERS. So every pod has it, cookies of another deployment
+ * are not accepted even if it has the same users, and every change of a user, password or role makes all cookies invalid.
  */
 
-/** The secret is read again so often: after it was deleted, or lost with Redis, everybody is out this soon. */
+/** How long the secret is cached. After it was deleted, or lost with Redis, all sessions end within this time. */
 const SECRET_KEPT_MS = 5_000;
-/** Clocks of pods differ. */
+/** Allowed difference between the clocks of pods. */
 const CLOCK_DIFFERENCE_MS = 60_000;
 
 export type Seals = ReturnType<typeof createSeals>;
@@ -35,7 +34,8 @@ export function createSeals(secret: () => Promise<string>, users: readonly Board
     },
 
     /**
-     * The name, unless another hand wrote it, its time is over, or it is longer than such a thing lasts: then null.
+     * The name in the cookie. Null if the signature is wrong, the cookie has expired, or it would last longer than
+     * `lifetimeMs`.
      * @throws when the secret cannot be read
      */
     async open(kind: string, sealed: string | undefined, lifetimeMs: number): Promise<string | null> {

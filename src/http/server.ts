@@ -5,46 +5,46 @@ import type { DashboardOptions } from './dashboard.ts';
 import type { createHealth } from './health.ts';
 import { overall } from './health.ts';
 
-/** A pod is asked a few times a second by probes, Prometheus and people; this many take a twentieth of a core. */
+/** Probes, Prometheus and people send a few requests a second; 200 take a twentieth of a core. */
 const PACE = { perSecond: 200, burst: 100, waiting: 300 };
-/** All who ask within this time of an answer get the same. */
+/** Requests within this time share one answer. */
 const SHARED_MS = 1_000;
 const MAX_CONNECTIONS = 1_000;
-/** Clients that send their headers more slowly than any network are not waited for. */
+/** Against clients that send their headers slowly on purpose. */
 const HEADERS_TIMEOUT_MS = 5_000;
 const CHECK_TIMEOUTS_EVERY_MS = 1_000;
 
 export type WebServer = Readonly<{
   start(): Promise<void>;
   stop(): Promise<void>;
-  /** Port that is listened on, once started. */
+  /** The port, once started. */
   port(): number;
 }>;
 
 /**
- * - `/livez`: 200 while this process makes progress; a restart helps otherwise
- * - `/readyz`: 200 while database and Redis answer and the relay is not stopping
+ * - `/livez`: 200 while this process makes progress; otherwise it should be restarted
+ * - `/readyz`: 200 while the relay runs and database and Redis answer
  * - `/metrics`: for Prometheus
- * - `/health`, `/health/detailed`: the same question in the platform's form; 503 when unhealthy
- * - what `dashboard` adds, for people who log in
+ * - `/health`, `/health/detailed`: the checks of `/readyz`, and of the backlog, in the platform's form; 503 when unhealthy
+ * - the routes of `dashboard`, for people who log in
  */
 export function createWebServer(deps: {
   host: string;
   port: number;
   version: string;
   health: ReturnType<typeof createHealth>;
-  /** Left out where nothing is published: no `/metrics` then. */
+  /** Without it, as in `relay board`, there is no `/metrics`. */
   metrics?: Readonly<{ contentType: string; render: () => Promise<string> }>;
-  /** What keeps this process from making progress; empty when nothing does. */
+  /** Why this process makes no progress; empty while it does. */
   stuck: () => string[];
   phase: () => 'starting' | 'running' | 'stopping';
-  /** Why it is still starting, where that takes long. */
+  /** What the start-up waits for. */
   waitsFor?: () => string | undefined;
-  /** Added in a scope of its own; no dashboard without. Called when the server starts. */
+  /** Called when the server starts. Without it there is no dashboard. */
   dashboard?: (() => Promise<DashboardOptions>) | undefined;
-  /** Path that the browser sees in front of every path here; a proxy may take it away or leave it. */
+  /** Prefix of every path as the browser sees it. A proxy may strip it or not. */
   basePath?: string;
-  /** Addresses whose X-Forwarded-* headers are believed. */
+  /** Addresses whose X-Forwarded-* headers are trusted. */
   trustedProxies?: readonly string[];
 }): WebServer {
   const { phase, basePath = '', trustedProxies = [] } = deps;
@@ -73,7 +73,7 @@ export function createWebServer(deps: {
   const { dashboard } = deps;
   if (dashboard) {
     app.register(async (scope) => {
-      // 14 MiB and 0.3 s that most pods do without.
+      // Loaded only where it is used: it takes 14 MiB and 0.3 s.
       const { createDashboard } = await import('./dashboard.ts');
       await createDashboard(await dashboard())(scope);
     });
@@ -132,7 +132,7 @@ export function createWebServer(deps: {
   };
 }
 
-/** Closed, the connection costs a client that asks without end a new one. */
+/** Closes the connection: a client that asks again at once must open a new one. */
 const refuseForNow = (reply: FastifyReply, { message, statusCode, retryAfterSeconds }: BusyError) =>
   reply
     .code(statusCode)

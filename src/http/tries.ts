@@ -1,17 +1,17 @@
 import { isIP, isIPv6 } from 'node:net';
 
-/** Who has tried too many passwords. Imports nothing of ours. */
+/** Counts wrong passwords. */
 
-/** More addresses than anyone attacks from; the ones that tried longest ago are forgotten first. */
+/** Most keys that are remembered. The oldest are forgotten first. */
 const MAX_KEYS = 10_000;
 
 export type Tries = ReturnType<typeof createTries>;
 
-/** Counts tries in a window that begins with the first of them. */
+/** At most `max` tries per key in a window. The window begins with the first try. */
 export function createTries({ max, windowMs }: Readonly<{ max: number; windowMs: number }>) {
   const tries = new Map<string, { count: number; until: number }>();
   return {
-    /** Counts one more, or answers in how many seconds one may try again. */
+    /** Counts a try and returns 0, or returns in how many seconds the next one is allowed. */
     take(key: string): number {
       const now = Date.now();
       const found = tries.get(key);
@@ -25,7 +25,7 @@ export function createTries({ max, windowMs }: Readonly<{ max: number; windowMs:
       tries.set(key, { count: 1, until: now + windowMs });
       return 0;
     },
-    /** It was none: the password was right, or not compared. */
+    /** Takes a try back: the password was right, or not compared. */
     giveBack(key: string): void {
       const found = tries.get(key);
       if (found !== undefined) found.count = Math.max(0, found.count - 1);
@@ -34,8 +34,8 @@ export function createTries({ max, windowMs }: Readonly<{ max: number; windowMs:
 }
 
 /**
- * Whose tries are counted together: an IPv4 address, or a /64 of IPv6, which is what one customer has. Proxies write
- * `address:port`, `[address]:port` and `::ffff:192.0.2.1`; what is no address counts as all others that are none.
+ * The key for an address: an IPv4 address, or the /64 of an IPv6 address, which is what one customer has. Proxies also
+ * write `address:port`, `[address]:port` and `::ffff:192.0.2.1`. Texts that are no address share one key.
  */
 export function addressOf(text: string): string {
   const bare = text
@@ -45,7 +45,7 @@ export function addressOf(text: string): string {
     .replace(/%.*$/, '')
     .replace(/^::ffff:(\d+\.\d+\.\d+\.\d+)$/i, '$1');
   if (!isIPv6(bare)) return isIP(bare) > 0 ? bare : 'no address';
-  // As URLs write it: lower case, no leading zeros, no dots.
+  // The URL parser normalises it: lower case, no leading zeros, no dots.
   const [head = '', tail] = new URL(`http://[${bare}]`).hostname.slice(1, -1).split('::');
   const groups = (part: string) => (part === '' ? [] : part.split(':'));
   const after = groups(tail ?? '');

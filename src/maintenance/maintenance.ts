@@ -11,19 +11,19 @@ import type { Logger } from '../telemetry/logger.ts';
 import { createRetention } from './retention.ts';
 
 /**
- * What no event waits for: old rows are deleted, streams trimmed. Each has a schedule of its own in the claim queue.
- * Its job goes to one pod and only starts the work there, so that no claim waits for it; the next one finds another
- * pod, should this one be gone.
+ * Tasks that no event waits for: deleting old rows and trimming streams. Each has a schedule of its own in the claim queue.
+ * Its job reaches one pod and only starts the task there, so that no claim waits for it. If the pod dies, the next job
+ * reaches another one.
  */
 
 const PRUNE = 'prune';
 const TRIM = 'trim';
 const PRUNE_EVERY_MS = 60_000;
 const TRIM_EVERY_MS = 5_000;
-/** Rows that the database keeps are counted, and so many of them named. */
+/** Rows that the database refused to delete are counted; this many are logged with the reason. */
 const KEPT_SHOWN = 5;
 
-/** What the relay's key of the streams that are trimmed is called; `…:streams` is the heartbeat's. */
+/** The key of the list of streams to trim. (`…:streams` belongs to the heartbeat.) */
 export const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${config.queueName}:trimmed`;
 
 export const createRetentionOf = (
@@ -40,7 +40,7 @@ export const createRetentionOf = (
     resyncWindowMs: config.resyncWindowMs,
   });
 
-/** The schedules that this configuration asks for, and those that an earlier one may have left behind. */
+/** The schedules of this configuration, and the names of those that an earlier configuration may have left behind. */
 export function schedulesOf(config: RelayConfig): { schedules: Schedule[]; retired: string[] } {
   const schedules = [
     ...(config.streamTrim === 'acknowledged'
@@ -89,7 +89,7 @@ export function createMaintenance(deps: {
       if (kept.rows > 0)
         logger.warn(
           kept,
-          'the database keeps published rows that are old enough: see the reasons of these; they are tried again in an hour, the others went',
+          'the database keeps old published rows that should be deleted; they are tried again in an hour, all others are deleted',
         );
     });
   }
@@ -97,21 +97,21 @@ export function createMaintenance(deps: {
   function add(name: string, run: (goesOn: () => boolean) => Promise<void>): void {
     const task = createTask((goesOn) =>
       run(goesOn).catch((error) =>
-        logger.warn({ err: error, duty: name }, 'a duty beside the claims failed; it is tried again'),
+        logger.warn({ err: error, duty: name }, 'a maintenance task failed; it is tried again'),
       ),
     );
     tasks.set(name, task);
   }
 
   return {
-    /** Starts the work of that name; false when there is none. */
+    /** Starts the task of that name unless it is running. Returns false if there is no such task in any configuration. */
     begin(name: string): boolean {
       const task = tasks.get(name);
       task?.begin();
-      // A pod that is configured otherwise leaves it to the others.
+      // A pod whose configuration has no such task leaves it to the others.
       return task !== undefined || name === PRUNE || name === TRIM;
     },
-    /** An event was published to this stream, for the first time as far as is known. */
+    /** Called when this pod publishes to a stream for the first time that it knows of. */
     met(stream: string): void {
       if (tasks.has(TRIM)) trimmer.remember(stream);
     },

@@ -7,28 +7,28 @@ import {
   type PruneStep,
 } from '../outbox/pruner.ts';
 
-/** How old published rows leave the table: by the schedule, and by `relay prune`. */
+/** Deletes old published rows, for the schedule and for `relay prune`. */
 
-/** Rows of one transaction: their locks are held for about 10 ms. */
+/** Rows in one transaction: it holds their locks for about 10 ms. */
 const STEP_ROWS = 1_000;
-/** Between two steps at least; and if that is longer, so many times as long as the step took: events come first. */
+/** Pause between two steps: PAUSE_SHARE times as long as the step took, at least PAUSE_MS. Events come first. */
 const PAUSE_MS = 10;
 const PAUSE_SHARE = 3;
-/** Asks again so soon while another process is deleting. */
+/** Retry interval while another process deletes. */
 const BUSY_PAUSE_MS = 50;
 /**
- * Rows are kept for so much longer than the resync window. A comparison that begins right after we looked for one
- * looks back from then on, so it needs rows that are older by what one step takes; this is more than that.
+ * Rows are kept for this much longer than the resync window. Table and streams may begin to be compared right after a step
+ * has asked whether they are; that comparison needs the rows of the whole window. The margin is longer than a step.
  */
 const MARGIN_MS = 60_000;
 
 export type Retention = ReturnType<typeof createRetention>;
 
-/** Table and streams are being compared: rows that may have to be appended again must stay. */
+/** Table and streams are being compared. Nothing is deleted: rows may have to be published again. */
 export class ComparingError extends Error {
   override readonly name = 'ComparingError';
   constructor() {
-    super('Redis has lost data and is being compared with the table; nothing is deleted meanwhile');
+    super('Redis may have lost data and is being compared with the table; nothing is deleted meanwhile');
   }
 }
 
@@ -37,7 +37,7 @@ export function createRetention(deps: {
   ago: (ms: number) => Promise<string>;
   /** Whether table and streams are being compared. */
   comparing: () => Promise<boolean>;
-  /** Told of rows that are old enough, and that the database keeps. */
+  /** Called with rows that are old enough but that the database refused to delete. */
   onKept: (rows: readonly KeptRow[]) => void;
   resyncWindowMs: number;
 }) {
@@ -66,8 +66,9 @@ export function createRetention(deps: {
 
   return {
     /**
-     * Deletes published rows older than `olderThanMs` (never one that a resync may need) in short transactions, until
-     * none is left, `goesOn` says no, or another process is found doing it. Returns how many.
+     * Deletes published rows older than `olderThanMs`, except those that a resync may need, in short transactions. Ends when
+     * none is left, `goesOn` returns false, or another process deletes.
+     * @returns the number of deleted rows
      * @throws {ComparingError}
      */
     async run(olderThanMs: number, goesOn: () => boolean): Promise<number> {
@@ -79,7 +80,7 @@ export function createRetention(deps: {
       return deleted;
     },
 
-    /** The same by hand: waits for a relay that does it as well. Yields how many rows each step deleted. */
+    /** The same for `relay prune`, but waits while another process deletes. Yields the deleted rows of each step. */
     async *byHand(olderThanMs: number, dryRun: boolean): AsyncGenerator<number> {
       for await (const result of walk(olderThanMs, { dryRun })) if (result !== 'busy') yield result.deleted;
     },

@@ -8,18 +8,18 @@ import { errorText } from '../telemetry/logger.ts';
 import type { Fleet } from './heartbeat.ts';
 
 /**
- * What is true of the relay as a whole, whichever pod says it: backlog, queues, streams, pods. `relay status` reads it
- * each time; for /metrics one pod reads it for all.
+ * Figures of the fleet, the same on every pod: backlog, queues, streams, pods. `relay status` reads them each time. For
+ * /metrics, one pod reads them for all.
  */
 export type Figures = Readonly<{
-  // A part is left out when its server does not answer.
+  // A part is left out if its server does not answer.
   backlog?: Backlog;
   queues?: Readonly<Record<'claim' | 'publish', QueueFigures>>;
   fleet?: Fleet;
   streams?: readonly StreamFigures[];
-  /** Clock of the database minus that of Redis. Half a round trip wrong at most. */
+  /** Clock of the database minus that of Redis. The error is at most half a round trip to each. */
   clockDifferenceMs?: number;
-  /** Share of the database's NOTIFY queue that waits to be read, of 1. */
+  /** Used share of the database's NOTIFY queue, from 0 to 1. */
   notifyQueueUsage?: number;
   /** Why parts are left out. */
   problems: readonly string[];
@@ -27,15 +27,15 @@ export type Figures = Readonly<{
 
 export function createFigures(deps: {
   backlog: () => Promise<Backlog>;
-  /** ms since the epoch */
+  /** Unix time in ms. */
   databaseTime: () => Promise<number>;
   notifyQueueUsage: () => Promise<number>;
   queues: () => Promise<Record<'claim' | 'publish', QueueFigures>>;
   fleet: () => Promise<Fleet>;
   inspectStreams: (streams: readonly string[]) => Promise<StreamFigures[]>;
-  /** Read, if they are there, besides those that the fleet knows. */
+  /** Read besides those in the heartbeats, if they exist. */
   streams: readonly string[];
-  /** Longest time for each part. */
+  /** Timeout of each part. */
   deadlineMs: number;
 }): () => Promise<Figures> {
   return async () => {
@@ -45,7 +45,7 @@ export function createFigures(deps: {
         problems.add(`${server}: ${errorText(error)}`);
         return undefined;
       });
-    // Against the same clock of this process, whatever that says.
+    // Both clocks are compared with that of this process, which cancels out.
     const offset = async (time: Promise<number>) => {
       const askedAt = Date.now();
       return (await time) - (askedAt + Date.now()) / 2;
@@ -76,29 +76,30 @@ export function createFigures(deps: {
   };
 }
 
-/** Entries that were not acknowledged by a group, and go when another tenth of the stream's length is appended. */
+/** Entries that a group has not acknowledged, and that are trimmed when another tenth of the limit is appended. */
 export function entriesAtRisk(unacknowledged: number, maxLength: number): number {
   return maxLength === 0 ? 0 : Math.max(0, unacknowledged - Math.floor(maxLength * 0.9));
 }
 
 export type SharedFigures = Readonly<{ figures: Figures; ageSeconds: number }>;
 
-/** Prometheus' usual interval: with it, each scrape of any pod finds figures that are no older than the last one. */
+/** Prometheus' usual scrape interval: figures are never older than the previous scrape. */
 const KEPT_MS = 15_000;
-/** Who reads for all is not waited for longer: it is gone, and another one reads. */
+/** Lifetime of the lock of the pod that reads. After it, another pod reads. */
 const READING_MS = 6_000;
-/** Interval at which the other pods look for the result, and how long they do. */
+/** Interval at which the other pods ask for the result, and how often. */
 const LOOK_MS = 50;
 const LOOKS = 20;
 
 /**
- * Figures that pods share: the first that finds none in Redis reads for all, and puts them there for 15 s. So the
- * database is asked once in that time, by any number of pods and scrapes. Undefined while Redis is away (then every
- * pod would ask), or when who reads takes longer than a second: the next scrape has the result.
+ * Figures that pods share through Redis. The first pod that finds none there reads them for all and writes them for 15 s,
+ * so the database is asked once in that time, for any number of pods and scrapes. Returns undefined while Redis is away
+ * (otherwise every pod would ask the database), and when the reading pod takes longer than a second: the next scrape finds
+ * the result.
  */
 export function shareFigures(deps: {
   redis: Redis;
-  /** Of the result. */
+  /** Key of the result. */
   key: string;
   read: () => Promise<Figures>;
 }): () => Promise<SharedFigures | undefined> {
@@ -113,7 +114,7 @@ export function shareFigures(deps: {
 
   async function readForAll(token: string): Promise<SharedFigures> {
     try {
-      // Between the read and the lock another one may have put them there.
+      // Another pod may have written them between our read and our lock.
       const found = await shared();
       if (found !== undefined) return found;
       const figures = await deps.read();

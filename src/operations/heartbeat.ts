@@ -3,49 +3,50 @@ import type { Redis, Result } from 'ioredis';
 import { pause } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
-/** What a pod tells of itself. */
+/** What a pod reports in its heartbeat. */
 export type PodFacts = Readonly<{
   /** Host name and process id. */
   pod: string;
   version: string;
   /**
-   * Pods of one number may work at the same time. Absent from builds before 2, which know no gate: they append without
-   * asking for what comes before.
+   * Pods with the same number may run at the same time. Builds before 2 do not have it. They have no gate: they append an
+   * event without asking for its predecessor.
    */
   protocol?: number;
   phase: 'starting' | 'running' | 'stopping';
   upSeconds: number;
-  /** Publish jobs that it works on, of at most `concurrency`. */
+  /** Publish jobs in progress, at most `concurrency`. */
   inProgress: number;
   concurrency: number;
-  /** Since it last ran a tick of the claim schedule; null when it never has. */
+  /** Seconds since it last ran a tick of the claim schedule; null if it never has. */
   tickSecondsAgo: number | null;
 }>;
 
-/** A pod, and how long ago it was heard of. */
+/** A pod, and the age of its last heartbeat. */
 export type PodSeen = PodFacts & Readonly<{ heardSecondsAgo: number }>;
 
 export type Fleet = Readonly<{
   pods: PodSeen[];
-  /** Streams that were lately appended to, the latest first. */
+  /** Streams that the fleet has appended to, the latest first. */
   streams: string[];
-  /** Clock of Redis, ms since the epoch. */
+  /** Clock of Redis, Unix time in ms. */
   redisTime: number;
 }>;
 
-/** Raised by a build whose pods must not work beside those of the build before. */
+/** A build whose pods must not run beside those of the build before raises it. */
 export const PROTOCOL = 3;
 
 const INTERVAL_MS = 5_000;
-/** A pod that has missed two beats is likely to be gone. */
+/** A pod that has missed two heartbeats is probably gone. */
 export const SILENT_AFTER_SECONDS = 15;
-/** How long a pod that was killed is shown. */
+/** A killed pod is shown for this time. */
 const FORGOTTEN_AFTER_MS = 600_000;
-/** Streams remembered, those appended to last; all are forgotten when there was no pod for this time. */
+/** Most streams that are remembered; the latest are kept. */
 const STREAMS_KEPT = 50;
+/** Lifetime of both keys without a heartbeat of any pod. */
 const KEPT_MS = 7 * 86_400_000;
 
-/** By the clock of Redis, which a script may ask for by INFO where TIME is not permitted; else by that of the pod. */
+/** The time of Redis, from INFO: TIME may not be permitted. Without it, the time of the pod. */
 const NOW = `
 local usec = string.match(redis.call('INFO', 'server'), 'server_time_usec:(%d+)')
 local now = usec and math.floor(tonumber(usec) / 1000) or tonumber(ARGV[1])`;
@@ -65,7 +66,7 @@ redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -1 - tonumber(ARGV[5]))
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('PEXPIRE', KEYS[2], ARGV[6])`;
 
-/** KEYS: pods, streams. ARGV: time of the pod that asks (ms). Answers the time, the streams, the values of the pods. */
+/** KEYS: pods, streams. ARGV: time of the pod (ms). Returns the time, the streams, and the pods' values. */
 const LISTEN = `${NOW}
 return {string.format('%.0f', now), redis.call('ZREVRANGE', KEYS[2], 0, -1), redis.call('HVALS', KEYS[1])}`;
 
@@ -83,7 +84,7 @@ declare module 'ioredis' {
 /** @param prefix of the keys: `<RELAY_QUEUE_PREFIX>:<RELAY_QUEUE_NAME>` */
 const keysOf = (prefix: string) => [`${prefix}:pods`, `${prefix}:streams`] as const;
 
-/** Which pods there are, and what they publish to; as they have said in their heartbeats. */
+/** Reads pods and streams from the heartbeats. */
 export function createFleetReader(redis: Redis, prefix: string): () => Promise<Fleet> {
   redis.defineCommand('listenForPods', { numberOfKeys: 2, lua: LISTEN });
   return async () => {
@@ -97,12 +98,12 @@ export function createFleetReader(redis: Redis, prefix: string): () => Promise<F
   };
 }
 
-/** Between two reads of pods of another protocol. */
+/** Interval at which pods of another protocol are looked for. */
 const OTHERS_RETRY_MS = 500;
 
 /**
- * Waits until no pod of another protocol is heard of any more.
- * @param onWaiting told why, each time; undefined when there is none
+ * Waits until no pod of another protocol sends heartbeats.
+ * @param onWaiting called with the reason at each try, and with undefined at the end
  */
 export async function waitForOtherProtocols(deps: {
   fleet: () => Promise<Fleet>;
@@ -119,7 +120,7 @@ export async function waitForOtherProtocols(deps: {
       );
       if (others.length === 0) break;
       const names = others.map((it) => `${it.pod} (version ${it.version})`).join(', ');
-      deps.onWaiting(`pods of another build are at work, beside which this one must not be: ${names}`);
+      deps.onWaiting(`pods of another build are at work, and this one must not run beside them: ${names}`);
       if (!isReported)
         deps.logger.warn(
           { pods: others.map((it) => it.pod) },
@@ -137,15 +138,15 @@ export async function waitForOtherProtocols(deps: {
 export type Heartbeat = Readonly<{
   start(facts: () => Omit<PodFacts, 'pod' | 'protocol'>): void;
   stop(): Promise<void>;
-  /** Tells it now as well; for news. */
+  /** Sends a heartbeat now, for news. */
   beat(): void;
-  /** Remembers a stream, for the next beat. */
+  /** Reports the stream with the next heartbeat. */
   appendedTo(stream: string): void;
 }>;
 
 /**
- * Tells Redis every 5 s that this pod is there: who may not ask for the list of connections (CLIENT LIST is a
- * dangerous command) still knows the pods, and which streams there are.
+ * Tells Redis every 5 s that this pod runs, and which streams it appends to. CLIENT LIST would also show the pods, but it is
+ * in the ACL category @dangerous, which the relay's user does not have.
  */
 export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Logger }): Heartbeat {
   const { redis, logger } = deps;
@@ -166,7 +167,7 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
     try {
       await redis.beat(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...beaten);
     } catch (error) {
-      // Redis is away, of which others tell.
+      // Redis is away. Its connection logs that.
       for (const stream of beaten) remember(stream);
       logger.debug({ err: error }, 'no heartbeat');
     }
@@ -194,7 +195,7 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
       stopped = true;
       clearTimeout(timer);
       await beating;
-      // Gone in peace; one that was killed is missed for a while.
+      // A pod that ends in order is not shown as silent.
       await redis.hdel(keys[0], pod).catch(() => {});
     },
     beat() {

@@ -1,4 +1,4 @@
-import { isUuid, type OutboxEvent } from '../event.ts';
+import { counted, isUuid, type OutboxEvent } from '../event.ts';
 import type {
   DeadLetter,
   DeadLetterFilter,
@@ -115,7 +115,7 @@ export function createInspection(deps: {
       const timeline = inOrderOfTime([
         [event.occurredAt, 'created'],
         [job?.lastStartedAt, 'last attempt begun'],
-        [row.deadLetteredAt, `dead-lettered after ${event.attempts} attempts`],
+        [row.deadLetteredAt, `dead-lettered after ${counted(event.attempts, 'attempt')}`],
         [row.replayedAt, 'replayed'],
         [row.publishedAt, state === 'discarded' ? discarded : 'published'],
         [row.nextAttemptAt, 'next look, or attempt'],
@@ -126,7 +126,7 @@ export function createInspection(deps: {
     const { attempts, error } = entry;
     const timeline = inOrderOfTime([
       [entry.occurredAt, 'created'],
-      [entry.failedAt, `dead-lettered after ${attempts} attempts`],
+      [entry.failedAt, `dead-lettered after ${counted(attempts, 'attempt')}`],
     ]);
     return { event: eventOf(entry), state: 'pruned', attempts, error, timeline, dlqEntryId, job };
   }

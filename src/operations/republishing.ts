@@ -1,8 +1,19 @@
 import { inSteps, type OutboxEvent } from '../event.ts';
-import type { FinalizedPlace, Published, PublishedFilter, PublishedRow } from '../outbox/published.ts';
+import type { FinalizedPlace, Published, PublishedFilter } from '../outbox/published.ts';
 import { NotOurEpochError, type Republisher } from '../streams/copies.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { fromCursor, toCursor } from './cursor.ts';
+import {
+  cursorOf,
+  type HeldRow,
+  isAppended,
+  isReadAfter,
+  nextBatch,
+  noProgress,
+  type Part,
+  progressOf,
+  type ReadMark,
+} from './republish-progress.ts';
 
 /**
  * Appending once more what was published before, for a consumer that is new, or was broken. The entries are marked
@@ -31,43 +42,21 @@ export type RepublishOptions = Readonly<{
 
 export type RepublishResult = Readonly<{
   appended: number;
-  /** Left out: their topic or payload is not what may be published (any more), or their stream refuses them. */
+  /** Events that are left out: their topic or payload may not be published (any more), or Redis refuses them. */
   refused: number;
-  /** Why the first of them was. */
+  /** Why the first of them was refused. */
   reason: string | null;
-  /** What ended it early, after something was done; null when nothing did. */
+  /** The error that ended it early, after something was done; else null. */
   error: string | null;
-  /** Where to go on, if it was not all; give it as `after`. */
+  /** Cursor to continue with, as `after`; null if everything was done. See republish-progress.ts. */
   next: string | null;
 }>;
 
-/** How many there are, by stream. */
+/** Number of events, by stream. */
 export type RepublishCount = Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>;
 
-/**
- * Where to go on. Rows are read from `finalizedAt`, `id` on. Appended are, of those up to `readUs`, `readId`, all whose
- * entry is not after `entryId`, `entryRow`; of those between that and `lateUs`, `lateId`, all whose entry is not after
- * `lateEntryId`, `lateEntryRow`. Beyond that, none, however old their entries: where a stream was restored, or an
- * acknowledgement was very late, these go back.
- */
-type Place = Readonly<Record<(typeof PLACE)[number], string>>;
-const PLACE = [
-  ...(['finalizedAt', 'id', 'readUs', 'readId', 'entryId', 'entryRow'] as const),
-  ...(['lateUs', 'lateId', 'lateEntryId', 'lateEntryRow'] as const),
-] as const;
-const START = {
-  ...{ readUs: '0', readId: '-1', entryId: '0-0', entryRow: '-1' },
-  ...{ lateUs: '0', lateId: '-1', lateEntryId: '0-0', lateEntryRow: '-1' },
-};
-type Mark = Pick<PublishedRow, 'finalizedUs' | 'id'>;
-/** `index`: counts the rows as they are read. */
-type Row = PublishedRow & Readonly<{ index: number }>;
-
 const PAGE_ROWS = 1_000;
-/**
- * Rows held, to be appended in the order of their entries: they come by the time of their acknowledgement, which may
- * be after that of a successor.
- */
+/** Rows that wait to be appended in the order of their entries. A batch is appended when there are more. */
 const HELD_ROWS = 5_000;
 /** Events read at once: not too many, nor too many stored bytes. */
 const STEP_ROWS = 200;
@@ -85,7 +74,7 @@ export function createRepublish(deps: {
 }) {
   const { published, republisher, logger } = deps;
 
-  /** Appends, in whichever epoch it is; a comparison of table and streams is waited for. */
+  /** Appends in the epoch of now. Waits while table and streams are being compared. */
   function createAppend(replayedAt: Date) {
     let epoch: string | undefined;
     return async (event: OutboxEvent): Promise<string | null> => {
@@ -103,7 +92,7 @@ export function createRepublish(deps: {
 
   return {
     /**
-     * How many entries that would be, at most `limit` of them.
+     * How many entries `run` would append, at most `limit` of them.
      * @throws {CursorError} when `after` is not what an earlier call answered
      */
     async count(
@@ -129,82 +118,51 @@ export function createRepublish(deps: {
     },
 
     /**
-     * Appends them, in the order in which they were appended first. Cut off, it goes on after `next`; an entry whose
-     * answer was lost may then come twice.
+     * Appends the events again, in the order of their first entries. After an interruption, `next` continues it; an entry
+     * whose answer was lost may then be appended twice.
      * @throws {CursorError} when `after` is not what an earlier call answered
-     * @throws {NotReadyError} when it is not known whether Redis lost entries, and nobody finds out
+     * @throws {NotReadyError} when Redis may have lost entries, and no pod compares it with the table in time
      * @throws when a server does not answer; each of these before anything was appended: after that, see `error`
      */
     async run(range: RepublishRange, options: RepublishOptions): Promise<RepublishResult> {
       const { since, until, filter } = range;
       const { limit = Number.POSITIVE_INFINITY, stopped = () => false } = options;
       const append = createAppend(new Date());
-      const began =
-        options.after === undefined
-          ? { ...START, finalizedAt: since, id: '-1' }
-          : fromCursor<Place>(options.after, PLACE);
-      let place = began;
+      const began = options.after === undefined ? noProgress(since) : progressOf(options.after);
+      let progress = began;
       let [appended, refused, seen] = [0, 0, 0];
       let reason: string | null = null;
-      const end = (next: string | null, error: string | null = null): RepublishResult => {
-        logger.info(
-          { by: options.by, ...range, appended, refused, more: next !== null },
-          'events were republished',
-        );
-        return { appended, refused, reason, error, next };
-      };
 
-      const work = async (): Promise<RepublishResult> => {
+      /** Reads rows, holds them, and appends them in batches. Returns whether all are appended. */
+      async function appendRange(): Promise<boolean> {
+        let held: HeldRow[] = [];
         let index = 0;
-        let held: Row[] = [];
-        let read: FinalizedPlace = { finalizedAt: began.finalizedAt, id: began.id };
-        let mark: Mark = { finalizedUs: began.lateUs, id: began.lateId };
+        let readPlace = began.readAfter;
+        let readTo: ReadMark = began.late.read;
         for (;;) {
-          const page = await published.publishedRows(filter, read, until, PAGE_ROWS);
-          const isLast = page.length < PAGE_ROWS;
-          const last = page.at(-1);
-          if (last !== undefined) read = { finalizedAt: last.finalizedAt, id: last.id };
-          const isOld = last !== undefined && !isBeyond(last, began.lateUs, began.lateId);
-          if (last !== undefined && isBeyond(last, mark.finalizedUs, mark.id)) mark = last;
+          const page = await published.publishedRows(filter, readPlace, until, PAGE_ROWS);
           for (const row of page) if (!isAppended(row, began)) held.push({ ...row, index: index++ });
-          if (isLast || (held.length > HELD_ROWS && !isOld)) {
-            held.sort((a, b) => (isAfter(a, b.entryId, b.id) ? 1 : -1));
-            const first = place;
-            const late = held.filter((row) => !isAfter(row, first.entryId, first.entryRow));
-            const due = held.slice(late.length, isLast ? held.length : late.length + HELD_ROWS / 2);
-            // From a place before every row that is not appended yet.
-            const from = earliest(held, read);
-            held = held.slice(late.length + due.length);
-            const [readUs, readId, lateUs, lateId] = [first.lateUs, first.lateId, mark.finalizedUs, mark.id];
-            const parts: [Row[], (row: Row) => Place][] = [
-              [
-                late.filter((row) => !isBeyond(row, first.lateUs, first.lateId)),
-                (row) => ({ ...first, ...from, lateEntryId: row.entryId, lateEntryRow: row.id }),
-              ],
-              [
-                late.filter((row) => isBeyond(row, first.lateUs, first.lateId)),
-                (row) => ({
-                  ...{ ...first, ...from, readUs, readId, lateUs, lateId },
-                  ...{ lateEntryId: row.entryId, lateEntryRow: row.id },
-                }),
-              ],
-              [
-                due,
-                ({ entryId, id: entryRow }) => ({
-                  ...{ ...from, readUs: lateUs, readId: lateId, entryId, entryRow },
-                  ...{ lateUs, lateId, lateEntryId: entryId, lateEntryRow: entryRow },
-                }),
-              ],
-            ];
-            for (const [rows, placeOf] of parts)
-              if (!(await appendAll(rows, placeOf))) return end(toCursor(place));
+          const last = page.at(-1);
+          if (last !== undefined) {
+            readPlace = { finalizedAt: last.finalizedAt, id: last.id };
+            if (isReadAfter(last, readTo)) readTo = last;
           }
-          if (isLast) return end(null);
+          const isLast = page.length < PAGE_ROWS;
+          // The progress will speak of all rows up to `readTo`, which may be where an earlier run had read to: read on
+          // to there before the first batch.
+          const isReadAgain = last !== undefined && !isReadAfter(last, began.late.read);
+          if (isLast || (held.length > HELD_ROWS && !isReadAgain)) {
+            const maxDue = isLast ? Number.POSITIVE_INFINITY : HELD_ROWS / 2;
+            const batch = nextBatch(progress, held, { maxDue, readTo, readPlace });
+            for (const part of batch.parts) if (!(await appendPart(part))) return false;
+            held = batch.held;
+          }
+          if (isLast) return true;
         }
-      };
+      }
 
-      /** Answers whether it came to their end. */
-      async function appendAll(rows: readonly Row[], placeOf: (row: Row) => Place): Promise<boolean> {
+      /** Returns whether all rows of the part are appended or refused. */
+      async function appendPart({ rows, progressAt }: Part): Promise<boolean> {
         for (const step of inSteps(rows, STEP_ROWS, STEP_BYTES)) {
           const found = await published.finalizedEvents(step.map((row) => row.id));
           const events = new Map(found.map((it) => [it.id, it]));
@@ -215,54 +173,30 @@ export function createRepublish(deps: {
             if (refusal === null && event !== undefined) appended++;
             if (refusal !== null) refused++;
             reason ??= refusal;
-            place = placeOf(row);
+            progress = progressAt(row);
             seen++;
-            options.onProgress?.(seen, toCursor(place));
+            options.onProgress?.(seen, cursorOf(progress));
           }
         }
         return true;
       }
 
+      const end = (next: string | null, error: string | null = null): RepublishResult => {
+        logger.info(
+          { by: options.by, ...range, appended, refused, more: next !== null },
+          'events were republished',
+        );
+        return { appended, refused, reason, error, next };
+      };
+
       try {
-        return await work();
+        return end((await appendRange()) ? null : cursorOf(progress));
       } catch (error) {
         // What was appended is there: an answer without `next` would have it appended again.
         if (seen === 0) throw error;
         logger.error({ err: error }, 'republishing ended early; it can go on');
-        return end(toCursor(place), errorText(error as Error));
+        return end(cursorOf(progress), errorText(error as Error));
       }
     },
   };
-}
-
-/** By the ids of the entries, `<ms>-<sequence>`; those of two streams may be the same. */
-function isAfter(row: Row | PublishedRow, entryId: string, entryRow: string): boolean {
-  const [ms = 0n, sequence = 0n] = row.entryId.split('-').map(BigInt);
-  const [otherMs = 0n, otherSequence = 0n] = entryId.split('-').map(BigInt);
-  if (ms !== otherMs) return ms > otherMs;
-  if (sequence !== otherSequence) return sequence > otherSequence;
-  return BigInt(row.id) > BigInt(entryRow);
-}
-
-/** In the order in which rows are read. */
-function isBeyond(row: Mark, finalizedUs: string, id: string): boolean {
-  if (row.finalizedUs !== finalizedUs) return BigInt(row.finalizedUs) > BigInt(finalizedUs);
-  return BigInt(row.id) > BigInt(id);
-}
-
-function isAppended(row: PublishedRow, place: Place): boolean {
-  if (!isBeyond(row, place.readUs, place.readId)) return !isAfter(row, place.entryId, place.entryRow);
-  if (isBeyond(row, place.lateUs, place.lateId)) return false;
-  return !isAfter(row, place.lateEntryId, place.lateEntryRow);
-}
-
-/** Right before the first of these rows in the order in which they are read. */
-function earliest(rows: readonly Row[], otherwise: Readonly<{ finalizedAt: string; id: string }>) {
-  const first = rows.reduce<Row | undefined>(
-    (best, row) => (best && best.index < row.index ? best : row),
-    undefined,
-  );
-  return first === undefined
-    ? { finalizedAt: otherwise.finalizedAt, id: otherwise.id }
-    : { finalizedAt: first.finalizedAt, id: String(BigInt(first.id) - 1n) };
 }

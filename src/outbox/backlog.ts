@@ -138,7 +138,7 @@ export function createBacklog(
         };
       }),
 
-    /** The database's clock, ms since the epoch. */
+    /** The database's clock, Unix time in ms. */
     async time(): Promise<number> {
       const { rows } = await read((tx) =>
         tx.query<{ ms: number }>('SELECT (extract(epoch FROM clock_timestamp()) * 1000)::float8 AS ms'),

@@ -5,37 +5,37 @@ import { errorText } from '../telemetry/logger.ts';
 import { FINALIZED_AT } from './conditions.ts';
 
 /**
- * Deleting published rows that are old enough. They are found by two indexes, in the order of their time: those with
- * an entry id by the index that compares entry ids with streams, those without (another system published them) by one
- * that the relay's own rows never enter. So neither a backlog nor younger rows are read, and publishing pays nothing.
+ * Deletes old published rows. Two indexes find them in the order of their time. Rows with an entry id are in the index by
+ * which rows are compared with streams. Rows without one (another system published them) are in an index that the relay's
+ * own rows never enter. So no backlog and no younger rows are read, and publishing costs nothing more.
  */
 
-/** `with-entry`: published by the relay. `without-entry`: by another system, before. */
+/** `with-entry`: published by the relay. `without-entry`: published by another system before. */
 export type PrunableKind = 'with-entry' | 'without-entry';
 export const PRUNABLE_KINDS: readonly PrunableKind[] = ['with-entry', 'without-entry'];
 
-/** Place of a row in the order of its kind. */
+/** A row's place in the order in which its kind is read. */
 export type PrunePlace = Readonly<{ at: string; id: string }>;
 export const FIRST_PLACE: PrunePlace = { at: '-infinity', id: '0' };
 
 export type PruneStep = Readonly<{
   kind: PrunableKind;
   after: PrunePlace;
-  /** Time of the database: rows published before may go. */
+  /** Time of the database. Rows published before it are deleted. */
   before: string;
-  /** Rows examined, at most. */
+  /** Most rows to read. */
   limit: number;
-  /** Deletes nothing: tells what would be deleted. */
+  /** Deletes nothing, but counts what would be deleted. */
   dryRun?: boolean;
 }>;
 
-/** A row that may go, and which the database keeps: a foreign key, a trigger or row security of another owner. */
+/** A row that the database refused to delete, because of a foreign key, a trigger or row level security. */
 export type KeptRow = Readonly<{ id: string; reason: string }>;
 
 export type PruneResult = Readonly<{
   deleted: number;
   kept: readonly KeptRow[];
-  /** Where the next step begins; null: there is nothing further. */
+  /** Where the next step begins; null at the end. */
   next: PrunePlace | null;
 }>;
 
@@ -51,26 +51,27 @@ const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
 };
 
 /**
- * Neither dead nor discarded, nor skipped by an operator: such rows are kept, whatever their age. Asked of rows that
- * were found by other means, so put in a way that no index (the platform has one on `published`) seems to answer.
+ * Dead and discarded rows, and those that an operator skipped, are kept, whatever their age. The rows are found by the
+ * conditions of WALKS. A CASE keeps the planner from using an index on `published`, which the platform has, for this one.
  */
 const PRUNABLE = 'CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE false END';
 
-/** Time before a row that the database kept is tried again. */
+/** When to try a kept row again. */
 const KEPT_FOR_MS = 3_600_000;
-/** So many of them are remembered, at most. */
+/** Most kept rows that are remembered. */
 const KEPT_MAX = 10_000;
 
-/** SQLSTATEs of what has nothing to do with the rows: connection, permission on the table, resources, shutdown. */
+/** SQLSTATE classes of errors that no row causes: connection, permission on the table, resources, shutdown. */
 const BY_NO_ROW = /^(08|25|28|3D|3F|42|53|57P|58)/;
 const mayBeByRow = (error: unknown): error is Error => {
   const { code } = error as Partial<pg.DatabaseError>;
   return typeof code === 'string' && code.length === 5 && !BY_NO_ROW.test(code);
 };
-const SILENTLY = 'it was not deleted, and no error said why: a trigger, a rule or row security keeps it';
+const SILENTLY =
+  'it was not deleted, and there was no error: a trigger, a rule or row level security keeps it';
 
 export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ statementTimeoutMs: number }>) {
-  /** Rows that were kept lately, and until when they are not tried. */
+  /** Ids of kept rows, and until when (Unix time in ms) they are not tried. */
   const kept = new Map<string, number>();
 
   function keptNow(): string[] {
@@ -82,7 +83,7 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
     for (const { id } of rows) if (kept.size < KEPT_MAX) kept.set(id, Date.now() + KEPT_FOR_MS);
   }
 
-  /** Reads the next rows, and tells which of them may go. */
+  /** Reads the next rows, and returns the ids of those to delete. */
   async function look(tx: Queryable, step: PruneStep): Promise<{ ids: string[]; next: PrunePlace | null }> {
     const { at, condition } = WALKS[step.kind];
     const { rows } = await tx.query<{ ids: string[]; looked: number; last: [string, string] | null }>({
@@ -102,7 +103,7 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
     return { ids, next: isEnd ? null : { at: last[0], id: last[1] } };
   }
 
-  /** Deletes these rows as far as they may still go, and tells which stayed. */
+  /** Deletes those of these rows that are still prunable. Returns the rows that are not deleted. */
   async function remove(tx: Queryable, ids: readonly string[]): Promise<KeptRow[]> {
     const { rows } = await tx.query<{ id: string }>({
       name: 'relay-prune',
@@ -114,7 +115,10 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
     return rows.map(({ id }) => ({ id, reason: SILENTLY }));
   }
 
-  /** While no other process deletes. Done again after a crash of PostgreSQL, should that undo it. */
+  /**
+   * Runs `work` in a transaction if no other process deletes. The commit does not wait for the disk: if a crash of PostgreSQL
+   * undoes it, the rows are deleted again.
+   */
   const alone = <T>(work: (tx: Queryable) => Promise<T>): Promise<T | 'busy'> =>
     transaction(pool, statementTimeoutMs, 'repeatable', work, { locks: [PRUNE_LOCK] }).catch((error) => {
       if (error instanceof LockHeldError) return 'busy';
@@ -122,8 +126,8 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
     });
 
   /**
-   * One of these rows makes their deletion fail, or all of them take too long: by halves, each in a transaction of its
-   * own, until it is known which.
+   * Called when the deletion of these rows failed, because of one row or because all together took too long. Deletes by
+   * halves, each in a transaction of its own, until the rows at fault are found.
    */
   async function removeByHalves(ids: readonly string[]): Promise<KeptRow[] | 'busy'> {
     try {
@@ -141,8 +145,8 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
 
   return {
     /**
-     * Reads the next rows and deletes those that may go, in one short transaction, unless another process is doing
-     * so. A row that the database keeps stays, and is not tried again for an hour; the others go.
+     * Reads the next rows and deletes the prunable ones in one short transaction, unless another process deletes. A row that
+     * the database keeps is not tried again for an hour; the others are deleted.
      */
     async step(step: PruneStep): Promise<PruneResult | 'busy'> {
       let found = { ids: [] as string[], next: null as PrunePlace | null };
@@ -164,7 +168,7 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
       return { deleted: found.ids.length - stayed.length, kept: stayed, next: found.next };
     },
 
-    /** The database's time, so many milliseconds ago. */
+    /** The database's time `ms` ago. */
     async ago(ms: number): Promise<string> {
       const { rows } = await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
         tx.query<{ at: string }>(`SELECT (now() - $1 * interval '1 millisecond')::text AS at`, [ms]),

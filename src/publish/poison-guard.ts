@@ -61,7 +61,7 @@ export type PoisonGuard = Readonly<{
 }>;
 
 /**
- * `expiresAt` (ms since the epoch) is when the attempt is given up: one that was waiting does not begin after that.
+ * `expiresAt` (Unix time in ms) is when the attempt is given up: one that was waiting does not begin after that.
  *
  * @param redis a connection that fails fast: without a count nothing is started
  */

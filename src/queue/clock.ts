@@ -12,7 +12,7 @@ const INTERVAL_MS = 5_000;
 /** A difference below this is left alone: the clocks of a fleet that is well differ by milliseconds. */
 const TOLERANCE_MS = 1_000;
 
-/** Time of a Redis, ms since the epoch; of this process where Redis does not tell it. */
+/** Unix time in ms, by the clock of Redis; by that of this process if Redis does not tell it. */
 export async function redisTime(redis: Redis): Promise<number> {
   // From INFO, which the relay may ask for in any case, as it may not for TIME.
   const microseconds = /^server_time_usec:(\d+)/m.exec(await redis.info('server'))?.[1];

@@ -50,7 +50,7 @@ export type JobFate =
   | Readonly<{ state: 'alive'; attempts: number; reason: string }>
   | Readonly<{ state: 'failed' | 'missing' }>;
 
-/** A publish job whose retries are spent, as its dead letter needs it. `madeAt`: when the job was made, ms since the epoch. */
+/** A publish job whose retries are spent, as its dead letter needs it. `madeAt`: when the job was made, Unix time in ms. */
 export type FailedJob = Failure & Readonly<{ madeAt: number }>;
 
 /** An event's job, as an operator sees it. Times are ISO 8601. */

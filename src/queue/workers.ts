@@ -47,7 +47,7 @@ export type Run<T> = Readonly<{
   name: string;
   /** Null where another program made the job. An empty object where Redis lost the job's hash and kept its id in a list. */
   data: T | null;
-  /** ms since the epoch */
+  /** Unix time in ms. */
   madeAt: number;
   /** Attempts that failed before. */
   failures: number;
@@ -249,7 +249,7 @@ export function createWorkers<T, R = void>(deps: {
     /** Jobs that they work on at once, at most. */
     slots: (): number => slots,
 
-    /** When they last began to work on a job, or on nothing yet; ms since the epoch. */
+    /** When they last began to work on a job, or on nothing yet; Unix time in ms. */
     lastStartedAt: (): number => lastStartedAt,
 
     inProgress: (): number => startedAt.size,

@@ -84,7 +84,7 @@ export const APPEND_CONNECTION: RedisOptions = {
 export type Appending = Readonly<{
   epoch: string;
   gate: Gate;
-  /** When the job that this run belongs to was made, ms since the epoch. */
+  /** When the job that this run belongs to was made, Unix time in ms. */
   madeAt: number;
 }>;
 

@@ -1,9 +1,9 @@
 /**
  * Log lines: one JSON object per line on stdout, with `level`, `time`, `service`, `pod`, `pid`, `msg` and fields.
  *
- * Errors of the libraries hold more than may be logged: ioredis keeps the arguments of the failed command (payloads,
- * AUTH), drizzle puts every query parameter into the message, PostgreSQL quotes whole rows in `detail`. So of an error
- * only named parts are taken, and these are cleaned.
+ * Errors of libraries contain what must not be logged: ioredis keeps the arguments of the failed command (payloads,
+ * AUTH), drizzle puts every query parameter into the message, PostgreSQL quotes whole rows in `detail`. So only the parts
+ * of an error that are listed here are logged, and they are redacted.
  */
 import { hostname } from 'node:os';
 import { format } from 'node:util';
@@ -15,8 +15,8 @@ import { printableJson } from '../config/printable.ts';
 type LogMethod = (fields: Record<string, unknown>, message: string) => void;
 
 /**
- * What the relay asks of a logger: a part of pino's. A team that embeds the relay may pass its own; an error is
- * always in the field `err`, as an Error. Wrap its serializer around `serializeError` to keep personal data out.
+ * The part of pino's interface that the relay uses. A program that embeds the relay may pass its own logger. Errors are
+ * always in the field `err`: let its serializer call `serializeError`, which keeps personal data out.
  */
 export type Logger = {
   trace: LogMethod;
@@ -31,7 +31,7 @@ export type Logger = {
 
 export type LogLevel = RelayConfig['logLevel'];
 
-/** @param destination where the lines go; stdout, written synchronously, if left out. */
+/** @param destination default: stdout, written synchronously */
 export function createLogger(level: LogLevel, destination: DestinationStream = pino.destination(1)): Logger {
   return pino(
     {
@@ -41,7 +41,7 @@ export function createLogger(level: LogLevel, destination: DestinationStream = p
       formatters: { level: (label) => ({ level: label }) },
       serializers: { err: serializeError },
     },
-    // Sooner or later the line is read in a terminal.
+    // Lines are read in terminals: no escape sequences.
     { write: (line) => destination.write(printableJson(line)) },
   );
 }
@@ -49,8 +49,8 @@ export function createLogger(level: LogLevel, destination: DestinationStream = p
 const CONSOLE = { debug: 'debug', log: 'info', info: 'info', warn: 'warn', error: 'error' } as const;
 
 /**
- * Libraries print with `console`; Node.js writes its warnings, and the error that ends the process, as text to stderr.
- * From now on all of that is lines of this log. An error that nobody caught ends the process as before.
+ * Libraries print with `console`. Node.js writes its warnings, and the error that ends the process, as text to stderr.
+ * From this call on, all of that goes to the log. An uncaught error still ends the process.
  */
 export function logWhatOthersPrint(logger: Logger): void {
   for (const [method, level] of Object.entries(CONSOLE) as [keyof typeof CONSOLE, LogLevel][])
@@ -58,7 +58,7 @@ export function logWhatOthersPrint(logger: Logger): void {
       const text = format(...parts.map((part) => (part instanceof Error ? errorText(part) : part)));
       logger[level]({ text: cut(redactUrls(text)) }, 'a library printed this');
     };
-  process.removeAllListeners('warning'); // the first one is Node's own, which prints
+  process.removeAllListeners('warning'); // Node's own listener, which prints
   process.on('warning', (warning) => logger.warn({ err: warning }, 'warning of Node.js'));
   process.removeAllListeners('uncaughtException');
   process.on('uncaughtException', (error, origin) => {
@@ -73,7 +73,7 @@ const MAX_STACK_LENGTH = 8_000;
 const MAX_DEPTH = 4;
 const MAX_ERRORS = 5;
 
-/** An error as it may be logged. */
+/** The parts of an error that may be logged. */
 export type SerializedError = {
   type: string;
   message: string;
@@ -87,7 +87,7 @@ export type SerializedError = {
   errors?: SerializedError[];
 };
 
-/** The parts of `error` that may be logged; anything thrown is taken. */
+/** @param error anything that was thrown */
 export function serializeError(error: unknown, depth = 0): SerializedError {
   if (!(error instanceof Error)) return { type: typeof error, message: cut(redactUrls(textOf(error))) };
   const { code, command, errors } = error as Error & { code?: unknown; command?: unknown; errors?: unknown };
@@ -107,8 +107,8 @@ export function serializeError(error: unknown, depth = 0): SerializedError {
 }
 
 /**
- * One line that says what `error` is, for `error_message` of a row or an outcome's reason: the message, with that of
- * the root cause, and nothing secret. At most 2,000 characters.
+ * The error as one line, for a row's `error_message` or an outcome's reason: its message and that of its root cause,
+ * without secrets. At most 2,000 characters.
  */
 export function errorText(error: unknown): string {
   const { message, code, cause, errors } = serializeError(error);
@@ -133,7 +133,7 @@ function cleanMessage(error: Error): string {
   return cut(redactUrls(error.message.replace(/,? with args beginning with:.*/s, '')));
 }
 
-/** The stack begins with the message, which may have several lines: only the lines of the frames are kept. */
+/** Only the frames: the stack begins with the message, which is redacted elsewhere. */
 function cleanStack(error: Error): string | undefined {
   const frames = error.stack?.replace(error.message, '').match(/^ {4}at .*$/gm);
   return frames ? redactUrls(frames.join('\n')).slice(0, MAX_STACK_LENGTH) : undefined;

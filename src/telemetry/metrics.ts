@@ -5,17 +5,17 @@ import { overall } from '../http/health.ts';
 import { withDeadline } from '../lifecycle.ts';
 import { entriesAtRisk, type SharedFigures } from '../operations/figures.ts';
 
-/** Pairs of topic and event type with series of their own; whatever else comes is `other`. */
+/** Most pairs of topic and event type that get series of their own. All further pairs are `other`. */
 const MAX_LABELLED = 100;
 const OTHER = 'other';
-/** Prometheus waits 10 s by default; what does not answer in time is left out. */
+/** Sources that do not answer in time are left out. Prometheus waits 10 s by default. */
 const DEADLINE_MS = 1_500;
 
 const PROCESSING_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10];
 const LATENCY_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 1_800];
 const BATCH_BUCKETS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 5_000, 10_000];
 
-/** Reasons for another try, by what servers and stages say; the first that fits. Labels must be few. */
+/** Maps error texts to the label `reason`, whose values must be few. The first match counts. */
 const REASONS: readonly (readonly [name: string, pattern: RegExp])[] = [
   ['oom', /^OOM/],
   ['wrongtype', /WRONGTYPE/],
@@ -29,13 +29,13 @@ const REASONS: readonly (readonly [name: string, pattern: RegExp])[] = [
 ];
 const reasonOf = (text: string): string => REASONS.find(([, pattern]) => pattern.test(text))?.[0] ?? OTHER;
 
-/** Of Node.js, which is one for all relays in it. */
+/** Metrics of the Node.js process: made once, as a process may run several relays. */
 let ofProcess: Registry | undefined;
 function processMetrics(): Registry {
   if (ofProcess !== undefined) return ofProcess;
   ofProcess = new Registry();
   collectDefaultMetrics({ register: ofProcess });
-  // Gauges with the suffix of counters; each is there with its types as well.
+  // prom-client names these gauges like counters. Each is also there by type, without the suffix.
   for (const what of ['handles', 'requests', 'resources'])
     ofProcess.removeSingleMetric(`nodejs_active_${what}_total`);
   return ofProcess;
@@ -43,13 +43,13 @@ function processMetrics(): Registry {
 
 export type Metrics = ReturnType<typeof createMetrics>;
 
-/** What is asked at each scrape. */
+/** What is read at each scrape. */
 export type MetricsSources = Readonly<{
   /** Publish jobs in progress. */
   inProgress: () => number;
-  /** Since this pod last ran a tick, or started. */
+  /** Seconds since this pod last ran a tick, or started. */
   tickSecondsAgo: () => number;
-  /** By how much the clock of this machine is ahead of that of Redis. */
+  /** How far this machine's clock is ahead of that of Redis. */
   clockAheadMs: () => number;
   epochIsKnown: () => boolean;
   isRunning: () => boolean;
@@ -58,11 +58,11 @@ export type MetricsSources = Readonly<{
 }>;
 
 /**
- * What Prometheus sees. The stages call what is here with what has happened; everything that has a state is asked for
- * at each scrape. Figures of the whole relay are the same at every pod.
+ * The metrics. Stages report what happened; states are read at each scrape. Figures of the fleet are the same on every
+ * pod.
  */
 export function createMetrics(deps: {
-  /** Whether the five metrics of the old relay's plan are called `relay_…` too. */
+  /** Whether the five metrics without a prefix get `relay_`: see RELAY_METRICS_PREFIX. */
   prefixed: boolean;
   version: string;
   concurrency: number;
@@ -107,10 +107,10 @@ export function createMetrics(deps: {
   });
   const retries = counter(
     'relay_retries_total',
-    'Attempts that are made again, by reason; postponed ones cost the event nothing, or Redis let them not begin',
+    'Attempts that are made again, by reason; postponed ones do not count for the event, or Redis refused them before they began',
     ['kind', 'reason'],
   );
-  const expired = counter('relay_leases_expired_total', 'Leases that ended, by what was found of the job', [
+  const expired = counter('relay_leases_expired_total', 'Leases that ended, by the state of the job', [
     'found',
   ]);
   const resyncs = counter(
@@ -119,19 +119,16 @@ export function createMetrics(deps: {
   );
   const resynced = counter(
     'relay_resync_entries_total',
-    'Entries that Redis had lost: of events that are published again, or in streams that cannot be read',
+    'Entries that Redis lost (restored: published again), and rows whose stream cannot be read (refused)',
     ['outcome'],
   );
 
-  // What this pod is.
+  // The state of this pod.
   gauge('relay_build_info', 'Always 1; the version is in the labels', ['version', 'node_version']).set(
     { version: deps.version, node_version: process.version },
     1,
   );
-  const ready = gauge(
-    'relay_ready',
-    'Whether the pod is at work and database and Redis are as it needs them',
-  );
+  const ready = gauge('relay_ready', 'Whether the pod runs, and database and Redis are as it needs them');
   const healthy = gauge('relay_server_healthy', 'Whether the server answered this pod, and takes writes', [
     'server',
   ]);
@@ -151,7 +148,7 @@ export function createMetrics(deps: {
   gauge('relay_jobs_in_hand_limit', 'RELAY_CONCURRENCY').set(deps.concurrency);
   gauge('relay_jobs_in_flight_limit', 'RELAY_MAX_IN_FLIGHT').set(deps.maxInFlight);
 
-  // What the relay as a whole is: the same at every pod, read by one of them.
+  // The state of the fleet: the same on every pod, read by one of them.
   const fleet = {
     age: gauge('relay_figures_age_seconds', 'Age of the figures that all pods share'),
     backlog: gauge('relay_backlog_events', 'Rows that are not published, by state; each counted to 100,000', [
@@ -193,7 +190,7 @@ export function createMetrics(deps: {
   for (const found of ['alive', 'failed', 'missing']) expired.inc({ found }, 0);
   for (const outcome of ['restored', 'refused']) resynced.inc({ outcome }, 0);
 
-  /** The series of a topic and an event type, made once: to look them up by their labels costs more than to count. */
+  /** Series by topic and event type. Looking them up by labels costs more than counting. */
   const known = new Map<string, Map<string, ReturnType<typeof series>>>();
   let labelled = 0;
   let others: ReturnType<typeof series> | undefined;
@@ -226,7 +223,7 @@ export function createMetrics(deps: {
     return made;
   }
 
-  /** Without a value it is left out, which is not the same as 0. */
+  /** Undefined: the metric is left out, which is not the same as 0. */
   function show(it: Gauge, value: number | null | undefined): void {
     if (value === undefined) it.remove();
     else it.set(value ?? 0);
@@ -287,7 +284,7 @@ export function createMetrics(deps: {
   return {
     contentType: Registry.PROMETHEUS_CONTENT_TYPE,
 
-    /** Everything, as Prometheus reads it; within 2 s. Who asks meanwhile gets the same. */
+    /** All metrics in Prometheus' text format, within 2 s. Simultaneous calls share one answer. */
     render(sources: MetricsSources): Promise<string> {
       rendering ??= render(sources).finally(() => {
         rendering = undefined;
@@ -300,7 +297,7 @@ export function createMetrics(deps: {
       const it = of(event);
       it.processed.inc();
       const seconds = (Number.parseInt(entryId, 10) - Date.parse(event.occurredAt)) / 1_000;
-      // Some rows were created at no time, or at infinity; and clocks may differ.
+      // `created_at` may be null or infinity, and clocks may differ.
       if (Number.isFinite(seconds)) it.latency.observe(Math.max(0, seconds));
     },
 
@@ -313,7 +310,7 @@ export function createMetrics(deps: {
       if (outcome.kind === 'retry') retries.inc({ kind: 'failed', reason: reasonOf(outcome.reason) });
     },
 
-    /** Redis let a worker take no job, or end none: no event comes as far as an attempt. */
+    /** Redis refused a worker's command to take or to end a job. */
     refused(reason: string): void {
       retries.inc({ kind: 'postponed', reason: reasonOf(reason) });
     },
@@ -326,7 +323,7 @@ export function createMetrics(deps: {
       batches.observe(events);
     },
 
-    /** Leases that ended, by what became of the job. */
+    /** Leases that ended, by the state of the job. */
     leasesExpired(seen: Readonly<Record<'alive' | 'failed' | 'missing', number>>): void {
       for (const [found, count] of Object.entries(seen)) expired.inc({ found }, count);
     },

@@ -19,10 +19,10 @@ import { type Tracing, untraced } from './tracing.ts';
 const TRACER = 'relay-service';
 
 /**
- * Spans by whatever tracer is registered with OpenTelemetry in this process: that of our own SDK (sdk.ts), or of the
- * team that embeds the relay. None registered: no spans.
+ * Spans, by the tracer that is registered with OpenTelemetry in this process: that of the relay's own SDK
+ * (tracing-sdk.ts), or of the program that embeds the relay. Without one there are no spans.
  *
- * Names and attributes follow OpenTelemetry's conventions for messaging; nothing of a payload is among them.
+ * Names and attributes follow OpenTelemetry's conventions for messaging and contain no payload.
  *
  * @param version of the relay
  * @param dlqStreamName where dead letters go
@@ -32,11 +32,11 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
   if (provider instanceof ProxyTracerProvider && provider.getDelegateTracer(TRACER) === undefined)
     return untraced;
   const tracer = trace.getTracer(TRACER, version);
-  /** Spans of this process, by what was handed on of them. */
+  /** Spans of this process, by the trace context that is handed on with the event. */
   const contexts = new WeakMap<TraceContext, Context>();
   const runs = createJobSpans();
 
-  /** The step before this one, if this process took it; BullMQ's run of the job; or what the job or the row says. */
+  /** The previous step, if it ran in this process; else BullMQ's span of this job run; else what the job or the row says. */
   function parentOf({ trace: handedOn }: OutboxEvent): Context {
     if (!handedOn) return ROOT_CONTEXT;
     const own = contexts.get(handedOn);
@@ -67,7 +67,7 @@ export function createTracing(version: string, dlqStreamName: string): Tracing {
     conclude: (span: Span, result: T) => void,
   ): Promise<T> {
     try {
-      // For what else the host of an embedded relay may trace: calls to Redis, say.
+      // So that spans of other instrumentation, such as for Redis calls, are children of this one.
       const result = await context.with(contextOf(span), work, undefined, traced);
       conclude(span, result);
       return result;
@@ -145,7 +145,7 @@ function concludeAppend(
   if (outcome.reason !== undefined) fail(span, outcome.reason);
 }
 
-/** How Redis begins what it refuses: `WRONGTYPE Operation against a key …`. */
+/** The code in an error of Redis: `WRONGTYPE Operation against a key …`. */
 const CODE = /^[A-Z][A-Z0-9]+\b/;
 
 function fail(span: Span, reason: string): void {
@@ -153,7 +153,7 @@ function fail(span: Span, reason: string): void {
   span.setStatus({ code: SpanStatusCode.ERROR, message: brief(reason) });
 }
 
-/** As W3C writes it, whatever the process writes elsewhere (`OTEL_PROPAGATORS`): it goes into jobs and entries. */
+/** Jobs and entries always have the W3C form, whatever OTEL_PROPAGATORS says. */
 function written(span: Span): TraceContext {
   const { traceId, spanId, traceFlags, traceState } = span.spanContext();
   const tracestate = traceState?.serialize();
@@ -178,11 +178,11 @@ const traceIdOf = (ctx: Context) => trace.getSpanContext(ctx)?.traceId;
 const contextOf = (span: Span): Context => trace.setSpan(ROOT_CONTEXT, span);
 
 /**
- * BullMQ's span of each run of a job, by bullmq-otel. Of what else it would trace nothing belongs to an event: looks
- * for stalled jobs and renewals of locks, every few seconds a trace each.
+ * BullMQ's span of each job run, by bullmq-otel. Its other spans are left out: checks for stalled jobs and renewals of locks
+ * belong to no event, and would begin a trace every few seconds.
  *
- * Which run an attempt belongs to is known where it begins, since BullMQ calls it at once. OpenTelemetry's own way, an
- * AsyncLocalStorage, makes every promise dearer on Node 20.
+ * The run that an attempt belongs to is kept in a variable, which works because BullMQ calls the processor synchronously.
+ * OpenTelemetry's AsyncLocalStorage slows down every promise on Node 20.
  */
 function createJobSpans(): { telemetry: Telemetry; current: () => Context | undefined } {
   const { tracer, contextManager } = new BullMQOtel({ tracerName: TRACER });
@@ -206,7 +206,7 @@ function createJobSpans(): { telemetry: Telemetry; current: () => Context | unde
         try {
           return parsed(JSON.parse(metadata));
         } catch {
-          // Not written by a relay: a span too few must not cost the job.
+          // Not written by a relay. A missing span must not make the job fail.
           return active;
         }
       },

@@ -1,6 +1,5 @@
 import type { Logger } from './logger.ts';
 
-/** What happens to one event often happens to hundreds in the same moment. */
 const COLLECT_MS = 3_000;
 /** Events that a line names. */
 const NAMED = 3;
@@ -8,8 +7,8 @@ const NAMED = 3;
 export type Tally = ReturnType<typeof createTally>;
 
 /**
- * Log lines about single events, one for all that come within 3 s: with their number, the first of them by name, and
- * what was said of the first.
+ * Collects log lines about single events: what happens to one often happens to hundreds at the same moment. Lines with the
+ * same text within 3 s become one, with the number of events, the ids of the first three, and the fields of the first.
  */
 export function createTally(logger: Logger) {
   type Line = {
@@ -45,7 +44,7 @@ export function createTally(logger: Logger) {
     info: counting('info'),
     warn: counting('warn'),
     error: counting('error'),
-    /** Writes what was collected. */
+    /** Writes the lines that wait. */
     stop: flush,
   };
 }

@@ -1,15 +1,15 @@
 import { randomUUID } from 'node:crypto';
 
 /**
- * A trace that an event begins has the event's id as its own, so that an operator finds it. OpenTelemetry asks its id
- * generator and tells it nothing, so what the next trace is about is said to the generator, right before.
+ * A trace that an event begins has the event's id, so that an operator finds it. OpenTelemetry calls its id generator
+ * without arguments, so the id is put into a variable right before.
  */
 
 const NO_ID = /^0+$/;
 
 let next: string | undefined;
 
-/** Begins a trace, by calling `start`, that is named after the event, where `traceIds` are asked for its name. */
+/** Runs `start`, which begins a trace. If the SDK uses `traceIds`, the trace gets the event's id. */
 export function namedAfter<T>(eventId: string, start: () => T): T {
   const id = eventId.replaceAll('-', '').toLowerCase();
   next = /^[0-9a-f]{32}$/.test(id) && !NO_ID.test(id) ? id : undefined;
@@ -20,10 +20,10 @@ export function namedAfter<T>(eventId: string, start: () => T): T {
   }
 }
 
-/** OpenTelemetry's IdGenerator. From uuids, which Node makes by the hundred: ten times as fast as its random bytes. */
+/** OpenTelemetry's IdGenerator. Node caches randomness for uuids: ten times as fast as `randomBytes`. */
 export const traceIds = {
   generateTraceId: (): string => next ?? randomUUID().replaceAll('-', ''),
-  /** The ends of a uuid: the digits that are not random are in its middle. */
+  /** From both ends of a uuid: the digits in its middle are not all random. */
   generateSpanId(): string {
     for (;;) {
       const uuid = randomUUID();

@@ -5,12 +5,12 @@ import { succeedsWithin } from '../lifecycle.ts';
 import { errorText, type Logger } from './logger.ts';
 import { traceIds } from './trace-ids.ts';
 
-/** Interval at which the same problem is reported again: a collector that is away makes one with every batch. */
+/** Shortest time between two reports: an unreachable collector causes a problem with every batch. */
 const REPEAT_AFTER_MS = 10_000;
 
 /**
- * OpenTelemetry's SDK for a relay that is a process of its own: traces, as the `OTEL_*` variables say; no metrics and
- * no logs. It works beside the relay: spans wait in a queue of bounded size, and those that find no room are dropped.
+ * OpenTelemetry's SDK for `relay start`: exports traces as the `OTEL_*` variables say, no metrics and no logs. It never
+ * holds the relay up: spans wait in a bounded queue, and are dropped when it is full.
  *
  * @param version of the relay
  */
@@ -18,11 +18,11 @@ export function startSdk(
   version: string,
   logger: Logger,
 ): Readonly<{
-  /** Sends what is left, and gives up after `deadlineMs`. Says whether all of it was sent. */
+  /** Sends the remaining spans. Returns false if that took longer than `deadlineMs`. */
   stop(deadlineMs: number): Promise<boolean>;
 }> {
   const sdk = new NodeSDK({
-    // What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say comes on top of this.
+    // OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override this.
     resource: resources.defaultResource().merge(
       resources.resourceFromAttributes({
         'service.name': 'relay-service',
@@ -31,13 +31,13 @@ export function startSdk(
       }),
     ),
     idGenerator: traceIds,
-    // Null means none, of which the type knows nothing. The relay has no need of an AsyncLocalStorage.
+    // Null means none, though the type does not say so. The relay needs no AsyncLocalStorage.
     contextManager: null as unknown as ContextManager,
-    // Left out, both would be sent by default.
+    // By default, the SDK would send metrics and logs.
     metricReaders: [],
     logRecordProcessors: [],
   });
-  // After the SDK was made, which logs to the console where OTEL_LOG_LEVEL is set; before it starts.
+  // The SDK's constructor sets a console logger if OTEL_LOG_LEVEL is set: replace it before the SDK starts.
   const report = reportProblems(logger);
   diag.setLogger(toLogger(logger, report), {
     logLevel: core.diagLogLevelFromString(process.env.OTEL_LOG_LEVEL) ?? DiagLogLevel.WARN,
@@ -62,7 +62,7 @@ function reportProblems(logger: Logger): (reason: string) => void {
   };
 }
 
-/** The text alone, and who says it: what else OpenTelemetry would log are spans, and requests with their headers. */
+/** Logs only the first two arguments, component and text: the others are spans, and requests with their headers. */
 function toLogger(logger: Logger, report: (reason: string) => void): DiagLogger {
   const text = (said: unknown[]) =>
     errorText(

@@ -2,11 +2,11 @@ import type { Telemetry } from 'bullmq';
 import type { AppendOutcome, Attempt, OutboxEvent } from '../event.ts';
 
 /**
- * What the steps of an event's way tell to its trace. Each hands on the event with the context of its own span, so
- * that whatever comes next (a job, an attempt, an entry of a stream) is in the same trace.
+ * Wraps each step of an event in a span. `work` gets the event with the context of that span, so that the next step (job,
+ * attempt, stream entry) is in the same trace.
  */
 export type Tracing = Readonly<{
-  /** Events that were claimed get their jobs: one span each. */
+  /** Adding the jobs of claimed events: a span for each event. */
   claim(
     events: readonly OutboxEvent[],
     add: (traced: readonly OutboxEvent[]) => Promise<void>,
@@ -27,7 +27,7 @@ export type Tracing = Readonly<{
   jobs?: Telemetry;
 }>;
 
-/** Every event as it is: what its row says of a trace goes into its entry unchanged. */
+/** No spans. A trace context in the row still reaches the entry, unchanged. */
 export const untraced: Tracing = {
   claim: (events, add) => add(events),
   publish: (event, _attempt, work) => work(event),
@@ -35,7 +35,7 @@ export const untraced: Tracing = {
   deadLetter: (event, _failure, work) => work(event),
 };
 
-/** Whether the standard variables ask for traces: an exporter is named, or where to send them. */
+/** Whether the standard variables switch traces on, by an exporter or an endpoint. */
 export function tracesWanted(env: Readonly<Record<string, string | undefined>>): boolean {
   const value = (name: string) => env[name]?.trim() ?? '';
   if (value('OTEL_SDK_DISABLED').toLowerCase() === 'true') return false;

@@ -59,7 +59,7 @@ test('a copy of the database, with the same token, is refused as well; so is an 
   await other.query('UPDATE identity.relay_owner SET token = $1', [rows[0].token]);
   const refused = await stage.command(['start'], { RELAY_DATABASE_URL: copy.url });
   expectRefused(refused, 78);
-  expect(refused.lines.join('\n')).toContain('restored or copied from');
+  expect(refused.lines.join('\n')).toContain('from which this one was restored, copied or renamed');
   const relay = createRelay(stage.config({ RELAY_DATABASE_URL: copy.url }), { logger: silent, http: false });
   await expect(relay.start()).rejects.toThrow(/RELAY_QUEUE_NAME/);
 }, 120_000);

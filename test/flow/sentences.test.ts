@@ -102,6 +102,28 @@ test('progress that comes to its end says 100 %', async () => {
   }
 }, 60_000);
 
+test('every help fits a terminal of 80 columns', async () => {
+  const cli = join(inject('root'), 'dist/cli.js');
+  const help = async (...names: string[]): Promise<string[]> => {
+    const { stdout } = await promisify(execFile)(process.execPath, [cli, ...names, '--help'], {
+      env: cleanEnvironment(),
+    });
+    const lines = stdout.split('\n');
+    expect(
+      lines.filter((line) => line.length > 80),
+      names.join(' '),
+    ).toEqual([]);
+    const [, ...rows] = lines.slice(Math.max(0, lines.indexOf('Commands:')));
+    const commands = lines.includes('Commands:')
+      ? rows.flatMap((row) => /^ {2}([a-z-]+)/.exec(row)?.[1] ?? [])
+      : [];
+    return commands.filter((name) => name !== 'help');
+  };
+  const commands = await help();
+  expect(commands).toContain('dlq');
+  for (const name of commands) for (const part of await help(name)) await help(name, part);
+}, 120_000);
+
 test('help and version load neither a client of a server nor a command', async () => {
   const coverage = await mkdtemp(join(tmpdir(), 'relay-loaded-'));
   onTestFinished(() => rm(coverage, { recursive: true }));

@@ -123,7 +123,7 @@ test('a viewer’s requests are worked on one by one, some wait, the others are 
   expect(asked).toHaveLength(1);
   for (const reply of refused) {
     expect([reply.statusCode, reply.headers['retry-after']]).toEqual([503, '1']);
-    expect(reply.json().error).toContain('too much is asked at once');
+    expect(reply.json().error).toContain('too many requests at once');
   }
   wait = undefined;
   expect((await call('GET', '/dlq')).status).toBe(200);
@@ -170,8 +170,8 @@ test('event ids are taken as the table has them', async () => {
 
 describe('refused with what is wrong, and nothing is done:', () => {
   test.each<[string, string, object, string]>([
-    ['nothing said', '/dlq/replay', {}, 'say all'],
-    ['an empty filter', '/dlq/replay', { filter: {} }, 'say all'],
+    ['nothing said', '/dlq/replay', {}, 'set all to true'],
+    ['an empty filter', '/dlq/replay', { filter: {} }, 'set all to true'],
     ['a misspelt filter', '/dlq/replay', { filter: { tpye: 'A' } }, 'body.filter has "tpye"'],
     ['a misspelt member', '/dlq/discard', { all: true, reason: 'x', dry_run: true }, 'body has "dry_run"'],
     ['both', '/dlq/replay', { eventIds: [eventId], filter: { error: 'x' } }, 'one of them'],

@@ -88,6 +88,7 @@ test('an operator sees no button of what is always refused', async () => {
   const stage = await setStage();
   const pod = await stage.pod({
     ...{ RELAY_BOARD: 'true', RELAY_BOARD_USERS: await boardUsers(), RELAY_MAX_RETRY_ATTEMPTS: '0' },
+    RELAY_POLL_INTERVAL: '300', // the tick that is looked at stays
   });
   const failed = anEvent({ topic: 'bull:no' });
   await insertEvents(stage.pool, [failed]);
@@ -113,6 +114,11 @@ test('an operator sees no button of what is always refused', async () => {
   // The claim queue has its next tick there.
   await open('/queue/relay-claim?status=delayed', 'main li svg.lucide-clock');
   expect(await shownButtons(page, 'main li button')).toEqual([]);
+  await page.locator('main a[href*="/relay-claim/repeat"]').click();
+  await page.locator('main .lucide-chevron-left').waitFor();
+  await page.locator('main li svg.lucide-clock').waitFor({ state: 'attached' });
+  expect(await shownButtons(page, 'main li button')).toEqual([]);
+  await shot(page, '8-tick');
   await page.locator('header button:has(.lucide-info)').click();
   await page.getByRole('button', { name: 'Close' }).waitFor();
   expect(await shownButtons(page, '[role=dialog] button')).toEqual(['Overview', 'Description', 'Close']);

@@ -202,7 +202,7 @@ describe('a row that the database keeps', () => {
 
   test.each([
     ['raises', `RAISE 'not this one'`, /not this one/],
-    ['returns nothing', 'RETURN NULL', /a trigger, a rule or row security keeps it/],
+    ['returns nothing', 'RETURN NULL', /a trigger, a rule or row level security keeps it/],
   ])('since a trigger %s stays by itself', async (_, what, reason) => {
     await fails(`OLD.event_type LIKE 'kept%'`, what);
     expect(await retention.run(24 * HOUR_MS, () => true)).toBe(1_400);

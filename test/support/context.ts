@@ -101,7 +101,7 @@ export async function openContext(
       return outcome.entryId;
     },
 
-    /** When the event's job was made, ms since the epoch. */
+    /** When the event's job was made, Unix time in ms. */
     madeAt: async (eventId: string): Promise<number> => Number(await redis.hget(keyOf(eventId), 'timestamp')),
 
     /** Runs each job that waits once; what `processor` throws is the failure of its attempt. */
