@@ -40,11 +40,12 @@ export async function describeSetting(servers: Servers, options: ScenarioOptions
   const redisVersion = /^redis_version:(\S+)/m.exec(await redis.info('server'))?.[1] ?? '?';
   const manifest = async (path: string): Promise<{ version: string }> =>
     JSON.parse(await readFile(new URL(`../../${path}`, import.meta.url), 'utf8'));
-  const [own, bullmq, ioredis, contender] = await Promise.all([
+  const [own, bullmq, ioredis, pgTransactionalOutbox, graphileWorker] = await Promise.all([
     manifest('package.json'),
     manifest('node_modules/bullmq/package.json'),
     manifest('node_modules/ioredis/package.json'),
     manifest('node_modules/pg-transactional-outbox/package.json'),
+    manifest('node_modules/graphile-worker/package.json'),
   ]);
   const commit = await promisify(execFile)('git', ['rev-parse', '--short', 'HEAD'], {
     cwd: import.meta.dirname,
@@ -65,7 +66,9 @@ export async function describeSetting(servers: Servers, options: ScenarioOptions
         postgres: postgresVersion,
         redis: redisVersion,
       },
-      ...{ bullmq: bullmq.version, ioredis: ioredis.version, 'pg-transactional-outbox': contender.version },
+      ...{ bullmq: bullmq.version, ioredis: ioredis.version },
+      'graphile-worker': graphileWorker.version,
+      'pg-transactional-outbox': pgTransactionalOutbox.version,
     },
     settings: {
       ...settings,

@@ -43,3 +43,39 @@ export async function fillSegments(pool: pg.Pool, workload: Workload): Promise<v
     values(workload),
   );
 }
+
+/** The payload of an event's job in graphile-worker. */
+export type EventJob = Readonly<{
+  eventId: string;
+  eventType: string;
+  aggregateType: string;
+  aggregateId: string;
+  occurredAt: string;
+  payload: Readonly<{ tenant_id: string }>;
+}>;
+
+export type AddedJob = Readonly<{ jobId: string; eventId: string; aggregate: string }>;
+
+/**
+ * Into graphile-worker, by its own function, each `run_at` a microsecond after the one before.
+ * It keeps a named queue in order; an aggregate's is named by the first `queueDigits` of its id, 0: it has none.
+ *
+ * @returns what was added, in the order of `run_at`
+ */
+export async function fillJobs(pool: pg.Pool, workload: Workload, queueDigits: number): Promise<AddedJob[]> {
+  const aggregate = 'md5($3::text || i % $2::int)';
+  const { rows } = await pool.query<AddedJob>(
+    `SELECT job.id::text AS "jobId", job.payload->>'eventId' AS "eventId", job.payload->>'aggregateId' AS aggregate
+       FROM (SELECT array_agg(ROW (
+                      'publish',
+                      json_build_object(
+                        'eventId', gen_random_uuid(), 'eventType', 'UserCreated', 'aggregateType', 'user',
+                        'aggregateId', ${aggregate}::uuid, 'occurredAt', now(), 'payload', ${PAYLOAD}),
+                      ${queueDigits > 0 ? `left(${aggregate}, ${queueDigits})` : 'NULL'}, now() - ($1::int - i) * interval '1 microsecond',
+                      NULL, NULL, NULL, NULL)::graphile_worker.job_spec) AS specs
+               FROM generate_series(1, $1::int) i) AS backlog, graphile_worker.add_jobs(specs) AS job
+      ORDER BY job.run_at`,
+    values(workload),
+  );
+  return rows;
+}

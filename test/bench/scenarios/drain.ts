@@ -1,5 +1,6 @@
 /** A backlog of 20,000 events drained by each contender: the relay between its limits and what others use. */
 import { openCard } from '../contenders/card.ts';
+import { openGraphileWorker } from '../contenders/graphile-worker.ts';
 import { openNoop } from '../contenders/noop.ts';
 import { openPgTransactionalOutbox } from '../contenders/pg-transactional-outbox.ts';
 import { openPoller } from '../contenders/poller.ts';
@@ -37,6 +38,8 @@ export const DRAIN: Scenario = {
       await openCard(servers, undo),
       await openPoller(servers, undo),
       await openRawXadd(servers, payload, undo),
+      await openGraphileWorker(servers, 'in order', undo),
+      await openGraphileWorker(servers, 'no order', undo),
       await openPgTransactionalOutbox(servers, 'as documented', undo),
       await openPgTransactionalOutbox(servers, 'tuned', undo),
     ];
@@ -62,11 +65,16 @@ export const DRAIN: Scenario = {
         ]),
       ],
       verified:
-        'every event of the relay, the poller and pg-transactional-outbox once, in the order of its aggregate, in every ' +
-        'run; every event of card once; of raw XADD and the no-op queue, that as many came out as went in',
+        'every event of the relay, the poller, graphile-worker in order and pg-transactional-outbox once, in the order of ' +
+        'its aggregate, in every run; every event of card and of graphile-worker without order once; of raw XADD ' +
+        'and the no-op queue, that as many came out as went in',
       notes: [
         ...contenders.map(({ name, describe }) => `${name}: ${describe}`),
-        ...(events > SLOW_MOST ? [`pg-transactional-outbox was given a backlog of ${SLOW_MOST} events`] : []),
+        ...(events > SLOW_MOST
+          ? [
+              `pg-transactional-outbox and graphile-worker in order were given a backlog of ${SLOW_MOST} events`,
+            ]
+          : []),
         `no-op jobs have ${JSON.stringify(sample.data).length} bytes of data, as the relay's have`,
       ],
     };
