@@ -27,10 +27,6 @@ export const TARGETS: readonly Target[] = [
     ...{ scenario: 'drain', figure: 'relay / card', isMet: atLeast(2) },
   },
   {
-    ...{ what: 'drain, against graphile-worker in order', target: '≥ 5' },
-    ...{ scenario: 'drain', figure: 'relay / graphile-worker, in order', isMet: atLeast(5) },
-  },
-  {
     ...{ what: 'drain, against pg-transactional-outbox as documented', target: '≥ 25' },
     ...{ scenario: 'drain', figure: 'relay / pg-transactional-outbox, as documented', isMet: atLeast(25) },
   },

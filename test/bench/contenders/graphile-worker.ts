@@ -2,6 +2,7 @@
  * graphile-worker of npm: the producer's transaction adds a job for each event, whose task is one XADD. Its jobs are the
  * outbox. It runs the jobs of a named queue one at a time, by `run_at`; a job that fails is overtaken by the next.
  */
+import { createRequire } from 'node:module';
 import { runMigrations } from 'graphile-worker';
 import { auditEntries, eventIds } from '../audit.ts';
 import { type Contender, startChild } from '../contender.ts';
@@ -20,20 +21,23 @@ export type GraphileWorkerConfig = Readonly<{
 }>;
 
 /**
- * Its documentation warns of many queue names: aggregates that share 16 drain several times as fast as with a queue each.
- * More or fewer jobs at once, and polls every 10 or 50 ms instead of 2 s, made it no faster. The local queue of 0.17 runs
- * jobs of one named queue at once (graphile/worker#621), and completing them deadlocks. 0.18 keeps their order and asks
- * for Node 22.18.
+ * Whether its local queue keeps the jobs of a named queue in order. That of 0.17 runs them at once (graphile/worker#621), and
+ * completing them deadlocks. 0.18 needs Node 22.18: `npm install --no-save graphile-worker@0.18.0` measures it.
+ */
+const keepsOrderLocally = !/^0\.1[0-7]\./.test(
+  (createRequire(import.meta.url)('graphile-worker/package.json') as { version: string }).version,
+);
+
+/**
+ * The best settings that were found. Without the local queue each job is fetched by itself, and aggregates that share 16
+ * queues drain several times as fast as with a queue each, which the documentation warns of; more or fewer jobs at
+ * once, and polls every 10 or 50 ms instead of 2 s, made it no faster.
  */
 const VARIANTS = {
-  'in order': {
-    ...{ queueDigits: 1, mostSeconds: 6, isSlow: true },
-    ...{ concurrency: 16, localQueue: -1 },
-  },
-  'no order': {
-    ...{ queueDigits: 0, mostSeconds: 60, isSlow: false },
-    ...{ concurrency: 100, localQueue: 500 },
-  },
+  'in order': keepsOrderLocally
+    ? { queueDigits: 32, mostSeconds: 60, isSlow: false, concurrency: 100, localQueue: 2_000 }
+    : { queueDigits: 1, mostSeconds: 6, isSlow: true, concurrency: 16, localQueue: -1 },
+  'no order': { queueDigits: 0, mostSeconds: 60, isSlow: false, concurrency: 100, localQueue: 500 },
 } as const;
 
 export async function openGraphileWorker(
@@ -54,7 +58,7 @@ export async function openGraphileWorker(
     name: `graphile-worker, ${variant}`,
     ...(isSlow ? { isSlow } : {}),
     describe:
-      `a job for each event, ${isOrdered ? `in ${16 ** queueDigits} named queues` : 'in no queue'}, ` +
+      `a job for each event, ${isOrdered ? `in ${queueDigits === 1 ? '16 named queues' : 'a queue for each aggregate'}` : 'in no queue'}, ` +
       `${config.concurrency} at once, one XADD each, fetched ` +
       `${config.localQueue === -1 ? 'one by one' : `${config.localQueue} at a time`}; without dead letters` +
       `${isOrdered ? '' : ', order'}`,
