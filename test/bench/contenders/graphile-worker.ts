@@ -2,7 +2,7 @@
  * graphile-worker of npm: the producer's transaction adds a job for each event, whose task is one XADD. Its jobs are the
  * outbox. It runs the jobs of a named queue one at a time, by `run_at`; a job that fails is overtaken by the next.
  */
-import { createRequire } from 'node:module';
+import { readFileSync } from 'node:fs';
 import { runMigrations } from 'graphile-worker';
 import { auditEntries, eventIds } from '../audit.ts';
 import { type Contender, startChild } from '../contender.ts';
@@ -25,7 +25,9 @@ export type GraphileWorkerConfig = Readonly<{
  * completing them deadlocks. 0.18 needs Node 22.18: `npm install --no-save graphile-worker@0.18.0` measures it.
  */
 const keepsOrderLocally = !/^0\.1[0-7]\./.test(
-  (createRequire(import.meta.url)('graphile-worker/package.json') as { version: string }).version,
+  JSON.parse(
+    readFileSync(new URL('../../../node_modules/graphile-worker/package.json', import.meta.url), 'utf8'),
+  ).version,
 );
 
 /**
