@@ -31,8 +31,11 @@ export type Logger = {
 
 export type LogLevel = RelayConfig['logLevel'];
 
-/** @param destination default: stdout, written synchronously */
-export function createLogger(level: LogLevel, destination: DestinationStream = pino.destination(1)): Logger {
+/** @param destination default: stdout, written at once, so that no end of the process loses a line or changes the order */
+export function createLogger(
+  level: LogLevel,
+  destination: DestinationStream = pino.destination({ dest: 1, sync: true }),
+): Logger {
   return pino(
     {
       level,

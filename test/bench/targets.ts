@@ -75,8 +75,8 @@ export const TARGETS: readonly Target[] = [
     ...{ scenario: 'costs', figure: 'Redis calls', isMet: atMost(3) },
   },
   {
-    ...{ what: 'resident memory of a pod, 1,000,000 rows waiting', target: '≤ 150 MiB' },
-    ...{ scenario: 'backlog', figure: 'pod, resident, at most, 1,000,000 rows', isMet: atMost(150) },
+    ...{ what: 'resident memory of a pod, 1,000,000 rows waiting', target: '≤ 140 MiB' },
+    ...{ scenario: 'backlog', figure: 'pod, resident, at most, 1,000,000 rows', isMet: atMost(140) },
   },
   {
     ...{ what: '2 pods against 1', target: '≥ 0.95' },

@@ -27,6 +27,7 @@ test('the NestJS worker compiles, relays events, works on its own queue, shows b
     },
   );
   const said = () => worker.lines.slice(-20).join('\n');
+  await waitFor(() => worker.lines.some((line) => line.startsWith('worker is up')), patiently('it to be up'));
   await insertEvents(stage.pool, someEvents(20, 5));
   await stage.rested().catch((error) => Promise.reject(new Error(said(), { cause: error })));
   await stage.expectPromisesHeld();

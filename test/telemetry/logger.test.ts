@@ -1,4 +1,7 @@
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { hostname } from 'node:os';
+import { text } from 'node:stream/consumers';
 import { describe, expect, inject, test } from 'vitest';
 import { createPool } from '../../src/connections/pool.ts';
 import {
@@ -184,4 +187,21 @@ describe('errors of the libraries hold no data of events', () => {
     expect(text).not.toContain(PERSONAL);
     expect(errorText(error)).toBe('Failed query: duplicate key');
   });
+});
+
+test('a process that is killed has written every line before, in order', async () => {
+  const program = `
+    import { createLogger } from '${inject('root')}/dist/telemetry/logger.js';
+    const logger = createLogger('info');
+    for (let n = 0; n < 200; n++) logger.info({ n }, 'a line');
+    process.kill(process.pid, 'SIGKILL');`;
+  const child = spawn(process.execPath, ['--input-type=module', '--eval', program], {
+    stdio: ['ignore', 'pipe', 'inherit'],
+  });
+  const [written] = await Promise.all([text(child.stdout), once(child, 'close')]);
+  const numbers = written
+    .trim()
+    .split('\n')
+    .map((line) => JSON.parse(line).n);
+  expect(numbers).toEqual(Array.from({ length: 200 }, (_, n) => n));
 });

@@ -77,3 +77,4 @@ export class WorkerModule {}
 
 const app = await NestFactory.createApplicationContext(WorkerModule, { logger: ['error', 'warn'] });
 app.enableShutdownHooks();
+console.log(`worker is up; board at http://127.0.0.1:${boardPort}/board`);
