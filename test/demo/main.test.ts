@@ -195,7 +195,7 @@ test.concurrent('a second Ctrl-C ends it at once, and still leaves nothing behin
       demo.child.kill('SIGINT');
       return demo.child.exitCode !== null;
     },
-    { what: 'the demo to end', timeoutMs: 2_000 },
+    { what: 'the demo to end', timeoutMs: 6_000 },
   );
 
   expect(await demo.exited).toEqual({ code: 130 });
