@@ -128,3 +128,21 @@ test('two pods whose role may have twelve sessions, or four, work with what they
     await stage.pool.query(`DROP ROLE limited_${limit}`);
   }
 }, 300_000);
+
+test('a pod that gets no session for HTTP is ready: its own sessions answer', async () => {
+  const stage = await setStage();
+  await stage.pool.query(`CREATE ROLE without_more LOGIN PASSWORD 'open-sesame' IN ROLE ${RELAY_USER}`);
+  const url = new URL(stage.env.RELAY_DATABASE_URL);
+  url.username = 'without_more';
+  const pod = await stage.pod({ RELAY_DATABASE_URL: url.href });
+  const ofHttp = `SELECT FROM pg_stat_activity WHERE usename = 'without_more' AND application_name = 'relay-service http'`;
+  await waitFor(async () => (await stage.pool.query(ofHttp)).rowCount === 0, {
+    what: 'the idle sessions for HTTP to end',
+  });
+  await stage.pool.query('ALTER ROLE without_more CONNECTION LIMIT 1');
+  const answer = await fetch(`${pod.url}/readyz`);
+  expect(answer.status, await answer.text()).toBe(200);
+  expect((await stage.pool.query(ofHttp)).rowCount).toBe(0);
+  await pod.kill('SIGTERM');
+  await stage.pool.query('DROP ROLE without_more');
+}, 60_000);
