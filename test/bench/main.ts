@@ -57,6 +57,11 @@ const options = new Command('npm run bench --')
   .option('--quick', 'small runs, to see that it works: their figures say nothing', false)
   .option('--out <folder>', 'where bench.json and the chart are written', '.bench')
   .option('--aggregates <n>', 'number of aggregates that the events belong to (drain)', positive)
+  .option(
+    '--platform-indexes',
+    'the tables of relay and card have the six indexes of the old system (drain)',
+    false,
+  )
   .option('--published <list>', 'numbers of published rows in the table (growth)', list)
   .option('--seconds <n>', 'watch no longer (backlog)', positive)
   .option('--variant <n>', 'only this variant of the table (table-size)', positive)

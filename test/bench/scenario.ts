@@ -28,6 +28,7 @@ export type ScenarioOptions = Readonly<{
   seconds?: number | undefined;
   variant?: number | undefined;
   aggregates?: number | undefined;
+  platformIndexes: boolean;
   published?: readonly number[] | undefined;
 }>;
 

@@ -79,3 +79,12 @@ export async function fillJobs(pool: pg.Pool, workload: Workload, queueDigits: n
   );
   return rows;
 }
+
+/** Of the table that the relay takes over. Each update of a row writes most of them; a planner may prefer one, to its cost. */
+export const PLATFORM_INDEXES = `
+  CREATE INDEX ix_outbox_published ON identity.outbox (published);
+  CREATE INDEX ix_outbox_event_type ON identity.outbox (event_type);
+  CREATE INDEX ix_outbox_aggregate_id ON identity.outbox (aggregate_id);
+  CREATE INDEX ix_outbox_next_attempt_at ON identity.outbox (next_attempt_at) WHERE NOT published;
+  CREATE INDEX ix_outbox_created_at ON identity.outbox (created_at);
+  CREATE INDEX ix_outbox_topic ON identity.outbox (topic);`;

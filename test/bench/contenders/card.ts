@@ -38,12 +38,12 @@ const USUAL = { tickMs: 100, batch: 100, concurrency: 50, connections: 51 };
 export async function openCard(
   servers: Servers,
   undo: Undo,
-  tuning: Partial<typeof USUAL> = {},
+  { indexes = '', ...tuning }: Partial<typeof USUAL> & { indexes?: string } = {},
 ): Promise<Contender> {
   const { redis, redisServer } = servers;
   const stream = 'bench.card.v1';
   const { pool, url } = await servers.database('card');
-  await pool.query(TABLE);
+  await pool.query(TABLE + indexes);
   const config: CardConfig = { databaseUrl: url, redisUrl: redisServer.url, ...USUAL, ...tuning };
   const child = await startChild('card-child.ts', config, undo);
   return {

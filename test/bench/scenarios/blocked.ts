@@ -6,19 +6,12 @@ import { Queue } from 'bullmq';
 import { NOTHING_FRESH, openRelay } from '../contenders/relay.ts';
 import { median, type Scenario, type ScenarioContext } from '../scenario.ts';
 import { pause } from '../servers.ts';
+import { PLATFORM_INDEXES } from '../workload.ts';
 
 const BLOCKED_ROWS = 100_000;
 /** No stream: its events are refused, and retried after a minute and more. */
 const POISONOUS_TOPIC = 'bench:no-stream';
 const MOST_COST = 0.2;
-/** Which a planner may prefer to ours, to its cost. */
-const PLATFORM_INDEXES = `
-  CREATE INDEX ix_outbox_published ON identity.outbox (published);
-  CREATE INDEX ix_outbox_event_type ON identity.outbox (event_type);
-  CREATE INDEX ix_outbox_aggregate_id ON identity.outbox (aggregate_id);
-  CREATE INDEX ix_outbox_next_attempt_at ON identity.outbox (next_attempt_at) WHERE NOT published;
-  CREATE INDEX ix_outbox_created_at ON identity.outbox (created_at);
-  CREATE INDEX ix_outbox_topic ON identity.outbox (topic);`;
 
 export const BLOCKED: Scenario = {
   name: 'blocked',

@@ -1,4 +1,5 @@
 /** A backlog of 20,000 events drained by each contender: the relay between its limits and what others use. */
+import type pg from 'pg';
 import { openCard } from '../contenders/card.ts';
 import { openGraphileWorker } from '../contenders/graphile-worker.ts';
 import { openNoop } from '../contenders/noop.ts';
@@ -7,6 +8,7 @@ import { openPoller } from '../contenders/poller.ts';
 import { openRawXadd } from '../contenders/raw-xadd.ts';
 import { CLI_BEFORE, openRelay } from '../contenders/relay.ts';
 import { cpuFigures, cpuRatio, inTurns, rateFigures, type Scenario, SLOW_MOST } from '../scenario.ts';
+import { PLATFORM_INDEXES } from '../workload.ts';
 
 export const DRAIN: Scenario = {
   name: 'drain',
@@ -18,7 +20,9 @@ export const DRAIN: Scenario = {
     const workload = { events, aggregates: options.aggregates ?? events };
     progress.now('starting servers and contenders');
     const servers = await context.open();
-    const relay = await openRelay(servers, { name: 'relay', describe: 'one pod, ordered' }, undo);
+    const indexes = options.platformIndexes ? PLATFORM_INDEXES : '';
+    const prepare = async (pool: pg.Pool) => void (await pool.query(indexes));
+    const relay = await openRelay(servers, { name: 'relay', describe: 'one pod, ordered', prepare }, undo);
     const sample = await relay.sampleJob(workload);
     const before =
       CLI_BEFORE === undefined
@@ -26,7 +30,7 @@ export const DRAIN: Scenario = {
         : [
             await openRelay(
               servers,
-              { name: 'relay before', describe: `one pod of ${CLI_BEFORE}`, cli: CLI_BEFORE },
+              { name: 'relay before', describe: `one pod of ${CLI_BEFORE}`, cli: CLI_BEFORE, prepare },
               undo,
             ),
           ];
@@ -35,7 +39,7 @@ export const DRAIN: Scenario = {
       relay,
       ...before,
       await openNoop(servers, sample, undo),
-      await openCard(servers, undo),
+      await openCard(servers, undo, { indexes }),
       await openPoller(servers, undo),
       await openRawXadd(servers, payload, undo),
       await openGraphileWorker(servers, 'in order', undo),
@@ -71,6 +75,7 @@ export const DRAIN: Scenario = {
         'and the no-op queue, that as many came out as went in',
       notes: [
         ...contenders.map(({ name, describe }) => `${name}: ${describe}`),
+        ...(indexes ? ['the tables of relay and card have the six indexes of the old system'] : []),
         ...(events > SLOW_MOST ? [`${slow.join(' and ')} were given a backlog of ${SLOW_MOST} events`] : []),
         `no-op jobs have ${JSON.stringify(sample.data).length} bytes of data, as the relay's have`,
       ],
