@@ -28,7 +28,7 @@ export const ENTRY_ID = (row: string) =>
 export const TOPIC = (row: string, otherwise: string) =>
   `CASE WHEN octet_length(${row}.topic) > 2048 THEN left(${row}.topic, 600) ELSE coalesce(${row}.topic, ${otherwise}) END`;
 
-/** When a row was published or dead-lettered. The index relay_outbox_settled has this expression. */
+/** When a row was published or dead-lettered. The index relay_outbox_with_entry has this expression. */
 export const FINALIZED_AT = (row: string) => `coalesce(${row}.dead_lettered_at, ${row}.published_at)`;
 
 /** Failed attempts, limited: a producer that writes the column cannot make an event overflow, or be retried for ever. */

@@ -133,6 +133,8 @@ async function indexWithoutBlocking(client: pg.Client, logger: Logger): Promise<
   for (const text of matching(/ALTER TABLE "identity"\."outbox" ADD COLUMN IF NOT EXISTS[^;]*/)) {
     await client.query(text);
   }
+  // Before any index is built: one that is there under its earlier name need not be.
+  for (const text of matching(/DO \$\$ BEGIN[^$]*INDEX[^$]*END \$\$/)) await client.query(text);
   for (const text of matching(/CREATE INDEX IF NOT EXISTS "[^"]+" ON "identity"\."outbox"[^;]*/)) {
     const name = /"([^"]+)"/.exec(text)?.[1] as string;
     const index = await client.query(

@@ -49,8 +49,8 @@ export const REQUIRED = {
     'relay_outbox_parked',
     'relay_outbox_dead',
     'relay_outbox_dead_at',
-    'relay_outbox_settled',
-    'relay_outbox_unreceipted',
+    'relay_outbox_with_entry',
+    'relay_outbox_without_entry',
   ],
   tables: ['relay_owner', 'relay_claim_lock', 'relay_epoch_lock', 'relay_prune_lock'],
 } as const;

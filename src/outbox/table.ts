@@ -29,8 +29,8 @@ const instant = (name: string) => timestamp(name, { withTimezone: true });
  * | discarded | `published` and `dead_lettered_at` set: an operator gave it up for good; it never was in its stream |
  *
  * The relay's indexes have unpublished rows only, so that published rows cost nothing. There are two exceptions.
- * `relay_outbox_settled` finds rows with an entry by their time, to compare them when Redis has lost data.
- * `relay_outbox_unreceipted` finds published rows without an entry. Retention uses both to find old rows.
+ * `relay_outbox_with_entry` finds rows with an entry by their time, to compare them when Redis has lost data.
+ * `relay_outbox_without_entry` finds published rows without an entry. Retention uses both to find old rows.
  */
 export const outbox = identity.table(
   'outbox',
@@ -75,12 +75,12 @@ export const outbox = identity.table(
     index('relay_outbox_dead_at')
       .on(row.deadLetteredAt, row.id)
       .where(sql`not published and dead_lettered_at is not null`),
-    index('relay_outbox_settled')
+    index('relay_outbox_with_entry')
       .on(sql`coalesce(dead_lettered_at, published_at)`, row.id)
       .where(sql`stream_entry_id is not null`),
     // Rows that another system published, and discarded rows. Rows that the relay publishes get their entry id in the same
     // statement and never enter this index, so it costs an event nothing.
-    index('relay_outbox_unreceipted')
+    index('relay_outbox_without_entry')
       .on(sql`coalesce(published_at, created_at)`, row.id)
       .where(sql`published and stream_entry_id is null`),
   ],

@@ -28,8 +28,8 @@ const ADDED = [
   'index relay_outbox_parked',
   'index relay_outbox_dead',
   'index relay_outbox_dead_at',
-  'index relay_outbox_settled',
-  'index relay_outbox_unreceipted',
+  'index relay_outbox_with_entry',
+  'index relay_outbox_without_entry',
   'table identity.relay_owner',
   'table identity.relay_claim_lock',
   'table identity.relay_epoch_lock',
@@ -187,6 +187,49 @@ test('a second migration changes nothing', async () => {
   expect(await readSchema(pool)).toEqual(before);
 });
 
+describe('indexes that an earlier version named otherwise', () => {
+  const EARLIER = {
+    relay_outbox_settled: 'relay_outbox_with_entry',
+    relay_outbox_unreceipted: 'relay_outbox_without_entry',
+  };
+  const indexes = async (pool: pg.Pool): Promise<Record<string, number>> => {
+    const { rows } = await pool.query(
+      `SELECT relname AS name, relfilenode AS file FROM pg_class WHERE relnamespace = 'identity'::regnamespace
+          AND relkind = 'i' AND relname LIKE 'relay_outbox%'`,
+    );
+    return Object.fromEntries(rows.map(({ name, file }) => [name, file]));
+  };
+  const asEarlier = async (pool: pg.Pool): Promise<void> => {
+    for (const [earlier, name] of Object.entries(EARLIER))
+      await pool.query(`ALTER INDEX identity.${name} RENAME TO ${earlier}`);
+    await pool.query(
+      'DELETE FROM identity.relay_migrations WHERE id = (SELECT max(id) FROM identity.relay_migrations)',
+    );
+  };
+
+  test('are renamed, not built anew', async () => {
+    const { url, pool } = await emptyDatabase();
+    await runMigration(url);
+    const before = await indexes(pool);
+    await asEarlier(pool);
+    expect(await missingFromTable(pool)).toEqual(Object.values(EARLIER).map((it) => `index ${it}`));
+    await runMigration(url);
+    expect(await indexes(pool)).toEqual(before);
+  });
+
+  test('are dropped when that version, run again meanwhile, has built them a second time', async () => {
+    const { url, pool } = await emptyDatabase();
+    await runMigration(url);
+    const before = await indexes(pool);
+    for (const [earlier, name] of Object.entries(EARLIER)) {
+      const { rows } = await pool.query(`SELECT pg_get_indexdef('identity.${name}'::regclass) AS definition`);
+      await pool.query(rows[0].definition.replace(name, earlier));
+    }
+    await runMigration(url);
+    expect(await indexes(pool)).toEqual(before);
+  });
+});
+
 test('the trigger is left out, removed and put back as is asked for', async () => {
   const { url, pool } = await emptyDatabase();
   await runMigration(url, false);
@@ -223,8 +266,8 @@ test('what is missing is named, one by one', async () => {
   expect(await missingFromTable(pool)).toEqual([
     'column stream_entry_id',
     'index relay_outbox_due',
-    'index relay_outbox_settled',
-    'index relay_outbox_unreceipted',
+    'index relay_outbox_with_entry',
+    'index relay_outbox_without_entry',
   ]);
 });
 

@@ -143,8 +143,8 @@ test('rows published by the relay do not enter the index of those that are not i
   );
   await pool.query('VACUUM identity.outbox');
   const { rows } = await pool.query(
-    `SELECT (SELECT reltuples FROM pg_class WHERE oid = 'identity.relay_outbox_unreceipted'::regclass) AS theirs,
-            (SELECT reltuples FROM pg_class WHERE oid = 'identity.relay_outbox_settled'::regclass) AS ours`,
+    `SELECT (SELECT reltuples FROM pg_class WHERE oid = 'identity.relay_outbox_without_entry'::regclass) AS theirs,
+            (SELECT reltuples FROM pg_class WHERE oid = 'identity.relay_outbox_with_entry'::regclass) AS ours`,
   );
   expect(rows[0]).toEqual({ theirs: 0, ours: 1_000 });
 });
