@@ -14,14 +14,14 @@ test(
   'nothing is lost, doubled or out of order, whatever fails at the same time',
   async () => {
     const { violations, injections, counts, logs } = await run({
-      ...{ seed: 3, events: 5_000, pods: 2, durationMs: 20_000, faults: SHORT_MIX },
+      ...{ seed: 3, events: 3_000, pods: 2, durationMs: 20_000, faults: SHORT_MIX },
       ...{ each: false, keep: false },
     });
     expect(violations, `${violations.join('; ')}; logs of pods and servers: ${logs}`).toEqual([]);
     expect(injections.map(({ fault }) => fault.name).sort()).toEqual(
       SHORT_MIX.map(({ name }) => name).sort(),
     );
-    expect(counts.committed).toBeGreaterThanOrEqual(5_000);
+    expect(counts.committed).toBeGreaterThanOrEqual(3_000);
   },
   DEADLINE_MS,
 );

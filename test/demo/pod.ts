@@ -5,7 +5,7 @@ import { freePort } from './supervise.ts';
 import { guardProcess } from './watchdog.ts';
 
 const READY_DEADLINE_MS = 30_000;
-const READY_POLL_MS = 20;
+const READY_POLL_MS = 50;
 const PROBE_TIMEOUT_MS = 2_000;
 /** Of the lines a pod writes, the latest are kept. */
 const LINES_KEPT = 20_000;

@@ -8,7 +8,7 @@ import { waitFor } from '../support/wait.ts';
 
 const DEAD = 120_000;
 const ASKERS = 150;
-const EVENTS = 60;
+const EVENTS = 30;
 
 /** Asks again as soon as it is answered, on a connection of its own, until the test ends. */
 function askWithoutEnd(url: string, path: () => string, headers: Record<string, string> = {}) {

@@ -61,7 +61,7 @@ test('1,000 dead letters of three kinds: one kind is replayed while new events f
   })();
   const replay = ['dlq', 'replay', '--topic', BROKEN];
   const killed = await stage.spawn([...replay, '--yes']);
-  await waitFor(() => stage.count('replayed_at IS NOT NULL'), { what: 'the first batch' });
+  await waitFor(() => stage.count('replayed_at IS NOT NULL'), { what: 'the first batch', pollMs: 15 });
   await killed.kill('SIGKILL');
   const replayed = await stage.count('replayed_at IS NOT NULL');
   expect(replayed).toBeLessThan(600);

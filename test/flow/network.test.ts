@@ -111,7 +111,7 @@ test('a pod that is cut off from PostgreSQL while it has the claim lock holds up
   };
   // Not more: the event below is claimed after them, at the rate of one pod.
   await insertEvents(stage.pool, someEvents(1_000, 10));
-  await waitFor(isClaiming, { what: 'a pod to claim' });
+  await waitFor(isClaiming, { what: 'a pod to claim', pollMs: 5 });
   proxy.halfOpen();
   const event = anEvent();
   await insertEvents(stage.pool, [event]);

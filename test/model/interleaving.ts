@@ -41,10 +41,11 @@ export class CutOffError extends Error {
 
 /** Code between two calls of a server takes fewer turns of the loop. */
 const TURNS = 5;
-/** A statement that takes longer may wait for a lock. */
+/** A statement that takes longer may wait for a lock: PostgreSQL is asked, and again after twice the time, and so on. */
 const PATIENCE_MS = 4;
-/** 12 s and more: what is left then never ends. */
-const LOOKS_MAX = 3_000;
+const PATIENCE_MOST_MS = 64;
+/** What is left after so many questions, in 19 s and more, never ends. */
+const LOOKS_MAX = 300;
 
 export type Interleaving = ReturnType<typeof createInterleaving>;
 
@@ -55,6 +56,10 @@ export function createInterleaving(admin: AdminPool) {
   /** Of these, the ones that are known to wait for a transaction that is open. */
   const blocked = new Set<Flight>();
   let changed = (): void => {};
+  /** Calls that were answered, and transactions that ended: what was asked before is out of date. */
+  let changes = 0;
+  /** Calls of the append script that went out or were answered. */
+  let appendCalls = 0;
 
   const anActor = (name: string): Actor => ({ name, isDead: false, clients: new Set() });
 
@@ -85,9 +90,13 @@ export function createInterleaving(admin: AdminPool) {
   async function fly<T>(what: string, call: () => Promise<T>, pid?: number): Promise<T> {
     const flight = { what, pid };
     flying.add(flight);
+    const isAppend = what === 'appendInOrder';
+    if (isAppend) appendCalls++;
     try {
       return await call();
     } finally {
+      if (isAppend) appendCalls++;
+      changes++;
       flying.delete(flight);
       blocked.delete(flight);
       changed();
@@ -97,6 +106,7 @@ export function createInterleaving(admin: AdminPool) {
   /** Returns when nothing moves any more: everything waits for the walk, or for a lock of what does. */
   async function settle(): Promise<void> {
     let quietTurns = 0;
+    let patienceMs = PATIENCE_MS;
     for (let looks = 0; looks < LOOKS_MAX; ) {
       if ([...flying].every((it) => blocked.has(it))) {
         if (++quietTurns > TURNS) return;
@@ -105,7 +115,7 @@ export function createInterleaving(admin: AdminPool) {
       }
       quietTurns = 0;
       const inTime = await new Promise((resolve) => {
-        const timer = setTimeout(resolve, PATIENCE_MS, false);
+        const timer = setTimeout(resolve, patienceMs, false);
         changed = () => {
           clearTimeout(timer);
           resolve(true);
@@ -113,6 +123,7 @@ export function createInterleaving(admin: AdminPool) {
       });
       if (inTime) continue;
       looks++;
+      patienceMs = Math.min(2 * patienceMs, PATIENCE_MOST_MS);
       await findBlocked();
     }
     throw new Error(`never ends: ${[...flying].map(({ what, pid }) => `${what} (${pid})`).join('; ')}`);
@@ -121,10 +132,13 @@ export function createInterleaving(admin: AdminPool) {
   async function findBlocked(): Promise<void> {
     const asked = [...flying].filter((it) => it.pid !== undefined);
     if (asked.length === 0) return;
+    const askedAt = changes;
     const { rows } = await admin.query<{ pid: number; blockers: number[] }>(
       'SELECT pid, pg_blocking_pids(pid) AS blockers FROM unnest($1::int[]) AS pid',
       [asked.map((it) => it.pid)],
     );
+    // A transaction that ended meanwhile may have freed those that waited for it.
+    if (changes !== askedAt) return;
     const waits = new Set(rows.filter(({ blockers }) => blockers.length > 0).map(({ pid }) => pid));
     // Whoever waits, directly or not, for one that moves will move.
     const moves = new Set(asked.filter((it) => !waits.has(it.pid as number)).map((it) => it.pid));
@@ -134,7 +148,10 @@ export function createInterleaving(admin: AdminPool) {
   }
 
   /** Locks may be free again: whoever waited for them is asked once more. */
-  const locksChanged = (): void => blocked.clear();
+  const locksChanged = (): void => {
+    changes++;
+    blocked.clear();
+  };
 
   /** The store, whose calls wait: those in `gates` for the walk, `plain` ones for nothing, others until they are answered. */
   function gated<T extends object>(
@@ -236,6 +253,7 @@ export function createInterleaving(admin: AdminPool) {
   return {
     ...{ anActor, hold, fly, settle, gated, poolOf, kill },
     held: (): readonly Step[] => held,
+    appendCalls: () => appendCalls,
     async go(step: Step): Promise<void> {
       step.go();
       await settle();

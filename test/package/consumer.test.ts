@@ -9,12 +9,17 @@ import { folderOfFile } from '../support/servers.ts';
 const run = promisify(execFile);
 const ROOT = inject('root');
 
-/** Answers the tarball's path. */
-async function packInto(folder: string): Promise<string> {
-  const options = ['--silent', '--ignore-scripts', '--pack-destination', folder];
-  const { stdout } = await run('npm', ['pack', ...options], { cwd: ROOT });
-  return join(folder, stdout.trim());
-}
+let packed: Promise<string> | undefined;
+/** The tarball's path. */
+const tarball = (): Promise<string> => {
+  packed ??= (async () => {
+    const folder = await folderOfFile();
+    const options = ['--silent', '--ignore-scripts', '--pack-destination', folder];
+    const { stdout } = await run('npm', ['pack', ...options], { cwd: ROOT });
+    return join(folder, stdout.trim());
+  })();
+  return packed;
+};
 
 /** The tarball's content beside what the project brings itself; the package's own dependencies are those of this tree. */
 async function projectWith(name: string, packages: readonly string[]): Promise<string> {
@@ -25,7 +30,7 @@ async function projectWith(name: string, packages: readonly string[]): Promise<s
   const npm = ['--no-audit', '--no-fund', '--prefer-offline', '--silent'];
   await run('npm', ['install', ...npm, '--prefix', folder, ...packages], { cwd: folder });
   await mkdir(installed, { recursive: true });
-  await run('tar', ['-xzf', await packInto(folder), '-C', installed, '--strip-components=1']);
+  await run('tar', ['-xzf', await tarball(), '-C', installed, '--strip-components=1']);
   await symlink(join(ROOT, 'node_modules'), join(installed, 'node_modules'));
   return folder;
 }
@@ -57,9 +62,8 @@ const STRICT = {
   ...{ target: 'es2023', lib: ['es2023', 'dom'], types: ['node'] },
 };
 const MODULES = [
-  ['esm.mts', { module: 'nodenext' }],
-  ['commonjs.cts', { module: 'nodenext' }],
-  ['bundled.ts', { module: 'preserve', moduleResolution: 'bundler' }],
+  [['esm.mts', 'commonjs.cts'], { module: 'nodenext' }],
+  [['bundled.ts'], { module: 'preserve', moduleResolution: 'bundler' }],
 ] as const;
 
 /** drizzle's own declarations fail in a strict project, whatever else is in it. */
@@ -73,10 +77,10 @@ test.each([
   async (name, packages) => {
     const folder = await projectWith(name, packages);
     const failures: string[] = [];
-    for (const [file, options] of MODULES) {
-      await writeFile(join(folder, file), PROGRAM);
-      const project = join(folder, `tsconfig.${file}.json`);
-      await writeFile(project, JSON.stringify({ compilerOptions: { ...STRICT, ...options }, files: [file] }));
+    for (const [files, options] of MODULES) {
+      for (const file of files) await writeFile(join(folder, file), PROGRAM);
+      const project = join(folder, `tsconfig.${options.module}.json`);
+      await writeFile(project, JSON.stringify({ compilerOptions: { ...STRICT, ...options }, files }));
       await run(join(ROOT, 'node_modules/.bin/tsc'), ['-p', project]).catch(({ stdout }) =>
         failures.push(...String(stdout).split('\n').filter(isOurs)),
       );
@@ -90,7 +94,7 @@ test('it is not installed beside a Bull Board that knows no hooks: anybody could
   const folder = join(await folderOfFile(), 'board');
   await mkdir(folder);
   const install = async (version: string) => {
-    const packages = [await packInto(folder), `@bull-board/api@${version}`];
+    const packages = [await tarball(), `@bull-board/api@${version}`];
     const options = ['--package-lock-only', '--no-save', '--no-audit', '--prefer-offline'];
     await run('npm', ['install', ...options, '--prefix', folder, ...packages], { cwd: folder });
   };

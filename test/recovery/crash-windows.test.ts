@@ -492,6 +492,7 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
       await waitFor(async () => (await states())[index] === 'leased', {
         what: 'the claim to be committed',
         timeoutMs: PATIENCE_MS,
+        pollMs: 15,
       });
       return true;
     },

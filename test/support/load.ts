@@ -5,8 +5,8 @@ import { insertEvents, someEvents } from './events.ts';
 
 const WRITERS = 4;
 const MAX_EVENTS_IN_TRANSACTION = 12;
-/** Between two transactions of one writer under load: about 400 events a second from all of them. */
-const PAUSE_MS = 50;
+/** Between two transactions of one writer under load: about 200 events a second from all of them. */
+const PAUSE_MS = 100;
 
 /**
  * Writes `count` events over `aggregates` aggregates from several connections at once, in transactions of different
@@ -39,7 +39,7 @@ export type Load = Readonly<{
   stop(): Promise<void>;
 }>;
 
-/** Writes without end, at some hundred events a second, through outages of the database too. */
+/** Writes without end, about 200 events a second, through outages of the database too. */
 export function startLoad(pool: Queryable, { aggregates = 40 }: { aggregates?: number } = {}): Load {
   let stopped = false;
   let written = 0;

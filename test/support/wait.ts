@@ -1,12 +1,16 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { inspect } from 'node:util';
 
+/** Between two looks: short at first, then a twentieth of the time waited so far, since looks load the machine. */
 const POLL_MS = 15;
+const POLL_MOST_MS = 150;
 
 export type WaitOptions = {
   /** What is waited for, as it should read in the error: "the row to be published". */
   what: string;
   timeoutMs?: number;
+  /** Between two looks, where the condition is true for a moment only. */
+  pollMs?: number;
 };
 
 /**
@@ -15,9 +19,10 @@ export type WaitOptions = {
  */
 export async function waitFor<T>(
   condition: () => T | Promise<T>,
-  { what, timeoutMs = 15_000 }: WaitOptions,
+  { what, timeoutMs = 15_000, pollMs }: WaitOptions,
 ): Promise<NonNullable<T>> {
-  const deadline = Date.now() + timeoutMs;
+  const startedAt = Date.now();
+  const deadline = startedAt + timeoutMs;
   const expired = new AbortController();
   const timeout = delay(timeoutMs, undefined, { signal: expired.signal }).then(
     () => EXPIRED,
@@ -30,7 +35,8 @@ export async function waitFor<T>(
       if (value === EXPIRED) break;
       if (value) return value as NonNullable<T>;
       last = value;
-      await delay(POLL_MS);
+      const waitedMs = Date.now() - startedAt;
+      await delay(pollMs ?? Math.min(POLL_MOST_MS, Math.max(POLL_MS, waitedMs / 20)));
     }
   } finally {
     expired.abort();
