@@ -1,5 +1,6 @@
 import { fileURLToPath } from 'node:url';
 import { configDefaults, defineConfig } from 'vitest/config';
+import { BaseSequencer, type TestSpecification } from 'vitest/node';
 
 /**
  * What takes its time, `npm run test:slow`: outages that last, clusters, other programs, large tables, random walks. The
@@ -13,6 +14,24 @@ const SLOW = [
   'test/outbox/held-snapshot.test.ts',
 ];
 
+/** What takes a minute or more, the longest first: begun last, one of them would keep a core busy while others idle. */
+const LONGEST = [
+  ...['alerts', 'order-model', 'network', 'least-privilege', 'refusals', 'consumer', 'crashing', 'rollback'],
+  ...['image', 'main', 'chaos', 'hot-aggregates', 'held-snapshot', 'forgetting', 'two-servers', 'ownership'],
+  ...['terminal', 'outages', 'dead-letters', 'verify', 'crash-windows'],
+].map((name) => `/${name}.test.ts`);
+
+class LongestFirst extends BaseSequencer {
+  override async sort(files: TestSpecification[]): Promise<TestSpecification[]> {
+    const sorted = await super.sort(files);
+    const rank = ({ moduleId }: TestSpecification) => {
+      const at = LONGEST.findIndex((name) => moduleId.endsWith(name));
+      return at < 0 ? LONGEST.length : at;
+    };
+    return sorted.toSorted((a, b) => rank(a) - rank(b));
+  }
+}
+
 /** Without a mode: all. */
 export default defineConfig(({ mode }) => ({
   root: fileURLToPath(new URL('..', import.meta.url)),
@@ -20,6 +39,7 @@ export default defineConfig(({ mode }) => ({
     include: mode === 'slow' ? SLOW : ['test/**/*.test.ts'],
     exclude: [...configDefaults.exclude, ...(mode === 'quick' ? SLOW : [])],
     globalSetup: ['test/support/global-setup.ts'],
+    sequence: { sequencer: LongestFirst },
     pool: 'forks',
     // More than the two cores of a small CI machine: the tests mostly wait for servers.
     maxWorkers: 4,

@@ -9,78 +9,87 @@ import { waitFor } from '../support/wait.ts';
 const OUTAGE_MS = 3_000;
 const SHORT_TIMEOUTS = { RELAY_PUBLISH_TIMEOUT: '1', RELAY_CLAIM_LEASE: '5', RELAY_POLL_INTERVAL: '1' };
 
-/** Two pods under load, an outage in its midst, and the load going on after it. */
-async function suffer(stage: Stage, outage: () => Promise<void>): Promise<void> {
+type Outage = Readonly<{ what: string; happen: () => Promise<void> }>;
+
+/** Two pods under load, one outage after the other in its midst, and the load going on after each. */
+async function suffer(stage: Stage, outages: readonly Outage[]): Promise<void> {
   await Promise.all([stage.pod(), stage.pod()]);
-  // So many that the outage meets some in progress.
-  await insertEvents(stage.pool, someEvents(3_000, 1_000));
   const load = startLoad(stage.pool);
-  await waitFor(async () => (await stage.redis.xlen(STREAM)) > 200, { what: 'the load to flow' });
-  await outage();
-  const event = anEvent();
-  await waitFor(
-    () =>
-      insertEvents(stage.pool, [event]).then(
-        () => true,
-        () => false,
-      ),
-    { what: 'the database to take an event after the outage' },
-  );
-  await waitFor(async () => (await stage.row(event.eventId)).published, {
-    what: 'the flow to resume by itself',
-    timeoutMs: 90_000,
-  });
+  for (const { what, happen } of outages) {
+    // So many that the outage meets some in progress.
+    await insertEvents(stage.pool, someEvents(2_000, 700));
+    const reached = await stage.redis.xlen(STREAM);
+    await waitFor(async () => (await stage.redis.xlen(STREAM)) > reached + 200, {
+      what: `${what}: the load to flow`,
+      timeoutMs: 90_000,
+    });
+    await happen();
+    const event = anEvent();
+    await waitFor(
+      () =>
+        insertEvents(stage.pool, [event]).then(
+          () => true,
+          () => false,
+        ),
+      { what: `${what}: the database to take an event after it` },
+    );
+    await waitFor(async () => (await stage.row(event.eventId)).published, {
+      what: `${what}: the flow to resume by itself`,
+      timeoutMs: 90_000,
+    });
+    const cost = await stage.count('attempts > 0 OR error_message IS NOT NULL');
+    expect(cost, `${what}: events it cost an attempt`).toBe(0);
+  }
   await load.stop();
   await stage.rested();
-  const grade = await stage.expectPromisesHeld();
-  expect(grade.deadLetters).toBe(0);
-  expect(await stage.count('attempts > 0 OR error_message IS NOT NULL'), 'events it cost an attempt').toBe(0);
+  expect(await stage.expectPromisesHeld()).toMatchObject({ deadLetters: 0 });
+  expect(await stage.count('attempts > 0 OR error_message IS NOT NULL')).toBe(0);
 }
 
 const hold = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
 
-test('a Redis that hangs for some seconds costs no event and no attempt', async () => {
+test('a Redis that hangs, is restarted, is away, or is full for some seconds costs no event and no attempt', async () => {
   const stage = await setStage({ env: SHORT_TIMEOUTS });
-  await suffer(stage, async () => {
-    stage.server.pause();
-    await hold(OUTAGE_MS);
-    stage.server.resume();
-  });
-}, 300_000);
-
-test('a Redis that is restarted costs no event and no attempt', async () => {
-  const stage = await setStage({ env: SHORT_TIMEOUTS });
-  await suffer(stage, () => stage.server.restart());
-}, 300_000);
-
-test('a Redis that is away for some seconds costs no event and no attempt', async () => {
-  const stage = await setStage({ env: SHORT_TIMEOUTS });
-  await suffer(stage, async () => {
-    await stage.server.stop();
-    await hold(OUTAGE_MS);
-    await stage.server.restart();
-  });
-}, 300_000);
-
-test('a full Redis costs no event and no attempt, and the flow resumes when it has room again', async () => {
-  const stage = await setStage({ env: SHORT_TIMEOUTS });
-  await suffer(stage, async () => {
-    await stage.redis.config('SET', 'maxmemory', '1');
-    const errors = async () =>
-      Number(/errorstat_OOM:count=(\d+)/.exec(await stage.redis.info('errorstats'))?.[1]);
-    await waitFor(async () => (await errors()) > 10, { what: 'Redis to refuse what the relay asks' });
-    await stage.redis.config('SET', 'maxmemory', '0');
-  });
-}, 300_000);
+  const { server, redis } = stage;
+  const refused = async () => Number(/errorstat_OOM:count=(\d+)/.exec(await redis.info('errorstats'))?.[1]);
+  await suffer(stage, [
+    {
+      what: 'a Redis that hangs for some seconds',
+      happen: async () => {
+        server.pause();
+        await hold(OUTAGE_MS);
+        server.resume();
+      },
+    },
+    { what: 'a Redis that is restarted', happen: () => server.restart() },
+    {
+      what: 'a Redis that is away for some seconds',
+      happen: async () => {
+        await server.stop();
+        await hold(OUTAGE_MS);
+        await server.restart();
+      },
+    },
+    {
+      what: 'a full Redis',
+      happen: async () => {
+        await redis.config('SET', 'maxmemory', '1');
+        await waitFor(async () => (await refused()) > 10, { what: 'Redis to refuse what the relay asks' });
+        await redis.config('SET', 'maxmemory', '0');
+      },
+    },
+  ]);
+}, 400_000);
 
 test('a PostgreSQL that crashes and recovers costs no event and no attempt', async () => {
   const postgres = await createPostgres();
   const stage = await setStage({ databaseUrl: postgres.adminUrl, env: SHORT_TIMEOUTS });
-  await suffer(stage, async () => {
+  const crash = async () => {
     await postgres.kill('SIGQUIT');
     await hold(OUTAGE_MS);
     await postgres.restart();
-  });
+  };
+  await suffer(stage, [{ what: 'the crash', happen: crash }]);
 }, 300_000);
 
 test('a pod that starts while its servers are away waits for them, says so, and then works', async () => {

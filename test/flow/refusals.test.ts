@@ -27,113 +27,114 @@ async function refusals(stage: Stage): Promise<number> {
   return Number(/total_error_replies:(\d+)/.exec(await stage.redis.info('stats'))?.[1]);
 }
 
-/** Two pods under load, and a Redis that is there but refuses them what they ask, for a reason that they can tell. */
-async function suffer(
-  fault: { reason: RegExp; begin: (stage: Stage) => Promise<void>; end: (stage: Stage) => Promise<void> },
-  options: { redisArgs?: string[] } = {},
-): Promise<void> {
-  const stage = await setStage({
-    env: FEW_ATTEMPTS,
-    ...(options.redisArgs && { redisArgs: options.redisArgs }),
-  });
-  const pods = await Promise.all([stage.pod(), stage.pod()]);
-  await insertEvents(stage.pool, someEvents(2_000, 500));
-  const load = startLoad(stage.pool);
-  await waitFor(async () => (await stage.redis.xlen(STREAM)) > 200, {
-    what: 'the load to flow',
-    timeoutMs: RECOVERY_MS,
-  });
+type Fault = Readonly<{
+  what: string;
+  /** Why, as the pods can tell. */
+  reason: RegExp;
+  begin: (stage: Stage) => Promise<void>;
+  end: (stage: Stage) => Promise<void>;
+}>;
 
-  const refusedSofar = await refusals(stage);
-  await fault.begin(stage);
-  const begun = Date.now();
-  for (const pod of pods) {
-    await waitFor(async () => (await ask(pod, '/readyz')).status === 503, { what: 'a pod not to be ready' });
-  }
-  await hold(FAULT_MS - (Date.now() - begun));
-  for (const pod of pods) {
-    const { status, body } = await ask(pod, '/readyz');
-    expect(status).toBe(503);
-    expect(body).toMatch(fault.reason);
-    expect((await ask(pod, '/livez')).status).toBe(200);
-  }
-  await fault.end(stage);
-  const perSecond = ((await refusals(stage)) - refusedSofar) / ((Date.now() - begun) / 1_000);
-
-  const event = anEvent();
-  await insertEvents(stage.pool, [event]);
-  await waitFor(async () => (await stage.row(event.eventId)).published, {
-    what: 'the flow to resume',
-    timeoutMs: RECOVERY_MS,
-  });
-  for (const pod of pods) await pod.waitReady();
-  await load.stop();
-  await stage.rested();
-  const grade = await stage.expectPromisesHeld();
-  expect(grade.deadLetters).toBe(0);
-  expect(await stage.count('attempts > 0 OR error_message IS NOT NULL'), 'events it cost an attempt').toBe(0);
-  expect(perSecond).toBeLessThan(MAX_REFUSALS_PER_SECOND);
-  for (const pod of pods) {
-    const lines = pod.logs().filter(({ msg }) => msg === 'cannot publish now; events are postponed');
-    expect(lines.length, 'lines about postponed events').toBeLessThan(5);
-  }
-}
-
-test('a full Redis', async () => {
-  await suffer({
+const FAULTS: readonly Fault[] = [
+  {
+    what: 'a full Redis',
     reason: /OOM/,
     begin: async ({ redis }) => void (await redis.config('SET', 'maxmemory', '1')),
     end: async ({ redis }) => void (await redis.config('SET', 'maxmemory', '0')),
-  });
-}, 120_000);
-
-test('a Redis that has become a replica, as in a failover', async () => {
-  await suffer({
+  },
+  {
+    what: 'a Redis that has become a replica, as in a failover',
     reason: /READONLY/,
     begin: async ({ redis }) => void (await redis.call('REPLICAOF', '127.0.0.1', '9')),
     end: async ({ redis }) => void (await redis.call('REPLICAOF', 'NO', 'ONE')),
-  });
-}, 120_000);
-
-test('a Redis without the replicas that it must have', async () => {
-  await suffer({
+  },
+  {
+    what: 'a Redis without the replicas that it must have',
     reason: /NOREPLICAS/,
     begin: async ({ redis }) => void (await redis.config('SET', 'min-replicas-to-write', '1')),
     end: async ({ redis }) => void (await redis.config('SET', 'min-replicas-to-write', '0')),
-  });
-}, 120_000);
-
-test('a Redis that refuses the relay everything', async () => {
-  await suffer({
+  },
+  {
+    what: 'a Redis that refuses the relay everything',
     reason: /NOPERM/,
     begin: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', RELAY_USER, 'resetkeys', '-@all')),
     end: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', RELAY_USER, ...redisRules())),
-  });
-}, 120_000);
-
-test('a Redis whose password was changed before the relay’s', async () => {
-  await suffer({
+  },
+  {
+    what: 'a Redis whose password was changed before the relay’s',
     reason: /WRONGPASS|NOAUTH/,
     begin: async ({ redis }) => {
       await redis.call('ACL', 'SETUSER', RELAY_USER, 'resetpass', '>other');
       await redis.call('CLIENT', 'KILL', 'USER', RELAY_USER);
     },
     end: async ({ redis }) => void (await redis.call('ACL', 'SETUSER', RELAY_USER, ...redisRules())),
-  });
-}, 120_000);
-
-test('a Redis that is busy with somebody’s script', async () => {
-  await suffer(
-    {
-      reason: /BUSY|no answer|no connection|timeout/i,
-      begin: async ({ server }) => {
-        const slow = new Redis(server.url, { retryStrategy: () => null });
-        slow.on('error', () => {});
-        onTestFinished(async () => slow.disconnect());
-        slow.eval('while true do end', 0).catch(() => {});
-      },
-      end: async ({ redis }) => void (await redis.call('SCRIPT', 'KILL')),
+  },
+  {
+    what: 'a Redis that is busy with somebody’s script',
+    reason: /BUSY|no answer|no connection|timeout/i,
+    begin: async ({ server }) => {
+      const slow = new Redis(server.url, { retryStrategy: () => null });
+      slow.on('error', () => {});
+      onTestFinished(async () => slow.disconnect());
+      slow.eval('while true do end', 0).catch(() => {});
     },
-    { redisArgs: ['--lua-time-limit', '100'] },
-  );
-}, 120_000);
+    end: async ({ redis }) => void (await redis.call('SCRIPT', 'KILL')),
+  },
+];
+
+const postponements = (pod: Pod): number =>
+  pod.logs().filter(({ msg }) => msg === 'cannot publish now; events are postponed').length;
+
+/** Two pods under load, and a Redis that is there but refuses them what they ask, for a reason that they can tell. */
+test('a Redis that refuses everybody costs no event and no attempt, one reason after the other', async () => {
+  const stage = await setStage({ env: FEW_ATTEMPTS, redisArgs: ['--lua-time-limit', '100'] });
+  const pods = await Promise.all([stage.pod(), stage.pod()]);
+  const load = startLoad(stage.pool);
+  for (const { what, reason, begin, end } of FAULTS) {
+    await insertEvents(stage.pool, someEvents(1_000, 250));
+    const reached = await stage.redis.xlen(STREAM);
+    await waitFor(async () => (await stage.redis.xlen(STREAM)) > reached + 200, {
+      what: `${what}: the load to flow`,
+      timeoutMs: RECOVERY_MS,
+    });
+
+    const refusedSofar = await refusals(stage);
+    const saidSofar = pods.map(postponements);
+    await begin(stage);
+    const begun = Date.now();
+    for (const pod of pods) {
+      await waitFor(async () => (await ask(pod, '/readyz')).status === 503, {
+        what: `${what}: a pod not to be ready`,
+      });
+    }
+    await hold(FAULT_MS - (Date.now() - begun));
+    for (const pod of pods) {
+      const { status, body } = await ask(pod, '/readyz');
+      expect(status, what).toBe(503);
+      expect(body, what).toMatch(reason);
+      expect((await ask(pod, '/livez')).status, what).toBe(200);
+    }
+    await end(stage);
+    const perSecond = ((await refusals(stage)) - refusedSofar) / ((Date.now() - begun) / 1_000);
+
+    const event = anEvent();
+    await insertEvents(stage.pool, [event]);
+    await waitFor(async () => (await stage.row(event.eventId)).published, {
+      what: `${what}: the flow to resume`,
+      timeoutMs: RECOVERY_MS,
+    });
+    for (const pod of pods) await pod.waitReady();
+    expect(perSecond, what).toBeLessThan(MAX_REFUSALS_PER_SECOND);
+    pods.forEach((pod, i) => {
+      expect(postponements(pod) - (saidSofar[i] ?? 0), `${what}: lines about postponed events`).toBeLessThan(
+        5,
+      );
+    });
+    const cost = await stage.count('attempts > 0 OR error_message IS NOT NULL');
+    expect(cost, `${what}: events it cost an attempt`).toBe(0);
+  }
+  await load.stop();
+  await stage.rested();
+  expect(await stage.expectPromisesHeld()).toMatchObject({ deadLetters: 0 });
+  expect(await stage.count('attempts > 0 OR error_message IS NOT NULL')).toBe(0);
+}, 400_000);
