@@ -135,7 +135,7 @@ test.concurrent('an entry that vanished from its stream is found: the promises d
 });
 
 test.concurrent('a signal ends the writing, what is on its way arrives, and the summary follows', async () => {
-  const demo = await startDemo(['--events', '100000', '--rate', '20']);
+  const demo = await startDemo(['--events', '100000', '--rate', '20', '--pods', '1']);
   await says(demo, /failed .*#8 /);
 
   demo.child.kill('SIGINT');
@@ -185,7 +185,7 @@ test.concurrent('a long run says what to try, and that works; another event fail
 });
 
 test.concurrent('a second Ctrl-C ends it at once, and still leaves nothing behind', async () => {
-  const demo = await startDemo(['--events', '100000', '--rate', '20']);
+  const demo = await startDemo(['--events', '100000', '--rate', '20', '--pods', '1']);
   await says(demo, /failed .*#8 /);
   demo.child.kill('SIGINT');
   await says(demo, /Once more to stop at once/);
