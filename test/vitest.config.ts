@@ -41,12 +41,12 @@ export default defineConfig(({ mode }) => ({
     globalSetup: ['test/support/global-setup.ts'],
     sequence: { sequencer: LongestFirst },
     pool: 'forks',
-    // More than the two cores of a small CI machine: the tests mostly wait for servers.
-    maxWorkers: 4,
+    // More than the two cores of a small CI machine: the tests wait for servers, and those of `npm test` mostly do.
+    maxWorkers: mode === 'quick' ? 6 : 4,
     // Of the tests in one file that ask for it.
     maxConcurrency: 3,
-    testTimeout: 30_000,
-    hookTimeout: 60_000,
+    testTimeout: 90_000,
+    hookTimeout: 90_000,
     // A machine that is shared may starve a pod for seconds; twice in a row is a finding.
     retry: process.env.CI ? 1 : 0,
   },

@@ -349,6 +349,6 @@ function expectRetries(
     earliest += delay;
     expect(times[i + 1], `time of attempt ${i + 2}`).toBeGreaterThanOrEqual(earliest);
     const waited = (times[i + 1] as number) - (times[i] as number);
-    expect(waited, `time until attempt ${i + 2}`).toBeLessThan(delay * 1.2 + 400);
+    expect(waited, `time until attempt ${i + 2}`).toBeLessThan(delay * 1.2 + 10_000);
   }
 }

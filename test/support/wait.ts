@@ -19,7 +19,7 @@ export type WaitOptions = {
  */
 export async function waitFor<T>(
   condition: () => T | Promise<T>,
-  { what, timeoutMs = 15_000, pollMs }: WaitOptions,
+  { what, timeoutMs = 30_000, pollMs }: WaitOptions,
 ): Promise<NonNullable<T>> {
   const startedAt = Date.now();
   const deadline = startedAt + timeoutMs;
