@@ -58,10 +58,7 @@ const uuid = { type: 'string', format: 'uuid', maxLength: 36 };
 const time = { type: 'string', format: 'date-time' };
 const cursor = { type: 'string', minLength: 1, maxLength: 8_000, description: '`next` of an earlier answer' };
 const limit = (standard: number) => ({
-  type: 'integer',
-  minimum: 1,
-  maximum: MOST_PER_REQUEST,
-  default: standard,
+  ...{ type: 'integer', minimum: 1, maximum: MOST_PER_REQUEST, default: standard },
 });
 const flag = (description: string) => ({ type: 'boolean', default: false, description });
 const published = { eventType: text, topic: text, aggregateType: text, aggregateId: uuid };

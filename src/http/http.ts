@@ -55,17 +55,13 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
     redis: queueRedis,
     workplaces: [
       {
-        workers: workers.publish,
-        queue: queues.publish,
+        ...{ workers: workers.publish, queue: queues.publish, oneByOne: false },
         // An attempt, and postponing it.
         deadlineMs: 2 * config.publishTimeoutMs,
-        oneByOne: false,
       },
       {
-        workers: workers.claim,
-        queue: queues.claim,
+        ...{ workers: workers.claim, queue: queues.claim, oneByOne: true },
         deadlineMs: CLAIM_JOB_DEADLINE_MS,
-        oneByOne: true,
       },
     ],
     assertWritable: context.queuesWritable,
@@ -93,10 +89,8 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
       }),
     }),
   };
-  const metrics = {
-    contentType: context.metrics.contentType,
-    render: () => context.metrics.render(sources),
-  };
+  const { contentType, render } = context.metrics;
+  const metrics = { contentType, render: () => render(sources) };
 
   const server = createWebServer({
     host: config.httpHost,
