@@ -1,3 +1,4 @@
+import { setTimeout as pause } from 'node:timers/promises';
 import type { Command } from 'commander';
 import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
@@ -102,7 +103,7 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
       void signalled().then(() => stop.abort());
       while (!stop.signal.aborted) {
         show(found, config, options, isInPlace);
-        await pause(everyMs, stop.signal);
+        await pause(everyMs, undefined, { signal: stop.signal }).catch(() => {}); // aborted
         if (!stop.signal.aborted) found = await status();
       }
     }
@@ -131,15 +132,6 @@ function watchConnection(redis: Redis) {
     },
   };
 }
-
-const pause = (ms: number, signal: AbortSignal): Promise<void> =>
-  new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
-    signal.addEventListener('abort', () => {
-      clearTimeout(timer);
-      resolve();
-    });
-  });
 
 /** @throws when the database answers, and has no outbox that this version can read */
 async function assertMigrated(pool: Pool): Promise<void> {

@@ -1,6 +1,6 @@
 import { once } from 'node:events';
 import type { Redis } from 'ioredis';
-import { NotReadyError, withDeadline } from '../lifecycle.ts';
+import { NotReadyError, pause, withDeadline } from '../lifecycle.ts';
 import { lacks, missingFromTable } from '../outbox/required.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type Pool, transaction } from './database.ts';
@@ -79,9 +79,7 @@ async function waitFor(
         loggedAt = Date.now();
         logger.warn({ err: error, server }, 'waiting for a server to answer');
       }
-      await new Promise((resolve) =>
-        setTimeout(resolve, Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1))),
-      );
+      await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)));
     }
   }
 }
