@@ -144,17 +144,19 @@ export async function writeProbeKey(redis: Redis, key: string): Promise<void> {
 
 export type RedisFacts = Readonly<{ version: string; aofEnabled: boolean; maxmemoryPolicy: string }>;
 
+/** The fields of INFO. */
+export async function infoOf(redis: Redis): Promise<(field: string) => string | undefined> {
+  const lines = (await redis.info()).split('\r\n');
+  const fields = new Map(lines.map((line) => line.split(/:(.*)/s, 2) as [string, string]));
+  return (field) => fields.get(field);
+}
+
 /** The facts in INFO that health and requirements depend on. */
 export async function inspectRedis(redis: Redis): Promise<RedisFacts> {
-  const info = new Map(
-    (await redis.info()).split('\r\n').map((line): [string, string] => {
-      const colon = line.indexOf(':');
-      return [line.slice(0, colon), line.slice(colon + 1)];
-    }),
-  );
+  const info = await infoOf(redis);
   return {
-    version: info.get('redis_version') ?? 'unknown',
-    aofEnabled: info.get('aof_enabled') === '1',
-    maxmemoryPolicy: info.get('maxmemory_policy') ?? 'unknown',
+    version: info('redis_version') ?? 'unknown',
+    aofEnabled: info('aof_enabled') === '1',
+    maxmemoryPolicy: info('maxmemory_policy') ?? 'unknown',
   };
 }
