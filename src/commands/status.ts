@@ -5,6 +5,7 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { asking, type Pool } from '../connections/database.ts';
 import { createPool } from '../connections/pool.ts';
+import { lastErrorOf } from '../connections/preflight.ts';
 import { openBoth } from '../connections/servers.ts';
 import { counted } from '../event.ts';
 import { createFigures, entriesAtRisk } from '../operations/figures.ts';
@@ -115,19 +116,16 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
 }
 
 function watchConnection(redis: Redis) {
-  let lost: Error | undefined;
+  const lost = lastErrorOf(redis);
   return {
     /** Resolves when the connection is there, or has failed. */
     answered: new Promise<void>((resolve) => {
-      redis.on('error', (error) => {
-        lost = error;
-        resolve();
-      });
+      redis.once('error', () => resolve());
       redis.once('ready', () => resolve());
     }),
     /** What ioredis and BullMQ say without a connection tells nobody why there is none. */
     async whenThere<T>(ask: () => Promise<T>): Promise<T> {
-      if (redis.status !== 'ready') throw lost ?? new Error(`the connection is ${redis.status}`);
+      if (redis.status !== 'ready') throw lost() ?? new Error(`the connection is ${redis.status}`);
       return ask();
     },
   };

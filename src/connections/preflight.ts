@@ -44,16 +44,25 @@ export async function requireTable(pool: Pool): Promise<void> {
   if (missing.length > 0) throw new NotReadyError(lacks(missing));
 }
 
+/** The last error of a connection while it is not ready: ioredis' own errors do not say why there is none. */
+export function lastErrorOf(redis: Redis): () => Error | undefined {
+  let last: Error | undefined;
+  redis.on('error', (error) => {
+    last = error;
+  });
+  redis.on('ready', () => {
+    last = undefined;
+  });
+  return () => last;
+}
+
 /** A probe for one connection. While it is not ready, the probe fails with the connection's last error. */
 function answers(redis: Redis): () => Promise<unknown> {
-  let reason: Error | undefined;
-  redis.on('error', (error) => {
-    reason = error;
-  });
+  const reason = lastErrorOf(redis);
   return async () => {
     if (redis.status !== 'ready')
       await once(redis, 'ready', { signal: AbortSignal.timeout(RETRY_MS) }).catch(() => {
-        throw reason ?? new Error(`connection is ${redis.status}`);
+        throw reason() ?? new Error(`connection is ${redis.status}`);
       });
     await redis.ping();
   };
@@ -122,17 +131,10 @@ const PROBE_KEY_TTL_MS = 10_000;
  * The probe throws the reason why Redis takes no writes.
  */
 export function createWriteProbe(redis: Redis, key: string): () => Promise<void> {
-  let lost: Error | undefined;
-  redis.on('error', (error) => {
-    lost = error;
-  });
-  redis.on('ready', () => {
-    lost = undefined;
-  });
+  const lost = lastErrorOf(redis);
   return async () => {
-    // ioredis' own error would not say why there is no connection.
     if (redis.status !== 'ready') {
-      throw lost ?? new Error(`no connection to Redis yet (${redis.status}): is it loading its data?`);
+      throw lost() ?? new Error(`no connection to Redis yet (${redis.status}): is it loading its data?`);
     }
     await writeProbeKey(redis, key);
   };
