@@ -1,4 +1,4 @@
-import { type Command, Help } from 'commander';
+import type { Command } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { redisOptions } from '../config/redis-urls.ts';
@@ -8,6 +8,7 @@ import { openBoth } from '../connections/servers.ts';
 import { advice, type RequirementResult } from '../requirement.ts';
 import { EXIT, withConfig } from './command.ts';
 import { columns, print, text } from './terminal.ts';
+import { wrapped } from './variables.ts';
 
 /** Asks a server that may be away for no longer than this. */
 const TIMEOUT_MS = 10_000;
@@ -28,7 +29,7 @@ async function runChecks(config: RelayConfig): Promise<boolean> {
   };
   const results = [good, ...(await checkServers(config))];
   for (const { result, subject, finding } of results) {
-    const lines = new Help().boxWrap(text`${finding}`.value, columns() - INDENT).split('\n');
+    const lines = wrapped(text`${finding}`.value, columns() - INDENT);
     for (const [i, line] of lines.entries())
       print(text`${(i > 0 ? '' : `${result.padEnd(7)} ${subject}`).padEnd(INDENT)}${line}`);
   }

@@ -232,25 +232,3 @@ export const VARIABLES: readonly Variable[] = Object.freeze(
     Object.freeze({ property, ...described }),
   ),
 );
-
-/** Every variable with its default and meaning, for `--help`: two or three lines each, in `width` columns. */
-export function describeVariables(width: number): string {
-  return VARIABLES.map(({ name, default: defaultText, unit, description }) => {
-    const value = unit === undefined ? defaultText : `${defaultText} ${unit}`;
-    const fits = name.length + value.length + 6 <= width;
-    const about = [...(fits ? [] : [`(${value})`]), ...wrapped(description, width - 6)];
-    return [`  ${name}${fits ? `  (${value})` : ''}`, ...about.map((line) => `      ${line}`)].join('\n');
-  }).join('\n');
-}
-
-/** `text` in lines of at most `width` columns, broken at spaces. */
-export function wrapped(text: string, width: number): string[] {
-  const lines: string[] = [];
-  for (const word of text.split(' ')) {
-    const last = lines.at(-1);
-    if (last !== undefined && last.length + 1 + word.length <= width)
-      lines[lines.length - 1] = `${last} ${word}`;
-    else lines.push(word);
-  }
-  return lines;
-}
