@@ -10,10 +10,13 @@ import type { Workers } from '../queue/workers.ts';
 import { createStreamInspector } from '../streams/inspect.ts';
 import type { MetricsSources } from '../telemetry/metrics.ts';
 import { VERSION } from '../version.ts';
+import { shareAnswers } from './admission.ts';
 import { openDashboard } from './dashboard-options.ts';
 import { createHealth } from './health.ts';
 import { createWebServer } from './server.ts';
 
+/** Those who ask for the metrics within this time get the same answer. */
+const SHARED_MS = 1_000;
 /** A pod that has not checked the schedule for this time hangs. */
 const STUCK_AFTER_MS = 60_000;
 
@@ -90,7 +93,7 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
     }),
   };
   const { contentType, render } = context.metrics;
-  const metrics = { contentType, render: () => render(sources) };
+  const metrics = { contentType, render: shareAnswers(SHARED_MS, () => render(sources)) };
 
   const server = createWebServer({
     host: config.httpHost,
