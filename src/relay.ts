@@ -61,7 +61,7 @@ export type Relay = Readonly<{
   metrics(): Promise<string>;
 }>;
 
-/** Loaded here and now: OpenTelemetry's part of it takes its time. */
+/** Imports OpenTelemetry only when a relay may trace: the import is slow. */
 async function tracingOf(config: RelayConfig): Promise<Tracing> {
   const { createTracing } = await import('./telemetry/spans.ts');
   return createTracing(VERSION, config.dlqStreamName);

@@ -1,7 +1,7 @@
 import { CLAIM_JOB_DEADLINE_MS } from '../claim/claim-worker.ts';
 import { sqlState, TOO_MANY_SESSIONS } from '../connections/pool-health.ts';
 import { assertWritable, inspectRedis } from '../connections/preflight.ts';
-import { assertLocksPass } from '../connections/table-lock.ts';
+import { assertNoLockHeldTooLong } from '../connections/table-lock.ts';
 import { type Context, secondsSince } from '../context.ts';
 import { createFigures, shareFigures } from '../operations/figures.ts';
 import { createFleetReader } from '../operations/heartbeat.ts';
@@ -30,12 +30,12 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
   };
   const health = createHealth({
     database: async () => {
-      const locksPass = assertLocksPass(servers.httpPool).catch((error) => {
+      const locks = assertNoLockHeldTooLong(servers.httpPool).catch((error) => {
         // PostgreSQL refuses another session for HTTP: the relay's own sessions answer instead.
-        if (sqlState(error) === TOO_MANY_SESSIONS) return assertLocksPass(servers.pool);
+        if (sqlState(error) === TOO_MANY_SESSIONS) return assertNoLockHeldTooLong(servers.pool);
         throw error;
       });
-      await Promise.all([assertWritable(servers.pool), locksPass]);
+      await Promise.all([assertWritable(servers.pool), locks]);
       const { size, granted } = servers.pool.sessions();
       return granted < size ? { sessions: granted, sessions_wanted: size } : {};
     },
