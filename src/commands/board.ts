@@ -17,7 +17,7 @@ import { signalled } from './signals.ts';
 import { helpColumns } from './terminal.ts';
 import { describeVariables } from './variables.ts';
 
-export function addBoard(command: Command): void {
+export function add(command: Command): void {
   command
     .addHelpText('after', () => `\nEnvironment:\n${describeVariables(helpColumns())}`)
     .action(async () => {

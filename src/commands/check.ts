@@ -15,7 +15,7 @@ const TIMEOUT_MS = 10_000;
 /** Where the findings begin. */
 const INDENT = 31;
 
-export function addCheck(command: Command): void {
+export function add(command: Command): void {
   command.action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
 }
 

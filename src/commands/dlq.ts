@@ -25,7 +25,7 @@ type ActOptions = FilterOptions & Readonly<{ all?: boolean; dryRun?: boolean; ye
 
 const MOST_LISTED = 10_000;
 
-export function addDlq(dlq: Command): void {
+export function add(dlq: Command): void {
   filters(dlq.command('list').description('dead letters, the latest first; never a payload'))
     .option('--limit <count>', `how many at most (1 to ${MOST_LISTED})`, count, 50)
     .option('--cursor <cursor>', 'go on where an earlier list ended')

@@ -19,7 +19,7 @@ type RepublishOptions = Readonly<{
   yes?: boolean;
 }>;
 
-export function addRepublish(command: Command): void {
+export function add(command: Command): void {
   command
     .requiredOption('--since <when>', `published from then on: ${WHEN}`, when)
     .requiredOption('--until <when>', 'published up to then', when)

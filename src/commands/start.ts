@@ -21,7 +21,7 @@ const HEAP_GROWING_PERCENT = 25;
 /** Longest time for sending the last traces; the relay itself has ended by then. */
 const FLUSH_MS = 2_000;
 
-export function addStart(command: Command): void {
+export function add(command: Command): void {
   command
     .addHelpText(
       'after',

@@ -40,7 +40,7 @@ type StatusOptions = Readonly<{ json?: boolean; watch?: number | true }>;
 const DEADLINE_MS = 4_000;
 const WATCH_SECONDS = 2;
 
-export function addStatus(command: Command): void {
+export function add(command: Command): void {
   command
     .option('--watch [seconds]', `refresh in place, every ${WATCH_SECONDS} s if not told otherwise`, seconds)
     .option('--json', 'print JSON, one object for each look')
