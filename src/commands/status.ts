@@ -4,9 +4,7 @@ import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { asking, type Pool } from '../connections/database.ts';
-import { createPool } from '../connections/pool.ts';
 import { lastErrorOf } from '../connections/preflight.ts';
-import { openBoth } from '../connections/servers.ts';
 import { counted } from '../event.ts';
 import { createFigures, entriesAtRisk } from '../operations/figures.ts';
 import { createStatus, inFlight, isSilent, type Status } from '../operations/fleet-status.ts';
@@ -17,7 +15,7 @@ import { createQueues } from '../queue/queues.ts';
 import { APPEND_CONNECTION } from '../streams/append.ts';
 import { createStreamInspector } from '../streams/inspect.ts';
 import { createLogger } from '../telemetry/logger.ts';
-import { EXIT, withConfig } from './command.ts';
+import { type Connections, EXIT, withConfig, withConnections } from './command.ts';
 import { signalled } from './signals.ts';
 import {
   colours,
@@ -55,19 +53,20 @@ function seconds(given: string): number {
 }
 
 /** Waits for no server: one that is away is part of the status. */
-async function runStatus(config: RelayConfig, options: StatusOptions): Promise<number> {
-  const pool = createPool(config.databaseUrl, {
-    max: 3,
-    application_name: 'relay-status',
-    connectionTimeoutMillis: DEADLINE_MS,
-  });
-  pool.on('error', () => {}); // the next query says so
-  const [redis, streamRedis] = openBoth(config, {
-    ...APPEND_CONNECTION,
-    connectTimeout: DEADLINE_MS,
-    commandTimeout: DEADLINE_MS,
-    connectionName: 'relay-status',
-  });
+const runStatus = (config: RelayConfig, options: StatusOptions): Promise<number> => {
+  const timeouts = { connectTimeout: DEADLINE_MS, commandTimeout: DEADLINE_MS };
+  const connections = {
+    pool: { max: 3, connectionTimeoutMillis: DEADLINE_MS },
+    redis: { ...APPEND_CONNECTION, ...timeouts },
+  };
+  return withConnections(config, 'relay-status', connections, (on) => showStatus(config, options, on));
+};
+
+async function showStatus(
+  config: RelayConfig,
+  options: StatusOptions,
+  { pool, redis, streamRedis }: Connections,
+): Promise<number> {
   const { answered: connected, whenThere } = watchConnection(redis);
   const streams = watchConnection(streamRedis);
   const inspectStreams = createStreamInspector(streamRedis);
@@ -91,28 +90,23 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     maxInFlight: config.maxInFlight,
     deadlineMs: DEADLINE_MS,
   });
-  try {
-    await Promise.all([connected, streams.answered]);
-    const isInPlace = isTerminal() && options.json !== true && options.watch !== undefined;
-    let found = await status();
-    // If the table is missing or old, say so, instead of the same error for each figure.
-    if (found.problems.length > 0) await assertMigrated(pool);
-    if (options.watch === undefined) show(found, config, options);
-    else {
-      const everyMs = (options.watch === true ? WATCH_SECONDS : options.watch) * 1_000;
-      const stop = new AbortController();
-      void signalled().then(() => stop.abort());
-      while (!stop.signal.aborted) {
-        show(found, config, options, isInPlace);
-        await pause(everyMs, undefined, { signal: stop.signal }).catch(() => {}); // aborted
-        if (!stop.signal.aborted) found = await status();
-      }
+  await Promise.all([connected, streams.answered]);
+  const isInPlace = isTerminal() && options.json !== true && options.watch !== undefined;
+  let found = await status();
+  // If the table is missing or old, say so, instead of the same error for each figure.
+  if (found.problems.length > 0) await assertMigrated(pool);
+  if (options.watch === undefined) show(found, config, options);
+  else {
+    const everyMs = (options.watch === true ? WATCH_SECONDS : options.watch) * 1_000;
+    const stop = new AbortController();
+    void signalled().then(() => stop.abort());
+    while (!stop.signal.aborted) {
+      show(found, config, options, isInPlace);
+      await pause(everyMs, undefined, { signal: stop.signal }).catch(() => {}); // aborted
+      if (!stop.signal.aborted) found = await status();
     }
-    return found.problems.length === 0 ? EXIT.done : EXIT.failed;
-  } finally {
-    for (const it of [redis, streamRedis]) it.disconnect();
-    await pool.end();
   }
+  return found.problems.length === 0 ? EXIT.done : EXIT.failed;
 }
 
 function watchConnection(redis: Redis) {
