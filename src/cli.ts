@@ -6,59 +6,37 @@ const { Command } = await import('commander');
 const { cleanLines } = await import('./commands/terminal.ts');
 const { VERSION } = await import('./version.ts');
 
-type Entry = Readonly<{ about: string; load: () => Promise<(command: Program) => void> }>;
-
 /** In the order of the help. */
-const COMMANDS: Readonly<Record<string, Entry>> = {
-  start: {
-    about: 'run the relay until SIGTERM or SIGINT',
-    load: async () => (await import('./commands/start.ts')).addStart,
-  },
-  migrate: {
-    about: 'create identity.outbox, or adopt the one that is there (only additions; may be run again)',
-    load: async () => (await import('./commands/migrate.ts')).addMigrate,
-  },
-  check: {
-    about:
-      'try everything that the relay needs of configuration, database, table and Redis; each with its result',
-    load: async () => (await import('./commands/check.ts')).addCheck,
-  },
-  status: {
-    about: 'what the relay is doing: backlog, what the oldest event waits for, rates, queues, pods, streams',
-    load: async () => (await import('./commands/status.ts')).addStatus,
-  },
-  verify: {
-    about: 'compare what the table says is published, or dead, with what is in the streams',
-    load: async () => (await import('./commands/verify.ts')).addVerify,
-  },
-  dlq: {
-    about: 'list, show, replay and discard dead letters',
-    load: async () => (await import('./commands/dlq.ts')).addDlq,
-  },
-  republish: {
-    about: 'append once more what was published before, for a consumer that is new or was broken',
-    load: async () => (await import('./commands/republish.ts')).addRepublish,
-  },
-  prune: {
-    about: 'delete old published rows from the table, in short transactions',
-    load: async () => (await import('./commands/prune.ts')).addPrune,
-  },
-  board: {
-    about: 'serve the dashboard alone, without claiming or publishing, until SIGTERM or SIGINT',
-    load: async () => (await import('./commands/board.ts')).addBoard,
-  },
-  'hash-password': {
-    about: 'print an entry for RELAY_BOARD_USERS; the password is asked for, or read from stdin',
-    load: async () => (await import('./commands/hash-password.ts')).addHashPassword,
-  },
-  own: {
-    about: 'make the queue in Redis that of this database, after it was restored, copied or moved on purpose',
-    load: async () => (await import('./commands/own.ts')).addOwn,
-  },
-  grants: {
-    about: 'print the rights that the relay needs with this configuration: SQL and a Redis ACL',
-    load: async () => (await import('./commands/grants.ts')).addGrants,
-  },
+const COMMANDS = {
+  start: 'run the relay until SIGTERM or SIGINT',
+  migrate: 'create identity.outbox, or adopt the one that is there (only additions; may be run again)',
+  check:
+    'try everything that the relay needs of configuration, database, table and Redis; each with its result',
+  status: 'what the relay is doing: backlog, what the oldest event waits for, rates, queues, pods, streams',
+  verify: 'compare what the table says is published, or dead, with what is in the streams',
+  dlq: 'list, show, replay and discard dead letters',
+  republish: 'append once more what was published before, for a consumer that is new or was broken',
+  prune: 'delete old published rows from the table, in short transactions',
+  board: 'serve the dashboard alone, without claiming or publishing, until SIGTERM or SIGINT',
+  'hash-password': 'print an entry for RELAY_BOARD_USERS; the password is asked for, or read from stdin',
+  own: 'make the queue in Redis that of this database, after it was restored, copied or moved on purpose',
+  grants: 'print the rights that the relay needs with this configuration: SQL and a Redis ACL',
+};
+type Name = keyof typeof COMMANDS;
+
+const LOAD: Readonly<Record<Name, () => Promise<{ add: (command: Program) => void }>>> = {
+  start: () => import('./commands/start.ts'),
+  migrate: () => import('./commands/migrate.ts'),
+  check: () => import('./commands/check.ts'),
+  status: () => import('./commands/status.ts'),
+  verify: () => import('./commands/verify.ts'),
+  dlq: () => import('./commands/dlq.ts'),
+  republish: () => import('./commands/republish.ts'),
+  prune: () => import('./commands/prune.ts'),
+  board: () => import('./commands/board.ts'),
+  'hash-password': () => import('./commands/hash-password.ts'),
+  own: () => import('./commands/own.ts'),
+  grants: () => import('./commands/grants.ts'),
 };
 
 const program = new Command('relay')
@@ -79,9 +57,9 @@ if (process.argv[2] === 'start') {
 // Only the command that is named is loaded: the others cost a second of start-up, and a pod memory as long as it lives.
 const [first, second] = process.argv.slice(2);
 const named = first === 'help' ? second : first;
-for (const [name, { about, load }] of Object.entries(COMMANDS)) {
+for (const [name, about] of Object.entries(COMMANDS)) {
   const command = program.command(name).description(about);
-  if (name === named) (await load())(command);
+  if (name === named) (await LOAD[name as Name]()).add(command);
 }
 
 await program.parseAsync();

@@ -144,20 +144,8 @@ export function createContext(
 
   return {
     ...{ config, servers, queues, tracing, logger, keyPrefix, hasTwoServers, statementTimeoutMs },
-    ...{
-      startedAt,
-      state,
-      tally,
-      clock,
-      queuesWritable,
-      streamsWritable,
-      heartbeat,
-      metrics,
-      outbox,
-      backlog,
-      maintenance,
-      scheduler,
-    },
+    ...{ startedAt, state, tally, clock, queuesWritable, streamsWritable, heartbeat, metrics },
+    ...{ outbox, backlog, maintenance, scheduler },
     ...{ lookup, epoch, jobEpoch, streams, refiller, acknowledger, deadLetters, removeJobs },
   };
 }

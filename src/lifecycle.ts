@@ -87,19 +87,11 @@ export class NotReadyError extends Error {
  * @throws DeadlineError when it has not ended within `ms`. It goes on, and its result is dropped
  */
 export function withDeadline<T>(ms: number, work: Promise<T>): Promise<T> {
-  return new Promise((resolve, reject) => {
-    const timer = setTimeout(() => reject(new DeadlineError(ms)), ms);
-    work.then(
-      (result) => {
-        clearTimeout(timer);
-        resolve(result);
-      },
-      (error) => {
-        clearTimeout(timer);
-        reject(error);
-      },
-    );
+  let timer: NodeJS.Timeout | undefined;
+  const deadline = new Promise<never>((_resolve, reject) => {
+    timer = setTimeout(() => reject(new DeadlineError(ms)), ms);
   });
+  return Promise.race([work, deadline]).finally(() => clearTimeout(timer));
 }
 
 export class DeadlineError extends Error {

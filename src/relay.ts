@@ -61,7 +61,7 @@ export type Relay = Readonly<{
   metrics(): Promise<string>;
 }>;
 
-/** Loaded here and now: OpenTelemetry's part of it takes its time. */
+/** Imports OpenTelemetry only when a relay may trace: the import is slow. */
 async function tracingOf(config: RelayConfig): Promise<Tracing> {
   const { createTracing } = await import('./telemetry/spans.ts');
   return createTracing(VERSION, config.dlqStreamName);
@@ -190,12 +190,9 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
 
   async function stop(): Promise<void> {
     running?.beginStop();
-    const { overran, failed } = (await running?.lifecycle.stop(
-      config.shutdownTimeoutMs * DRAINING_SHARE,
-    )) ?? {
-      overran: [],
-      failed: [],
-    };
+    const drainingMs = config.shutdownTimeoutMs * DRAINING_SHARE;
+    const stopped = await running?.lifecycle.stop(drainingMs);
+    const { overran, failed } = stopped ?? { overran: [], failed: [] };
     for (const { name, error } of failed) {
       logger.warn({ part: name, err: error }, 'a part did not stop cleanly');
     }

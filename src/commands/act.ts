@@ -64,10 +64,7 @@ export async function withProgress<T>(
   {
     isDone = () => true,
     numbers = {},
-  }: Readonly<{
-    isDone?: (result: T) => boolean;
-    numbers?: Readonly<Record<string, number>>;
-  }> = {},
+  }: Readonly<{ isDone?: (result: T) => boolean; numbers?: Readonly<Record<string, number>> }> = {},
 ): Promise<T> {
   const bar = new SingleBar(
     {

@@ -1,5 +1,5 @@
 import type { Command } from 'commander';
-import { describeVariables, type RelayConfig } from '../config/config.ts';
+import type { RelayConfig } from '../config/config.ts';
 import { openBoard } from '../config/conflicts.ts';
 import { ConfigError } from '../config/load-config.ts';
 import { transaction } from '../connections/database.ts';
@@ -15,8 +15,9 @@ import { VERSION } from '../version.ts';
 import { EXIT, warnOfUnknownVariables, withConfig } from './command.ts';
 import { signalled } from './signals.ts';
 import { helpColumns } from './terminal.ts';
+import { describeVariables } from './variables.ts';
 
-export function addBoard(command: Command): void {
+export function add(command: Command): void {
   command
     .addHelpText('after', () => `\nEnvironment:\n${describeVariables(helpColumns())}`)
     .action(async () => {

@@ -1,20 +1,19 @@
-import { type Command, Help } from 'commander';
+import type { Command } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { redisOptions } from '../config/redis-urls.ts';
-import { createPool } from '../connections/pool.ts';
 import { checkRequirements } from '../connections/requirements.ts';
-import { openBoth } from '../connections/servers.ts';
 import { advice, type RequirementResult } from '../requirement.ts';
-import { EXIT, withConfig } from './command.ts';
+import { EXIT, withConfig, withConnections } from './command.ts';
 import { columns, print, text } from './terminal.ts';
+import { wrapped } from './variables.ts';
 
 /** Asks a server that may be away for no longer than this. */
 const TIMEOUT_MS = 10_000;
 /** Where the findings begin. */
 const INDENT = 31;
 
-export function addCheck(command: Command): void {
+export function add(command: Command): void {
   command.action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
 }
 
@@ -28,7 +27,7 @@ async function runChecks(config: RelayConfig): Promise<boolean> {
   };
   const results = [good, ...(await checkServers(config))];
   for (const { result, subject, finding } of results) {
-    const lines = new Help().boxWrap(text`${finding}`.value, columns() - INDENT).split('\n');
+    const lines = wrapped(text`${finding}`.value, columns() - INDENT);
     for (const [i, line] of lines.entries())
       print(text`${(i > 0 ? '' : `${result.padEnd(7)} ${subject}`).padEnd(INDENT)}${line}`);
   }
@@ -36,25 +35,18 @@ async function runChecks(config: RelayConfig): Promise<boolean> {
 }
 
 /** On connections of its own. */
-export async function checkServers(config: RelayConfig): Promise<RequirementResult[]> {
-  const pool = createPool(config.databaseUrl, {
-    max: 3,
-    application_name: 'relay-check',
-    connectionTimeoutMillis: TIMEOUT_MS,
-    query_timeout: TIMEOUT_MS,
+export function checkServers(config: RelayConfig): Promise<RequirementResult[]> {
+  const options = {
+    pool: { max: 3, connectionTimeoutMillis: TIMEOUT_MS, query_timeout: TIMEOUT_MS },
+    redis: {
+      ...{ maxRetriesPerRequest: 0, connectTimeout: TIMEOUT_MS, commandTimeout: TIMEOUT_MS },
+      ...{ lazyConnect: true, retryStrategy: () => null },
+    },
+  };
+  return withConnections(config, 'relay-check', options, async ({ pool, redis, streamRedis }) => {
+    const results = await checkRequirements(config, { pool, queueRedis: redis, streamRedis });
+    return [...results, ...(await wideUser(config, redis))];
   });
-  pool.on('error', () => {}); // the next query says so
-  const [queueRedis, streamRedis] = openBoth(config, {
-    ...{ maxRetriesPerRequest: 0, connectTimeout: TIMEOUT_MS, commandTimeout: TIMEOUT_MS },
-    ...{ lazyConnect: true, retryStrategy: () => null, connectionName: 'relay-check' },
-  });
-  try {
-    const results = await checkRequirements(config, { pool, queueRedis, streamRedis });
-    return [...results, ...(await wideUser(config, queueRedis))];
-  } finally {
-    for (const it of [queueRedis, streamRedis]) it.disconnect();
-    await pool.end();
-  }
 }
 
 /** Of a user of its own. Not asked at every start: Redis records each refusal in its ACL LOG. */

@@ -1,5 +1,5 @@
 import { InvalidArgumentError } from 'commander';
-import type { Redis } from 'ioredis';
+import type { Redis, RedisOptions } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { ConfigError, loadConfig } from '../config/load-config.ts';
 import { unknownVariables } from '../config/unknown-variables.ts';
@@ -85,23 +85,35 @@ export async function withServers<T>(
   work: (servers: { pool: Pool; redis: Redis; streamRedis: Redis; logger: Logger }) => Promise<T>,
 ): Promise<T> {
   const logger = createLogger('warn', process.stderr);
-  const ownPool = createPool(config.databaseUrl, { max: POOL_SIZE, application_name: command });
-  ownPool.on('error', () => {}); // the next query says so
-  const pool = healthyPool(ownPool, { size: POOL_SIZE, logger });
-  const [redis, streamRedis] = openBoth(config, {
-    ...APPEND_CONNECTION,
-    commandTimeout: config.publishTimeoutMs,
-    connectionName: command,
-  });
-  for (const it of [redis, streamRedis]) it.on('error', () => {}); // the next command says so
-  try {
-    const { startupTimeoutMs: timeoutMs } = config;
+  const { publishTimeoutMs: commandTimeout, startupTimeoutMs: timeoutMs } = config;
+  const options = { pool: { max: POOL_SIZE }, redis: { ...APPEND_CONNECTION, commandTimeout } };
+  return withConnections(config, command, options, async ({ pool: ownPool, redis, streamRedis }) => {
+    const pool = healthyPool(ownPool, { size: POOL_SIZE, logger });
     await waitForServers({ pool, redis: [redis], streamRedis: [streamRedis], timeoutMs, logger });
     await requireTable(pool);
-    return await work({ pool, redis, streamRedis, logger });
+    return work({ pool, redis, streamRedis, logger });
+  });
+}
+
+export type Connections = Readonly<{ pool: ReturnType<typeof createPool>; redis: Redis; streamRedis: Redis }>;
+
+/** Connections for as long as `work` runs. */
+export async function withConnections<T>(
+  config: RelayConfig,
+  name: string,
+  options: Readonly<{ pool: Parameters<typeof createPool>[1]; redis: RedisOptions }>,
+  work: (on: Connections) => Promise<T>,
+): Promise<T> {
+  const pool = createPool(config.databaseUrl, { ...options.pool, application_name: name });
+  const [redis, streamRedis] = openBoth(config, { ...options.redis, connectionName: name });
+  // The next query or command says so.
+  pool.on('error', () => {});
+  for (const it of [redis, streamRedis]) it.on('error', () => {});
+  try {
+    return await work({ pool, redis, streamRedis });
   } finally {
     for (const it of [redis, streamRedis]) it.disconnect();
-    await ownPool.end();
+    await pool.end();
   }
 }
 

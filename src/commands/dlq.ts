@@ -10,22 +10,17 @@ import { EXIT, instant, range, WHEN, when, withConfig } from './command.ts';
 import { cut, fitted, print, printError, printJson, text, toSecond } from './terminal.ts';
 import { withOperations } from './with-operations.ts';
 
-type FilterOptions = Readonly<{
-  type?: string;
-  topic?: string;
-  aggregate?: Aggregate;
-  error?: string;
-  since?: Date | number;
-  until?: Date | number;
-  pruned?: boolean;
-}>;
+/** Of `eventFilters`. */
+export type EventOptions = Readonly<{ type?: string; topic?: string; aggregate?: Aggregate }>;
+type FilterOptions = EventOptions &
+  Readonly<{ error?: string; since?: Date | number; until?: Date | number; pruned?: boolean }>;
 type ListOptions = FilterOptions &
   Readonly<{ limit: number; cursor?: string; group?: boolean; json?: boolean }>;
 type ActOptions = FilterOptions & Readonly<{ all?: boolean; dryRun?: boolean; yes?: boolean }>;
 
 const MOST_LISTED = 10_000;
 
-export function addDlq(dlq: Command): void {
+export function add(dlq: Command): void {
   filters(dlq.command('list').description('dead letters, the latest first; never a payload'))
     .option('--limit <count>', `how many at most (1 to ${MOST_LISTED})`, count, 50)
     .option('--cursor <cursor>', 'go on where an earlier list ended')
@@ -55,11 +50,14 @@ export function addDlq(dlq: Command): void {
     );
 }
 
-const filters = (command: Command): Command =>
+export const eventFilters = (command: Command): Command =>
   command
     .option('--type <event-type>', 'only this event type')
     .option('--topic <stream>', 'only this topic')
-    .option('--aggregate <id>', 'only this aggregate: its id, or type:id', aggregate)
+    .option('--aggregate <id>', 'only this aggregate: its id, or type:id', aggregate);
+
+const filters = (command: Command): Command =>
+  eventFilters(command)
     .option('--error <text>', 'only errors that contain this, in any case')
     .option('--since <when>', `given up from then on: ${WHEN}`, when)
     .option('--until <when>', 'given up to then', when)
@@ -217,7 +215,7 @@ function printGroups(groups: readonly DeadLetterGroup[]): void {
 type Aggregate = Readonly<{ aggregateType?: string; aggregateId: string }>;
 
 /** Option parser: an aggregate. Its type may have colons. */
-export function aggregate(given: string): Aggregate {
+function aggregate(given: string): Aggregate {
   const colon = given.lastIndexOf(':');
   const aggregateId = given.slice(colon + 1);
   if (!isUuid(aggregateId))
@@ -242,12 +240,16 @@ function count(given: string): number {
   return number;
 }
 
-function filterOf({ type, topic, aggregate: of, error, since, until }: FilterOptions): DeadLetterFilter {
+export const eventFilterOf = ({ type, topic, aggregate: of }: EventOptions) => ({
+  ...(type !== undefined && { eventType: type }),
+  ...(topic !== undefined && { topic }),
+  ...of,
+});
+
+function filterOf({ error, since, until, ...events }: FilterOptions): DeadLetterFilter {
   if (since !== undefined && until !== undefined) range(since, until);
   return {
-    ...(type !== undefined && { eventType: type }),
-    ...(topic !== undefined && { topic }),
-    ...of,
+    ...eventFilterOf(events),
     ...(error !== undefined && { error }),
     ...(since !== undefined && { since: instant(since) }),
     ...(until !== undefined && { until: instant(until) }),

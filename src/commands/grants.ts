@@ -6,7 +6,7 @@ import { print, printError, text } from './terminal.ts';
 
 type GrantsOptions = Grantees & Readonly<{ only?: 'sql' | 'redis' }>;
 
-export function addGrants(command: Command): void {
+export function add(command: Command): void {
   command
     .option('--role <name>', 'role of the relay in PostgreSQL', name, 'relay')
     .option('--operator <name>', 'role of operators', name, 'relay_operator')

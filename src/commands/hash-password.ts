@@ -11,7 +11,7 @@ import { print, text } from './terminal.ts';
 const MIN_CHARACTERS = 12;
 const MAX_CHARACTERS = 1_000;
 
-export function addHashPassword(command: Command): void {
+export function add(command: Command): void {
   command
     .argument('<name>', `name of the user: ${USER_NAME.expected}`, userName)
     .addOption(

@@ -5,7 +5,7 @@ import { databaseGrants } from '../operations/roles.ts';
 import { createLogger } from '../telemetry/logger.ts';
 import { EXIT, withConfig } from './command.ts';
 
-export function addMigrate(command: Command): void {
+export function add(command: Command): void {
   command
     .option(
       '--no-notify',

@@ -10,7 +10,7 @@ import { confirmed } from './act.ts';
 import { EXIT, withConfig, withServers } from './command.ts';
 import { print, text } from './terminal.ts';
 
-export function addOwn(command: Command): void {
+export function add(command: Command): void {
   command
     .option('--yes', 'do not ask')
     .addHelpText(

@@ -17,7 +17,7 @@ type PruneOptions = Readonly<{
   yes?: boolean;
 }>;
 
-export function addPrune(command: Command): void {
+export function add(command: Command): void {
   command
     .option(
       '--older-than <when>',

@@ -4,28 +4,18 @@ import { counted } from '../event.ts';
 import type { Republish } from '../operations/republishing.ts';
 import { confirmed, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, range, WHEN, when, withConfig } from './command.ts';
-import { aggregate } from './dlq.ts';
+import { type EventOptions, eventFilterOf, eventFilters } from './dlq.ts';
 import { fitted, print, printError, text } from './terminal.ts';
 import { withOperations } from './with-operations.ts';
 
-type RepublishOptions = Readonly<{
-  since: Date | number;
-  until: Date | number;
-  topic?: string;
-  type?: string;
-  aggregate?: { aggregateType?: string; aggregateId: string };
-  after?: string;
-  dryRun?: boolean;
-  yes?: boolean;
-}>;
+type RepublishOptions = EventOptions &
+  Readonly<{ since: Date | number; until: Date | number; after?: string; dryRun?: boolean; yes?: boolean }>;
 
-export function addRepublish(command: Command): void {
+export function add(command: Command): void {
   command
     .requiredOption('--since <when>', `published from then on: ${WHEN}`, when)
-    .requiredOption('--until <when>', 'published up to then', when)
-    .option('--topic <stream>', 'only this topic')
-    .option('--type <event-type>', 'only this event type')
-    .option('--aggregate <id>', 'only this aggregate: its id, or type:id', aggregate)
+    .requiredOption('--until <when>', 'published up to then', when);
+  eventFilters(command)
     .option('--after <cursor>', 'go on where an earlier run was cut off, with the same times')
     .option('--dry-run', 'only say what would be appended')
     .option('--yes', 'do not ask; needed where there is no terminal')
@@ -46,11 +36,8 @@ async function run(
   options: RepublishOptions,
   times: ReturnType<typeof range>,
 ): Promise<number> {
-  const { topic, type: eventType, aggregate: of, after } = options;
-  const which = {
-    ...times,
-    filter: { ...(topic !== undefined && { topic }), ...(eventType !== undefined && { eventType }), ...of },
-  };
+  const { after } = options;
+  const which = { ...times, filter: eventFilterOf(options) };
   const { streams: counts } = await count(which);
   const total = [...counts.values()].reduce((sum, n) => sum + n, 0);
   print(text`Published from ${times.since} to ${times.until}:`);

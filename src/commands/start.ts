@@ -1,6 +1,6 @@
 import { setFlagsFromString } from 'node:v8';
 import type { Command } from 'commander';
-import { describeVariables, type RelayConfig } from '../config/config.ts';
+import type { RelayConfig } from '../config/config.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { createRelay } from '../relay.ts';
 import { createLogger, type Logger, logWhatOthersPrint } from '../telemetry/logger.ts';
@@ -9,6 +9,7 @@ import { VERSION } from '../version.ts';
 import { exitCodeOf, warnOfUnknownVariables, withConfig } from './command.ts';
 import { signalled } from './signals.ts';
 import { helpColumns } from './terminal.ts';
+import { describeVariables, settings } from './variables.ts';
 
 /**
  * V8 lets the heap grow to four times what lives before it collects all of it: 25 MiB of a busy pod became 225 MiB of
@@ -20,7 +21,7 @@ const HEAP_GROWING_PERCENT = 25;
 /** Longest time for sending the last traces; the relay itself has ended by then. */
 const FLUSH_MS = 2_000;
 
-export function addStart(command: Command): void {
+export function add(command: Command): void {
   command
     .addHelpText(
       'after',
@@ -86,16 +87,4 @@ async function startTraces(logger: Logger) {
     );
     return undefined;
   }
-}
-
-/** What is worth knowing in the log; no URL, no secret. */
-function settings({
-  databaseUrl: _,
-  redisUrl: __,
-  redisSentinels: ___,
-  streamRedisUrl: ____,
-  boardUsers: _____,
-  ...rest
-}: RelayConfig): Partial<RelayConfig> {
-  return rest;
 }

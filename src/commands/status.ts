@@ -1,10 +1,10 @@
+import { setTimeout as pause } from 'node:timers/promises';
 import type { Command } from 'commander';
 import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { asking, type Pool } from '../connections/database.ts';
-import { createPool } from '../connections/pool.ts';
-import { openBoth } from '../connections/servers.ts';
+import { lastErrorOf } from '../connections/preflight.ts';
 import { counted } from '../event.ts';
 import { createFigures, entriesAtRisk } from '../operations/figures.ts';
 import { createStatus, inFlight, isSilent, type Status } from '../operations/fleet-status.ts';
@@ -15,7 +15,7 @@ import { createQueues } from '../queue/queues.ts';
 import { APPEND_CONNECTION } from '../streams/append.ts';
 import { createStreamInspector } from '../streams/inspect.ts';
 import { createLogger } from '../telemetry/logger.ts';
-import { EXIT, withConfig } from './command.ts';
+import { type Connections, EXIT, withConfig, withConnections } from './command.ts';
 import { signalled } from './signals.ts';
 import {
   colours,
@@ -38,7 +38,7 @@ type StatusOptions = Readonly<{ json?: boolean; watch?: number | true }>;
 const DEADLINE_MS = 4_000;
 const WATCH_SECONDS = 2;
 
-export function addStatus(command: Command): void {
+export function add(command: Command): void {
   command
     .option('--watch [seconds]', `refresh in place, every ${WATCH_SECONDS} s if not told otherwise`, seconds)
     .option('--json', 'print JSON, one object for each look')
@@ -53,19 +53,20 @@ function seconds(given: string): number {
 }
 
 /** Waits for no server: one that is away is part of the status. */
-async function runStatus(config: RelayConfig, options: StatusOptions): Promise<number> {
-  const pool = createPool(config.databaseUrl, {
-    max: 3,
-    application_name: 'relay-status',
-    connectionTimeoutMillis: DEADLINE_MS,
-  });
-  pool.on('error', () => {}); // the next query says so
-  const [redis, streamRedis] = openBoth(config, {
-    ...APPEND_CONNECTION,
-    connectTimeout: DEADLINE_MS,
-    commandTimeout: DEADLINE_MS,
-    connectionName: 'relay-status',
-  });
+const runStatus = (config: RelayConfig, options: StatusOptions): Promise<number> => {
+  const timeouts = { connectTimeout: DEADLINE_MS, commandTimeout: DEADLINE_MS };
+  const connections = {
+    pool: { max: 3, connectionTimeoutMillis: DEADLINE_MS },
+    redis: { ...APPEND_CONNECTION, ...timeouts },
+  };
+  return withConnections(config, 'relay-status', connections, (on) => showStatus(config, options, on));
+};
+
+async function showStatus(
+  config: RelayConfig,
+  options: StatusOptions,
+  { pool, redis, streamRedis }: Connections,
+): Promise<number> {
   const { answered: connected, whenThere } = watchConnection(redis);
   const streams = watchConnection(streamRedis);
   const inspectStreams = createStreamInspector(streamRedis);
@@ -89,57 +90,40 @@ async function runStatus(config: RelayConfig, options: StatusOptions): Promise<n
     maxInFlight: config.maxInFlight,
     deadlineMs: DEADLINE_MS,
   });
-  try {
-    await Promise.all([connected, streams.answered]);
-    const isInPlace = isTerminal() && options.json !== true && options.watch !== undefined;
-    let found = await status();
-    // If the table is missing or old, say so, instead of the same error for each figure.
-    if (found.problems.length > 0) await assertMigrated(pool);
-    if (options.watch === undefined) show(found, config, options);
-    else {
-      const everyMs = (options.watch === true ? WATCH_SECONDS : options.watch) * 1_000;
-      const stop = new AbortController();
-      void signalled().then(() => stop.abort());
-      while (!stop.signal.aborted) {
-        show(found, config, options, isInPlace);
-        await pause(everyMs, stop.signal);
-        if (!stop.signal.aborted) found = await status();
-      }
+  await Promise.all([connected, streams.answered]);
+  const isInPlace = isTerminal() && options.json !== true && options.watch !== undefined;
+  let found = await status();
+  // If the table is missing or old, say so, instead of the same error for each figure.
+  if (found.problems.length > 0) await assertMigrated(pool);
+  if (options.watch === undefined) show(found, config, options);
+  else {
+    const everyMs = (options.watch === true ? WATCH_SECONDS : options.watch) * 1_000;
+    const stop = new AbortController();
+    void signalled().then(() => stop.abort());
+    while (!stop.signal.aborted) {
+      show(found, config, options, isInPlace);
+      await pause(everyMs, undefined, { signal: stop.signal }).catch(() => {}); // aborted
+      if (!stop.signal.aborted) found = await status();
     }
-    return found.problems.length === 0 ? EXIT.done : EXIT.failed;
-  } finally {
-    for (const it of [redis, streamRedis]) it.disconnect();
-    await pool.end();
   }
+  return found.problems.length === 0 ? EXIT.done : EXIT.failed;
 }
 
 function watchConnection(redis: Redis) {
-  let lost: Error | undefined;
+  const lost = lastErrorOf(redis);
   return {
     /** Resolves when the connection is there, or has failed. */
     answered: new Promise<void>((resolve) => {
-      redis.on('error', (error) => {
-        lost = error;
-        resolve();
-      });
+      redis.once('error', () => resolve());
       redis.once('ready', () => resolve());
     }),
     /** What ioredis and BullMQ say without a connection tells nobody why there is none. */
     async whenThere<T>(ask: () => Promise<T>): Promise<T> {
-      if (redis.status !== 'ready') throw lost ?? new Error(`the connection is ${redis.status}`);
+      if (redis.status !== 'ready') throw lost() ?? new Error(`the connection is ${redis.status}`);
       return ask();
     },
   };
 }
-
-const pause = (ms: number, signal: AbortSignal): Promise<void> =>
-  new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
-    signal.addEventListener('abort', () => {
-      clearTimeout(timer);
-      resolve();
-    });
-  });
 
 /** @throws when the database answers, and has no outbox that this version can read */
 async function assertMigrated(pool: Pool): Promise<void> {

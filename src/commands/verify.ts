@@ -34,7 +34,7 @@ const STEP_ROWS = 1_000;
 /** How long a repair waits for another process that compares table and streams. */
 const EPOCH_TIMEOUT_MS = 60_000;
 
-export function addVerify(command: Command): void {
+export function add(command: Command): void {
   command
     .requiredOption('--since <when>', `from then on: ${WHEN}`, when)
     .option('--until <when>', 'up to then (default: now)', when)

@@ -13,37 +13,32 @@ const MAX_RETRY_DELAY_MS = 365 * DAY_MS;
 /** Values that are good alone and wrong together. A value that could not be read takes part in none. */
 export function conflicts(config: Partial<RelayConfig>): ConfigProblem[] {
   const problems: ConfigProblem[] = [];
-  const { publishTimeoutMs, claimLeaseMs, batchSize, maxInFlight, maxRetryAttempts, retryBaseDelayMs } =
-    config;
-  const { publishedRetentionMs, resyncWindowMs } = config;
-  if (publishTimeoutMs !== undefined && claimLeaseMs !== undefined && publishTimeoutMs >= claimLeaseMs) {
-    const problem = `must be shorter than RELAY_CLAIM_LEASE (${claimLeaseMs / 1000} s), is ${publishTimeoutMs / 1000} s`;
-    problems.push({ variable: 'RELAY_PUBLISH_TIMEOUT', problem });
-  }
-  if (batchSize !== undefined && maxInFlight !== undefined && batchSize > maxInFlight) {
-    const problem = `must be at most RELAY_MAX_IN_FLIGHT (${maxInFlight}), is ${batchSize}`;
-    problems.push({ variable: 'RELAY_BATCH_SIZE', problem });
-  }
-  const { maxBatchSize } = config;
-  if (batchSize !== undefined && maxBatchSize !== undefined && maxBatchSize < batchSize) {
-    const problem = `must be at least RELAY_BATCH_SIZE (${batchSize}), is ${maxBatchSize}`;
-    problems.push({ variable: 'RELAY_MAX_BATCH_SIZE', problem });
-  }
-  const keepsTooLittle =
-    publishedRetentionMs !== undefined &&
-    resyncWindowMs !== undefined &&
-    publishedRetentionMs < resyncWindowMs;
-  if (keepsTooLittle && publishedRetentionMs > 0) {
-    const problem = `must be 0 or at least RELAY_RESYNC_WINDOW (${resyncWindowMs / 1000} s), whose rows are needed when Redis loses data; is ${publishedRetentionMs / 1000} s`;
-    problems.push({ variable: 'RELAY_PUBLISHED_RETENTION', problem });
-  }
-  if (maxRetryAttempts !== undefined && retryBaseDelayMs !== undefined) {
-    const longestMs = retryBaseDelayMs * 2 ** (maxRetryAttempts - 1);
-    if (longestMs > MAX_RETRY_DELAY_MS) {
-      const problem = `with RELAY_MAX_RETRY_ATTEMPTS=${maxRetryAttempts} the last retry would wait ${Math.round(longestMs / DAY_MS)} days; at most 365`;
-      problems.push({ variable: 'RELAY_RETRY_BASE_DELAY', problem });
-    }
-  }
+  const wrong = (variable: `RELAY_${string}`, problem: string) => problems.push({ variable, problem });
+  // No comparison with NaN is true.
+  const { publishTimeoutMs: publishMs = Number.NaN, claimLeaseMs: leaseMs = Number.NaN } = config;
+  const { batchSize = Number.NaN, maxBatchSize = Number.NaN, maxInFlight = Number.NaN } = config;
+  const { publishedRetentionMs: keptMs = Number.NaN, resyncWindowMs: windowMs = Number.NaN } = config;
+  const { maxRetryAttempts = Number.NaN, retryBaseDelayMs = Number.NaN } = config;
+  if (publishMs >= leaseMs)
+    wrong(
+      'RELAY_PUBLISH_TIMEOUT',
+      `must be shorter than RELAY_CLAIM_LEASE (${leaseMs / 1000} s), is ${publishMs / 1000} s`,
+    );
+  if (batchSize > maxInFlight)
+    wrong('RELAY_BATCH_SIZE', `must be at most RELAY_MAX_IN_FLIGHT (${maxInFlight}), is ${batchSize}`);
+  if (maxBatchSize < batchSize)
+    wrong('RELAY_MAX_BATCH_SIZE', `must be at least RELAY_BATCH_SIZE (${batchSize}), is ${maxBatchSize}`);
+  if (keptMs < windowMs && keptMs > 0)
+    wrong(
+      'RELAY_PUBLISHED_RETENTION',
+      `must be 0 or at least RELAY_RESYNC_WINDOW (${windowMs / 1000} s), whose rows are needed when Redis loses data; is ${keptMs / 1000} s`,
+    );
+  const longestMs = retryBaseDelayMs * 2 ** (maxRetryAttempts - 1);
+  if (longestMs > MAX_RETRY_DELAY_MS)
+    wrong(
+      'RELAY_RETRY_BASE_DELAY',
+      `with RELAY_MAX_RETRY_ATTEMPTS=${maxRetryAttempts} the last retry would wait ${Math.round(longestMs / DAY_MS)} days; at most 365`,
+    );
   if (config.board) problems.push(...openBoard(config));
   return [...problems, ...keyConflicts(config)];
 }
@@ -71,17 +66,15 @@ const isLoopback = (host: string): boolean => /^(?:localhost|127(?:\.\d{1,3}){3}
 function keyConflicts(config: Partial<RelayConfig>): ConfigProblem[] {
   const { streamName, dlqStreamName, queuePrefix, allowedTopics } = config;
   const problems: ConfigProblem[] = [];
-  if (streamName !== undefined && allowedTopics !== undefined && !allowing(allowedTopics)(streamName)) {
-    const problem = `must allow RELAY_STREAM_NAME (${quoted(streamName)})`;
-    problems.push({ variable: 'RELAY_ALLOWED_TOPICS', problem });
-  }
-  if (streamName !== undefined && streamName === dlqStreamName) {
-    problems.push({ variable: 'RELAY_DLQ_STREAM_NAME', problem: 'must differ from RELAY_STREAM_NAME' });
-  }
+  const wrong = (variable: `RELAY_${string}`, problem: string) => problems.push({ variable, problem });
+  if (streamName !== undefined && allowedTopics !== undefined && !allowing(allowedTopics)(streamName))
+    wrong('RELAY_ALLOWED_TOPICS', `must allow RELAY_STREAM_NAME (${quoted(streamName)})`);
+  if (streamName !== undefined && streamName === dlqStreamName)
+    wrong('RELAY_DLQ_STREAM_NAME', 'must differ from RELAY_STREAM_NAME');
   if (queuePrefix === undefined) return problems;
   const queueKeys = `${queuePrefix}:`;
   const problem = `must not begin with ${quoted(queueKeys)}: BullMQ's own keys do`;
-  if (streamName?.startsWith(queueKeys)) problems.push({ variable: 'RELAY_STREAM_NAME', problem });
-  if (dlqStreamName?.startsWith(queueKeys)) problems.push({ variable: 'RELAY_DLQ_STREAM_NAME', problem });
+  if (streamName?.startsWith(queueKeys)) wrong('RELAY_STREAM_NAME', problem);
+  if (dlqStreamName?.startsWith(queueKeys)) wrong('RELAY_DLQ_STREAM_NAME', problem);
   return problems;
 }

@@ -64,15 +64,8 @@ export function splitUrl(text: string): UrlParts {
   const [hostAndPort, path] = splitOnce(address, '/');
 
   const [first = hostOf(''), ...others] = hostAndPort.split(',').map(hostOf);
-  return {
-    scheme,
-    user,
-    password,
-    ...first,
-    others,
-    path: percentDecode(path),
-    query: new URLSearchParams(queryText),
-  };
+  const query = new URLSearchParams(queryText);
+  return { scheme, user, password, ...first, others, path: percentDecode(path), query };
 }
 
 /** `host`, `host:port`, `[ipv6]:port`; also nothing, or the port alone. */
@@ -198,16 +191,8 @@ const SSL_ALIASES: ReadonlyMap<string, SslMode> = new Map([
 
 const POSTGRES_PARAMETERS = [
   ...['host', 'port', 'user', 'password', 'dbname'],
-  ...[
-    'sslmode',
-    'ssl',
-    'sslrootcert',
-    'sslcert',
-    'sslkey',
-    'sslpassword',
-    'sslnegotiation',
-    'channel_binding',
-  ],
+  ...['sslmode', 'ssl', 'sslrootcert', 'sslcert', 'sslkey', 'sslpassword'],
+  ...['sslnegotiation', 'channel_binding'],
   ...['application_name', 'options', 'connect_timeout', 'timeout'],
 ] as const;
 
@@ -292,12 +277,8 @@ function postgresTls(
   if (negotiation === 'direct' && !isVerified) {
     throw new UrlError('sslnegotiation=direct needs sslmode=require or stricter');
   }
-  const files = tlsFiles(parameters, {
-    ca: 'sslrootcert',
-    cert: 'sslcert',
-    key: 'sslkey',
-    passphrase: 'sslpassword',
-  });
+  const names = { ca: 'sslrootcert', cert: 'sslcert', key: 'sslkey', passphrase: 'sslpassword' };
+  const files = tlsFiles(parameters, names);
 
   // libpq never speaks TLS on a unix socket, whatever sslmode says.
   if (mode === 'disable' || isUnixSocket) return { ssl: false, preferTls: false };

@@ -73,7 +73,8 @@ function fitDefaults(
   values: Partial<Record<Property, unknown>>,
   isGiven: (property: Property) => boolean,
 ): void {
-  const { batchSize, maxInFlight, publishTimeoutMs, claimLeaseMs } = values as Partial<RelayConfig>;
+  const { batchSize, maxInFlight } = values as Partial<RelayConfig>;
+  const { publishTimeoutMs = Number.NaN, claimLeaseMs = Number.NaN } = values as Partial<RelayConfig>;
   if (!isGiven('batchSize') && batchSize !== undefined && maxInFlight !== undefined) {
     values.batchSize = Math.min(batchSize, maxInFlight);
   }
@@ -82,8 +83,7 @@ function fitDefaults(
     else if (maxInFlight !== undefined)
       values.maxBatchSize = Math.min(Number(values.maxBatchSize), maxInFlight);
   }
-  const isTooLong =
-    publishTimeoutMs !== undefined && claimLeaseMs !== undefined && publishTimeoutMs >= claimLeaseMs;
-  if (!isGiven('publishTimeoutMs') && isTooLong) values.publishTimeoutMs = Math.floor(claimLeaseMs / 2);
+  if (!isGiven('publishTimeoutMs') && publishTimeoutMs >= claimLeaseMs)
+    values.publishTimeoutMs = Math.floor(claimLeaseMs / 2);
   Object.assign(values, placeDefaults(values as Partial<RelayConfig>, isGiven));
 }

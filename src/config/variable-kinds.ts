@@ -22,34 +22,42 @@ export class ValueError extends Error {
   override readonly name = 'ValueError';
 }
 
-function assertExpected(isSo: boolean, expected: string): void {
-  if (!isSo) throw new ValueError(expected);
-}
+/** A kind whose `read` answers undefined to a text that is not what is expected. */
+const kind = <T>(
+  expected: string,
+  read: (text: string) => T | undefined,
+  more: Pick<Kind<T>, 'unit' | 'secret'> = {},
+): Kind<T> => ({
+  read(text) {
+    const value = read(text);
+    if (value === undefined) throw new ValueError(expected);
+    return value;
+  },
+  expected,
+  ...more,
+});
 
-function numberIn(text: string, pattern: RegExp, min: number, max: number, expected: string): number {
+function numberIn(text: string, pattern: RegExp, min: number, max: number): number | undefined {
   const value = Number(text);
-  assertExpected(pattern.test(text) && min <= value && value <= max, expected);
-  return value;
+  return pattern.test(text) && min <= value && value <= max ? value : undefined;
 }
 
-export const wholeNumber = (min: number, max: number, unit?: string): Kind<number> => {
-  const expected = `a whole number ${unit === undefined ? '' : `of ${unit} `}from ${min} to ${max}`;
-  return {
-    read: (text) => numberIn(text, /^[+-]?\d{1,15}$/, min, max, expected),
-    expected,
-    ...(unit !== undefined && { unit }),
-  };
-};
+export const wholeNumber = (min: number, max: number, unit?: string): Kind<number> =>
+  kind(
+    `a whole number ${unit === undefined ? '' : `of ${unit} `}from ${min} to ${max}`,
+    (text) => numberIn(text, /^[+-]?\d{1,15}$/, min, max),
+    unit === undefined ? {} : { unit },
+  );
+
+const SECONDS = /^[+-]?(?:\d{1,15}(?:\.\d*)?|\.\d+)$/;
 
 /** Seconds in the environment, whole milliseconds in the configuration. */
 export const seconds = (min: number, max: number): Kind<number> => {
-  const expected = `a number of seconds from ${min} to ${max}`;
-  const pattern = /^[+-]?(?:\d{1,15}(?:\.\d*)?|\.\d+)$/;
-  return {
-    read: (text) => Math.round(numberIn(text, pattern, min, max, expected) * 1000),
-    expected,
-    unit: 's',
+  const read = (text: string) => {
+    const value = numberIn(text, SECONDS, min, max);
+    return value === undefined ? undefined : Math.round(value * 1000);
   };
+  return kind(`a number of seconds from ${min} to ${max}`, read, { unit: 's' });
 };
 
 /** One of `names` in any case; `aliases` (in lower case) are accepted too. */
@@ -57,19 +65,8 @@ export const oneOf = <const N extends string>(
   names: readonly N[],
   aliases: Record<string, N> = {},
 ): Kind<N> => {
-  const byText = new Map<string, N>([
-    ...Object.entries(aliases),
-    ...names.map((name): [string, N] => [name, name]),
-  ]);
-  const expected = `one of ${names.join(', ')}`;
-  return {
-    read(text) {
-      const name = byText.get(text.toLowerCase());
-      if (name === undefined) throw new ValueError(expected);
-      return name;
-    },
-    expected,
-  };
+  const byText = new Map([...Object.entries(aliases), ...names.map((name): [string, N] => [name, name])]);
+  return kind(`one of ${names.join(', ')}`, (text) => byText.get(text.toLowerCase()));
 };
 
 const FLAGS = new Map<string, boolean>([
@@ -77,41 +74,24 @@ const FLAGS = new Map<string, boolean>([
   ...['false', '0', 'no', 'off'].map((text): [string, boolean] => [text, false]),
 ]);
 
-export const flag = (): Kind<boolean> => {
-  const expected = 'true or false; also 1, yes, on, 0, no and off';
-  return {
-    read(text) {
-      const value = FLAGS.get(text.toLowerCase());
-      if (value === undefined) throw new ValueError(expected);
-      return value;
-    },
-    expected,
-  };
-};
+export const flag = (): Kind<boolean> =>
+  kind('true or false; also 1, yes, on, 0, no and off', (text) => FLAGS.get(text.toLowerCase()));
 
-export const text = (expected: string, pattern: RegExp): Kind<string> => ({
-  read(given) {
-    assertExpected(pattern.test(given), expected);
-    return given;
-  },
-  expected,
-});
+/** A text that is taken as it is if `isGood`. */
+const textIf = (expected: string, isGood: (text: string) => boolean): Kind<string> =>
+  kind(expected, (text) => (isGood(text) ? text : undefined));
+
+export const text = (expected: string, pattern: RegExp): Kind<string> =>
+  textIf(expected, (given) => pattern.test(given));
 
 export const key = ({ expected, pattern }: ReturnType<typeof keyRule>): Kind<string> =>
   text(expected, pattern);
 
 /** Patterns of topics, separated by commas. */
-export const patterns = (): Kind<string> => {
-  const expected = 'names of streams, separated by commas; * stands for anything, ? for one character';
-  const areNames = (list: string) => patternsOf(list).every((name) => STREAM_NAME.pattern.test(name));
-  return {
-    read(list) {
-      assertExpected(areNames(list), expected);
-      return list;
-    },
-    expected,
-  };
-};
+export const patterns = (): Kind<string> =>
+  textIf('names of streams, separated by commas; * stands for anything, ? for one character', (list) =>
+    patternsOf(list).every((name) => STREAM_NAME.pattern.test(name)),
+  );
 
 /** Reads a text by `read`, whose UrlError says what is wrong with it. */
 const readBy =
@@ -172,34 +152,20 @@ export const boardUsers = (): Kind<readonly BoardUser[]> => {
 };
 
 /** A path as the browser sees it; in the configuration without the slash at its end. */
-export const basePath = (): Kind<string> => {
-  const expected = 'a path like / or /ops/relay';
-  return {
-    read(path) {
-      assertExpected(/^(?:\/|(?:\/(?!\.)[A-Za-z0-9._~-]{1,64}){1,8}\/?)$/.test(path), expected);
-      return path.replace(/\/$/, '');
-    },
-    expected,
-  };
-};
+export const basePath = (): Kind<string> =>
+  kind('a path like / or /ops/relay', (path) =>
+    /^(?:\/|(?:\/(?!\.)[A-Za-z0-9._~-]{1,64}){1,8}\/?)$/.test(path) ? path.replace(/\/$/, '') : undefined,
+  );
 
 const PROXY_NAMES = ['loopback', 'linklocal', 'uniquelocal'];
 
 /** Addresses of proxies; `none` is nobody. */
-export const proxies = (): Kind<readonly string[]> => {
-  const expected = `none, or addresses like 10.0.0.0/8 and ${PROXY_NAMES.join(', ')}, separated by commas`;
-  return {
-    read(list) {
-      const addresses = list === 'none' ? [] : list.split(',').map((it) => it.trim());
-      assertExpected(
-        addresses.every((it) => PROXY_NAMES.includes(it) || isAddress(it)),
-        expected,
-      );
-      return Object.freeze(addresses);
-    },
-    expected,
-  };
-};
+export const proxies = (): Kind<readonly string[]> =>
+  kind(`none, or addresses like 10.0.0.0/8 and ${PROXY_NAMES.join(', ')}, separated by commas`, (list) => {
+    const addresses = list === 'none' ? [] : list.split(',').map((it) => it.trim());
+    const areGood = addresses.every((it) => PROXY_NAMES.includes(it) || isAddress(it));
+    return areGood ? Object.freeze(addresses) : undefined;
+  });
 
 /** An IP address, or a block of them in CIDR notation. */
 const isAddress = (text: string): boolean => {

@@ -1,4 +1,5 @@
 import type pg from 'pg';
+import { DeadlineError, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Pool } from './database.ts';
 import { nextStatementFails } from './session.ts';
@@ -257,25 +258,18 @@ export function healthyPool(
 }
 
 /** A pool of others may wait for ever; one that connects too late is given back. */
-function connectWithin(pool: Pool, ms: number): Promise<pg.PoolClient> {
-  return new Promise((resolve, reject) => {
-    let isLate = false;
-    const timer = setTimeout(() => {
-      isLate = true;
-      reject(new Error(`the pool gave no database session within ${ms / 1_000} s`));
-    }, ms);
-    pool.connect().then(
-      (client) => {
-        clearTimeout(timer);
-        if (isLate) client.release();
-        else resolve(client);
-      },
-      (error) => {
-        clearTimeout(timer);
-        reject(error);
-      },
+async function connectWithin(pool: Pool, ms: number): Promise<pg.PoolClient> {
+  const connecting = pool.connect();
+  try {
+    return await withDeadline(ms, connecting);
+  } catch (error) {
+    if (!(error instanceof DeadlineError)) throw error;
+    connecting.then(
+      (client) => client.release(),
+      () => {},
     );
-  });
+    throw new Error(`the pool gave no database session within ${ms / 1_000} s`);
+  }
 }
 
 /** Not by saying goodbye: a dead connection would wait for the answer to that, and its place in the pool with it. */

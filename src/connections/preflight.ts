@@ -1,6 +1,6 @@
 import { once } from 'node:events';
 import type { Redis } from 'ioredis';
-import { NotReadyError, withDeadline } from '../lifecycle.ts';
+import { NotReadyError, pause, withDeadline } from '../lifecycle.ts';
 import { lacks, missingFromTable } from '../outbox/required.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type Pool, transaction } from './database.ts';
@@ -44,16 +44,25 @@ export async function requireTable(pool: Pool): Promise<void> {
   if (missing.length > 0) throw new NotReadyError(lacks(missing));
 }
 
+/** The last error of a connection while it is not ready: ioredis' own errors do not say why there is none. */
+export function lastErrorOf(redis: Redis): () => Error | undefined {
+  let last: Error | undefined;
+  redis.on('error', (error) => {
+    last = error;
+  });
+  redis.on('ready', () => {
+    last = undefined;
+  });
+  return () => last;
+}
+
 /** A probe for one connection. While it is not ready, the probe fails with the connection's last error. */
 function answers(redis: Redis): () => Promise<unknown> {
-  let reason: Error | undefined;
-  redis.on('error', (error) => {
-    reason = error;
-  });
+  const reason = lastErrorOf(redis);
   return async () => {
     if (redis.status !== 'ready')
       await once(redis, 'ready', { signal: AbortSignal.timeout(RETRY_MS) }).catch(() => {
-        throw reason ?? new Error(`connection is ${redis.status}`);
+        throw reason() ?? new Error(`connection is ${redis.status}`);
       });
     await redis.ping();
   };
@@ -79,9 +88,7 @@ async function waitFor(
         loggedAt = Date.now();
         logger.warn({ err: error, server }, 'waiting for a server to answer');
       }
-      await new Promise((resolve) =>
-        setTimeout(resolve, Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1))),
-      );
+      await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)));
     }
   }
 }
@@ -124,17 +131,10 @@ const PROBE_KEY_TTL_MS = 10_000;
  * The probe throws the reason why Redis takes no writes.
  */
 export function createWriteProbe(redis: Redis, key: string): () => Promise<void> {
-  let lost: Error | undefined;
-  redis.on('error', (error) => {
-    lost = error;
-  });
-  redis.on('ready', () => {
-    lost = undefined;
-  });
+  const lost = lastErrorOf(redis);
   return async () => {
-    // ioredis' own error would not say why there is no connection.
     if (redis.status !== 'ready') {
-      throw lost ?? new Error(`no connection to Redis yet (${redis.status}): is it loading its data?`);
+      throw lost() ?? new Error(`no connection to Redis yet (${redis.status}): is it loading its data?`);
     }
     await writeProbeKey(redis, key);
   };
@@ -146,17 +146,19 @@ export async function writeProbeKey(redis: Redis, key: string): Promise<void> {
 
 export type RedisFacts = Readonly<{ version: string; aofEnabled: boolean; maxmemoryPolicy: string }>;
 
+/** The fields of INFO. */
+export async function infoOf(redis: Redis): Promise<(field: string) => string | undefined> {
+  const lines = (await redis.info()).split('\r\n');
+  const fields = new Map(lines.map((line) => line.split(/:(.*)/s, 2) as [string, string]));
+  return (field) => fields.get(field);
+}
+
 /** The facts in INFO that health and requirements depend on. */
 export async function inspectRedis(redis: Redis): Promise<RedisFacts> {
-  const info = new Map(
-    (await redis.info()).split('\r\n').map((line): [string, string] => {
-      const colon = line.indexOf(':');
-      return [line.slice(0, colon), line.slice(colon + 1)];
-    }),
-  );
+  const info = await infoOf(redis);
   return {
-    version: info.get('redis_version') ?? 'unknown',
-    aofEnabled: info.get('aof_enabled') === '1',
-    maxmemoryPolicy: info.get('maxmemory_policy') ?? 'unknown',
+    version: info('redis_version') ?? 'unknown',
+    aofEnabled: info('aof_enabled') === '1',
+    maxmemoryPolicy: info('maxmemory_policy') ?? 'unknown',
   };
 }

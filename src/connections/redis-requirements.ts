@@ -7,7 +7,7 @@ import { advice, type Finding, failed, failedFor, ok, type Requirement } from '.
 import type { StreamOptions } from '../streams/append.ts';
 import { isNoStream, tryAppend } from '../streams/append-trial.ts';
 import { errorText } from '../telemetry/logger.ts';
-import { connected, writeProbeKey } from './preflight.ts';
+import { connected, infoOf, writeProbeKey } from './preflight.ts';
 
 /** What the relay needs of a Redis: that of the queues, and that of the streams where it is another one. */
 
@@ -66,14 +66,6 @@ export function redisFinding(error: unknown): Finding {
   const text = `${errorText(error)}${remedy === undefined ? '' : `: ${remedy}`}`;
   const isAnswer = name === 'ReplyError' || REFUSES.test(message);
   return isAnswer && !PASSES.test(message) ? failed(text) : failedFor('soon', text);
-}
-
-type Info = (field: string) => string | undefined;
-
-async function infoOf(redis: Redis): Promise<Info> {
-  const lines = (await redis.info()).split('\r\n');
-  const fields = new Map(lines.map((line) => line.split(/:(.*)/s, 2) as [string, string]));
-  return (field) => fields.get(field);
 }
 
 /** What calls itself something else than Redis, by a field of INFO. */

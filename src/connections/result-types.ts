@@ -32,6 +32,4 @@ for (const [parse, types, arrays] of [
   for (const type of arrays) PARSERS.set(type, asArrayOf(parse));
 }
 
-export const RESULT_TYPES = {
-  getTypeParser: (oid: number) => PARSERS.get(oid) ?? asIs,
-} as CustomTypesConfig;
+export const RESULT_TYPES = { getTypeParser: (oid: number) => PARSERS.get(oid) ?? asIs } as CustomTypesConfig;

@@ -3,6 +3,7 @@ import { connect as connectTls, type TLSSocket } from 'node:tls';
 import { AbstractConnector, Redis, type RedisOptions } from 'ioredis';
 import type { RedisNode } from '../config/redis-urls.ts';
 import { pause } from '../lifecycle.ts';
+import { lastErrorOf } from './preflight.ts';
 
 /**
  * Connects to the node of a Redis Cluster that has one slot. All keys of a relay are in one slot, so it only has to find
@@ -93,13 +94,10 @@ function connectorTo(seeds: readonly RedisNode[], slot: number) {
         ...{ lazyConnect: true, retryStrategy: () => null, maxRetriesPerRequest: 0, enableReadyCheck: false },
         ...{ connectTimeout: NODE_TIMEOUT_MS, commandTimeout: NODE_TIMEOUT_MS, disableClientInfo: true },
       } as RedisOptions & { replyMapping?: 'legacy' });
-      let reason: Error | undefined;
-      redis.on('error', (error) => {
-        reason = error;
-      });
+      const reason = lastErrorOf(redis);
       try {
         await redis.connect().catch((error) => {
-          throw reason ?? error;
+          throw reason() ?? error;
         });
         const ranges = rangesOf(await redis.cluster('SLOTS'), node);
         const nodes = [...ranges.flatMap((range) => range.nodes), ...seeds];

@@ -124,7 +124,7 @@ export async function heldBy(
 }
 
 /** @throws {LockHeldError} when one session has held a lock for longer than pods wait for it */
-export async function assertLocksPass(pool: Pool): Promise<void> {
+export async function assertNoLockHeldTooLong(pool: Pool): Promise<void> {
   const { waitMs } = CLAIM_LOCK;
   for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', waitMs), outboxLock(waitMs)]) {
     const holder = await holderOf(pool, lock);

@@ -62,7 +62,7 @@ export function createAccess(deps: {
   const { users, basePath, logger } = deps;
   const byName = new Map(users.map((user) => [user.name, user]));
   const seals = createSeals(deps.secret, users);
-  const remembered = createMemory();
+  const remembered = createCredentialCache();
   const wrongByAddress = createTries({ max: TRIES_BY_ADDRESS, windowMs: WINDOW_MS });
   const wrongByName = createTries({ max: TRIES_BY_NAME, windowMs: WINDOW_MS });
   const checking = new Map<string, Promise<Checked>>();
@@ -71,8 +71,8 @@ export function createAccess(deps: {
   function check(request: FastifyRequest, name: string, password: string): Promise<Checked> {
     const address = addressOf(request.ip);
     const asked = remembered.digest(`${address} ${name}:${password}`);
-    const known = checking.get(asked);
-    if (known !== undefined) return known;
+    const pending = checking.get(asked);
+    if (pending !== undefined) return pending;
     const answer = checkAnew(request, address, name, password).finally(() => checking.delete(asked));
     checking.set(asked, answer);
     return answer;
@@ -84,16 +84,16 @@ export function createAccess(deps: {
     name: string,
     password: string,
   ): Promise<Checked> {
-    const isKnown = (await seals.open(KNOWN.kind, request.cookies[KNOWN.cookie], KNOWN_MS)) === name;
+    const isKnownBrowser = (await seals.open(KNOWN.kind, request.cookies[KNOWN.cookie], KNOWN_MS)) === name;
     const taken: (() => void)[] = [];
     const tooMany = (retryInS: number, message: string): Checked => {
       for (const giveBack of taken) giveBack();
-      logger.warn({ address, operator: known(name) }, message);
+      logger.warn({ address, operator: loggableName(name) }, message);
       return { tooMany: true, retryInS };
     };
     for (const [tries, key] of [
       [wrongByAddress, address],
-      [wrongByName, isKnown ? `${name} ${address}` : name],
+      [wrongByName, isKnownBrowser ? `${name} ${address}` : name],
     ] as const) {
       const retryInS = tries.take(key);
       if (retryInS > 0) return tooMany(retryInS, 'too many wrong passwords; refused without a check');
@@ -112,12 +112,12 @@ export function createAccess(deps: {
       throw error;
     }
     await answerAt;
-    logger.warn({ address, operator: known(name) }, 'wrong name or password');
+    logger.warn({ address, operator: loggableName(name) }, 'wrong name or password');
     return { wrong: true };
   }
 
   /** An unknown name is not logged: it may be a password in the wrong field. */
-  const known = (name: string): string | null => byName.get(name)?.name ?? null;
+  const loggableName = (name: string): string | null => byName.get(name)?.name ?? null;
 
   async function byBasic(request: FastifyRequest, credentials: string): Promise<Checked> {
     const text = Buffer.from(credentials, 'base64').toString('utf8');
@@ -306,7 +306,7 @@ const hostOf = (origin: string): string | null => {
 const pathOf = (request: FastifyRequest): string => request.routeOptions.url ?? 'unknown';
 
 /** Remembers which credentials were right lately, as keyed hashes. The key is lost with the process. */
-function createMemory() {
+function createCredentialCache() {
   const key = randomBytes(32);
   const names = new Map<string, { name: string; until: number }>();
   const digest = (text: string) => createHmac('sha256', key).update(text).digest('base64');

@@ -1,4 +1,5 @@
 import { setTimeout as delay } from 'node:timers/promises';
+import pLimit from 'p-limit';
 
 /**
  * Limits on the load from HTTP requests. The server shares its process, PostgreSQL and Redis with the relay, and events
@@ -32,7 +33,7 @@ export function shareAnswers<T>(
   };
 }
 
-export type Gate = <T>(work: () => Promise<T>) => Promise<T>;
+export type Limiter = <T>(work: () => Promise<T>) => Promise<T>;
 
 /** Longest rest of a slot, however long its work took. */
 const REST_MAX_MS = 2_000;
@@ -42,32 +43,23 @@ const REST_MAX_MS = 2_000;
  * times as long as the work took: with `rest` 4 and one slot, a client that never stops asking keeps the database busy for a
  * fifth of the time. The returned function throws {@link BusyError} when the queue is full.
  */
-export function createGate({
+export function createLimiter({
   atOnce,
   waiting,
   rest = 0,
-}: Readonly<{ atOnce: number; waiting: number; rest?: number }>): Gate {
-  const queue: (() => void)[] = [];
-  let running = 0;
+}: Readonly<{ atOnce: number; waiting: number; rest?: number }>): Limiter {
+  const limit = pLimit(atOnce);
   return async (work) => {
-    if (running < atOnce) running++;
-    else if (queue.length >= waiting) throw new BusyError();
-    else await new Promise<void>((resolve) => queue.push(resolve));
-    const beganAt = performance.now();
-    try {
-      return await work();
-    } finally {
-      const restMs = Math.min(rest * (performance.now() - beganAt), REST_MAX_MS);
-      if (restMs === 0) handOn();
-      else setTimeout(handOn, restMs).unref();
-    }
+    if (limit.activeCount + limit.pendingCount >= atOnce + waiting) throw new BusyError();
+    return new Promise((resolve, reject) => {
+      void limit(async () => {
+        const beganAt = performance.now();
+        await Promise.resolve().then(work).then(resolve, reject);
+        const restMs = Math.min(rest * (performance.now() - beganAt), REST_MAX_MS);
+        if (restMs > 0) await delay(restMs, undefined, { ref: false });
+      });
+    });
   };
-
-  function handOn(): void {
-    const next = queue.shift();
-    if (next === undefined) running--;
-    else next();
-  }
 }
 
 /**

@@ -1,7 +1,12 @@
 import type { FastifyInstance, FastifySchema, onRequestHookHandler } from 'fastify';
+import type { Role } from '../config/board-users.ts';
 import { NotReadyError } from '../lifecycle.ts';
+import { CursorError } from '../operations/cursor.ts';
+import type { DeadLetters, Selection } from '../operations/dead-letters.ts';
+import type { Republish } from '../operations/republishing.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
-import { BusyError, createGate, shareAnswers } from './admission.ts';
+import type { Operator } from './access.ts';
+import { BusyError, createLimiter, shareAnswers } from './admission.ts';
 import { describeApi } from './openapi.ts';
 
 /**
@@ -9,36 +14,17 @@ import { describeApi } from './openapi.ts';
  * `next` of the answer, sent as `after`, continues it.
  */
 
-type Filter = Readonly<Record<string, string>>;
-type Selection = Readonly<{ eventIds: string[] }> | Readonly<{ filter: Filter; pruned?: boolean }>;
-type Options = Readonly<{ by: string; dryRun: boolean; limit: number; after?: string }>;
-
-/** The operations behind the API; see operations/dead-letters.ts and operations/republishing.ts. */
+/** The operations behind the API. */
 export type ApiDeps = Readonly<{
-  deadLetters: Readonly<{
-    list(
-      filter: Filter,
-      options: Readonly<{ limit: number; after?: string; pruned: boolean; look: number }>,
-    ): Promise<object>;
-    groups(filter: Filter, limit: number, look: number): Promise<object>;
-    show(eventId: string): Promise<Readonly<{ event: object }> | null>;
-    replay(selection: Selection, options: Options): Promise<object>;
-    discard(selection: Selection, reason: string, options: Options): Promise<object>;
-  }>;
-  republish: Readonly<{
-    count(
-      range: Range,
-      options: Readonly<{ limit: number; after?: string }>,
-    ): Promise<Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>>;
-    run(range: Range, options: Omit<Options, 'dryRun'>): Promise<object>;
-  }>;
+  deadLetters: Pick<DeadLetters, 'list' | 'groups' | 'show' | 'replay' | 'discard'>;
+  republish: Republish;
   /** A hook that requires the role and sets `request.operator`. */
-  requires: (role: 'viewer' | 'operator') => onRequestHookHandler;
+  requires: (role: Role) => onRequestHookHandler;
   version: string;
   logger: Logger;
 }>;
 
-type Range = Readonly<{ since: string; until: string; filter: Filter }>;
+type Filter = Extract<Selection, { filter: unknown }>['filter'];
 
 /** Most dead letters, or entries, that one request reads or changes. */
 const MOST_PER_REQUEST = 1_000;
@@ -47,7 +33,7 @@ const MOST_GROUPED = 10_000;
 /** Requests within this time share the same groups. */
 const SHARED_MS = 1_000;
 /** Each request at work has a connection to the database. */
-const GATES = {
+const LIMITS = {
   viewer: { atOnce: 1, waiting: 20, rest: 4 },
   operator: { atOnce: 2, waiting: 20 },
 };
@@ -58,10 +44,7 @@ const uuid = { type: 'string', format: 'uuid', maxLength: 36 };
 const time = { type: 'string', format: 'date-time' };
 const cursor = { type: 'string', minLength: 1, maxLength: 8_000, description: '`next` of an earlier answer' };
 const limit = (standard: number) => ({
-  type: 'integer',
-  minimum: 1,
-  maximum: MOST_PER_REQUEST,
-  default: standard,
+  ...{ type: 'integer', minimum: 1, maximum: MOST_PER_REQUEST, default: standard },
 });
 const flag = (description: string) => ({ type: 'boolean', default: false, description });
 const published = { eventType: text, topic: text, aggregateType: text, aggregateId: uuid };
@@ -105,7 +88,7 @@ const list = { type: 'array', items: { type: 'object', additionalProperties: tru
 export type ApiRoute = Readonly<{
   method: 'GET' | 'POST';
   url: string;
-  role: 'viewer' | 'operator';
+  role: Role;
   summary: string;
   schema: FastifySchema;
   handle: (request: ApiRequest) => Promise<object>;
@@ -116,10 +99,8 @@ type ApiRequest = Readonly<{
   body: Record<string, unknown>;
   params: Record<string, string>;
   by: string;
-  role: 'viewer' | 'operator';
+  role: Role;
 }>;
-
-type Operator = Readonly<{ name: string; role: 'viewer' | 'operator' }>;
 
 class ApiError extends Error {
   override readonly name = 'ApiError';
@@ -250,7 +231,7 @@ const page = (from: Record<string, unknown>) => ({
   ...(from.after !== undefined && { after: String(from.after) }),
 });
 
-const actionOf = (body: Record<string, unknown>, by: string): Options => ({
+const actionOf = (body: Record<string, unknown>, by: string) => ({
   by,
   dryRun: body.dryRun === true,
   ...page(body),
@@ -289,7 +270,7 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
           return reply.code(status).send({ error: errorText(error) });
         },
       );
-      const gates = { viewer: createGate(GATES.viewer), operator: createGate(GATES.operator) };
+      const limits = { viewer: createLimiter(LIMITS.viewer), operator: createLimiter(LIMITS.operator) };
       for (const route of routesOf(deps)) {
         api.route<{
           Querystring: Record<string, unknown>;
@@ -310,9 +291,9 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
             },
           ],
           handler: async (request) => {
-            const { name: by, role } = (request as unknown as { operator: Operator }).operator;
+            const { name: by, role } = request.operator as Operator;
             const { query, params } = request;
-            return gates[role](() =>
+            return limits[role](() =>
               route.handle({ query, params, body: request.body ?? {}, ...{ by, role } }),
             );
           },
@@ -325,7 +306,7 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
 }
 
 function statusOf(error: Error & { statusCode?: number; validation?: unknown }): number {
-  if (error.validation !== undefined || error.name === 'CursorError') return 400;
+  if (error.validation !== undefined || error instanceof CursorError) return 400;
   if (error instanceof NotReadyError || error instanceof BusyError) return 503;
   // It has the format but is out of range, such as a year that PostgreSQL does not have.
   if (UNREADABLE.has((error as { code?: string }).code ?? '')) return 400;

@@ -1,7 +1,7 @@
 import { CLAIM_JOB_DEADLINE_MS } from '../claim/claim-worker.ts';
 import { sqlState, TOO_MANY_SESSIONS } from '../connections/pool-health.ts';
 import { assertWritable, inspectRedis } from '../connections/preflight.ts';
-import { assertLocksPass } from '../connections/table-lock.ts';
+import { assertNoLockHeldTooLong } from '../connections/table-lock.ts';
 import { type Context, secondsSince } from '../context.ts';
 import { createFigures, shareFigures } from '../operations/figures.ts';
 import { createFleetReader } from '../operations/heartbeat.ts';
@@ -10,10 +10,13 @@ import type { Workers } from '../queue/workers.ts';
 import { createStreamInspector } from '../streams/inspect.ts';
 import type { MetricsSources } from '../telemetry/metrics.ts';
 import { VERSION } from '../version.ts';
+import { shareAnswers } from './admission.ts';
 import { openDashboard } from './dashboard-options.ts';
 import { createHealth } from './health.ts';
 import { createWebServer } from './server.ts';
 
+/** Those who ask for the metrics within this time get the same answer. */
+const SHARED_MS = 1_000;
 /** A pod that has not checked the schedule for this time hangs. */
 const STUCK_AFTER_MS = 60_000;
 
@@ -27,12 +30,12 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
   };
   const health = createHealth({
     database: async () => {
-      const locksPass = assertLocksPass(servers.httpPool).catch((error) => {
+      const locks = assertNoLockHeldTooLong(servers.httpPool).catch((error) => {
         // PostgreSQL refuses another session for HTTP: the relay's own sessions answer instead.
-        if (sqlState(error) === TOO_MANY_SESSIONS) return assertLocksPass(servers.pool);
+        if (sqlState(error) === TOO_MANY_SESSIONS) return assertNoLockHeldTooLong(servers.pool);
         throw error;
       });
-      await Promise.all([assertWritable(servers.pool), locksPass]);
+      await Promise.all([assertWritable(servers.pool), locks]);
       const { size, granted } = servers.pool.sessions();
       return granted < size ? { sessions: granted, sessions_wanted: size } : {};
     },
@@ -55,17 +58,13 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
     redis: queueRedis,
     workplaces: [
       {
-        workers: workers.publish,
-        queue: queues.publish,
+        ...{ workers: workers.publish, queue: queues.publish, oneByOne: false },
         // An attempt, and postponing it.
         deadlineMs: 2 * config.publishTimeoutMs,
-        oneByOne: false,
       },
       {
-        workers: workers.claim,
-        queue: queues.claim,
+        ...{ workers: workers.claim, queue: queues.claim, oneByOne: true },
         deadlineMs: CLAIM_JOB_DEADLINE_MS,
-        oneByOne: true,
       },
     ],
     assertWritable: context.queuesWritable,
@@ -93,10 +92,8 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
       }),
     }),
   };
-  const metrics = {
-    contentType: context.metrics.contentType,
-    render: () => context.metrics.render(sources),
-  };
+  const { contentType, render } = context.metrics;
+  const metrics = { contentType, render: shareAnswers(SHARED_MS, () => render(sources)) };
 
   const server = createWebServer({
     host: config.httpHost,

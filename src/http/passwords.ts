@@ -1,6 +1,6 @@
 import { randomBytes, scrypt, timingSafeEqual } from 'node:crypto';
 import { PASSWORD_HASH } from '../config/board-users.ts';
-import { createGate } from './admission.ts';
+import { createLimiter } from './admission.ts';
 
 /** Each hash takes 32 MiB and about 80 ms of one core, on libuv's thread pool. */
 const COST = { logN: 15, r: 8, p: 1 };
@@ -10,7 +10,7 @@ const KEY_BYTES = 32;
  * Two hashes are computed at once: DNS and files need the other two threads of libuv's pool. Ten more wait, for half a
  * second at most.
  */
-const gate = createGate({ atOnce: 2, waiting: 10 });
+const limit = createLimiter({ atOnce: 2, waiting: 10 });
 
 type Cost = typeof COST;
 
@@ -40,7 +40,7 @@ function derive(password: string, salt: Buffer, { logN, r, p }: Cost): Promise<B
   // Keyboards differ in how they compose letters: normalised, they are the same bytes.
   const text = password.normalize('NFC');
   const N = 2 ** logN;
-  return gate(
+  return limit(
     () =>
       new Promise<Buffer>((resolve, reject) => {
         scrypt(text, salt, KEY_BYTES, { N, r, p, maxmem: 256 * N * r }, (error, key) =>

@@ -111,8 +111,9 @@ export function createWebServer(deps: {
 
   const { metrics } = deps;
   if (metrics) {
-    const render = shareAnswers(SHARED_MS, metrics.render);
-    app.get('/metrics', async (_request, reply) => reply.type(metrics.contentType).send(await render()));
+    app.get('/metrics', async (_request, reply) =>
+      reply.type(metrics.contentType).send(await metrics.render()),
+    );
   }
 
   return {

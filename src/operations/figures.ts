@@ -136,13 +136,5 @@ export function shareFigures(deps: {
     return undefined;
   }
 
-  let getting: Promise<SharedFigures | undefined> | undefined;
-  return () => {
-    getting ??= get()
-      .catch(() => undefined)
-      .finally(() => {
-        getting = undefined;
-      });
-    return getting;
-  };
+  return () => get().catch(() => undefined);
 }

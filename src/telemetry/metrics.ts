@@ -262,6 +262,7 @@ export function createMetrics(deps: {
     }
   }
 
+  /** All metrics in Prometheus' text format, within 2 s. */
   async function render(sources: MetricsSources): Promise<string> {
     const inTime = <T>(work: Promise<T>) => withDeadline(DEADLINE_MS, work).catch(() => undefined);
     const [figures, checks = {}] = await Promise.all([inTime(sources.figures()), inTime(sources.ready())]);
@@ -279,18 +280,9 @@ export function createMetrics(deps: {
     return texts.join('\n');
   }
 
-  let rendering: Promise<string> | undefined;
-
   return {
     contentType: Registry.PROMETHEUS_CONTENT_TYPE,
-
-    /** All metrics in Prometheus' text format, within 2 s. Simultaneous calls share one answer. */
-    render(sources: MetricsSources): Promise<string> {
-      rendering ??= render(sources).finally(() => {
-        rendering = undefined;
-      });
-      return rendering;
-    },
+    render,
 
     /** @param entryId `<ms>-<sequence>`, by the clock of Redis */
     published(event: OutboxEvent, entryId: string): void {

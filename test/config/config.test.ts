@@ -2,7 +2,8 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
-import { describeVariables, VARIABLES } from '../../src/config/config.ts';
+import { describeVariables, settings } from '../../src/commands/variables.ts';
+import { VARIABLES } from '../../src/config/config.ts';
 import type { ConfigProblem } from '../../src/config/conflicts.ts';
 import { pgOptions, redactUrl, redactUrls } from '../../src/config/connection-urls.ts';
 import { ConfigError, loadConfig } from '../../src/config/load-config.ts';
@@ -95,6 +96,13 @@ describe('defaults', () => {
       const given = loadConfig({ [name]: text }) as unknown as Record<string, unknown>;
       expect(given[property], name).toEqual(config[property]);
     }
+  });
+
+  test('the log shows every value but the secrets: URLs, and who may log in', () => {
+    const config = loadConfig({});
+    const secrets = ['databaseUrl', 'redisUrl', 'redisSentinels', 'streamRedisUrl', 'boardUsers'];
+    const shown = Object.entries(config).filter(([property]) => !secrets.includes(property));
+    expect(settings(config)).toEqual(Object.fromEntries(shown));
   });
 
   test('the help text holds every name and default', () => {

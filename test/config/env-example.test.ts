@@ -1,7 +1,8 @@
 import { readFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import { expect, test } from 'vitest';
-import { VARIABLES, type Variable, wrapped } from '../../src/config/config.ts';
+import { wrapped } from '../../src/commands/variables.ts';
+import { VARIABLES, type Variable } from '../../src/config/config.ts';
 import { loadConfig } from '../../src/config/load-config.ts';
 
 const EXAMPLE = fileURLToPath(new URL('../../.env.example', import.meta.url));

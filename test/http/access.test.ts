@@ -246,7 +246,7 @@ test('an address is one however a proxy writes it, and a port makes no other', a
 test('after a wrong password only that is to be typed again', async () => {
   const { app } = await site();
   const { body } = await logIn(app, '"><b>olga', 'wrong password');
-  expect(body).toContain('name="name" value="&quot;&gt;&lt;b&gt;olga"');
+  expect(body).toContain('name="name" value="&#34;&#62;&#60;b&#62;olga"');
   expect(body).not.toContain('wrong password');
 });
 

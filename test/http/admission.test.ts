@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { BusyError, createGate, createPace, shareAnswers } from '../../src/http/admission.ts';
+import { BusyError, createLimiter, createPace, shareAnswers } from '../../src/http/admission.ts';
 import { deferred } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -21,17 +21,17 @@ test('who asks the same while it is answered, and soon after, gets the same answ
   expect(asked).toBe(5);
 });
 
-test('a gate lets few through at a time, in turn, keeps some waiting, and goes on after a failure', async () => {
-  const gate = createGate({ atOnce: 2, waiting: 3 });
+test('a limiter lets few through at a time, in turn, keeps some waiting, and goes on after a failure', async () => {
+  const limit = createLimiter({ atOnce: 2, waiting: 3 });
   const works = Array.from({ length: 5 }, () => deferred<string>());
   const begun: number[] = [];
   const results = works.map(({ promise }, i) =>
-    gate(() => {
+    limit(() => {
       begun.push(i);
       return promise;
     }),
   );
-  await expect(gate(async () => 'never')).rejects.toThrow(BusyError);
+  await expect(limit(async () => 'never')).rejects.toThrow(BusyError);
   expect(begun).toEqual([0, 1]);
   const failed = expect(results[0]).rejects.toThrow('broken');
   works[0]?.reject(new Error('broken'));
@@ -40,11 +40,11 @@ test('a gate lets few through at a time, in turn, keeps some waiting, and goes o
   for (const { resolve } of works.slice(1)) resolve('done');
   expect(await Promise.all(results.slice(1))).toEqual(['done', 'done', 'done', 'done']);
   expect(begun).toEqual([0, 1, 2, 3, 4]);
-  expect(await gate(async () => 'again')).toBe('again');
+  expect(await limit(async () => 'again')).toBe('again');
 });
 
-test('a place in a gate rests as many times as long as its work took, whether it succeeded or not', async () => {
-  const gate = createGate({ atOnce: 1, waiting: 1, rest: 4 });
+test('a slot of a limiter rests as many times as long as its work took, whether it succeeded or not', async () => {
+  const limit = createLimiter({ atOnce: 1, waiting: 1, rest: 4 });
   const took: number[] = [];
   let endedAt = Number.NaN;
   const work = async () => {
@@ -55,9 +55,9 @@ test('a place in a gate rests as many times as long as its work took, whether it
     took.push(endedAt - beganAt);
     if (took.length === 2) throw new Error('broken');
   };
-  await gate(work);
-  await expect(gate(work)).rejects.toThrow('broken');
-  await gate(work);
+  await limit(work);
+  await expect(limit(work)).rejects.toThrow('broken');
+  await limit(work);
   expect(took).toHaveLength(3);
 });
 

@@ -30,7 +30,6 @@ function metricsWith({
     ...{ streamMaxLen: 100_000, dlqStreamName: 'dlq', dlqMaxLen: 10_000 },
   });
   const all = { ...SOURCES, ...sources };
-  // biome-ignore lint/nursery/noMisusedPromises: it is no promise
   return { ...metrics, render: () => metrics.render(all) };
 }
 
@@ -83,10 +82,8 @@ test('more topics and types cost no more memory', () => {
 test('/metrics answers within 2 s although neither the servers nor the figures do, and leaves these out', async () => {
   const metrics = metricsWith({ figures: () => never, ready: () => never });
   const startedAt = Date.now();
-  const [families, again] = (await Promise.all([metrics.render(), metrics.render()])).map(familiesOf);
+  const families = familiesOf(await metrics.render());
   expect(Date.now() - startedAt).toBeLessThan(2_000);
-  expect(families).toEqual(again);
-  if (families === undefined) throw new Error('no answer');
   expect(valueIn(families, 'relay_ready')).toBe(0);
   expect(valueIn(families, 'relay_server_healthy', { server: 'redis' })).toBe(0);
   for (const name of ['relay_oldest_waiting_seconds', 'relay_backlog_events', 'relay_figures_age_seconds'])
