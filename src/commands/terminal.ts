@@ -29,6 +29,14 @@ export class Text {
   }
 }
 
+/** What a shell reports of a program that SIGPIPE has ended. */
+const EXIT_PIPE = 141;
+// The reader of the output has gone, as `| head` does: as other programs, the command ends without a word.
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code === 'EPIPE') process.exit(EXIT_PIPE);
+  throw error;
+});
+
 export type Printable = string | number | Text;
 
 // biome-ignore lint/suspicious/noControlCharactersInRegex: our own colours begin with one

@@ -58,6 +58,10 @@ const QUEUE_IS_FILLING = 0.01;
 const PASSES = /^(08|40|53|55|57)/;
 const NO_RIGHT = '42501';
 const READ_ONLY = '25006';
+/** SQLSTATEs of who may not log in (28), and of a database that is not there (3D). */
+const NO_SUCH_LOGIN = /^(28|3D)/;
+/** Of the system: nobody answers at this address. */
+const NO_SUCH_ADDRESS = /\b(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|EHOSTUNREACH|ENETUNREACH|ETIMEDOUT)\b/;
 const UNSUPPORTED = /^(0A000|42)/;
 
 export function databaseFinding(error: unknown): Finding {
@@ -65,6 +69,8 @@ export function databaseFinding(error: unknown): Finding {
   const text = errorText(error);
   if (/statement pooling mode/.test(text)) return failed(STATEMENT_POOLING);
   if (code === NO_RIGHT) return failed(`${text}: give the role its rights; "relay grants" prints them`);
+  if (NO_SUCH_LOGIN.test(code)) return failed(`${text}: see RELAY_DATABASE_URL`);
+  if (NO_SUCH_ADDRESS.test(text)) return failedFor('soon', `${text}: see RELAY_DATABASE_URL`);
   if (code === READ_ONLY) return failedFor('soon', `${text}: let RELAY_DATABASE_URL lead to the primary`);
   // What PostgreSQL has and this server has not, or what the table has in addition. A table that is altered now passes.
   if (UNSUPPORTED.test(code) && !/cached plan/.test(text))

@@ -78,7 +78,8 @@ async function waitFor(
   let loggedAt = Date.now();
   for (;;) {
     try {
-      await withDeadline(Math.max(endsAt - Date.now(), 100), ask());
+      // The last question has time to find out why there is no connection.
+      await withDeadline(Math.max(endsAt - Date.now(), 3 * RETRY_MS), ask());
       return;
     } catch (error) {
       if (Date.now() >= endsAt) {

@@ -72,7 +72,9 @@ export function redisFinding(error: unknown): Finding {
 const OTHERS = ['valkey', 'dragonfly', 'keydb', 'kvrocks', 'garnet', 'upstash', 'memurai', 'rlec'];
 
 async function isRecent({ redis, variable }: OnRedis): Promise<Finding> {
-  await connected(redis, CONNECT_TIMEOUT_MS);
+  await connected(redis, CONNECT_TIMEOUT_MS).catch((error: Error) => {
+    throw error.name === 'ReplyError' ? error : new Error(`${errorText(error)}: see ${variable}`);
+  });
   const info = await infoOf(redis);
   if (info('redis_mode') === 'sentinel')
     return failed(

@@ -12,6 +12,12 @@ import { createDatabase } from '../support/servers.ts';
 
 /** What the command line says to somebody who asks for something that is not to be had. */
 
+test('a command whose output nobody reads to its end stops without a word', async () => {
+  const shell = `"${process.execPath}" dist/cli.js grants | true; exit "\${PIPESTATUS[0]}"`;
+  const ended = promisify(execFile)('bash', ['-c', shell], { cwd: inject('root'), env: cleanEnvironment() });
+  await expect(ended).rejects.toMatchObject({ code: 141, stderr: expect.not.stringContaining('EPIPE') });
+});
+
 test('a sentence that helps, each', async () => {
   const stage = await setStage();
   const since = (...args: string[]) => ['republish', ...args];
