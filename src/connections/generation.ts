@@ -18,6 +18,8 @@ import { withSession } from './session.ts';
  */
 const RUN_AND_FILE = `extract(epoch FROM pg_postmaster_start_time())::text || '.' || pg_relation_filenode('identity.outbox')`;
 const TIMELINE = 'left(pg_walfile_name(pg_current_wal_lsn()), 8)';
+/** Pods keep it in Redis as text. The session's own settings for times are those of its role, database or owner. */
+const NOW = `to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US"+00"')`;
 /** Timeline of a server that does not tell it. */
 const UNTOLD = `'00000000'`;
 /** Takes the place of the timeline on a standby, which takes no writes. */
@@ -81,7 +83,7 @@ export function createGeneration() {
   }
 
   async function ask(client: pg.PoolClient, timeoutMs: number): Promise<DatabaseState> {
-    const text = `SELECT clock_timestamp()::text AS now, ${sql()} AS generation`;
+    const text = `SELECT ${NOW} AS now, ${sql()} AS generation`;
     try {
       const { rows } = await client.query<DatabaseState>({
         text,

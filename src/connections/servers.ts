@@ -6,6 +6,7 @@ import { redisNodes, redisOptions, sentinelOptions } from '../config/redis-urls.
 import { slotOf } from '../config/topics.ts';
 import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION } from '../queue/queues.ts';
 import { WORKER_CONNECTION } from '../queue/workers.ts';
+import { RequirementError } from '../requirement.ts';
 import { APPEND_CONNECTION } from '../streams/append.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Pool } from './database.ts';
@@ -106,12 +107,20 @@ export type Servers = Readonly<{
   close(): Promise<void>;
 }>;
 
-/** @param deps clients of an embedding program: used, but never closed */
+/**
+ * @param deps clients of an embedding program: used, but never closed
+ * @throws {RequirementError} if the client is one for a cluster
+ */
 export function openServers(
   config: RelayConfig,
   deps: Readonly<{ pool?: Pool; redis?: Redis }>,
   logger: Logger,
 ): Servers {
+  // Its duplicates would be clients for a cluster as well: see slot-connector.ts for why the relay works with none.
+  if (deps.redis?.isCluster)
+    throw new RequirementError(
+      "the relay does not work with ioredis' client for a Redis Cluster: give it no client, and name several nodes in RELAY_REDIS_URL, or one and RELAY_REDIS_CLUSTER=true",
+    );
   const pools: ReturnType<typeof createPool>[] = [];
   const openPool = (max: number, name: string) => {
     const pool = createPool(config.databaseUrl, {

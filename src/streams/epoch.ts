@@ -73,6 +73,8 @@ export type RenewalDeps = Readonly<{
   recover: (loss: Loss) => Promise<void>;
 }>;
 
+/** Builds of before wrote the checkpoint as their session printed times, which others may not read, or read as another. */
+const IS_TIME = /^\d{4}-\d\d-\d\d[ T]/;
 /** What the epoch's key begins with while a process compares table and streams. */
 const COMPARING = 'checking:';
 /** When the comparing process dies, another one may begin after this time. */
@@ -116,7 +118,11 @@ export async function renewEpoch(
     const confirm = async () => {
       if ((await redis.get(key)) !== token) throw new EpochOverError();
     };
-    await deps.recover({ checkpoint, forgotten: generation !== null && generation !== lookedUp, confirm });
+    await deps.recover({
+      checkpoint: checkpoint !== null && IS_TIME.test(checkpoint) ? checkpoint : null,
+      forgotten: generation !== null && generation !== lookedUp,
+      confirm,
+    });
     const next = `${server}:${randomBytes(9).toString('base64url')}`;
     const { now, generation: after } = await deps.database(generation ?? lookedUp);
     if (isLost() || (generation !== null && generation !== after)) return undefined;

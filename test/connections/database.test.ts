@@ -48,6 +48,25 @@ for (const [kind, pool] of [
   });
 }
 
+test('values are read and printed in one way, whatever role, database or owner of the pool have set', async () => {
+  const habits = [
+    ...['DateStyle=German,DMY', 'TimeZone=Asia/Kolkata', 'IntervalStyle=sql_standard', 'bytea_output=escape'],
+    ...['extra_float_digits=-10', 'standard_conforming_strings=off'],
+  ];
+  const pool = openPool(url, { options: habits.map((it) => `-c ${it}`).join(' ') });
+  const { rows } = await transaction(pool, 4_000, 'durable', (tx) =>
+    tx.query(String.raw`SELECT '2026-01-31T12:00:00Z'::timestamptz::text AS time,
+      '1 day 2 hours'::interval::text AS interval, decode('00ff', 'hex')::text AS bytes, 'a\nb' AS text,
+      (0.1::float8 + 0.2::float8)::text AS number`),
+  );
+  expect(rows).toEqual([
+    {
+      ...{ time: '2026-01-31 12:00:00+00', interval: '1 day 02:00:00' },
+      ...{ bytes: String.raw`\x00ff`, text: String.raw`a\nb`, number: '0.30000000000000004' },
+    },
+  ]);
+});
+
 test('a row that another transaction holds is waited for as long as a statement may take, and is not called a lock of the relay', async () => {
   const [id] = await insertEvents(admin, [anEvent()]);
   const holder = await admin.connect();

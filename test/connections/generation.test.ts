@@ -79,6 +79,17 @@ test('a table that is emptied or written anew, or comes from elsewhere, is of an
   expect((await createGeneration().read(one, 5_000)).generation).toBe(generation);
 });
 
+test('the time is printed in one way, whatever the session has set', async () => {
+  const options = '-c DateStyle=German,DMY -c TimeZone=Asia/Kolkata';
+  const { now } = await createGeneration().read(openPool(database.url, { options }), 5_000);
+  expect(now).toMatch(/^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}\+00$/);
+  const { rows } = await admin.query('SELECT clock_timestamp() - $1::timestamptz < $2 AS it', [
+    now,
+    '1 hour',
+  ]);
+  expect(rows[0].it).toBe(true);
+});
+
 test('a role that may not ask for the timeline knows the rest', async () => {
   await admin.query('REVOKE EXECUTE ON FUNCTION pg_walfile_name(pg_lsn) FROM PUBLIC');
   const generation = createGeneration();

@@ -1,7 +1,9 @@
 import { expect, onTestFinished, test } from 'vitest';
+import { loadConfig } from '../../src/config/load-config.ts';
 import { transaction } from '../../src/connections/database.ts';
 import { createPool } from '../../src/connections/pool.ts';
 import { type HealthyPool, healthyPool, TooFewSessionsError } from '../../src/connections/pool-health.ts';
+import { openServers } from '../../src/connections/servers.ts';
 import type { Logger } from '../../src/telemetry/logger.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { asRelay } from '../support/least-privilege.ts';
@@ -173,7 +175,8 @@ test('while only read-only sessions can be had, a transaction fails with that as
       },
     );
   } finally {
-    await admin.query(`ALTER DATABASE ${name} RESET default_transaction_read_only`);
+    // By a session that is read-only itself, if need be.
+    await admin.query(`BEGIN READ WRITE; ALTER DATABASE ${name} RESET default_transaction_read_only; COMMIT`);
   }
   await write(healthy);
 }, 30_000);
@@ -201,6 +204,20 @@ test('a role that gets fewer sessions than the pool may have works with these, s
   });
   await pool.end();
 }, 90_000);
+
+test('a pod has as many sessions as RELAY_DATABASE_POOL_SIZE says', async () => {
+  const config = loadConfig({ RELAY_DATABASE_URL: url, RELAY_DATABASE_POOL_SIZE: '4' });
+  const servers = openServers(config, {}, silent);
+  onTestFinished(servers.close);
+  expect(servers.pool.sessions()).toEqual({ size: 4, granted: 4 });
+  const clients = await Promise.all(Array.from({ length: 4 }, () => servers.pool.connect()));
+  const { rows } = await admin.query(
+    `SELECT count(*)::int AS n FROM pg_stat_activity WHERE datname = $1 AND application_name = 'relay-service'`,
+    [name],
+  );
+  expect(rows[0].n).toBe(4);
+  for (const client of clients) client.release();
+});
 
 // The last one: no statement of this process is kept after it.
 test('a session that has forgotten its kept statements costs no transaction', async () => {

@@ -5,6 +5,8 @@ import { Client } from 'pg';
 import { afterAll, describe, expect, test } from 'vitest';
 import { checkServers } from '../../src/commands/check.ts';
 import { loadConfig } from '../../src/config/load-config.ts';
+import { healthyPool } from '../../src/connections/pool-health.ts';
+import { checkRequirements } from '../../src/connections/requirements.ts';
 import { createRelay } from '../../src/relay.ts';
 import type { RequirementResult } from '../../src/requirement.ts';
 import { startPrivatePostgres } from '../demo/servers.ts';
@@ -19,7 +21,7 @@ import {
   type TestDatabase,
   type TestRedis,
 } from '../support/servers.ts';
-import { openAdminPool, openAdminRedis, silent } from '../support/stages.ts';
+import { openAdminPool, openAdminRedis, openPool, openRedis, silent } from '../support/stages.ts';
 
 /** Each broken set-up has exactly one result that is no `ok`, and it names the cause. */
 
@@ -275,6 +277,21 @@ describe('advice', () => {
       ]);
     });
   }
+});
+
+test('too few sessions to listen for notifications are worth advice: the relay works without them', async () => {
+  const { url } = await goodDatabase();
+  const redis = openRedis((await goodRedis()).url, { lazyConnect: true });
+  const results = await checkRequirements(loadConfig({ RELAY_DATABASE_URL: url }), {
+    pool: healthyPool(openPool(url), { size: 1, logger: silent }),
+    ...{ queueRedis: redis, streamRedis: redis },
+  });
+  expect(results.filter(({ result }) => result !== 'ok')).toEqual([
+    {
+      ...{ result: 'advice', subject: 'wake-up', mayPass: false },
+      finding: expect.stringMatching(/^new events wait up to 5 s: PostgreSQL gives this pod 1 of 1 sessions/),
+    },
+  ]);
 });
 
 test('what calls itself something else than PostgreSQL fails', async () => {

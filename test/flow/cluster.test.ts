@@ -1,9 +1,12 @@
 /** A Redis Cluster under the relay: slots move and masters fall under traffic, and the ledger stays clean. */
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
+import type { RedisClient } from '../../src/clients.ts';
 import { slotOf } from '../../src/config/topics.ts';
+import { createRelay } from '../../src/relay.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, setStageOn } from '../support/flow.ts';
 import { createCluster, type TestCluster } from '../support/redis-cluster.ts';
+import { silent } from '../support/stages.ts';
 import { underTraffic } from '../support/traffic.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -41,6 +44,19 @@ test('events flow in a cluster, each road of them in one slot', async () => {
   expect(JSON.parse(status.lines.at(-1) ?? '')).toMatchObject({ problems: [] });
   const verify = await stage.command(['verify', '--since', '1h']);
   expect(verify.code, verify.lines.join('\n')).toBe(0);
+}, 60_000);
+
+test('a host’s client for a cluster is refused with what to do instead, and stays usable', async () => {
+  const cluster = await createCluster();
+  const stage = await stageOn(cluster);
+  const redis = cluster.client as unknown as RedisClient;
+  const relay = createRelay(stage.config(), { redis, logger: silent, http: false });
+  onTestFinished(() => relay.stop());
+  await expect(relay.start()).rejects.toMatchObject({
+    name: 'RequirementError',
+    message: expect.stringMatching(/Redis Cluster.*RELAY_REDIS_URL.*RELAY_REDIS_CLUSTER/),
+  });
+  expect(await cluster.client.ping()).toBe('PONG');
 }, 60_000);
 
 test('the slot moves to another master under traffic, and nothing is lost, doubled or out of order', async () => {

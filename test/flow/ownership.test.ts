@@ -1,10 +1,11 @@
 /** One queue belongs to one database: a second is refused, whatever its rows are. */
-import { expect, test } from 'vitest';
+import { type AddressInfo, connect, createServer } from 'node:net';
+import { expect, onTestFinished, test } from 'vitest';
 import { createRelay, loadConfig } from '../../src/index.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { PATIENCE_MS, setStage } from '../support/flow.ts';
 import { asRelay, grantLeast } from '../support/least-privilege.ts';
-import { createDatabase, createPostgres, createRedis } from '../support/servers.ts';
+import { createDatabase, createPostgres, createRedis, type TestRedis } from '../support/servers.ts';
 import { openAdminPool, openAdminRedis, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -34,8 +35,8 @@ test('the relay of a second database is refused by start and check, and the firs
   const second = await anotherDatabase();
   await insertEvents(openAdminPool(second.adminUrl), someEvents(30, 3));
   const env = { RELAY_DATABASE_URL: second.url };
-  expectRefused(await stage.command(['start'], env), 78);
   expectRefused(await stage.command(['check'], env), 1);
+  expectRefused(await stage.command(['start'], env), 78);
   await stage.rested();
   expect((await stage.expectPromisesHeld()).entries).toBe(30);
   // With a queue of its own it may share Redis, and the streams.
@@ -64,11 +65,43 @@ test('a copy of the database, with the same token, is refused as well; so is an 
   await expect(relay.start()).rejects.toThrow(/RELAY_QUEUE_NAME/);
 }, 120_000);
 
+/** What a pod sends to have the queue. */
+const CLAIM = /\$3\r\nset\r\n\$16\r\nbull:relay:owner\r\n/i;
+
+/** Another address of this Redis. Who claims the queue there is held up until so many do. */
+async function whereClaimsMeet(redis: TestRedis, count: number): Promise<string> {
+  let coming = 0;
+  let open = () => {};
+  const allCame = new Promise<void>((resolve) => {
+    open = resolve;
+  });
+  const server = createServer((client) => {
+    const upstream = connect(redis.port, '127.0.0.1');
+    const end = () => {
+      for (const it of [client, upstream]) it.destroy();
+    };
+    for (const it of [client, upstream]) it.on('error', () => {}).on('close', end);
+    upstream.pipe(client);
+    let sent = Promise.resolve();
+    client.on('data', (chunk: Buffer) => {
+      const isClaim = CLAIM.test(chunk.toString('latin1'));
+      if (isClaim && ++coming === count) open();
+      sent = sent.then(() => (isClaim ? allCame : undefined)).then(() => void upstream.write(chunk));
+    });
+  });
+  await new Promise<void>((listening) => server.listen(0, '127.0.0.1', listening));
+  onTestFinished(() => void server.close());
+  const url = new URL(redis.url);
+  url.port = String((server.address() as AddressInfo).port);
+  return url.href;
+}
+
 test('of two that start at the same moment on an empty Redis, one has the queue', async () => {
-  const server = await createRedis();
+  // Each finds the queue free before either claims it.
+  const redisUrl = await whereClaimsMeet(await createRedis(), 2);
   const databases = [await anotherDatabase(), await anotherDatabase()];
   const relays = databases.map(({ url }) =>
-    createRelay(loadConfig({ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: server.url }), {
+    createRelay(loadConfig({ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: redisUrl }), {
       logger: silent,
       http: false,
     }),

@@ -1,6 +1,6 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { readFile } from 'node:fs/promises';
+import { readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { describe, expect, inject, onTestFinished, test } from 'vitest';
@@ -9,6 +9,7 @@ import { insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
 import { catchMidAppend } from '../support/mid-append.ts';
+import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
 const status = async (url: string): Promise<number | string> =>
@@ -99,6 +100,19 @@ test('SIGTERM ends a pod that is still waiting for its servers', async () => {
 describe('while it starts, a pod ends at once when it is told to', () => {
   const unreachable = { RELAY_DATABASE_URL: 'postgres://relay@127.0.0.1:1/none' };
 
+  test('since it listens before it loads anything', async () => {
+    const folder = await folderOfFile();
+    const [preloaded, hooks] = [join(folder, 'preloaded.mjs'), join(folder, 'hooks.mjs')];
+    await writeFile(hooks, TELLS_WHAT_IS_LOADED);
+    await writeFile(preloaded, `import { register } from 'node:module'; register('file://${hooks}');`);
+    const pod = await startListening({ ...unreachable }, [], [preloaded]);
+    process.kill(pod.pid, 'SIGTERM');
+    expect(await pod.exited, pod.output()).toEqual([0, null]);
+    const [before = ''] = pod.output().split(LISTENS);
+    const loaded = [...before.matchAll(/^loads .*\/(?:dist|node_modules)\/(.*)$/gm)].map(([, it]) => it);
+    expect(loaded).toEqual(['cli.js', 'commands/signals.js']);
+  });
+
   test.each([
     ['SIGTERM', 'as any process', []],
     ['SIGINT', 'as any process', []],
@@ -123,15 +137,20 @@ describe('while it starts, a pod ends at once when it is told to', () => {
 });
 
 /** Starts a pod that waits for a database, and resolves as soon as it listens to signals. */
-async function startListening(env: Readonly<Record<string, string>>, container: readonly string[]) {
+async function startListening(
+  env: Readonly<Record<string, string>>,
+  container: readonly string[],
+  preloaded: readonly string[] = [],
+) {
   const [command = '', ...args] = [
     ...container,
     process.execPath,
     join(inject('root'), 'dist/cli.js'),
     'start',
   ];
+  const imports = [...preloaded, SAYS_SO].map((it) => `--import=${it}`);
   const child = spawn(command, args, {
-    env: { ...cleanEnvironment(), ...env, NODE_OPTIONS: `--import=${SAYS_SO}` },
+    env: { ...cleanEnvironment(), ...env, NODE_OPTIONS: imports.join(' ') },
     stdio: ['ignore', 'pipe', 'pipe'],
   });
   onTestFinished(() => void child.kill('SIGKILL'));
@@ -150,3 +169,10 @@ async function startListening(env: Readonly<Record<string, string>>, container: 
 const LISTENS = 'listens to SIGTERM';
 /** Preloaded: says so. */
 const SAYS_SO = `data:text/javascript,process.on('newListener',(it)=>it==='SIGTERM'%26%26process.stderr.write('${encodeURIComponent(LISTENS)}'))`;
+/** Hooks of Node.js: each module, before it runs. */
+const TELLS_WHAT_IS_LOADED = `
+  import { writeSync } from 'node:fs';
+  export function load(url, context, next) {
+    writeSync(2, 'loads ' + url + '\\n');
+    return next(url, context);
+  }`;

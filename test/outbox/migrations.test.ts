@@ -146,6 +146,35 @@ describe('a table that is there already', () => {
     expect(await missingFromTable(pool)).toEqual([]);
   });
 
+  test('is migrated though the role has a statement timeout: an index takes as long as it must', async () => {
+    const { url, pool } = await emptyDatabase();
+    await createOldTable(pool);
+    await insertEvents(pool, someEvents(10));
+    const hasty = new URL(url);
+    hasty.searchParams.set('options', '-c statement_timeout=500');
+    // CREATE INDEX CONCURRENTLY has to wait for whoever has an old view of the table.
+    const reader = await pool.connect();
+    await reader.query('BEGIN ISOLATION LEVEL REPEATABLE READ');
+    await reader.query('SELECT 1');
+    const migrating = runMigration(hasty.href);
+    const outlasted = waitFor(
+      async () =>
+        (
+          await pool.query(
+            `SELECT FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'CREATE INDEX CONCURRENTLY%'
+                AND state = 'active' AND clock_timestamp() - query_start > interval '2 s'`,
+          )
+        ).rowCount,
+      { what: 'an index to be built for longer than the timeout' },
+    );
+    // A migration that fails is not waited for.
+    await Promise.race([outlasted, migrating]);
+    await reader.query('COMMIT');
+    reader.release();
+    await migrating;
+    expect(await missingFromTable(pool)).toEqual([]);
+  });
+
   test('is repaired where an earlier migration was interrupted: a half-built index is built anew', async () => {
     const { url, pool } = await emptyDatabase();
     await createOldTable(pool);

@@ -99,7 +99,7 @@ test('it is not installed beside a Bull Board that knows no hooks: anybody could
     await run('npm', ['install', ...options, '--prefix', folder, ...packages], { cwd: folder });
   };
   await expect(install('9.4.0')).rejects.toThrow('ERESOLVE');
-  await install('9.10.1');
+  for (const version of ['9.10.1', '9.10.2']) await install(version);
 }, 300_000);
 
 test('who only writes events loads nothing else', async () => {

@@ -92,6 +92,13 @@ describe('an epoch', () => {
     await pod.confirm(name);
   });
 
+  test('begins without a checkpoint that an earlier build wrote as its session printed times', async () => {
+    await admin.set(`${KEY}:checkpoint`, '28.11.2026 23:43:17.123 IST');
+    const pod = startPod();
+    await pod.found();
+    expect(pod.losses).toMatchObject([{ checkpoint: null }]);
+  });
+
   test('is shared by all pods: one compares, the others wait for it', async () => {
     const comparing = deferred();
     const done = deferred();
