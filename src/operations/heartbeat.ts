@@ -1,5 +1,6 @@
 import { hostname } from 'node:os';
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import { pause } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
@@ -70,25 +71,14 @@ redis.call('PEXPIRE', KEYS[2], ARGV[6])`;
 const LISTEN = `${NOW}
 return {string.format('%.0f', now), redis.call('ZREVRANGE', KEYS[2], 0, -1), redis.call('HVALS', KEYS[1])}`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    beat(podsKey: string, streamsKey: string, ...args: (string | number)[]): Result<null, Context>;
-    listenForPods(
-      podsKey: string,
-      streamsKey: string,
-      now: number,
-    ): Result<[string, string[], string[]], Context>;
-  }
-}
-
 /** @param prefix of the keys: `<RELAY_QUEUE_PREFIX>:<RELAY_QUEUE_NAME>` */
 const keysOf = (prefix: string) => [`${prefix}:pods`, `${prefix}:streams`] as const;
 
 /** Reads pods and streams from the heartbeats. */
 export function createFleetReader(redis: Redis, prefix: string): () => Promise<Fleet> {
-  redis.defineCommand('listenForPods', { numberOfKeys: 2, lua: LISTEN });
+  const listen = script<[string, string[], string[]]>(redis, 'listenForPods', LISTEN, 2);
   return async () => {
-    const [now, streams, values] = await redis.listenForPods(...keysOf(prefix), Date.now());
+    const [now, streams, values] = await listen(...keysOf(prefix), Date.now());
     const pods = values.map((value): PodSeen => {
       const space = value.indexOf(' ');
       const heardSecondsAgo = Math.max(0, (Number(now) - Number(value.slice(0, space))) / 1_000);
@@ -150,7 +140,7 @@ export type Heartbeat = Readonly<{
  */
 export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Logger }): Heartbeat {
   const { redis, logger } = deps;
-  redis.defineCommand('beat', { numberOfKeys: 2, lua: BEAT });
+  const tell = script<null>(redis, 'beat', BEAT, 2);
   const keys = keysOf(deps.prefix);
   // An embedding process may run several relays.
   const pod = `${hostname()}/${process.pid}${instances++ === 0 ? '' : `/${instances}`}`;
@@ -165,7 +155,7 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
     streams.clear();
     const told = JSON.stringify({ pod, protocol: PROTOCOL, ...facts?.() });
     try {
-      await redis.beat(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...beaten);
+      await tell(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...beaten);
     } catch (error) {
       // Redis is away. Its connection logs that.
       for (const stream of beaten) remember(stream);

@@ -1,4 +1,5 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import { pause, succeedsWithin } from '../lifecycle.ts';
 
 /**
@@ -38,12 +39,6 @@ local starts = tonumber(job[2] or '0')
 if starts < tonumber(ARGV[2]) then redis.call('HINCRBY', KEYS[1], ARGV[1], 1) end
 return starts`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    countStart(jobHash: string, field: string, limit: number): Result<number, Context>;
-  }
-}
-
 /** Interval at which the guard tries to take a count back while Redis is away. */
 const FORGET_AGAIN_MS = 200;
 
@@ -71,7 +66,7 @@ export function createPoisonGuard(deps: {
   maxCrashes: number;
 }): PoisonGuard {
   const { redis, jobKey } = deps;
-  redis.defineCommand('countStart', { numberOfKeys: 1, lua: COUNT_START });
+  const countStart = script<number>(redis, 'countStart', COUNT_START, 1);
   // The first crash is not in the count: several events were in progress, and it does not tell which of them killed the
   // pod. So even with a limit of 1 there is one start alone.
   const startsAllowed = Math.max(1, deps.maxCrashes - 1);
@@ -143,7 +138,7 @@ export function createPoisonGuard(deps: {
         return await exclusively(async () => {
           assertInTime(expiresAt);
           mayBeCounted = true;
-          const starts = await redis.countStart(jobKey(eventId), STARTS, startsAllowed);
+          const starts = await countStart(jobKey(eventId), STARTS, startsAllowed);
           if (starts >= startsAllowed) {
             mayBeCounted = false;
             throw new CrashLimitError(starts + 1);

@@ -1,5 +1,6 @@
 import { Job, type Queue } from 'bullmq';
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 
 /**
  * Jobs as people see them. Only what is shown is read from Redis: neither stack traces, results, logs and progress,
@@ -46,14 +47,6 @@ for i, key in ipairs(KEYS) do
 end
 return answer`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    viewJobs(
-      ...args: [keys: number, ...(string | number)[]]
-    ): Result<[data: string, bytes: number, ...fields: string[]][], Context>;
-  }
-}
-
 export type JobViews = Readonly<{
   /** The job without its data. */
   brief(id: string): Promise<Job | undefined>;
@@ -64,12 +57,12 @@ export type JobViews = Readonly<{
 }>;
 
 export function createJobViews(redis: Redis, queue: Queue): JobViews {
-  redis.defineCommand('viewJobs', { lua: VIEW });
+  const viewJobs = script<[data: string, bytes: number, ...fields: string[]][]>(redis, 'viewJobs', VIEW);
 
   async function read(ids: readonly string[], bytesInAll: number): Promise<Job[]> {
     if (ids.length === 0) return [];
     const keys = ids.map((id) => queue.toKey(id));
-    const found = await redis.viewJobs(keys.length, ...keys, bytesInAll, FIELD_BYTES, ...FIELDS);
+    const found = await viewJobs(keys.length, ...keys, bytesInAll, FIELD_BYTES, ...FIELDS);
     return found.flatMap(([data, bytes, ...values], i) => {
       if (data === undefined || bytes === undefined) return [];
       const unread: UnreadData = { unreadBytes: bytes };

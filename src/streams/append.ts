@@ -1,5 +1,6 @@
-import type { Redis, RedisOptions, Result } from 'ioredis';
+import type { Redis, RedisOptions } from 'ioredis';
 import { Packr } from 'msgpackr';
+import { script } from '../connections/redis-script.ts';
 import { closesConnection, isConnectionLoss, LARGE_BYTES, untilConnected } from '../connections/refusals.ts';
 import { type AppendOutcome, byId, type Failure, inSteps, type OutboxEvent } from '../event.ts';
 import {
@@ -32,16 +33,6 @@ const FACTS_TRUE_FOR_MS = 5_000;
 
 /** The clocks of two pods differ by less than this. */
 const MARGIN_S = 300;
-
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    appendInOrder(
-      numberOfKeys: number,
-      ...keysAndArgs: (string | Buffer)[]
-    ): Result<(string | string[])[], Context>;
-    appendLetter(...keysAndArgs: (string | Buffer)[]): Result<string, Context>;
-  }
-}
 
 /**
  * What the Redis of the queues says of an event's job, where the streams are on another server: when it was made, whether
@@ -121,8 +112,8 @@ export function createStreams(deps: {
 }) {
   const { redis, epoch: epochs, options, jobFacts } = deps;
   const hasTwoServers = jobFacts !== undefined;
-  redis.defineCommand('appendInOrder', { lua: gateScript(hasTwoServers) });
-  redis.defineCommand('appendLetter', { numberOfKeys: 5, lua: letterScript(hasTwoServers) });
+  const appendInOrder = script<(string | string[])[]>(redis, 'appendInOrder', gateScript(hasTwoServers));
+  const appendLetter = script<string>(redis, 'appendLetter', letterScript(hasTwoServers), 5);
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
   const lastEntriesKey = lastEntriesKeyOf(options.epochKey);
   const trimming = trimmedTo(options.streamMaxLen);
@@ -173,7 +164,7 @@ export function createStreams(deps: {
         entry[STREAM_AT] = index < 0 ? streams.push(event.topic) : index + 1;
       }
       const entries = packr.pack(some.map((it) => it.entry));
-      const answers = await redis.appendInOrder(
+      const answers = await appendInOrder(
         2 + streams.length,
         ...[options.epochKey, lastEntriesKey, ...streams],
         ...[epoch, epochId(epoch), options.dlqStreamName, memoryKey(''), entries],
@@ -236,7 +227,7 @@ export function createStreams(deps: {
     try {
       const [facts] = (await jobFacts?.([event.eventId])) ?? [];
       if (jobFacts !== undefined) assertLasts(epoch);
-      const answer = await redis.appendLetter(
+      const answer = await appendLetter(
         ...[options.epochKey, lastEntriesKey, options.dlqStreamName],
         ...[memoryKey(event.eventId), letterKey(event.eventId, madeAt ?? 0)],
         ...[epoch, epochId(epoch), event.eventId, event.topic, madeAt === null ? '0' : '1', String(madeAt)],

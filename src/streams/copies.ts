@@ -1,4 +1,5 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import type { OutboxEvent } from '../event.ts';
 import { NotReadyError, pause } from '../lifecycle.ts';
 import { type StreamOptions, trimmedTo } from './append.ts';
@@ -23,13 +24,6 @@ local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(
 if not epoch or string.find(epoch, run .. '/' .. history .. ':', 1, true) ~= 1 then return '' end
 return epoch`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    republishEntry(stream: string, epochKey: string, ...args: string[]): Result<string, Context>;
-    currentEpoch(epochKey: string): Result<string, Context>;
-  }
-}
-
 const LOOK_AGAIN_MS = 200;
 
 /** The epoch is over: nothing was appended. */
@@ -43,8 +37,8 @@ export class NotOurEpochError extends Error {
 export type Republisher = ReturnType<typeof createRepublisher>;
 
 export function createRepublisher(redis: Redis, options: StreamOptions) {
-  redis.defineCommand('republishEntry', { numberOfKeys: 2, lua: REPUBLISH });
-  redis.defineCommand('currentEpoch', { numberOfKeys: 1, lua: CURRENT_EPOCH });
+  const republishEntry = script<string>(redis, 'republishEntry', REPUBLISH, 2);
+  const currentEpoch = script<string>(redis, 'currentEpoch', CURRENT_EPOCH, 1);
 
   return {
     /**
@@ -54,7 +48,7 @@ export function createRepublisher(redis: Redis, options: StreamOptions) {
     async epoch(timeoutMs: number): Promise<string> {
       const endsAt = Date.now() + timeoutMs;
       for (;;) {
-        const epoch = await redis.currentEpoch(options.epochKey);
+        const epoch = await currentEpoch(options.epochKey);
         if (epoch !== '') return epoch;
         if (Date.now() >= endsAt)
           throw new NotReadyError(
@@ -72,7 +66,7 @@ export function createRepublisher(redis: Redis, options: StreamOptions) {
      */
     async append(event: OutboxEvent, replayedAt: Date, epoch: string): Promise<string | null> {
       try {
-        const reply = await redis.republishEntry(
+        const reply = await republishEntry(
           event.topic,
           options.epochKey,
           ...[epoch, ...trimmedTo(options.streamMaxLen), '*', ...replayedFields(event, replayedAt)],

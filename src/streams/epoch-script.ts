@@ -1,5 +1,5 @@
 /** What an epoch is made of in Redis: its keys, the identity of the server in its name, and the scripts that keep it. */
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
 
 /** Redis key of the hash that has the last entry of each stream in the epoch. */
 export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
@@ -25,24 +25,6 @@ export async function identityOf(redis: Redis): Promise<string | null> {
   const history = /^master_replid:(\w+)/m.exec(replication)?.[1];
   if (runId === undefined || history === undefined) throw new Error('Redis does not tell its run_id');
   return /^role:master/m.test(replication) ? `${runId}/${history}` : null;
-}
-
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    stampEpoch(
-      epochKey: string,
-      checkpointKey: string,
-      lastEntriesKey: string,
-      ...args: [epoch: string, at: string, cursor: string]
-    ): Result<[number, string], Context>;
-    beginEpoch(
-      epochKey: string,
-      checkpointKey: string,
-      checkerKey: string,
-      generationKey: string,
-      ...args: [token: string, epoch: string, at: string, generation: string]
-    ): Result<number, Context>;
-  }
 }
 
 /**

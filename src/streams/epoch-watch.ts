@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto';
+import { script } from '../connections/redis-script.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import {
   CHECKER_TTL_MS,
@@ -42,7 +43,7 @@ type EpochDeps = RenewalDeps &
 export function createEpoch(deps: EpochDeps): Epoch {
   const { redis, key, logger, recovering = 'comparing what was published with what is there' } = deps;
   const keys = keysOf(key);
-  redis.defineCommand('stampEpoch', { numberOfKeys: 3, lua: STAMP });
+  const stampEpoch = script<[number, string]>(redis, 'stampEpoch', STAMP, 3);
 
   let stopped = true;
   let epoch: string | undefined;
@@ -167,7 +168,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
       .catch(() => ({ now: '', generation }));
     if (epoch !== known) return;
     if (database.generation !== generation) return forget();
-    const [found, next] = await redis.stampEpoch(key, keys.checkpoint, keys.lastEntries, known, now, cursor);
+    const [found, next] = await stampEpoch(key, keys.checkpoint, keys.lastEntries, known, now, cursor);
     cursor = next;
     if (found === 2) endFor(known);
     else if (found !== 1) forget();

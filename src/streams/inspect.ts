@@ -1,4 +1,5 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 
 /** A stream as its operators see it: how long it is, who reads it, and how far behind each of them is. */
 export type StreamFigures = Readonly<{
@@ -59,20 +60,14 @@ for i = 1, math.min(#groups, tonumber(ARGV[1])) do
 end
 return answer`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    inspectStream(stream: string, maxGroups: number): Result<string[], Context>;
-  }
-}
-
 /** Answers for those of the keys that are streams and may be read. */
 export function createStreamInspector(
   redis: Redis,
 ): (streams: readonly string[]) => Promise<StreamFigures[]> {
-  redis.defineCommand('inspectStream', { numberOfKeys: 1, lua: INSPECT });
+  const inspectStream = script<string[]>(redis, 'inspectStream', INSPECT, 1);
 
   async function inspect(stream: string): Promise<StreamFigures[]> {
-    const reply = await redis.inspectStream(stream, MAX_GROUPS).catch((error: Error) => {
+    const reply = await inspectStream(stream, MAX_GROUPS).catch((error: Error) => {
       // Redis refuses this one; anything else is trouble with all of them.
       if (error.name === 'ReplyError') return [];
       throw error;

@@ -1,4 +1,5 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import type { StreamOptions } from './append.ts';
 import { outcomeOfError } from './append-outcome.ts';
 import { lastEntriesKeyOf } from './epoch-script.ts';
@@ -63,13 +64,6 @@ const FIND_STEP = 100;
 /** How many entries back a search goes. */
 const FIND_LIMIT = 50_000;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    absentEntries(stream: string, lastEntries: string, ...args: string[]): Result<string[], Context>;
-    stepBack(stream: string, lastEntries: string, from: string, count: number): Result<string[], Context>;
-  }
-}
-
 /** An entry by its id and its event. */
 export type NamedEntry = Readonly<{ entryId: string; eventId: string }>;
 
@@ -89,8 +83,8 @@ export function createLookup(
   redis: Redis,
   options: Pick<StreamOptions, 'dlqStreamName' | 'epochKey' | 'topicProblem'>,
 ) {
-  redis.defineCommand('absentEntries', { numberOfKeys: 2, lua: ABSENT });
-  redis.defineCommand('stepBack', { numberOfKeys: 2, lua: STEP_BACK });
+  const absentEntries = script<string[]>(redis, 'absentEntries', ABSENT, 2);
+  const stepBack = script<string[]>(redis, 'stepBack', STEP_BACK, 2);
   const lastEntries = lastEntriesKeyOf(options.epochKey);
 
   /** Rows can name any key. The relay does not read a key that can never be a stream of events. */
@@ -106,7 +100,7 @@ export function createLookup(
     const wanted = new Set(eventIds);
     let from = '+';
     for (let looked = 0; looked < FIND_LIMIT; looked += FIND_STEP) {
-      const answer = await orRefusal(redis.stepBack(stream, lastEntries, from, FIND_STEP));
+      const answer = await orRefusal(stepBack(stream, lastEntries, from, FIND_STEP));
       if (!Array.isArray(answer) || answer.length === 0) return;
       for (let i = 0; i < answer.length; i += 2) {
         const [entryId, eventId] = [answer[i] as string, answer[i + 1] as string];
@@ -152,7 +146,7 @@ export function createLookup(
       let from = '+';
       let entries: NamedEntry[] = [];
       for (;;) {
-        const answer = await orRefusal(redis.stepBack(stream, lastEntries, from, FIND_STEP));
+        const answer = await orRefusal(stepBack(stream, lastEntries, from, FIND_STEP));
         const pairs = Array.isArray(answer) ? answer : [];
         for (let i = 0; i < pairs.length; i += 2)
           entries.push({ entryId: pairs[i] as string, eventId: pairs[i + 1] as string });
@@ -178,9 +172,7 @@ export function createLookup(
     ): Promise<Absent<T>> {
       if (!mayBeStream(stream)) return { lost: [], trimmed: 0, unreadable: true };
       const pairs = entries.flatMap(({ entryId, eventId }) => [entryId, eventId]);
-      const answer = await orRefusal(
-        redis.absentEntries(stream, lastEntries, remembering ? '1' : '0', ...pairs),
-      );
+      const answer = await orRefusal(absentEntries(stream, lastEntries, remembering ? '1' : '0', ...pairs));
       const [kind, before = '0-0', ...positions] = Array.isArray(answer) ? answer : [];
       if (kind !== 'stream' && kind !== 'none') return { lost: [], trimmed: 0, unreadable: true };
       const missing = positions.map((place) => entries[Number(place) - 1] as T);

@@ -1,4 +1,5 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /**
@@ -83,17 +84,6 @@ if dropped and now - dropped_at >= between then dropped_at = now else dropped = 
 redis.call('HSET', KEYS[2], stream, first() .. ' ' .. string.format('%.0f %.0f', near_at, dropped_at))
 return {trimmed, length, near, dropped}`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    trimAcknowledged(
-      stream: string,
-      list: string,
-      epochKey: string,
-      ...args: (string | number)[]
-    ): Result<[trimmed: number, length: number, near: string, dropped: string] | [], Context>;
-  }
-}
-
 /** Streams that are looked after, at most; and of these in one run. */
 const MOST_STREAMS = 10_000;
 const STREAMS_IN_RUN = 1_000;
@@ -123,7 +113,8 @@ export function createTrimmer(
   }>,
 ) {
   const { streamMaxLen, epochKey, listKey, logger } = options;
-  redis.defineCommand('trimAcknowledged', { numberOfKeys: 3, lua: TRIM });
+  type Trimmed = [trimmed: number, length: number, near: string, dropped: string] | [];
+  const trimAcknowledged = script<Trimmed>(redis, 'trimAcknowledged', TRIM, 3);
   /** Streams that are not in the list yet. */
   const unlisted = new Set<string>();
   let cursor = '0';
@@ -140,7 +131,7 @@ export function createTrimmer(
     for (let call = 0; call < CALLS_IN_RUN && goesOn(); call++) {
       const epoch = options.epoch();
       if (epoch === undefined) break;
-      const [trimmed = 0, entries, near, dropped] = await redis.trimAcknowledged(
+      const [trimmed = 0, entries, near, dropped] = await trimAcknowledged(
         ...[stream, listKey, epochKey, epoch],
         ...[streamMaxLen, ENTRIES_IN_CALL, Date.now(), REPEAT_AFTER_MS],
       );
