@@ -125,20 +125,13 @@ export async function waitForOtherProtocols(deps: {
   deps.onWaiting(undefined);
 }
 
-export type Heartbeat = Readonly<{
-  start(facts: () => Omit<PodFacts, 'pod' | 'protocol'>): void;
-  stop(): Promise<void>;
-  /** Sends a heartbeat now, for news. */
-  beat(): void;
-  /** Reports the stream with the next heartbeat. */
-  appendedTo(stream: string): void;
-}>;
+export type Heartbeat = ReturnType<typeof createHeartbeat>;
 
 /**
  * Tells Redis every 5 s that this pod runs, and which streams it appends to. CLIENT LIST would also show the pods, but it is
  * in the ACL category @dangerous, which the relay's user does not have.
  */
-export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Logger }): Heartbeat {
+export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Logger }) {
   const { redis, logger } = deps;
   const tell = script<null>(redis, 'beat', BEAT, 2);
   const keys = keysOf(deps.prefix);
@@ -174,13 +167,13 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
   }
 
   return {
-    start(whatToTell) {
+    start(whatToTell: () => Omit<PodFacts, 'pod' | 'protocol'>): void {
       if (!stopped) return;
       stopped = false;
       facts = whatToTell;
       beatAgain();
     },
-    async stop() {
+    async stop(): Promise<void> {
       if (stopped) return;
       stopped = true;
       clearTimeout(timer);
@@ -188,9 +181,11 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
       // A pod that ends in order is not shown as silent.
       await redis.hdel(keys[0], pod).catch(() => {});
     },
-    beat() {
+    /** Sends a heartbeat now, for news. */
+    beat(): void {
       if (!stopped) beating = Promise.all([beating, beat()]).then(() => {});
     },
+    /** Reports the stream with the next heartbeat. */
     appendedTo: remember,
   };
 }

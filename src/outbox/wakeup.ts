@@ -89,20 +89,16 @@ export async function hearsNotifications(pool: Pool & Queryable): Promise<boolea
  */
 export type Arming = 'armed' | 'already-armed' | 'writers' | 'deaf';
 
-export type Wakeup = Readonly<{
-  start(): void;
-  stop(): Promise<void>;
-  arm(): Promise<Arming>;
-}>;
-
 /** Sessions that a claim takes beside the one that listens: one holds the claim lock, one claims. */
 const OTHER_SESSIONS = 2;
+
+export type Wakeup = ReturnType<typeof createWakeup>;
 
 export function createWakeup(deps: {
   pool: Pool & Partial<Pick<HealthyPool, 'sessions'>>;
   logger: Logger;
   onWake: () => void;
-}): Wakeup {
+}) {
   const { logger, onWake } = deps;
   const { generation } = deps.pool;
   const pool = deps.pool.leaving?.(OTHER_SESSIONS) ?? deps.pool;
@@ -186,7 +182,7 @@ export function createWakeup(deps: {
   }
 
   return {
-    start() {
+    start(): void {
       if (!stopped) return;
       stopped = false;
       loop = (async () => {
@@ -211,13 +207,13 @@ export function createWakeup(deps: {
       })();
     },
 
-    async stop() {
+    async stop(): Promise<void> {
       stopped = true;
       interrupt();
       await loop;
     },
 
-    async arm() {
+    async arm(): Promise<Arming> {
       const client = listener;
       if (!client) return 'deaf';
       if (armed) return 'already-armed';

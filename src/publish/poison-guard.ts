@@ -42,18 +42,7 @@ return starts`;
 /** Interval at which the guard tries to take a count back while Redis is away. */
 const FORGET_AGAIN_MS = 200;
 
-export type PoisonGuard = Readonly<{
-  /** Runs `append` beside others, after every event that is published alone or waits for that. */
-  together<T>(expiresAt: number, append: () => Promise<T>): Promise<T>;
-  /**
-   * Runs `append` while no other does.
-   * @throws {CrashLimitError} without running it, when the event has ended too many pods
-   */
-  alone<T>(eventId: string, expiresAt: number, append: () => Promise<T>): Promise<T>;
-  /** Takes the event's count back. Throws nothing; resolves when it is done or by `expiresAt`. */
-  clear(eventId: string, expiresAt: number): Promise<void>;
-  stop(): void;
-}>;
+export type PoisonGuard = ReturnType<typeof createPoisonGuard>;
 
 /**
  * `expiresAt` (Unix time in ms) is when the attempt is given up: one that was waiting does not begin after that.
@@ -64,7 +53,7 @@ export function createPoisonGuard(deps: {
   redis: Redis;
   jobKey: (eventId: string) => string;
   maxCrashes: number;
-}): PoisonGuard {
+}) {
   const { redis, jobKey } = deps;
   const countStart = script<number>(redis, 'countStart', COUNT_START, 1);
   // The first crash is not in the count: several events were in progress, and it does not tell which of them killed the
@@ -120,7 +109,8 @@ export function createPoisonGuard(deps: {
   }
 
   return {
-    async together(expiresAt, append) {
+    /** Runs `append` beside others, after every event that is published alone or waits for that. */
+    async together<T>(expiresAt: number, append: () => Promise<T>): Promise<T> {
       while (alone > 0) await lastAlone;
       assertInTime(expiresAt);
       running++;
@@ -132,7 +122,11 @@ export function createPoisonGuard(deps: {
       }
     },
 
-    async alone(eventId, expiresAt, append) {
+    /**
+     * Runs `append` while no other does.
+     * @throws {CrashLimitError} without running it, when the event has ended too many pods
+     */
+    async alone<T>(eventId: string, expiresAt: number, append: () => Promise<T>): Promise<T> {
       let mayBeCounted = false;
       try {
         return await exclusively(async () => {
@@ -152,9 +146,10 @@ export function createPoisonGuard(deps: {
       }
     },
 
+    /** Takes the event's count back. Throws nothing; resolves when it is done or by `expiresAt`. */
     clear: clearUntil,
 
-    stop() {
+    stop(): void {
       stopped = true;
     },
   };
