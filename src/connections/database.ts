@@ -111,11 +111,15 @@ export async function transaction<T>(
 }
 
 /** Adds `query` to the pool: each statement runs in a transaction of its own. */
-export const asking = (pool: Pool, deadlineMs: number): Pool & Queryable => ({
+export const asking = (
+  pool: Pool,
+  deadlineMs: number,
+  durability: Durability = 'repeatable',
+): Pool & Queryable => ({
   connect: () => pool.connect(),
   ...(pool.leaving && { leaving: pool.leaving }),
-  query: ((text: string, values?: unknown[]) =>
-    transaction(pool, deadlineMs, 'repeatable', (tx) => tx.query(text, values))) as Queryable['query'],
+  query: ((statement: string, values?: unknown[]) =>
+    transaction(pool, deadlineMs, durability, (tx) => tx.query(statement, values))) as Queryable['query'],
 });
 
 type Attempt<T> =

@@ -1,4 +1,4 @@
-import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
 import { ENTRY_ID, TOPIC } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault, printable, printableType, storedType } from './event-of-row.ts';
@@ -111,8 +111,9 @@ export function createDeadRows(
   const { streamName, maxEventBytes, statementTimeoutMs } = options;
   const within = <T>(work: (tx: Queryable) => Promise<T>) =>
     transaction(pool, statementTimeoutMs, 'durable', work);
-  const read = <T extends object>(text: string, values: unknown[]): Promise<T[]> =>
-    within(async (tx) => (await tx.query<T>(text, values)).rows);
+  const db = asking(pool, statementTimeoutMs, 'durable');
+  const read = async <T extends object>(text: string, values: unknown[]): Promise<T[]> =>
+    (await db.query<T>(text, values)).rows;
 
   /** The filter as conditions on `o`, their parameters after those in `values`. `$1` is the topic of rows without. */
   function matching(filter: DeadLetterFilter, values: unknown[]): string {
@@ -141,10 +142,9 @@ export function createDeadRows(
     `(SELECT o.* FROM identity.outbox o WHERE ${matching(filter, values)}
       ORDER BY o.dead_lettered_at ${direction}, o.id ${direction} ${bound}) o`;
 
-  const details = (eventId: string, printing: boolean): Promise<RowDetails[]> =>
-    within(async (tx) => {
-      const { rows } = await tx.query<OutboxEvent & Omit<RowDetails, 'event'>>(
-        `WITH wanted AS (SELECT * FROM identity.outbox WHERE event_id = $2::uuid)
+  async function details(eventId: string, printing: boolean): Promise<RowDetails[]> {
+    const rows = await read<OutboxEvent & Omit<RowDetails, 'event'>>(
+      `WITH wanted AS (SELECT * FROM identity.outbox WHERE event_id = $2::uuid)
          ${eventsOf('wanted', maxEventBytes, {
            columns: `CASE WHEN o.published AND o.dead_lettered_at IS NOT NULL THEN 'discarded'
                           WHEN o.published THEN 'published'
@@ -158,15 +158,15 @@ export function createDeadRows(
              ${cut('o.discard_reason')} AS "discardReason", ${cut('o.discarded_by')} AS "discardedBy",`,
            ...(!printing && { printed: 'false', otherwise: cut('o.error_message') }),
          })}`,
-        [streamName, eventId],
-      );
-      return rows.map((row) => {
-        const { state, error, nextAttemptAt, deadLetteredAt, replayedAt, publishedAt, ...rest } = row;
-        const { entryId, discardReason, discardedBy, ...event } = rest;
-        const times = { nextAttemptAt, deadLetteredAt, replayedAt, publishedAt };
-        return { event, state, error, ...times, entryId, discardReason, discardedBy };
-      });
+      [streamName, eventId],
+    );
+    return rows.map((row) => {
+      const { state, error, nextAttemptAt, deadLetteredAt, replayedAt, publishedAt, ...rest } = row;
+      const { entryId, discardReason, discardedBy, ...event } = rest;
+      const times = { nextAttemptAt, deadLetteredAt, replayedAt, publishedAt };
+      return { event, state, error, ...times, entryId, discardReason, discardedBy };
     });
+  }
 
   return {
     /** Runs `work` on rows that `lock` holds until it is committed: when it returns, no crash can undo it. */
@@ -319,16 +319,14 @@ export function createDeadRows(
      * @throws when PostgreSQL does not take what the entry says, or the role may not insert
      */
     async insert(lost: LostRow): Promise<boolean> {
-      const { rowCount } = await within((tx) =>
-        tx.query(
-          `INSERT INTO identity.outbox
+      const { rowCount } = await db.query(
+        `INSERT INTO identity.outbox
              (event_id, event_type, aggregate_type, aggregate_id, topic, payload, created_at, replayed_at)
            VALUES ($1::uuid, $2, $3, $4::uuid, $5, $6::jsonb, $7::timestamptz, now()) ON CONFLICT (event_id) DO NOTHING`,
-          [
-            ...[lost.eventId, lost.eventType, lost.aggregateType, lost.aggregateId, lost.topic],
-            ...[lost.payload, lost.occurredAt],
-          ],
-        ),
+        [
+          ...[lost.eventId, lost.eventType, lost.aggregateType, lost.aggregateId, lost.topic],
+          ...[lost.payload, lost.occurredAt],
+        ],
       );
       return rowCount === 1;
     },
