@@ -1,6 +1,7 @@
 import type { Redis } from 'ioredis';
 import { script } from '../connections/redis-script.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import { STREAM_FUNCTIONS } from './epoch-script.ts';
 
 /**
  * Trimming what every consumer group of a stream has acknowledged, and warning where the cap, which XADD keeps to
@@ -26,17 +27,7 @@ if redis.call('TYPE', stream).ok ~= 'stream' then
   redis.call('HDEL', KEYS[2], stream)
   return {0, 0, '', ''}
 end
-local function object(flat)
-  local made = {}
-  for i = 1, #flat, 2 do made[flat[i]] = flat[i + 1] end
-  return made
-end
-local function below(a, b)
-  local ams, aseq = string.match(a, '(%d+)-(%d+)')
-  local bms, bseq = string.match(b, '(%d+)-(%d+)')
-  if ams ~= bms then return tonumber(ams) < tonumber(bms) end
-  return tonumber(aseq) < tonumber(bseq)
-end
+${STREAM_FUNCTIONS}
 local function first()
   local entry = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
   return entry and entry[1] or '0-0'
@@ -46,23 +37,23 @@ local cap, now, between = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5]
 local kept = redis.call('HGET', KEYS[2], stream) or ''
 local before, near_at, dropped_at = string.match(kept, '(%S+) (%S+) (%S+)')
 near_at, dropped_at = tonumber(near_at or 0), tonumber(dropped_at or 0)
-local info = object(redis.call('XINFO', 'STREAM', stream))
+local info = fieldsOf(redis.call('XINFO', 'STREAM', stream))
 local last, begins = info['last-generated-id'], first()
 -- Since the last time another program has taken entries away: the cap, if the stream is that long. If not, maybe a group
 -- that deletes what it has read, so that the first entry is always one it was not delivered; but the one we saw is gone.
-local shortened = before and before ~= '0-0' and below(before, begins)
+local shortened = before and before ~= '0-0' and isBelow(before, begins)
 local lost = cap > 0 and info.length >= cap and begins or before
 local keep, slowest, waits, dropped
 for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-  local group = object(flat)
+  local group = fieldsOf(flat)
   local delivered, place = group['last-delivered-id'], group['last-delivered-id']
   local pending = group.pending > 0 and redis.call('XPENDING', stream, group.name)[2]
-  if pending and below(pending, place) then place = pending end
-  if not keep or below(place, keep) then
-    keep, slowest, waits = place, group.name, pending or below(delivered, last)
+  if pending and isBelow(pending, place) then place = pending end
+  if not keep or isBelow(place, keep) then
+    keep, slowest, waits = place, group.name, pending or isBelow(delivered, last)
   end
-  if shortened and (below(delivered, lost)
-      or (pending and below(pending, begins) and not below(pending, before))) then
+  if shortened and (isBelow(delivered, lost)
+      or (pending and isBelow(pending, begins) and not isBelow(pending, before))) then
     dropped = group.name
   end
 end
