@@ -1,6 +1,16 @@
 import type pg from 'pg';
 import { asking, type Pool, type Queryable } from '../connections/database.ts';
-import { DEAD, FINALIZED_AT, FIRST, FRESH, LIVE, OF_AGGREGATE, PARKED } from './conditions.ts';
+import type { OutboxEvent } from '../event.ts';
+import {
+  DEAD,
+  FINALIZED_AT,
+  FIRST,
+  FRESH,
+  LIVE,
+  OF_AGGREGATE,
+  type OutboxOptions,
+  PARKED,
+} from './conditions.ts';
 import { printable, printableType } from './event-of-row.ts';
 import { lacks, missingFromTable } from './required.ts';
 
@@ -36,23 +46,20 @@ export const WAITING_STATES = ['fresh', 'due', 'leased', 'retrying', 'parked'] a
 export type WaitingState = (typeof WAITING_STATES)[number];
 
 /** The oldest row of one state. */
-export type OldestRow = Readonly<{
-  state: WaitingState;
-  id: string;
-  eventId: string;
-  eventType: string;
-  aggregateType: string;
-  aggregateId: string;
-  topic: string;
-  /** Null when `created_at` is infinite. */
-  ageSeconds: number | null;
-  attempts: number;
-  error: string | null;
-  /** Until the lease ends or the next attempt comes; negative when that has passed. Null for fresh and parked rows. */
-  nextInSeconds: number | null;
-  /** Of a parked row: the first of its aggregate that it waits for. */
-  behind: { eventId: string; isDead: boolean } | null;
-}>;
+export type OldestRow = Pick<
+  OutboxEvent,
+  'id' | 'eventId' | 'eventType' | 'aggregateType' | 'aggregateId' | 'topic' | 'attempts'
+> &
+  Readonly<{
+    state: WaitingState;
+    /** Null when `created_at` is infinite. */
+    ageSeconds: number | null;
+    error: string | null;
+    /** Until the lease ends or the next attempt comes; negative when that has passed. Null for fresh and parked rows. */
+    nextInSeconds: number | null;
+    /** Of a parked row: the first of its aggregate that it waits for. */
+    behind: { eventId: string; isDead: boolean } | null;
+  }>;
 
 /** Events per second by the times of their rows, over the last one and the last five minutes. */
 export type Rates = Readonly<{
@@ -86,11 +93,7 @@ export type BacklogReader = ReturnType<typeof createBacklog>;
 
 export function createBacklog(
   pool: Pool,
-  options: Readonly<{
-    streamName: string;
-    deadLetterPolicy: 'continue' | 'hold';
-    statementTimeoutMs: number;
-  }>,
+  options: Pick<OutboxOptions, 'streamName' | 'deadLetterPolicy' | 'statementTimeoutMs'>,
 ) {
   const { streamName, statementTimeoutMs } = options;
   const db = asking(pool, statementTimeoutMs);

@@ -1,6 +1,6 @@
 import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
-import { ENTRY_ID, TOPIC } from './conditions.ts';
+import { ENTRY_ID, type OutboxOptions, TOPIC } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault, printable, printableType, storedType } from './event-of-row.ts';
 
 /**
@@ -24,19 +24,17 @@ export type DeadLetterFilter = Readonly<{
 }>;
 
 /** A dead letter in a list: everything but the payload. Times are ISO 8601. */
-export type DeadLetter = Readonly<{
-  eventId: string;
-  eventType: string;
-  aggregateType: string;
-  aggregateId: string;
-  topic: string;
-  attempts: number;
-  error: string;
-  createdAt: string;
-  deadLetteredAt: string;
-  /** Its entry in the dead-letter stream, which may have been trimmed since. */
-  entryId: string | null;
-}>;
+export type DeadLetter = Pick<
+  OutboxEvent,
+  'eventId' | 'eventType' | 'aggregateType' | 'aggregateId' | 'topic' | 'attempts'
+> &
+  Readonly<{
+    error: string;
+    createdAt: string;
+    deadLetteredAt: string;
+    /** Its entry in the dead-letter stream, which may have been trimmed since. */
+    entryId: string | null;
+  }>;
 
 /** Place of a dead letter in the order of time. */
 export type DeadLetterPlace = Readonly<{ at: string; id: string }>;
@@ -53,13 +51,13 @@ export type DeadLetterGroup = Readonly<{
 }>;
 
 /** A dead row on its way back, or out. */
-export type DeadRow = Readonly<{ id: string; eventId: string; aggregateType: string; aggregateId: string }>;
+export type DeadRow = Pick<OutboxEvent, 'id' | 'eventId' | 'aggregateType' | 'aggregateId'>;
 
 /** The same with the stream that it was for, and the id of its last dead letter. */
 export type LockedRow = DeadRow & Readonly<{ topic: string; entryId: string | null }>;
 
 /** Place of a row in the order of aggregates: within each, that of its rows. */
-export type AggregatePlace = Readonly<{ aggregateType: string; aggregateId: string; id: string }>;
+export type AggregatePlace = Pick<OutboxEvent, 'aggregateType' | 'aggregateId' | 'id'>;
 
 /** Where the row is that an event has; see table.ts. */
 export type RowState = 'fresh' | 'leased' | 'due' | 'parked' | 'published' | 'dead' | 'discarded';
@@ -106,7 +104,7 @@ const isoOrNull = (time: string) => `CASE WHEN isfinite(${time}) THEN ${iso(time
 
 export function createDeadRows(
   pool: Pool,
-  options: Readonly<{ streamName: string; maxEventBytes: number; statementTimeoutMs: number }>,
+  options: Pick<OutboxOptions, 'streamName' | 'maxEventBytes' | 'statementTimeoutMs'>,
 ) {
   const { streamName, maxEventBytes, statementTimeoutMs } = options;
   const within = <T>(work: (tx: Queryable) => Promise<T>) =>

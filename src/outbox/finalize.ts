@@ -1,4 +1,5 @@
 import { asking, type Pool, type Queryable } from '../connections/database.ts';
+import type { OutboxEvent } from '../event.ts';
 import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
 
 /**
@@ -7,7 +8,7 @@ import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
  */
 
 /** A row by its id, and by the event that it must hold. */
-export type RowName = Readonly<{ id: string; eventId: string }>;
+export type RowName = Pick<OutboxEvent, 'id' | 'eventId'>;
 
 /** An event that was appended. `entryId`: the id of its entry, e.g. `1700000000000-0`. */
 export type PublishedEvent = RowName & Readonly<{ entryId: string }>;

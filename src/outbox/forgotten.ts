@@ -1,6 +1,7 @@
 import { asking, type Pool, type Queryable } from '../connections/database.ts';
 import { isUuid } from '../event.ts';
 import { DEAD, FINALIZED_AT, LIVE, type OutboxOptions, STILL_LIVE } from './conditions.ts';
+import type { AggregatePlace } from './dead-rows.ts';
 import { printable, printableType, storedType } from './event-of-row.ts';
 
 /** Statements for the time after PostgreSQL may have forgotten what became of rows; see recovery/forgotten-entries.ts. */
@@ -25,13 +26,11 @@ export function createForgotten(pool: Pool, options: OutboxOptions) {
   const { streamName, statementTimeoutMs } = options;
   const db = asking(pool, statementTimeoutMs);
 
-  type Place = { aggregateType: string; aggregateId: string; id: string };
-
-  async function topicsOf(condition: (row: string) => string, after: Place | null) {
+  async function topicsOf(condition: (row: string) => string, after: AggregatePlace | null) {
     const from = after
       ? `AND (o.aggregate_type, o.aggregate_id, o.id) > (${storedType('$2::text')}, $3, $4)`
       : '';
-    const { rows } = await db.query<{ topics: string[] | null; last: Place | null }>(
+    const { rows } = await db.query<{ topics: string[] | null; last: AggregatePlace | null }>(
       `WITH page AS MATERIALIZED (
            SELECT coalesce(o.topic, $1) AS topic, o.aggregate_type, o.aggregate_id, o.id FROM identity.outbox o
            WHERE ${condition('o')} ${from} ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT ${PAGE_ROWS}
@@ -48,9 +47,12 @@ export function createForgotten(pool: Pool, options: OutboxOptions) {
     async unpublishedTopics(): Promise<string[]> {
       const topics = new Set<string>();
       for (const condition of [LIVE, DEAD]) {
-        let after: Place | null = null;
+        let after: AggregatePlace | null = null;
         do {
-          const page: { topics: string[] | null; last: Place | null } = await topicsOf(condition, after);
+          const page: { topics: string[] | null; last: AggregatePlace | null } = await topicsOf(
+            condition,
+            after,
+          );
           for (const topic of page.topics ?? []) topics.add(topic);
           after = page.last;
         } while (after !== null);

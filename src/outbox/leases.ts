@@ -1,4 +1,5 @@
 import { asking, type Pool, type Queryable } from '../connections/database.ts';
+import type { OutboxEvent } from '../event.ts';
 import { ATTEMPTS, ENTRY_ID, MS, type OutboxOptions, STILL_LIVE, TOPIC } from './conditions.ts';
 import { printable, printableType } from './event-of-row.ts';
 
@@ -11,17 +12,15 @@ const EXPIRED_AT_ONCE = 5_000;
  * A row whose lease has ended. `isDead`: Redis lost its dead letter. `knownLetter`: the dead letter that it had before it was
  * replayed. `endedAt`: when the lease ended, to the microsecond.
  */
-export type ExpiredRow = Readonly<{
-  id: string;
-  eventId: string;
-  aggregateType: string;
-  aggregateId: string;
-  topic: string;
-  isDead: boolean;
-  knownLetter: string | null;
-  attempts: number;
-  endedAt: string;
-}>;
+export type ExpiredRow = Pick<
+  OutboxEvent,
+  'id' | 'eventId' | 'aggregateType' | 'aggregateId' | 'topic' | 'attempts'
+> &
+  Readonly<{
+    isDead: boolean;
+    knownLetter: string | null;
+    endedAt: string;
+  }>;
 
 const EXPIRED = (row: string) =>
   `NOT ${row}.published AND ${row}.next_attempt_at < 'infinity' AND ${row}.next_attempt_at <= now()`;

@@ -1,6 +1,7 @@
 import { asking, type Pool } from '../connections/database.ts';
 import { byId, type OutboxEvent } from '../event.ts';
 import { ENTRY_ID, FINALIZED_AT, type OutboxOptions, TOPIC } from './conditions.ts';
+import type { DeadLetterFilter } from './dead-rows.ts';
 import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
 /**
@@ -34,13 +35,7 @@ export type FinalizedEvent = OutboxEvent &
   Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null; entryId: string | null }>;
 
 /** Selects published events. A member that is left out selects all. */
-export type PublishedFilter = Readonly<{
-  topic?: string;
-  eventType?: string;
-  aggregateType?: string;
-  /** uuid */
-  aggregateId?: string;
-}>;
+export type PublishedFilter = Pick<DeadLetterFilter, 'topic' | 'eventType' | 'aggregateType' | 'aggregateId'>;
 
 /** Place of a row in the order of time. */
 export type FinalizedPlace = Readonly<{ finalizedAt: string; id: string }>;

@@ -1,4 +1,5 @@
 import pLimit from 'p-limit';
+import type { RelayConfig } from '../config/config.ts';
 import { type AppendOutcome, type Attempt, brief, isEvent, type OutboxEvent } from '../event.ts';
 import type { Acknowledger } from '../finalize/acknowledger.ts';
 import type { DeadLetters } from '../finalize/dead-letter.ts';
@@ -39,10 +40,7 @@ const RETRIES_SHARE = 0.25;
 /** Failures written at the same time. Each takes a session of the pool; claims and acknowledgements need some too. */
 const WRITTEN_AT_ONCE = 4;
 
-export type PublishOptions = Readonly<{
-  publishTimeoutMs: number;
-  maxInFlight: number;
-}>;
+export type PublishOptions = Pick<RelayConfig, 'publishTimeoutMs' | 'maxInFlight'>;
 
 /** Result of a job that ended without an append: the row of its event is to be parked. */
 export type Released = Readonly<{ failedBefore: boolean }>;

@@ -1,5 +1,6 @@
 import { Queue, QueueKeys } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
+import type { RelayConfig } from '../config/config.ts';
 import {
   closesConnection,
   isConnectionLoss,
@@ -13,12 +14,10 @@ import { NotReadyError, pause, succeedsWithin, withDeadline } from '../lifecycle
 import type { Logger } from '../telemetry/logger.ts';
 import { createJobViews } from './job-views.ts';
 
-export type QueueOptions = Readonly<{
-  queuePrefix: string;
-  queueName: string;
-  maxRetryAttempts: number;
-  retryBaseDelayMs: number;
-}>;
+export type QueueOptions = Pick<
+  RelayConfig,
+  'queuePrefix' | 'queueName' | 'maxRetryAttempts' | 'retryBaseDelayMs'
+>;
 
 /** Publish jobs in Redis, by state. `total` is without failed ones, which have ended. */
 export type InFlight = Readonly<{
@@ -92,10 +91,8 @@ const traced = (trace: TraceContext) => ({
 });
 
 /** Redis key of an event's publish job. */
-export const publishJobKey = (
-  options: Readonly<{ queuePrefix: string; queueName: string }>,
-  eventId: string,
-) => new QueueKeys(options.queuePrefix).toKey(publishQueueName(options.queueName), eventId);
+export const publishJobKey = (options: Pick<QueueOptions, 'queuePrefix' | 'queueName'>, eventId: string) =>
+  new QueueKeys(options.queuePrefix).toKey(publishQueueName(options.queueName), eventId);
 
 export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<Logger, 'debug'>) {
   const shared = { connection: redis, prefix: options.queuePrefix };

@@ -1,5 +1,6 @@
 import type { Redis, RedisOptions } from 'ioredis';
 import { Packr } from 'msgpackr';
+import type { RelayConfig } from '../config/config.ts';
 import { script } from '../connections/redis-script.ts';
 import { closesConnection, isConnectionLoss, LARGE_BYTES, untilConnected } from '../connections/refusals.ts';
 import { type AppendOutcome, byId, type Failure, inSteps, type OutboxEvent } from '../event.ts';
@@ -40,20 +41,17 @@ const MARGIN_S = 300;
  */
 export type JobFacts = readonly [madeAt: string, hasEnded: boolean, failures: number] | null;
 
-export type StreamOptions = Readonly<{
-  dlqStreamName: string;
-  /** Approximate length at which a stream is trimmed; 0 = never. */
-  streamMaxLen: number;
-  dlqMaxLen: number;
-  /** Redis key of an event's publish job. */
-  jobKey: (eventId: string) => string;
-  /** Prefix of the idempotency keys, where the jobs are on another server. */
-  memoryPrefix: string;
-  /** Redis key of the epoch's name. */
-  epochKey: string;
-  /** Why the topic can never be the key of a stream of events, or null. Rows can name any topic. */
-  topicProblem: (topic: string) => string | null;
-}>;
+export type StreamOptions = Pick<RelayConfig, 'dlqStreamName' | 'streamMaxLen' | 'dlqMaxLen'> &
+  Readonly<{
+    /** Redis key of an event's publish job. */
+    jobKey: (eventId: string) => string;
+    /** Prefix of the idempotency keys, where the jobs are on another server. */
+    memoryPrefix: string;
+    /** Redis key of the epoch's name. */
+    epochKey: string;
+    /** Why the topic can never be the key of a stream of events, or null. Rows can name any topic. */
+    topicProblem: (topic: string) => string | null;
+  }>;
 
 /** Redis key that remembers an event's entry, where the jobs are on another server. */
 export const memoryKeyOf =

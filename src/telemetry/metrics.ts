@@ -1,4 +1,5 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
+import type { RelayConfig } from '../config/config.ts';
 import { type Attempt, brief, type OutboxEvent } from '../event.ts';
 import type { Check } from '../http/health.ts';
 import { overall } from '../http/health.ts';
@@ -61,16 +62,13 @@ export type MetricsSources = Readonly<{
  * The metrics. Stages report what happened; states are read at each scrape. Figures of the fleet are the same on every
  * pod.
  */
-export function createMetrics(deps: {
-  /** Whether the five metrics without a prefix get `relay_`: see RELAY_METRICS_PREFIX. */
-  prefixed: boolean;
-  version: string;
-  concurrency: number;
-  maxInFlight: number;
-  streamMaxLen: number;
-  dlqStreamName: string;
-  dlqMaxLen: number;
-}) {
+export function createMetrics(
+  deps: Pick<RelayConfig, 'concurrency' | 'maxInFlight' | 'streamMaxLen' | 'dlqStreamName' | 'dlqMaxLen'> & {
+    /** Whether the five metrics without a prefix get `relay_`: see RELAY_METRICS_PREFIX. */
+    prefixed: boolean;
+    version: string;
+  },
+) {
   const registry = new Registry();
   const registers = [registry];
   const old = deps.prefixed ? 'relay_' : '';
