@@ -3,8 +3,6 @@ import { createWakeup } from '../outbox/wakeup.ts';
 import { createClaim } from './claim.ts';
 import { createClaimWorker, FOREIGN_JOB } from './claim-worker.ts';
 
-export type Claiming = ReturnType<typeof createClaiming>;
-
 /** The claim stage: its worker, and the wake-up. `onTick` starts what a tick does besides claiming. */
 export function createClaiming(context: Context, onTick: () => void) {
   const { config, servers, queues, scheduler, maintenance, logger } = context;

@@ -75,13 +75,13 @@ let statementsKept = true;
  */
 export type Durability = 'durable' | 'repeatable';
 
-/** For claims. Their LIMIT is a parameter, so PostgreSQL would plan each claim anew, which takes 900 µs. */
-export const GENERIC = { generic: true } as const;
-
 type TransactionOptions = Readonly<{
   /** Taken in this order at the beginning. The wait for each is as long as that for the first. */
   locks?: readonly [TableLock, ...TableLock[]];
-  /** Plans do not depend on parameters, so a named statement is planned once. */
+  /**
+   * Plans do not depend on parameters, so a named statement is planned once. The LIMIT of a claim is a parameter: PostgreSQL
+   * would plan each claim anew, which takes 900 µs.
+   */
   generic?: boolean;
   /** How long the transaction may idle between two statements, while `work` does something else. */
   idleMs?: number;

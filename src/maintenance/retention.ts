@@ -22,8 +22,6 @@ const BUSY_PAUSE_MS = 50;
  */
 const MARGIN_MS = 60_000;
 
-export type Retention = ReturnType<typeof createRetention>;
-
 /** Table and streams are being compared. Nothing is deleted: rows may have to be published again. */
 export class ComparingError extends Error {
   override readonly name = 'ComparingError';

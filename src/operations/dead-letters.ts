@@ -317,8 +317,6 @@ export function createDeadLetters(deps: {
     groups: (filter: DeadLetterFilter, limit = 100, look?: number): Promise<DeadLetterGroup[]> =>
       rows.groups(filter, limit, look),
 
-    count: (filter: DeadLetterFilter): Promise<number> => rows.count(filter),
-
     /** What is known of an event, dead or not; null when nothing is. */
     show: inspection.show,
 

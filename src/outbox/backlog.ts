@@ -42,8 +42,7 @@ export type Backlog = Readonly<{
   limit: number;
 }>;
 
-export const WAITING_STATES = ['fresh', 'due', 'leased', 'retrying', 'parked'] as const;
-export type WaitingState = (typeof WAITING_STATES)[number];
+export type WaitingState = 'fresh' | 'due' | 'leased' | 'retrying' | 'parked';
 
 /** The oldest row of one state. */
 export type OldestRow = Pick<

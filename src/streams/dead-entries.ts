@@ -78,10 +78,6 @@ export function createDeadEntries(
     /** Ids of all entries that these events have, by event id, the last one first. Goes through the stream. */
     idsOf: (eventIds: readonly string[]): Promise<Map<string, string[]>> => findAll(dlqStreamName, eventIds),
 
-    async has(entryId: string): Promise<boolean> {
-      return (await redis.xrange(dlqStreamName, entryId, entryId)).length > 0;
-    },
-
     async remove(entryIds: readonly string[]): Promise<void> {
       if (entryIds.length > 0) await redis.xdel(dlqStreamName, ...entryIds);
     },

@@ -87,8 +87,6 @@ const REPEAT_AFTER_MS = 60_000;
 /** Redis refuses what it was asked, maybe for this one stream only; anything else is trouble with all of them. */
 const isRefusal = (error: unknown): error is Error => error instanceof Error && error.name === 'ReplyError';
 
-export type Trimmer = ReturnType<typeof createTrimmer>;
-
 /** @param redis the append connection */
 export function createTrimmer(
   redis: Redis,

@@ -53,7 +53,7 @@ test.each([
 );
 
 async function claimAndUndo(): Promise<void> {
-  const undone = outbox.transaction('repeatable', async (tx) => {
+  const undone = outbox.inEpoch(async (tx) => {
     expect((await outbox.claimFresh(tx, ROWS)).leased).toHaveLength(ROWS);
     throw UNDO;
   });
