@@ -32,7 +32,7 @@ export type PublishedRow = FinalizedRow &
 
 /** The event of a published or dead row, with what the row says of its failure. */
 export type FinalizedEvent = OutboxEvent &
-  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null; entryId: string | null }>;
+  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null }>;
 
 /** Selects published events. A member that is left out selects all. */
 export type PublishedFilter = Pick<DeadLetterFilter, 'topic' | 'eventType' | 'aggregateType' | 'aggregateId'>;
@@ -63,8 +63,7 @@ export function createPublished(
       `WITH finalized AS (
            SELECT * FROM identity.outbox WHERE id = ANY ($2::bigint[]) AND ${condition}
          ) ${eventsOf('finalized', maxEventBytes, {
-           columns: `o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",
-                     ${ENTRY_ID('o')} AS "entryId",`,
+           columns: `o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",`,
            ...(!printing && { printed: 'false', otherwise: 'o.error_message' }),
          })}`,
       [streamName, ids],

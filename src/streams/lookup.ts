@@ -90,6 +90,19 @@ export function createLookup(
   const mayBeStream = (stream: string): boolean =>
     stream === options.dlqStreamName || options.topicProblem(stream) === null;
 
+  /** The stream's entries from its end back, in steps. A stream that cannot be read has none. */
+  async function* back(stream: string): AsyncGenerator<NamedEntry[]> {
+    for (let from = '+'; ; ) {
+      const answer = await orRefusal(stepBack(stream, lastEntries, from, FIND_STEP));
+      if (!Array.isArray(answer) || answer.length === 0) return;
+      const step: NamedEntry[] = [];
+      for (let i = 0; i < answer.length; i += 2)
+        step.push({ entryId: answer[i] as string, eventId: answer[i + 1] as string });
+      yield step;
+      from = `(${answer.at(-2)}`;
+    }
+  }
+
   /** Walks from the stream's end back, until `take` answers false. */
   async function search(
     stream: string,
@@ -97,15 +110,11 @@ export function createLookup(
     take: (eventId: string, entryId: string) => boolean,
   ): Promise<void> {
     const wanted = new Set(eventIds);
-    let from = '+';
-    for (let looked = 0; looked < FIND_LIMIT; looked += FIND_STEP) {
-      const answer = await orRefusal(stepBack(stream, lastEntries, from, FIND_STEP));
-      if (!Array.isArray(answer) || answer.length === 0) return;
-      for (let i = 0; i < answer.length; i += 2) {
-        const [entryId, eventId] = [answer[i] as string, answer[i + 1] as string];
-        if (wanted.has(eventId) && !take(eventId, entryId)) return;
-      }
-      from = `(${answer.at(-2)}`;
+    let looked = 0;
+    for await (const step of back(stream)) {
+      for (const { entryId, eventId } of step) if (wanted.has(eventId) && !take(eventId, entryId)) return;
+      looked += FIND_STEP;
+      if (looked >= FIND_LIMIT) return;
     }
   }
 
@@ -142,22 +151,15 @@ export function createLookup(
      */
     async *walkBack(stream: string, sinceMs: number, size: number): AsyncGenerator<NamedEntry[]> {
       if (!mayBeStream(stream)) return;
-      let from = '+';
       let entries: NamedEntry[] = [];
-      for (;;) {
-        const answer = await orRefusal(stepBack(stream, lastEntries, from, FIND_STEP));
-        const pairs = Array.isArray(answer) ? answer : [];
-        for (let i = 0; i < pairs.length; i += 2)
-          entries.push({ entryId: pairs[i] as string, eventId: pairs[i + 1] as string });
-        const last = pairs.at(-2);
-        const isOver = last === undefined || Number(last.split('-')[0]) < sinceMs;
-        if (entries.length >= size || (isOver && entries.length > 0)) {
-          yield entries;
-          entries = [];
-        }
-        if (isOver) return;
-        from = `(${last}`;
+      for await (const step of back(stream)) {
+        entries.push(...step);
+        if (Number(step.at(-1)?.entryId.split('-')[0]) < sinceMs) break;
+        if (entries.length < size) continue;
+        yield entries;
+        entries = [];
       }
+      if (entries.length > 0) yield entries;
     },
 
     /**
