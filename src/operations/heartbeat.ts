@@ -1,7 +1,7 @@
 import { hostname } from 'node:os';
 import type { Redis } from 'ioredis';
 import { script } from '../connections/redis-script.ts';
-import { pause } from '../lifecycle.ts';
+import { loop, pause } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /** What a pod reports in its heartbeat. */
@@ -140,8 +140,7 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
   const streams = new Set<string>();
   let facts: (() => Omit<PodFacts, 'pod' | 'protocol'>) | undefined;
   let stopped = true;
-  let timer: NodeJS.Timeout | undefined;
-  let beating: Promise<void> = Promise.resolve();
+  let news: Promise<void> = Promise.resolve();
 
   async function beat(): Promise<void> {
     const beaten = [...streams];
@@ -160,30 +159,25 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
     if (streams.size < STREAMS_KEPT) streams.add(stream);
   }
 
-  function beatAgain(): void {
-    beating = beat().then(() => {
-      if (!stopped) timer = setTimeout(beatAgain, INTERVAL_MS);
-    });
-  }
+  const beats = loop(beat, INTERVAL_MS);
 
   return {
     start(whatToTell: () => Omit<PodFacts, 'pod' | 'protocol'>): void {
       if (!stopped) return;
       stopped = false;
       facts = whatToTell;
-      beatAgain();
+      beats.start();
     },
     async stop(): Promise<void> {
       if (stopped) return;
       stopped = true;
-      clearTimeout(timer);
-      await beating;
+      await Promise.all([beats.stop(), news]);
       // A pod that ends in order is not shown as silent.
       await redis.hdel(keys[0], pod).catch(() => {});
     },
     /** Sends a heartbeat now, for news. */
     beat(): void {
-      if (!stopped) beating = Promise.all([beating, beat()]).then(() => {});
+      if (!stopped) news = Promise.all([news, beat()]).then(() => {});
     },
     /** Reports the stream with the next heartbeat. */
     appendedTo: remember,

@@ -1,6 +1,6 @@
 import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
-import { ENTRY_ID, type OutboxOptions, TOPIC } from './conditions.ts';
+import { DEAD, ENTRY_ID, type OutboxOptions, TOPIC } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault, printable, printableType, storedType } from './event-of-row.ts';
 
 /**
@@ -94,8 +94,7 @@ const MOST_CHARACTERS = 2_000;
 const cut = (text: string, characters = MOST_CHARACTERS) => `left((${text})::text, ${characters})`;
 const NUMBERS_AND_IDS = '[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9]+';
 
-const DEAD = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NOT NULL`;
-/** Asked of a row that is looked up by its id: no partial index shall seem to answer it. See STILL_LIVE in outbox.ts. */
+/** Asked of a row that is looked up by its id: no partial index shall seem to answer it. See STILL_LIVE in conditions.ts. */
 const STILL_DEAD = (row: string) =>
   `CASE WHEN ${row}.published THEN false ELSE ${row}.dead_lettered_at IS NOT NULL END`;
 const iso = (time: string) => `to_char(${time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`;

@@ -5,6 +5,7 @@ import type { Check } from '../http/health.ts';
 import { overall } from '../http/health.ts';
 import { withDeadline } from '../lifecycle.ts';
 import { entriesAtRisk, type SharedFigures } from '../operations/figures.ts';
+import { inFlight } from '../operations/fleet-status.ts';
 
 /** Most pairs of topic and event type that get series of their own. All further pairs are `other`. */
 const MAX_LABELLED = 100;
@@ -237,7 +238,7 @@ export function createMetrics(
     show(fleet.notifyQueue, notifyQueueUsage);
     show(fleet.clocks, clockDifferenceMs === undefined ? undefined : clockDifferenceMs / 1_000);
     const { publish } = queues ?? {};
-    show(fleet.inFlight, publish && publish.waiting + publish.active + publish.delayed + publish.prioritized);
+    show(fleet.inFlight, publish && inFlight(publish));
     const { backlog: rows, jobs, paused, entries, entriesLimit, lag, pending, atRisk } = fleet;
     for (const it of [rows, jobs, paused, entries, entriesLimit, lag, pending, atRisk]) it.reset();
     if (backlog)
