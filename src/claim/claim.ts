@@ -49,7 +49,7 @@ export function createClaim(deps: {
   logger: Logger;
 }): () => Promise<ClaimOutcome> {
   const { outbox, queues, epoch: epochs, options, logger } = deps;
-  // A batch that is larger than the room which becomes free soon would wait for it, and leave the workers without jobs.
+  // Largest batch: a quarter of the slots. A larger one would wait for room while workers idle.
   const largest = Math.max(
     options.batchSize,
     Math.min(options.maxBatchSize, Math.floor(options.maxInFlight / 4)),

@@ -102,8 +102,8 @@ export function createDeadLetters(deps: {
   }
 
   /**
-   * The entries of these events, the last ones from their rows. Looked up before the rows are locked, since it takes
-   * long; an event may have got a newer one since, which its row has, but none once it is replayed.
+   * Entries to delete: those found in the stream before the rows were locked (the search is slow), and the one each row
+   * names, which may be newer.
    */
   const closedBy = (held: readonly LockedRow[], entryIds: ReadonlyMap<string, string[]>): string[] => [
     ...new Set(

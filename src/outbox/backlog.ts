@@ -109,8 +109,8 @@ export function createBacklog(
   return {
     async count(): Promise<Backlog> {
       const { rows } = await query(
-        `SELECT fresh.n AS fresh, in_hand.leased, in_hand.retrying, in_hand.due, parked.n AS parked, dead.n AS dead,
-                  greatest(fresh.age, in_hand.age) AS "waitingAge", in_hand."retryingAge",
+        `SELECT fresh.n AS fresh, in_progress.leased, in_progress.retrying, in_progress.due, parked.n AS parked, dead.n AS dead,
+                  greatest(fresh.age, in_progress.age) AS "waitingAge", in_progress."retryingAge",
                   parked.age AS "parkedAge", dead.age AS "deadAge"
            FROM
              -- Counted without reading the rows themselves; the first by id is as good as the oldest.
@@ -123,7 +123,7 @@ export function createBacklog(
                      greatest(${age('created_at', 'NOT again')}, ${age('next_attempt_at', 'due AND again')}) AS age,
                      ${age('created_at', 'NOT due AND again')} AS "retryingAge"
               FROM (SELECT o.created_at, o.next_attempt_at, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
-                    FROM ${ROWS} WHERE ${IS_LEASED} ORDER BY o.next_attempt_at LIMIT ${LIMIT}) x) in_hand,
+                    FROM ${ROWS} WHERE ${IS_LEASED} ORDER BY o.next_attempt_at LIMIT ${LIMIT}) x) in_progress,
              (SELECT count(*)::int AS n, ${age('created_at')} AS age
               FROM (SELECT o.created_at FROM ${ROWS} WHERE ${IS_PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) parked,
              (SELECT count(*)::int AS n, ${age('dead_lettered_at')} AS age
@@ -166,14 +166,14 @@ export function createBacklog(
            WHERE ${dead ? DEAD('e') : LIVE('e')}
              AND ${OF_AGGREGATE('e', 'o')} ${FIRST('e')})`;
       const { rows } = await query<OldestRow & { behindId: string | null; behindIsDead: boolean }>(
-        `WITH in_hand AS MATERIALIZED (
+        `WITH in_progress AS MATERIALIZED (
              SELECT o.id, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
              FROM ${ROWS} WHERE ${IS_LEASED} ORDER BY o.next_attempt_at LIMIT ${LIMIT}
            ), oldest (state, id) AS (
              (SELECT 'fresh', o.id FROM ${ROWS} WHERE ${IS_FRESH} ORDER BY o.id LIMIT 1)
-             UNION ALL SELECT 'due', min(id) FROM in_hand WHERE due
-             UNION ALL SELECT 'leased', min(id) FROM in_hand WHERE NOT due AND NOT again
-             UNION ALL SELECT 'retrying', min(id) FROM in_hand WHERE NOT due AND again
+             UNION ALL SELECT 'due', min(id) FROM in_progress WHERE due
+             UNION ALL SELECT 'leased', min(id) FROM in_progress WHERE NOT due AND NOT again
+             UNION ALL SELECT 'retrying', min(id) FROM in_progress WHERE NOT due AND again
              UNION ALL SELECT 'parked', min(id) FROM (SELECT o.id FROM ${ROWS} WHERE ${IS_PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x
            )
            SELECT oldest.state, o.id::text AS id, o.event_id AS "eventId",

@@ -19,7 +19,7 @@ export const WAITS_FOR_RETRY = (row: string) => `${row}.attempts > 0`;
 /**
  * The row's entry id, or null where the column holds no entry id. A role that may write the column can put any text there,
  * and one such row must not fail a statement or a call of Redis for many rows. Redis makes ids of 13 digits by its clock;
- * cursors take 18.
+ * cursor.ts accepts up to 18.
  */
 export const ENTRY_ID = (row: string) =>
   `CASE WHEN octet_length(${row}.stream_entry_id) > 37 THEN NULL

@@ -51,8 +51,8 @@ const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
 };
 
 /**
- * Dead and discarded rows, and those that an operator skipped, are kept, whatever their age. The rows are found by the
- * conditions of WALKS. A CASE keeps the planner from using an index on `published`, which the platform has, for this one.
+ * Dead and discarded rows, and those that an operator skipped, are kept, whatever their age. The CASE keeps the planner from
+ * using the platform's index on `published`; the conditions of WALKS choose the index.
  */
 const PRUNABLE = 'CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE false END';
 

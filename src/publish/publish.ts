@@ -196,7 +196,8 @@ export function createPublish(deps: {
       if (outcome.status === 'ask-rows' || isLongEarly) {
         const standing = await deps.rows.standingOf(event.eventId, before ?? null);
         if (standing === 'over' || standing === 'early') return { status: standing };
-        // The claim of both may not have committed yet, or the next claim takes the predecessor.
+        // The claim that leased both rows may not have committed yet, or the predecessor is fresh and the next claim takes
+        // it: the event stays early.
         if (standing === 'unclaimed' && isFirst && run.starts < EARLY_STARTS) return { status: 'early' };
         asked = { epoch, gate: standing === 'first' ? 'open' : 'release' };
       } else if (outcome.status === 'early' && performance.now() < holdUntil) {

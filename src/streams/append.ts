@@ -94,7 +94,7 @@ type Request = Readonly<{
 /** Positions in an entry that are filled in right before the call; see gate-script.ts. */
 const STREAM_AT = 0;
 const FACTS_AT = 5;
-/** About the most that an entry has besides its payload. */
+/** Approximate upper bound of an entry without its payload. */
 const ENVELOPE_BYTES = 600;
 
 export type Streams = ReturnType<typeof createStreams>;
