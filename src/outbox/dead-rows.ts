@@ -101,6 +101,22 @@ const iso = (time: string) => `to_char(${time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T
 /** Infinity is no time to print. */
 const isoOrNull = (time: string) => `CASE WHEN isfinite(${time}) THEN ${iso(time)} END`;
 
+/** Whether `o` is dead, and matches a filter. */
+const MATCHING = `${DEAD('o')}
+  AND ($2::text IS NULL OR o.event_type = $2) AND ($3::text IS NULL OR coalesce(o.topic, $1) = $3)
+  AND ($4::text IS NULL OR o.aggregate_type = $4) AND ($5::uuid IS NULL OR o.aggregate_id = $5)
+  AND ($6::text IS NULL OR strpos(lower(${cut('o.error_message')}), lower($6)) > 0)
+  AND o.dead_lettered_at >= coalesce($7::timestamptz, '-infinity')
+  AND o.dead_lettered_at <= coalesce($8::timestamptz, 'infinity')`;
+
+/**
+ * All that match. In an order that only the index on dead rows has: the platform's index on `published` looks as
+ * good to the planner, and holds every row that waits (122,000 were read to find none, seen in the test of plans).
+ */
+const allMatching = (direction: 'ASC' | 'DESC', bound: string) =>
+  `(SELECT o.* FROM identity.outbox o WHERE ${MATCHING}
+    ORDER BY o.dead_lettered_at ${direction}, o.id ${direction} ${bound}) o`;
+
 export function createDeadRows(
   pool: Pool,
   options: Pick<OutboxOptions, 'streamName' | 'maxEventBytes' | 'statementTimeoutMs'>,
@@ -112,32 +128,10 @@ export function createDeadRows(
   const read = async <T extends object>(text: string, values: unknown[]): Promise<T[]> =>
     (await db.query<T>(text, values)).rows;
 
-  /** The filter as conditions on `o`, their parameters after those in `values`. `$1` is the topic of rows without. */
-  function matching(filter: DeadLetterFilter, values: unknown[]): string {
-    const conditions = [DEAD('o')];
-    const add = (value: unknown, condition: (parameter: string) => string) => {
-      if (value === undefined) return;
-      values.push(value);
-      conditions.push(condition(`$${values.length}`));
-    };
-    add(filter.eventType, (it) => `o.event_type = ${it}`);
-    add(filter.topic, (it) => `coalesce(o.topic, $1) = ${it}`);
-    add(filter.aggregateType, (it) => `o.aggregate_type = ${it}`);
-    add(filter.aggregateId, (it) => `o.aggregate_id = ${it}::uuid`);
-    add(filter.error, (it) => `strpos(lower(${cut('o.error_message')}), lower(${it})) > 0`);
-    add(filter.since, (it) => `o.dead_lettered_at >= ${it}::timestamptz`);
-    add(filter.until, (it) => `o.dead_lettered_at <= ${it}::timestamptz`);
-    // Each statement names $1: PostgreSQL wants to know its type.
-    return `$1::text IS NOT NULL AND ${conditions.join(' AND ')}`;
-  }
-
-  /**
-   * All that match. In an order that only the index on dead rows has: the platform's index on `published` looks as
-   * good to the planner, and holds every row that waits (122,000 were read to find none, seen in the test of plans).
-   */
-  const allMatching = (filter: DeadLetterFilter, values: unknown[], direction = '', bound = 'OFFSET 0') =>
-    `(SELECT o.* FROM identity.outbox o WHERE ${matching(filter, values)}
-      ORDER BY o.dead_lettered_at ${direction}, o.id ${direction} ${bound}) o`;
+  /** What the parameters of MATCHING are; others come after them. */
+  const valuesOf = (it: DeadLetterFilter): unknown[] => [
+    ...[streamName, it.eventType, it.topic, it.aggregateType, it.aggregateId, it.error, it.since, it.until],
+  ];
 
   async function details(eventId: string, printing: boolean): Promise<RowDetails[]> {
     const rows = await read<OutboxEvent & Omit<RowDetails, 'event'>>(
@@ -174,24 +168,18 @@ export function createDeadRows(
       filter: DeadLetterFilter,
       after: DeadLetterPlace | null,
       limit: number,
-    ): Promise<(DeadLetter & Readonly<{ id: string }>)[]> => {
-      const values: unknown[] = [streamName, limit];
-      const match = matching(filter, values);
-      const from =
-        after === null
-          ? ''
-          : `AND (o.dead_lettered_at, o.id) < ($${values.push(after.at)}::timestamptz, $${values.push(after.id)}::bigint)`;
-      return read(
+    ): Promise<(DeadLetter & Readonly<{ id: string }>)[]> =>
+      read(
         `SELECT o.id::text AS "id", o.event_id AS "eventId", ${printable(cut('o.event_type', 200))} AS "eventType",
                 ${printableType(cut('o.aggregate_type', 200))} AS "aggregateType", o.aggregate_id AS "aggregateId",
                 ${printable(cut('coalesce(o.topic, $1)', 512))} AS "topic", o.attempts AS "attempts",
                 ${cut("coalesce(o.error_message, '')")} AS "error", ${iso('o.created_at')} AS "createdAt",
                 ${iso('o.dead_lettered_at')} AS "deadLetteredAt", ${ENTRY_ID('o')} AS "entryId"
-         FROM identity.outbox o WHERE ${match} ${from}
-         ORDER BY o.dead_lettered_at DESC, o.id DESC LIMIT $2`,
-        values,
-      );
-    },
+         FROM identity.outbox o
+         WHERE ${MATCHING} ${after ? 'AND (o.dead_lettered_at, o.id) < ($10::timestamptz, $11::bigint)' : ''}
+         ORDER BY o.dead_lettered_at DESC, o.id DESC LIMIT $9`,
+        [...valuesOf(filter), limit, ...(after ? [after.at, after.id] : [])],
+      ),
 
     /**
      * The same, counted by reason, the most frequent first.
@@ -201,27 +189,23 @@ export function createDeadRows(
       filter: DeadLetterFilter,
       limit: number,
       look = Number.MAX_SAFE_INTEGER,
-    ): Promise<DeadLetterGroup[]> => {
-      const values: unknown[] = [streamName, limit, look];
-      const from = allMatching(filter, values, 'DESC', 'LIMIT $3');
-      return read(
+    ): Promise<DeadLetterGroup[]> =>
+      read(
         `SELECT g.error, g.count, ${iso('g.first')} AS "first", ${iso('g.last')} AS "last",
                 (SELECT event_id FROM identity.outbox WHERE id = g.example) AS "example", g.types AS "eventTypes"
          FROM (SELECT left(regexp_replace(${cut("coalesce(o.error_message, '')")}, '${NUMBERS_AND_IDS}', '#', 'g'), ${ERROR_SHOWN}) AS error,
                       count(*)::int AS count, min(o.dead_lettered_at) AS first, max(o.dead_lettered_at) AS last,
                       max(o.id) AS example,
                       (array_agg(DISTINCT ${printable(cut('o.event_type', 200))}))[1:${EVERY_TYPE_SHOWN}] AS types
-               FROM ${from} GROUP BY 1) g
-         ORDER BY g.count DESC, g.error LIMIT $2`,
-        values,
-      );
-    },
+               FROM ${allMatching('DESC', 'LIMIT $10')} GROUP BY 1) g
+         ORDER BY g.count DESC, g.error LIMIT $9`,
+        [...valuesOf(filter), limit, look],
+      ),
 
     async count(filter: DeadLetterFilter): Promise<number> {
-      const values: unknown[] = [streamName];
       const [counted] = await read<{ n: number }>(
-        `SELECT count(*)::int AS n FROM ${allMatching(filter, values)}`,
-        values,
+        `SELECT count(*)::int AS n FROM ${allMatching('ASC', 'OFFSET 0')}`,
+        valuesOf(filter),
       );
       return counted?.n ?? 0;
     },
@@ -237,17 +221,12 @@ export function createDeadRows(
 
     /** Dead rows that match, in the order of their aggregates, after that place. */
     inOrder: (filter: DeadLetterFilter, after: AggregatePlace | null, limit: number): Promise<DeadRow[]> => {
-      const values: unknown[] = [streamName, limit];
-      const match = matching(filter, values);
-      const from =
-        after === null
-          ? ''
-          : `AND (o.aggregate_type, o.aggregate_id, o.id) >
-                 (${storedType(`$${values.push(after.aggregateType)}::text`)}, $${values.push(after.aggregateId)}::uuid, $${values.push(after.id)}::bigint)`;
+      const place = `(${storedType('$10::text')}, $11::uuid, $12::bigint)`;
       return read(
-        `SELECT ${DEAD_ROW} FROM identity.outbox o WHERE ${match} ${from}
-         ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT $2`,
-        values,
+        `SELECT ${DEAD_ROW} FROM identity.outbox o
+         WHERE ${MATCHING} ${after ? `AND (o.aggregate_type, o.aggregate_id, o.id) > ${place}` : ''}
+         ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT $9`,
+        [...valuesOf(filter), limit, ...(after ? [after.aggregateType, after.aggregateId, after.id] : [])],
       );
     },
 
