@@ -130,6 +130,17 @@ export type Failure = Readonly<{ event: OutboxEvent; attempts: number; reason: s
 export const byId = (a: Pick<OutboxEvent, 'id'>, b: Pick<OutboxEvent, 'id'>): number =>
   a.id.length - b.id.length || (a.id < b.id ? -1 : a.id > b.id ? 1 : 0);
 
+/** Of an entry of a stream: `<ms>-<sequence>`. */
+export const isEntryId = (text: string): boolean => /^\d+-\d+$/.test(text);
+
+/** Order of entry ids. A text that is none counts as `0-0`. */
+export function compareEntryIds(a: string, b: string): number {
+  const numbersOf = (id: string) => (isEntryId(id) ? id.split('-').map(BigInt) : []);
+  const [[ms = 0n, sequence = 0n], [otherMs = 0n, otherSequence = 0n]] = [numbersOf(a), numbersOf(b)];
+  const difference = ms - otherMs || sequence - otherSequence;
+  return difference < 0n ? -1 : Number(difference > 0n);
+}
+
 /** Cuts a text of a row, which may have any length, for a log line, a reason or the name of a job. */
 export const brief = (text: string): string => (text.length > 200 ? `${text.slice(0, 200)}...` : text);
 

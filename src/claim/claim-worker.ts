@@ -5,7 +5,7 @@ import type { Outbox } from '../outbox/outbox.ts';
 import type { Wakeup } from '../outbox/wakeup.ts';
 import { claimQueueName } from '../queue/queues.ts';
 import { type Scheduler, TICK, WAKE } from '../queue/scheduler.ts';
-import { createWorkers, type Fate, type Run, type Workers } from '../queue/workers.ts';
+import { createWorkers, type Fate, type Run } from '../queue/workers.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { ClaimOutcome } from './claim.ts';
 
@@ -27,11 +27,7 @@ export const FOREIGN_JOB = 'a job of the claim queue is none of the relay’s; i
 /** Longest time for a claim job. Its last claim may go on row by row. */
 export const CLAIM_JOB_DEADLINE_MS = 120_000;
 
-export type ClaimWorker = Readonly<{
-  start(): void;
-  stop(deadlineMs: number): Promise<void>;
-  workers: Workers;
-}>;
+export type ClaimWorker = ReturnType<typeof createClaimWorker>;
 
 /** Runs claim jobs: each claims while there is work and room, so throughput does not depend on the ticks. */
 export function createClaimWorker(deps: {
@@ -49,7 +45,7 @@ export function createClaimWorker(deps: {
   scheduler: Pick<Scheduler, 'wake'>;
   onRefused?: (reason: string) => void;
   logger: Logger;
-}): ClaimWorker {
+}) {
   const { claim, scheduler, logger } = deps;
   let stopping = false;
   let reportedAt = 0;
@@ -124,7 +120,7 @@ export function createClaimWorker(deps: {
 
   return {
     start: workers.start,
-    async stop(deadlineMs) {
+    async stop(deadlineMs: number): Promise<void> {
       stopping = true;
       clearTimeout(again);
       await workers.stop(deadlineMs);

@@ -1,3 +1,4 @@
+import type { RelayConfig } from '../config/config.ts';
 import type { Queryable } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
 import type { RemoveJobs } from '../finalize/job-removal.ts';
@@ -18,12 +19,8 @@ import type { Tracing } from '../telemetry/tracing.ts';
  */
 export type ClaimOutcome = { kind: 'more' | 'all'; events: number } | { kind: 'no-room' };
 
-export type ClaimOptions = Readonly<{
-  maxInFlight: number;
-  /** Rows of the first claim. While more rows are fresh, each claim takes twice as many, up to `maxBatchSize`. */
-  batchSize: number;
-  maxBatchSize: number;
-}>;
+/** `batchSize`: rows of the first claim. While more rows are fresh, each claim takes twice as many, up to `maxBatchSize`. */
+export type ClaimOptions = Pick<RelayConfig, 'maxInFlight' | 'batchSize' | 'maxBatchSize'>;
 
 /**
  * How many jobs may be added so that there are never more than `maxInFlight`; 0 when too few to be worth a
@@ -52,7 +49,7 @@ export function createClaim(deps: {
   logger: Logger;
 }): () => Promise<ClaimOutcome> {
   const { outbox, queues, epoch: epochs, options, logger } = deps;
-  // A batch that is larger than the room which becomes free soon would wait for it, and leave the workers without jobs.
+  // Largest batch: a quarter of the slots. A larger one would wait for room while workers idle.
   const largest = Math.max(
     options.batchSize,
     Math.min(options.maxBatchSize, Math.floor(options.maxInFlight / 4)),

@@ -1,15 +1,13 @@
 import type { Context } from '../context.ts';
 import { createWakeup } from '../outbox/wakeup.ts';
 import { createClaim } from './claim.ts';
-import { type ClaimWorker, createClaimWorker, FOREIGN_JOB } from './claim-worker.ts';
-
-export type Claiming = ReturnType<typeof createClaiming>;
+import { createClaimWorker, FOREIGN_JOB } from './claim-worker.ts';
 
 /** The claim stage: its worker, and the wake-up. `onTick` starts what a tick does besides claiming. */
 export function createClaiming(context: Context, onTick: () => void) {
   const { config, servers, queues, scheduler, maintenance, logger } = context;
   const wakeup = createWakeup({ pool: servers.pool, logger, onWake: scheduler.wake });
-  const claimWorker: ClaimWorker = createClaimWorker({
+  const claimWorker = createClaimWorker({
     ...{ connection: servers.workerRedis, queuePrefix: config.queuePrefix, queueName: config.queueName },
     ...{ claim: createClaim({ ...context, options: config }), outbox: context.outbox, scheduler, logger },
     onRefused: context.metrics.refused,

@@ -2,7 +2,7 @@ import type { Command } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { claimQueue } from '../connections/ownership.ts';
-import { counted } from '../event.ts';
+import { compareEntryIds, counted } from '../event.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import type { FinalizedRow } from '../outbox/published.ts';
 import { createQueues } from '../queue/queues.ts';
@@ -75,7 +75,8 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
        * so this is short. It goes in the order of the entries: after an interruption only later ones are missing.
        */
       const repair = async (missing: readonly FinalizedRow[]): Promise<number> => {
-        const rows = missing.toSorted(byEntry);
+        // Rows were marked published in another order than their entries were appended.
+        const rows = missing.toSorted((a, b) => compareEntryIds(a.entryId, b.entryId));
         let unpublished = 0;
         const recover = async () => {
           await outbox.epochsEnded();
@@ -145,15 +146,6 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
     },
   );
 };
-
-/** By entry ids: rows were marked published in another order than their entries were appended. A text that is no id is first. */
-function byEntry(a: FinalizedRow, b: FinalizedRow): number {
-  const numbersOf = ({ entryId }: FinalizedRow) =>
-    /^\d+-\d+$/.test(entryId) ? entryId.split('-').map(BigInt) : [0n, 0n];
-  const [[ms = 0n, sequence = 0n], [otherMs = 0n, otherSequence = 0n]] = [numbersOf(a), numbersOf(b)];
-  if (ms !== otherMs) return ms < otherMs ? -1 : 1;
-  return sequence < otherSequence ? -1 : Number(sequence > otherSequence);
-}
 
 function byStream(rows: readonly FinalizedRow[], dlqStreamName: string): Map<string, FinalizedRow[]> {
   const streams = new Map<string, FinalizedRow[]>();

@@ -75,13 +75,13 @@ let statementsKept = true;
  */
 export type Durability = 'durable' | 'repeatable';
 
-/** For claims. Their LIMIT is a parameter, so PostgreSQL would plan each claim anew, which takes 900 µs. */
-export const GENERIC = { generic: true } as const;
-
 type TransactionOptions = Readonly<{
   /** Taken in this order at the beginning. The wait for each is as long as that for the first. */
   locks?: readonly [TableLock, ...TableLock[]];
-  /** Plans do not depend on parameters, so a named statement is planned once. */
+  /**
+   * Plans do not depend on parameters, so a named statement is planned once. The LIMIT of a claim is a parameter: PostgreSQL
+   * would plan each claim anew, which takes 900 µs.
+   */
   generic?: boolean;
   /** How long the transaction may idle between two statements, while `work` does something else. */
   idleMs?: number;
@@ -111,11 +111,15 @@ export async function transaction<T>(
 }
 
 /** Adds `query` to the pool: each statement runs in a transaction of its own. */
-export const asking = (pool: Pool, deadlineMs: number): Pool & Queryable => ({
+export const asking = (
+  pool: Pool,
+  deadlineMs: number,
+  durability: Durability = 'repeatable',
+): Pool & Queryable => ({
   connect: () => pool.connect(),
   ...(pool.leaving && { leaving: pool.leaving }),
-  query: ((text: string, values?: unknown[]) =>
-    transaction(pool, deadlineMs, 'repeatable', (tx) => tx.query(text, values))) as Queryable['query'],
+  query: ((statement: string, values?: unknown[]) =>
+    transaction(pool, deadlineMs, durability, (tx) => tx.query(statement, values))) as Queryable['query'],
 });
 
 type Attempt<T> =

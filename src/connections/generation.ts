@@ -26,7 +26,7 @@ const UNTOLD = `'00000000'`;
 const STANDBY = 'standby';
 
 /** 42501: the role may not ask; 42883, 0A000: the server is a relative of PostgreSQL and has no such function. */
-const CANNOT_TELL = new Set(['42501', '42883', '0A000']);
+export const CANNOT_TELL = new Set(['42501', '42883', '0A000']);
 
 /** Sessions to a former primary that one `read` closes, at most; the next `read` goes on. */
 const THROWN_AWAY_MAX = 3;

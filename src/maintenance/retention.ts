@@ -22,16 +22,6 @@ const BUSY_PAUSE_MS = 50;
  */
 const MARGIN_MS = 60_000;
 
-export type Retention = ReturnType<typeof createRetention>;
-
-/** Table and streams are being compared. Nothing is deleted: rows may have to be published again. */
-export class ComparingError extends Error {
-  override readonly name = 'ComparingError';
-  constructor() {
-    super('Redis may have lost data and is being compared with the table; nothing is deleted meanwhile');
-  }
-}
-
 export function createRetention(deps: {
   step: (step: PruneStep) => Promise<PruneResult | 'busy'>;
   ago: (ms: number) => Promise<string>;
@@ -49,7 +39,11 @@ export function createRetention(deps: {
     const before = await deps.ago(Math.max(olderThanMs, deps.resyncWindowMs + MARGIN_MS));
     for (const kind of PRUNABLE_KINDS) {
       for (let after: typeof FIRST_PLACE | null = FIRST_PLACE; after !== null && goesOn(); ) {
-        if (!dryRun && (await deps.comparing())) throw new ComparingError();
+        // Rows may have to be published again.
+        if (!dryRun && (await deps.comparing()))
+          throw new Error(
+            'Redis may have lost data and is being compared with the table; nothing is deleted meanwhile',
+          );
         const startedAt = Date.now();
         const result = await deps.step({ kind, after, before, limit: STEP_ROWS, dryRun });
         yield result;
@@ -69,7 +63,7 @@ export function createRetention(deps: {
      * Deletes published rows older than `olderThanMs`, except those that a resync may need, in short transactions. Ends when
      * none is left, `goesOn` returns false, or another process deletes.
      * @returns the number of deleted rows
-     * @throws {ComparingError}
+     * @throws when table and streams are being compared
      */
     async run(olderThanMs: number, goesOn: () => boolean): Promise<number> {
       let deleted = 0;

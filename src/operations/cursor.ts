@@ -10,7 +10,10 @@ export class CursorError extends Error {
 export const toCursor = (place: Readonly<Record<string, string>>): string =>
   Buffer.from(JSON.stringify(place)).toString('base64url');
 
-/** What servers could not read is no answer of ours: members by name, all others are text. */
+/**
+ * Formats of a cursor's members. A value that PostgreSQL or Redis could not read was never in a cursor of ours. Other
+ * members may be any text.
+ */
 const NUMBER = /^-?\d{1,18}$/;
 const ENTRY_ID = /^\d{1,18}-\d{1,18}$/;
 const TIME = /^\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-](0\d|1[0-5])(:?[0-5]\d){0,2})$/i;

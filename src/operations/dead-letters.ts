@@ -102,8 +102,8 @@ export function createDeadLetters(deps: {
   }
 
   /**
-   * The entries of these events, the last ones from their rows. Looked up before the rows are locked, since it takes
-   * long; an event may have got a newer one since, which its row has, but none once it is replayed.
+   * Entries to delete: those found in the stream before the rows were locked (the search is slow), and the one each row
+   * names, which may be newer.
    */
   const closedBy = (held: readonly LockedRow[], entryIds: ReadonlyMap<string, string[]>): string[] => [
     ...new Set(
@@ -316,8 +316,6 @@ export function createDeadLetters(deps: {
     /** The same, counted by reason, the most frequent first; at most `limit` reasons, of the latest `look` that match. */
     groups: (filter: DeadLetterFilter, limit = 100, look?: number): Promise<DeadLetterGroup[]> =>
       rows.groups(filter, limit, look),
-
-    count: (filter: DeadLetterFilter): Promise<number> => rows.count(filter),
 
     /** What is known of an event, dead or not; null when nothing is. */
     show: inspection.show,

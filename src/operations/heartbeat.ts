@@ -1,6 +1,7 @@
 import { hostname } from 'node:os';
-import type { Redis, Result } from 'ioredis';
-import { pause } from '../lifecycle.ts';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
+import { loop, pause } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /** What a pod reports in its heartbeat. */
@@ -70,25 +71,14 @@ redis.call('PEXPIRE', KEYS[2], ARGV[6])`;
 const LISTEN = `${NOW}
 return {string.format('%.0f', now), redis.call('ZREVRANGE', KEYS[2], 0, -1), redis.call('HVALS', KEYS[1])}`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    beat(podsKey: string, streamsKey: string, ...args: (string | number)[]): Result<null, Context>;
-    listenForPods(
-      podsKey: string,
-      streamsKey: string,
-      now: number,
-    ): Result<[string, string[], string[]], Context>;
-  }
-}
-
 /** @param prefix of the keys: `<RELAY_QUEUE_PREFIX>:<RELAY_QUEUE_NAME>` */
 const keysOf = (prefix: string) => [`${prefix}:pods`, `${prefix}:streams`] as const;
 
 /** Reads pods and streams from the heartbeats. */
 export function createFleetReader(redis: Redis, prefix: string): () => Promise<Fleet> {
-  redis.defineCommand('listenForPods', { numberOfKeys: 2, lua: LISTEN });
+  const listen = script<[string, string[], string[]]>(redis, 'listenForPods', LISTEN, 2);
   return async () => {
-    const [now, streams, values] = await redis.listenForPods(...keysOf(prefix), Date.now());
+    const [now, streams, values] = await listen(...keysOf(prefix), Date.now());
     const pods = values.map((value): PodSeen => {
       const space = value.indexOf(' ');
       const heardSecondsAgo = Math.max(0, (Number(now) - Number(value.slice(0, space))) / 1_000);
@@ -135,37 +125,29 @@ export async function waitForOtherProtocols(deps: {
   deps.onWaiting(undefined);
 }
 
-export type Heartbeat = Readonly<{
-  start(facts: () => Omit<PodFacts, 'pod' | 'protocol'>): void;
-  stop(): Promise<void>;
-  /** Sends a heartbeat now, for news. */
-  beat(): void;
-  /** Reports the stream with the next heartbeat. */
-  appendedTo(stream: string): void;
-}>;
+export type Heartbeat = ReturnType<typeof createHeartbeat>;
 
 /**
  * Tells Redis every 5 s that this pod runs, and which streams it appends to. CLIENT LIST would also show the pods, but it is
  * in the ACL category @dangerous, which the relay's user does not have.
  */
-export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Logger }): Heartbeat {
+export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Logger }) {
   const { redis, logger } = deps;
-  redis.defineCommand('beat', { numberOfKeys: 2, lua: BEAT });
+  const tell = script<null>(redis, 'beat', BEAT, 2);
   const keys = keysOf(deps.prefix);
   // An embedding process may run several relays.
   const pod = `${hostname()}/${process.pid}${instances++ === 0 ? '' : `/${instances}`}`;
   const streams = new Set<string>();
   let facts: (() => Omit<PodFacts, 'pod' | 'protocol'>) | undefined;
   let stopped = true;
-  let timer: NodeJS.Timeout | undefined;
-  let beating: Promise<void> = Promise.resolve();
+  let news: Promise<void> = Promise.resolve();
 
   async function beat(): Promise<void> {
     const beaten = [...streams];
     streams.clear();
     const told = JSON.stringify({ pod, protocol: PROTOCOL, ...facts?.() });
     try {
-      await redis.beat(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...beaten);
+      await tell(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...beaten);
     } catch (error) {
       // Redis is away. Its connection logs that.
       for (const stream of beaten) remember(stream);
@@ -177,30 +159,27 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
     if (streams.size < STREAMS_KEPT) streams.add(stream);
   }
 
-  function beatAgain(): void {
-    beating = beat().then(() => {
-      if (!stopped) timer = setTimeout(beatAgain, INTERVAL_MS);
-    });
-  }
+  const beats = loop(beat, INTERVAL_MS);
 
   return {
-    start(whatToTell) {
+    start(whatToTell: () => Omit<PodFacts, 'pod' | 'protocol'>): void {
       if (!stopped) return;
       stopped = false;
       facts = whatToTell;
-      beatAgain();
+      beats.start();
     },
-    async stop() {
+    async stop(): Promise<void> {
       if (stopped) return;
       stopped = true;
-      clearTimeout(timer);
-      await beating;
+      await Promise.all([beats.stop(), news]);
       // A pod that ends in order is not shown as silent.
       await redis.hdel(keys[0], pod).catch(() => {});
     },
-    beat() {
-      if (!stopped) beating = Promise.all([beating, beat()]).then(() => {});
+    /** Sends a heartbeat now, for news. */
+    beat(): void {
+      if (!stopped) news = Promise.all([news, beat()]).then(() => {});
     },
+    /** Reports the stream with the next heartbeat. */
     appendedTo: remember,
   };
 }

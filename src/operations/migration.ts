@@ -18,7 +18,7 @@ export async function migrateDatabase(
   logger: Logger,
   then = async (_: Queryable): Promise<void> => {},
 ): Promise<void> {
-  // Loaded here and now: a pod that does not migrate needs none of it.
+  // Imported on demand: only a migration needs drizzle's migrator.
   const { migrate } = await import('../outbox/migrations.ts');
   const client = createClient(config.databaseUrl, { connectionTimeoutMillis: config.startupTimeoutMs });
   try {

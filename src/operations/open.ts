@@ -15,15 +15,10 @@ import { createLookup } from '../streams/lookup.ts';
 import { createMemory } from '../streams/memory.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { createTally } from '../telemetry/tally.ts';
-import { createDeadLetters, type DeadLetters } from './dead-letters.ts';
-import { createRepublish, type Republish } from './republishing.ts';
+import { createDeadLetters } from './dead-letters.ts';
+import { createRepublish } from './republishing.ts';
 
-export type Operations = Readonly<{
-  deadLetters: DeadLetters;
-  republish: Republish;
-  /** Closes what was opened here, not the connections. */
-  close(): Promise<void>;
-}>;
+export type Operations = ReturnType<typeof openOperations>;
 
 /**
  * What operators can do, on connections that are there already: within a relay or beside it.
@@ -33,7 +28,7 @@ export type Operations = Readonly<{
 export function openOperations(
   config: RelayConfig,
   servers: Readonly<{ pool: Pool; redis: Redis; streamRedis: Redis; queues?: Queues; logger: Logger }>,
-): Operations {
+) {
   const { pool, redis, streamRedis, logger } = servers;
   const options = { ...config, statementTimeoutMs: config.publishTimeoutMs };
   const streamOptions = streamOptionsOf(config);
@@ -66,7 +61,8 @@ export function openOperations(
       republisher: createRepublisher(streamRedis, streamOptions),
       logger,
     }),
-    close: async () => {
+    /** Closes what was opened here, not the connections. */
+    close: async (): Promise<void> => {
       tally.stop();
       if (servers.queues === undefined) await queues.close();
     },

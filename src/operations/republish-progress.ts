@@ -1,3 +1,4 @@
+import { compareEntryIds } from '../event.ts';
 import type { FinalizedPlace, PublishedRow } from '../outbox/published.ts';
 import { fromCursor, toCursor } from './cursor.ts';
 
@@ -127,11 +128,8 @@ export function isReadAfter(row: ReadMark, mark: ReadMark): boolean {
 }
 
 function isEntryAfter(row: EntryMark, mark: EntryMark): boolean {
-  const [ms = 0n, sequence = 0n] = row.entryId.split('-').map(BigInt);
-  const [markMs = 0n, markSequence = 0n] = mark.entryId.split('-').map(BigInt);
-  if (ms !== markMs) return ms > markMs;
-  if (sequence !== markSequence) return sequence > markSequence;
-  return BigInt(row.id) > BigInt(mark.id);
+  const order = compareEntryIds(row.entryId, mark.entryId);
+  return order === 0 ? BigInt(row.id) > BigInt(mark.id) : order > 0;
 }
 
 /** The place right before the first of these rows in the order of reading; `otherwise` if there are none. */

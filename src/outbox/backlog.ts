@@ -1,5 +1,16 @@
-import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
-import { DEAD, FINALIZED_AT, FIRST, FRESH, LIVE, OF_AGGREGATE, PARKED } from './conditions.ts';
+import type pg from 'pg';
+import { asking, type Pool, type Queryable } from '../connections/database.ts';
+import type { OutboxEvent } from '../event.ts';
+import {
+  DEAD,
+  FINALIZED_AT,
+  FIRST,
+  FRESH,
+  LIVE,
+  OF_AGGREGATE,
+  type OutboxOptions,
+  PARKED,
+} from './conditions.ts';
 import { printable, printableType } from './event-of-row.ts';
 import { lacks, missingFromTable } from './required.ts';
 
@@ -31,27 +42,23 @@ export type Backlog = Readonly<{
   limit: number;
 }>;
 
-export const WAITING_STATES = ['fresh', 'due', 'leased', 'retrying', 'parked'] as const;
-export type WaitingState = (typeof WAITING_STATES)[number];
+export type WaitingState = 'fresh' | 'due' | 'leased' | 'retrying' | 'parked';
 
 /** The oldest row of one state. */
-export type OldestRow = Readonly<{
-  state: WaitingState;
-  id: string;
-  eventId: string;
-  eventType: string;
-  aggregateType: string;
-  aggregateId: string;
-  topic: string;
-  /** Null when `created_at` is infinite. */
-  ageSeconds: number | null;
-  attempts: number;
-  error: string | null;
-  /** Until the lease ends or the next attempt comes; negative when that has passed. Null for fresh and parked rows. */
-  nextInSeconds: number | null;
-  /** Of a parked row: the first of its aggregate that it waits for. */
-  behind: { eventId: string; isDead: boolean } | null;
-}>;
+export type OldestRow = Pick<
+  OutboxEvent,
+  'id' | 'eventId' | 'eventType' | 'aggregateType' | 'aggregateId' | 'topic' | 'attempts'
+> &
+  Readonly<{
+    state: WaitingState;
+    /** Null when `created_at` is infinite. */
+    ageSeconds: number | null;
+    error: string | null;
+    /** Until the lease ends or the next attempt comes; negative when that has passed. Null for fresh and parked rows. */
+    nextInSeconds: number | null;
+    /** Of a parked row: the first of its aggregate that it waits for. */
+    behind: { eventId: string; isDead: boolean } | null;
+  }>;
 
 /** Events per second by the times of their rows, over the last one and the last five minutes. */
 export type Rates = Readonly<{
@@ -85,28 +92,25 @@ export type BacklogReader = ReturnType<typeof createBacklog>;
 
 export function createBacklog(
   pool: Pool,
-  options: Readonly<{
-    streamName: string;
-    deadLetterPolicy: 'continue' | 'hold';
-    statementTimeoutMs: number;
-  }>,
+  options: Pick<OutboxOptions, 'streamName' | 'deadLetterPolicy' | 'statementTimeoutMs'>,
 ) {
   const { streamName, statementTimeoutMs } = options;
-  const read = <T>(work: (tx: Queryable) => Promise<T>) =>
-    transaction(pool, statementTimeoutMs, 'repeatable', work).catch(async (error) => {
+  const db = asking(pool, statementTimeoutMs);
+  const query = (async (text: string, values?: unknown[]) => {
+    try {
+      return await db.query(text, values);
+    } catch (error) {
       // An operator who has not migrated yet is told so, and not which relation or column a statement missed.
-      const missing = UNDEFINED.has(error?.code)
-        ? await missingFromTable(asking(pool, statementTimeoutMs))
-        : [];
+      const missing = UNDEFINED.has((error as pg.DatabaseError).code) ? await missingFromTable(db) : [];
       throw missing.length > 0 ? new Error(lacks(missing)) : error;
-    });
+    }
+  }) as Queryable['query'];
 
   return {
-    count: (): Promise<Backlog> =>
-      read(async (tx) => {
-        const { rows } = await tx.query(
-          `SELECT fresh.n AS fresh, in_hand.leased, in_hand.retrying, in_hand.due, parked.n AS parked, dead.n AS dead,
-                  greatest(fresh.age, in_hand.age) AS "waitingAge", in_hand."retryingAge",
+    async count(): Promise<Backlog> {
+      const { rows } = await query(
+        `SELECT fresh.n AS fresh, in_progress.leased, in_progress.retrying, in_progress.due, parked.n AS parked, dead.n AS dead,
+                  greatest(fresh.age, in_progress.age) AS "waitingAge", in_progress."retryingAge",
                   parked.age AS "parkedAge", dead.age AS "deadAge"
            FROM
              -- Counted without reading the rows themselves; the first by id is as good as the oldest.
@@ -119,29 +123,29 @@ export function createBacklog(
                      greatest(${age('created_at', 'NOT again')}, ${age('next_attempt_at', 'due AND again')}) AS age,
                      ${age('created_at', 'NOT due AND again')} AS "retryingAge"
               FROM (SELECT o.created_at, o.next_attempt_at, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
-                    FROM ${ROWS} WHERE ${IS_LEASED} ORDER BY o.next_attempt_at LIMIT ${LIMIT}) x) in_hand,
+                    FROM ${ROWS} WHERE ${IS_LEASED} ORDER BY o.next_attempt_at LIMIT ${LIMIT}) x) in_progress,
              (SELECT count(*)::int AS n, ${age('created_at')} AS age
               FROM (SELECT o.created_at FROM ${ROWS} WHERE ${IS_PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) parked,
              (SELECT count(*)::int AS n, ${age('dead_lettered_at')} AS age
               FROM (SELECT o.dead_lettered_at FROM ${ROWS} WHERE ${DEAD('o')} ${BY_AGGREGATE} LIMIT ${LIMIT}) x) dead`,
-        );
-        const { waitingAge, retryingAge, parkedAge, deadAge, ...counts } = rows[0];
-        return {
-          ...counts,
-          oldestSeconds: {
-            waiting: positive(waitingAge),
-            retrying: positive(retryingAge),
-            parked: positive(parkedAge),
-            dead: positive(deadAge),
-          },
-          limit: LIMIT,
-        };
-      }),
+      );
+      const { waitingAge, retryingAge, parkedAge, deadAge, ...counts } = rows[0];
+      return {
+        ...counts,
+        oldestSeconds: {
+          waiting: positive(waitingAge),
+          retrying: positive(retryingAge),
+          parked: positive(parkedAge),
+          dead: positive(deadAge),
+        },
+        limit: LIMIT,
+      };
+    },
 
     /** The database's clock, Unix time in ms. */
     async time(): Promise<number> {
-      const { rows } = await read((tx) =>
-        tx.query<{ ms: number }>('SELECT (extract(epoch FROM clock_timestamp()) * 1000)::float8 AS ms'),
+      const { rows } = await query<{ ms: number }>(
+        'SELECT (extract(epoch FROM clock_timestamp()) * 1000)::float8 AS ms',
       );
       return (rows[0] as { ms: number }).ms;
     },
@@ -150,28 +154,26 @@ export function createBacklog(
      * How full the queue of NOTIFY is, of 1: the wake-up trigger, and so the commit of a producer, fails when it is full.
      * It fills while a session listens and does not read.
      */
-    notifyQueueUsage: (): Promise<number> =>
-      read(async (tx) => {
-        const { rows } = await tx.query<{ used: number }>('SELECT pg_notification_queue_usage() AS used');
-        return (rows[0] as { used: number }).used;
-      }),
+    async notifyQueueUsage(): Promise<number> {
+      const { rows } = await query<{ used: number }>('SELECT pg_notification_queue_usage() AS used');
+      return (rows[0] as { used: number }).used;
+    },
 
     /** The oldest row of each state that has any, the oldest of all first. */
-    oldest: (): Promise<OldestRow[]> =>
-      read(async (tx) => {
-        const first = (dead: boolean) => `
+    async oldest(): Promise<OldestRow[]> {
+      const first = (dead: boolean) => `
           (SELECT e.id, e.event_id, ${dead} AS is_dead FROM identity.outbox e
            WHERE ${dead ? DEAD('e') : LIVE('e')}
              AND ${OF_AGGREGATE('e', 'o')} ${FIRST('e')})`;
-        const { rows } = await tx.query<OldestRow & { behindId: string | null; behindIsDead: boolean }>(
-          `WITH in_hand AS MATERIALIZED (
+      const { rows } = await query<OldestRow & { behindId: string | null; behindIsDead: boolean }>(
+        `WITH in_progress AS MATERIALIZED (
              SELECT o.id, o.next_attempt_at <= now() AS due, o.attempts > 0 AS again
              FROM ${ROWS} WHERE ${IS_LEASED} ORDER BY o.next_attempt_at LIMIT ${LIMIT}
            ), oldest (state, id) AS (
              (SELECT 'fresh', o.id FROM ${ROWS} WHERE ${IS_FRESH} ORDER BY o.id LIMIT 1)
-             UNION ALL SELECT 'due', min(id) FROM in_hand WHERE due
-             UNION ALL SELECT 'leased', min(id) FROM in_hand WHERE NOT due AND NOT again
-             UNION ALL SELECT 'retrying', min(id) FROM in_hand WHERE NOT due AND again
+             UNION ALL SELECT 'due', min(id) FROM in_progress WHERE due
+             UNION ALL SELECT 'leased', min(id) FROM in_progress WHERE NOT due AND NOT again
+             UNION ALL SELECT 'retrying', min(id) FROM in_progress WHERE NOT due AND again
              UNION ALL SELECT 'parked', min(id) FROM (SELECT o.id FROM ${ROWS} WHERE ${IS_PARKED} ${BY_AGGREGATE} LIMIT ${LIMIT}) x
            )
            SELECT oldest.state, o.id::text AS id, o.event_id AS "eventId",
@@ -190,41 +192,40 @@ export function createBacklog(
              SELECT * FROM (${first(false)} ${options.deadLetterPolicy === 'hold' ? `UNION ALL ${first(true)}` : ''}) e
              WHERE oldest.state = 'parked' AND e.id < o.id ORDER BY e.id LIMIT 1
            ) ahead ON true`,
-          [streamName],
-        );
-        const found = rows.map(({ behindId, behindIsDead, ...row }) => ({
-          ...row,
-          behind: behindId === null ? null : { eventId: behindId, isDead: behindIsDead },
-        }));
-        return found.toSorted((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
-      }),
+        [streamName],
+      );
+      const found = rows.map(({ behindId, behindIsDead, ...row }) => ({
+        ...row,
+        behind: behindId === null ? null : { eventId: behindId, isDead: behindIsDead },
+      }));
+      return found.toSorted((a, b) => (BigInt(a.id) < BigInt(b.id) ? -1 : 1));
+    },
 
     /** Of the latest rows at most `LIMIT`: where there were more, the rates are those of the time that these took. */
-    rates: (): Promise<Rates> =>
-      read(async (tx) => {
-        const { rows } = await tx.query<{
-          dead: boolean;
-          minute: number;
-          five: number;
-          all: number;
-          since: number;
-        }>(
-          `SELECT dead, count(*) FILTER (WHERE ago <= 60)::int AS minute, count(*)::int AS five,
+    async rates(): Promise<Rates> {
+      const { rows } = await query<{
+        dead: boolean;
+        minute: number;
+        five: number;
+        all: number;
+        since: number;
+      }>(
+        `SELECT dead, count(*) FILTER (WHERE ago <= 60)::int AS minute, count(*)::int AS five,
                   (sum(count(*)) OVER ())::int AS "all", (max(max(ago)) OVER ())::float8 AS since
            FROM (SELECT extract(epoch FROM now() - ${AT}) AS ago, o.dead_lettered_at IS NOT NULL AS dead
                  FROM ${ROWS} WHERE o.stream_entry_id IS NOT NULL AND ${AT} > now() - interval '5 minutes'
                  ORDER BY ${AT} DESC, o.id DESC LIMIT ${LIMIT}) x
            GROUP BY dead`,
-        );
-        const rate = (dead: boolean) => {
-          const found = rows.find((row) => row.dead === dead);
-          const seconds = found?.all === LIMIT ? Math.max(found.since, 1) : Number.POSITIVE_INFINITY;
-          return {
-            lastMinute: (found?.minute ?? 0) / Math.min(60, seconds),
-            lastFiveMinutes: (found?.five ?? 0) / Math.min(300, seconds),
-          };
+      );
+      const rate = (dead: boolean) => {
+        const found = rows.find((row) => row.dead === dead);
+        const seconds = found?.all === LIMIT ? Math.max(found.since, 1) : Number.POSITIVE_INFINITY;
+        return {
+          lastMinute: (found?.minute ?? 0) / Math.min(60, seconds),
+          lastFiveMinutes: (found?.five ?? 0) / Math.min(300, seconds),
         };
-        return { published: rate(false), dead: rate(true) };
-      }),
+      };
+      return { published: rate(false), dead: rate(true) };
+    },
   };
 }

@@ -1,4 +1,4 @@
-import { GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { isNoAnswer } from '../connections/pool-health.ts';
 import { CLAIM_LOCK, LockHeldError } from '../connections/table-lock.ts';
 import { type Aggregate, aggregateKey, byId, type OutboxEvent } from '../event.ts';
@@ -185,6 +185,5 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
 
     /** Deadline of the statements of `claimFirst`. */
     printDeadlineMs: printDeadlineMs(maxEventBytes),
-    claimOptions: GENERIC,
   };
 }

@@ -1,4 +1,5 @@
 /** The states of a row (table.ts) as SQL conditions, and what else several statements share. */
+import type { RelayConfig } from '../config/config.ts';
 
 /** Makes an interval of a number of milliseconds. */
 export const MS = `* interval '1 millisecond'`;
@@ -18,7 +19,7 @@ export const WAITS_FOR_RETRY = (row: string) => `${row}.attempts > 0`;
 /**
  * The row's entry id, or null where the column holds no entry id. A role that may write the column can put any text there,
  * and one such row must not fail a statement or a call of Redis for many rows. Redis makes ids of 13 digits by its clock;
- * cursors take 18.
+ * cursor.ts accepts up to 18.
  */
 export const ENTRY_ID = (row: string) =>
   `CASE WHEN octet_length(${row}.stream_entry_id) > 37 THEN NULL
@@ -49,18 +50,11 @@ export const OF_AGGREGATE = (row: string, aggregate: string) =>
 export const BY_ID = (row: string) => `ORDER BY ${row}.aggregate_id, ${row}.id`;
 export const FIRST = (row: string) => `${BY_ID(row)} LIMIT 1`;
 
-export type OutboxOptions = Readonly<{
-  ordering: 'aggregate' | 'none';
-  /** Whether a dead row lets the rest of its aggregate go on. */
-  deadLetterPolicy: 'continue' | 'hold';
-  /** How long a leased row is left alone before the lease reaper asks what became of its job. */
-  claimLeaseMs: number;
-  /** Topic of rows that have none. */
-  streamName: string;
-  /** An event whose payload, types and topic are larger is withheld: it can only be dead-lettered. */
-  maxEventBytes: number;
-  /** Publish jobs in Redis at most; bounds the window of an aggregate. */
-  maxInFlight: number;
-  /** Deadline of one statement. */
-  statementTimeoutMs: number;
-}>;
+export type OutboxOptions = Pick<
+  RelayConfig,
+  'ordering' | 'deadLetterPolicy' | 'claimLeaseMs' | 'streamName' | 'maxEventBytes' | 'maxInFlight'
+> &
+  Readonly<{
+    /** Deadline of one statement. */
+    statementTimeoutMs: number;
+  }>;

@@ -1,6 +1,6 @@
-import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
-import { ENTRY_ID, TOPIC } from './conditions.ts';
+import { DEAD, ENTRY_ID, type OutboxOptions, TOPIC } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault, printable, printableType, storedType } from './event-of-row.ts';
 
 /**
@@ -24,19 +24,17 @@ export type DeadLetterFilter = Readonly<{
 }>;
 
 /** A dead letter in a list: everything but the payload. Times are ISO 8601. */
-export type DeadLetter = Readonly<{
-  eventId: string;
-  eventType: string;
-  aggregateType: string;
-  aggregateId: string;
-  topic: string;
-  attempts: number;
-  error: string;
-  createdAt: string;
-  deadLetteredAt: string;
-  /** Its entry in the dead-letter stream, which may have been trimmed since. */
-  entryId: string | null;
-}>;
+export type DeadLetter = Pick<
+  OutboxEvent,
+  'eventId' | 'eventType' | 'aggregateType' | 'aggregateId' | 'topic' | 'attempts'
+> &
+  Readonly<{
+    error: string;
+    createdAt: string;
+    deadLetteredAt: string;
+    /** Its entry in the dead-letter stream, which may have been trimmed since. */
+    entryId: string | null;
+  }>;
 
 /** Place of a dead letter in the order of time. */
 export type DeadLetterPlace = Readonly<{ at: string; id: string }>;
@@ -53,13 +51,13 @@ export type DeadLetterGroup = Readonly<{
 }>;
 
 /** A dead row on its way back, or out. */
-export type DeadRow = Readonly<{ id: string; eventId: string; aggregateType: string; aggregateId: string }>;
+export type DeadRow = Pick<OutboxEvent, 'id' | 'eventId' | 'aggregateType' | 'aggregateId'>;
 
 /** The same with the stream that it was for, and the id of its last dead letter. */
 export type LockedRow = DeadRow & Readonly<{ topic: string; entryId: string | null }>;
 
 /** Place of a row in the order of aggregates: within each, that of its rows. */
-export type AggregatePlace = Readonly<{ aggregateType: string; aggregateId: string; id: string }>;
+export type AggregatePlace = Pick<OutboxEvent, 'aggregateType' | 'aggregateId' | 'id'>;
 
 /** Where the row is that an event has; see table.ts. */
 export type RowState = 'fresh' | 'leased' | 'due' | 'parked' | 'published' | 'dead' | 'discarded';
@@ -96,55 +94,48 @@ const MOST_CHARACTERS = 2_000;
 const cut = (text: string, characters = MOST_CHARACTERS) => `left((${text})::text, ${characters})`;
 const NUMBERS_AND_IDS = '[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9]+';
 
-const DEAD = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NOT NULL`;
-/** Asked of a row that is looked up by its id: no partial index shall seem to answer it. See STILL_LIVE in outbox.ts. */
+/** Asked of a row that is looked up by its id: no partial index shall seem to answer it. See STILL_LIVE in conditions.ts. */
 const STILL_DEAD = (row: string) =>
   `CASE WHEN ${row}.published THEN false ELSE ${row}.dead_lettered_at IS NOT NULL END`;
 const iso = (time: string) => `to_char(${time} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')`;
 /** Infinity is no time to print. */
 const isoOrNull = (time: string) => `CASE WHEN isfinite(${time}) THEN ${iso(time)} END`;
 
+/** Whether `o` is dead, and matches a filter. */
+const MATCHING = `${DEAD('o')}
+  AND ($2::text IS NULL OR o.event_type = $2) AND ($3::text IS NULL OR coalesce(o.topic, $1) = $3)
+  AND ($4::text IS NULL OR o.aggregate_type = $4) AND ($5::uuid IS NULL OR o.aggregate_id = $5)
+  AND ($6::text IS NULL OR strpos(lower(${cut('o.error_message')}), lower($6)) > 0)
+  AND o.dead_lettered_at >= coalesce($7::timestamptz, '-infinity')
+  AND o.dead_lettered_at <= coalesce($8::timestamptz, 'infinity')`;
+
+/**
+ * All that match. In an order that only the index on dead rows has: the platform's index on `published` looks as
+ * good to the planner, and holds every row that waits (122,000 were read to find none, seen in the test of plans).
+ */
+const allMatching = (direction: 'ASC' | 'DESC', bound: string) =>
+  `(SELECT o.* FROM identity.outbox o WHERE ${MATCHING}
+    ORDER BY o.dead_lettered_at ${direction}, o.id ${direction} ${bound}) o`;
+
 export function createDeadRows(
   pool: Pool,
-  options: Readonly<{ streamName: string; maxEventBytes: number; statementTimeoutMs: number }>,
+  options: Pick<OutboxOptions, 'streamName' | 'maxEventBytes' | 'statementTimeoutMs'>,
 ) {
   const { streamName, maxEventBytes, statementTimeoutMs } = options;
   const within = <T>(work: (tx: Queryable) => Promise<T>) =>
     transaction(pool, statementTimeoutMs, 'durable', work);
-  const read = <T extends object>(text: string, values: unknown[]): Promise<T[]> =>
-    within(async (tx) => (await tx.query<T>(text, values)).rows);
+  const db = asking(pool, statementTimeoutMs, 'durable');
+  const read = async <T extends object>(text: string, values: unknown[]): Promise<T[]> =>
+    (await db.query<T>(text, values)).rows;
 
-  /** The filter as conditions on `o`, their parameters after those in `values`. `$1` is the topic of rows without. */
-  function matching(filter: DeadLetterFilter, values: unknown[]): string {
-    const conditions = [DEAD('o')];
-    const add = (value: unknown, condition: (parameter: string) => string) => {
-      if (value === undefined) return;
-      values.push(value);
-      conditions.push(condition(`$${values.length}`));
-    };
-    add(filter.eventType, (it) => `o.event_type = ${it}`);
-    add(filter.topic, (it) => `coalesce(o.topic, $1) = ${it}`);
-    add(filter.aggregateType, (it) => `o.aggregate_type = ${it}`);
-    add(filter.aggregateId, (it) => `o.aggregate_id = ${it}::uuid`);
-    add(filter.error, (it) => `strpos(lower(${cut('o.error_message')}), lower(${it})) > 0`);
-    add(filter.since, (it) => `o.dead_lettered_at >= ${it}::timestamptz`);
-    add(filter.until, (it) => `o.dead_lettered_at <= ${it}::timestamptz`);
-    // Each statement names $1: PostgreSQL wants to know its type.
-    return `$1::text IS NOT NULL AND ${conditions.join(' AND ')}`;
-  }
+  /** What the parameters of MATCHING are; others come after them. */
+  const valuesOf = (it: DeadLetterFilter): unknown[] => [
+    ...[streamName, it.eventType, it.topic, it.aggregateType, it.aggregateId, it.error, it.since, it.until],
+  ];
 
-  /**
-   * All that match. In an order that only the index on dead rows has: the platform's index on `published` looks as
-   * good to the planner, and holds every row that waits (122,000 were read to find none, seen in the test of plans).
-   */
-  const allMatching = (filter: DeadLetterFilter, values: unknown[], direction = '', bound = 'OFFSET 0') =>
-    `(SELECT o.* FROM identity.outbox o WHERE ${matching(filter, values)}
-      ORDER BY o.dead_lettered_at ${direction}, o.id ${direction} ${bound}) o`;
-
-  const details = (eventId: string, printing: boolean): Promise<RowDetails[]> =>
-    within(async (tx) => {
-      const { rows } = await tx.query<OutboxEvent & Omit<RowDetails, 'event'>>(
-        `WITH wanted AS (SELECT * FROM identity.outbox WHERE event_id = $2::uuid)
+  async function details(eventId: string, printing: boolean): Promise<RowDetails[]> {
+    const rows = await read<OutboxEvent & Omit<RowDetails, 'event'>>(
+      `WITH wanted AS (SELECT * FROM identity.outbox WHERE event_id = $2::uuid)
          ${eventsOf('wanted', maxEventBytes, {
            columns: `CASE WHEN o.published AND o.dead_lettered_at IS NOT NULL THEN 'discarded'
                           WHEN o.published THEN 'published'
@@ -158,15 +149,15 @@ export function createDeadRows(
              ${cut('o.discard_reason')} AS "discardReason", ${cut('o.discarded_by')} AS "discardedBy",`,
            ...(!printing && { printed: 'false', otherwise: cut('o.error_message') }),
          })}`,
-        [streamName, eventId],
-      );
-      return rows.map((row) => {
-        const { state, error, nextAttemptAt, deadLetteredAt, replayedAt, publishedAt, ...rest } = row;
-        const { entryId, discardReason, discardedBy, ...event } = rest;
-        const times = { nextAttemptAt, deadLetteredAt, replayedAt, publishedAt };
-        return { event, state, error, ...times, entryId, discardReason, discardedBy };
-      });
+      [streamName, eventId],
+    );
+    return rows.map((row) => {
+      const { state, error, nextAttemptAt, deadLetteredAt, replayedAt, publishedAt, ...rest } = row;
+      const { entryId, discardReason, discardedBy, ...event } = rest;
+      const times = { nextAttemptAt, deadLetteredAt, replayedAt, publishedAt };
+      return { event, state, error, ...times, entryId, discardReason, discardedBy };
     });
+  }
 
   return {
     /** Runs `work` on rows that `lock` holds until it is committed: when it returns, no crash can undo it. */
@@ -177,24 +168,18 @@ export function createDeadRows(
       filter: DeadLetterFilter,
       after: DeadLetterPlace | null,
       limit: number,
-    ): Promise<(DeadLetter & Readonly<{ id: string }>)[]> => {
-      const values: unknown[] = [streamName, limit];
-      const match = matching(filter, values);
-      const from =
-        after === null
-          ? ''
-          : `AND (o.dead_lettered_at, o.id) < ($${values.push(after.at)}::timestamptz, $${values.push(after.id)}::bigint)`;
-      return read(
+    ): Promise<(DeadLetter & Readonly<{ id: string }>)[]> =>
+      read(
         `SELECT o.id::text AS "id", o.event_id AS "eventId", ${printable(cut('o.event_type', 200))} AS "eventType",
                 ${printableType(cut('o.aggregate_type', 200))} AS "aggregateType", o.aggregate_id AS "aggregateId",
                 ${printable(cut('coalesce(o.topic, $1)', 512))} AS "topic", o.attempts AS "attempts",
                 ${cut("coalesce(o.error_message, '')")} AS "error", ${iso('o.created_at')} AS "createdAt",
                 ${iso('o.dead_lettered_at')} AS "deadLetteredAt", ${ENTRY_ID('o')} AS "entryId"
-         FROM identity.outbox o WHERE ${match} ${from}
-         ORDER BY o.dead_lettered_at DESC, o.id DESC LIMIT $2`,
-        values,
-      );
-    },
+         FROM identity.outbox o
+         WHERE ${MATCHING} ${after ? 'AND (o.dead_lettered_at, o.id) < ($10::timestamptz, $11::bigint)' : ''}
+         ORDER BY o.dead_lettered_at DESC, o.id DESC LIMIT $9`,
+        [...valuesOf(filter), limit, ...(after ? [after.at, after.id] : [])],
+      ),
 
     /**
      * The same, counted by reason, the most frequent first.
@@ -204,27 +189,23 @@ export function createDeadRows(
       filter: DeadLetterFilter,
       limit: number,
       look = Number.MAX_SAFE_INTEGER,
-    ): Promise<DeadLetterGroup[]> => {
-      const values: unknown[] = [streamName, limit, look];
-      const from = allMatching(filter, values, 'DESC', 'LIMIT $3');
-      return read(
+    ): Promise<DeadLetterGroup[]> =>
+      read(
         `SELECT g.error, g.count, ${iso('g.first')} AS "first", ${iso('g.last')} AS "last",
                 (SELECT event_id FROM identity.outbox WHERE id = g.example) AS "example", g.types AS "eventTypes"
          FROM (SELECT left(regexp_replace(${cut("coalesce(o.error_message, '')")}, '${NUMBERS_AND_IDS}', '#', 'g'), ${ERROR_SHOWN}) AS error,
                       count(*)::int AS count, min(o.dead_lettered_at) AS first, max(o.dead_lettered_at) AS last,
                       max(o.id) AS example,
                       (array_agg(DISTINCT ${printable(cut('o.event_type', 200))}))[1:${EVERY_TYPE_SHOWN}] AS types
-               FROM ${from} GROUP BY 1) g
-         ORDER BY g.count DESC, g.error LIMIT $2`,
-        values,
-      );
-    },
+               FROM ${allMatching('DESC', 'LIMIT $10')} GROUP BY 1) g
+         ORDER BY g.count DESC, g.error LIMIT $9`,
+        [...valuesOf(filter), limit, look],
+      ),
 
     async count(filter: DeadLetterFilter): Promise<number> {
-      const values: unknown[] = [streamName];
       const [counted] = await read<{ n: number }>(
-        `SELECT count(*)::int AS n FROM ${allMatching(filter, values)}`,
-        values,
+        `SELECT count(*)::int AS n FROM ${allMatching('ASC', 'OFFSET 0')}`,
+        valuesOf(filter),
       );
       return counted?.n ?? 0;
     },
@@ -240,17 +221,12 @@ export function createDeadRows(
 
     /** Dead rows that match, in the order of their aggregates, after that place. */
     inOrder: (filter: DeadLetterFilter, after: AggregatePlace | null, limit: number): Promise<DeadRow[]> => {
-      const values: unknown[] = [streamName, limit];
-      const match = matching(filter, values);
-      const from =
-        after === null
-          ? ''
-          : `AND (o.aggregate_type, o.aggregate_id, o.id) >
-                 (${storedType(`$${values.push(after.aggregateType)}::text`)}, $${values.push(after.aggregateId)}::uuid, $${values.push(after.id)}::bigint)`;
+      const place = `(${storedType('$10::text')}, $11::uuid, $12::bigint)`;
       return read(
-        `SELECT ${DEAD_ROW} FROM identity.outbox o WHERE ${match} ${from}
-         ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT $2`,
-        values,
+        `SELECT ${DEAD_ROW} FROM identity.outbox o
+         WHERE ${MATCHING} ${after ? `AND (o.aggregate_type, o.aggregate_id, o.id) > ${place}` : ''}
+         ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT $9`,
+        [...valuesOf(filter), limit, ...(after ? [after.aggregateType, after.aggregateId, after.id] : [])],
       );
     },
 
@@ -319,16 +295,14 @@ export function createDeadRows(
      * @throws when PostgreSQL does not take what the entry says, or the role may not insert
      */
     async insert(lost: LostRow): Promise<boolean> {
-      const { rowCount } = await within((tx) =>
-        tx.query(
-          `INSERT INTO identity.outbox
+      const { rowCount } = await db.query(
+        `INSERT INTO identity.outbox
              (event_id, event_type, aggregate_type, aggregate_id, topic, payload, created_at, replayed_at)
            VALUES ($1::uuid, $2, $3, $4::uuid, $5, $6::jsonb, $7::timestamptz, now()) ON CONFLICT (event_id) DO NOTHING`,
-          [
-            ...[lost.eventId, lost.eventType, lost.aggregateType, lost.aggregateId, lost.topic],
-            ...[lost.payload, lost.occurredAt],
-          ],
-        ),
+        [
+          ...[lost.eventId, lost.eventType, lost.aggregateType, lost.aggregateId, lost.topic],
+          ...[lost.payload, lost.occurredAt],
+        ],
       );
       return rowCount === 1;
     },

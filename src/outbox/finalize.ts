@@ -1,4 +1,5 @@
-import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { asking, type Pool, type Queryable } from '../connections/database.ts';
+import type { OutboxEvent } from '../event.ts';
 import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
 
 /**
@@ -7,7 +8,7 @@ import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
  */
 
 /** A row by its id, and by the event that it must hold. */
-export type RowName = Readonly<{ id: string; eventId: string }>;
+export type RowName = Pick<OutboxEvent, 'id' | 'eventId'>;
 
 /** An event that was appended. `entryId`: the id of its entry, e.g. `1700000000000-0`. */
 export type PublishedEvent = RowName & Readonly<{ entryId: string }>;
@@ -54,14 +55,12 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
     async recordFailure(
       failure: RowName & Readonly<{ attempts: number; reason: string; retryInMs: number }>,
     ): Promise<void> {
-      await transaction(pool, options.statementTimeoutMs, 'durable', (tx) =>
-        tx.query(
-          `UPDATE identity.outbox o
+      await asking(pool, options.statementTimeoutMs, 'durable').query(
+        `UPDATE identity.outbox o
            SET attempts = $3, error_message = $4, next_attempt_at = now() + $5 ${MS}
            -- Whether the row is leased is not asked: an attempt may fail before its claim has committed.
            WHERE o.id = $1 AND o.event_id = $2 AND ${STILL_LIVE('o')} AND o.attempts <= $3`,
-          [failure.id, failure.eventId, failure.attempts, failure.reason, failure.retryInMs],
-        ),
+        [failure.id, failure.eventId, failure.attempts, failure.reason, failure.retryInMs],
       );
     },
 
@@ -70,11 +69,10 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
      * `attempts` of at least 1. Otherwise refill would free the parked rows at once.
      */
     async park(eventIds: readonly string[], failed: readonly string[]): Promise<void> {
-      await transaction(pool, options.statementTimeoutMs, 'repeatable', async (tx) => {
-        await tx.query(
-          // `is_leased` is read from the locked row. A job may be released before its claim has committed: then this
-          // statement still sees a fresh row in its snapshot, waits for the lock, and gets the leased row.
-          `WITH named AS MATERIALIZED (
+      await asking(pool, options.statementTimeoutMs).query(
+        // `is_leased` is read from the locked row. A job may be released before its claim has committed: then this
+        // statement still sees a fresh row in its snapshot, waits for the lock, and gets the leased row.
+        `WITH named AS MATERIALIZED (
              SELECT o.id FROM unnest($1::uuid[] || $2::uuid[]) AS a (event_id)
              CROSS JOIN LATERAL (SELECT o.id FROM identity.outbox o WHERE o.event_id = a.event_id LIMIT 1) o
              ORDER BY o.id
@@ -89,9 +87,8 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
            SET attempts = CASE WHEN locked.failed THEN greatest(o.attempts, 1) ELSE o.attempts END,
                next_attempt_at = CASE WHEN o.event_id = ANY ($1::uuid[]) THEN 'infinity' ELSE o.next_attempt_at END
            FROM locked WHERE o.id = locked.id AND locked.is_leased`,
-          [eventIds, failed],
-        );
-      });
+        [eventIds, failed],
+      );
     },
   };
 }

@@ -1,6 +1,7 @@
-import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { asking, type Pool, type Queryable } from '../connections/database.ts';
 import { isUuid } from '../event.ts';
 import { DEAD, FINALIZED_AT, LIVE, type OutboxOptions, STILL_LIVE } from './conditions.ts';
+import type { AggregatePlace } from './dead-rows.ts';
 import { printable, printableType, storedType } from './event-of-row.ts';
 
 /** Statements for the time after PostgreSQL may have forgotten what became of rows; see recovery/forgotten-entries.ts. */
@@ -23,34 +24,35 @@ function byEvent(entries: readonly Entry[]): [eventIds: string[], entryIds: stri
 
 export function createForgotten(pool: Pool, options: OutboxOptions) {
   const { streamName, statementTimeoutMs } = options;
+  const db = asking(pool, statementTimeoutMs);
 
-  type Place = { aggregateType: string; aggregateId: string; id: string };
-
-  const topicsOf = (condition: (row: string) => string, after: Place | null) =>
-    transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-      const from = after
-        ? `AND (o.aggregate_type, o.aggregate_id, o.id) > (${storedType('$2::text')}, $3, $4)`
-        : '';
-      const { rows } = await tx.query<{ topics: string[] | null; last: Place | null }>(
-        `WITH page AS MATERIALIZED (
+  async function topicsOf(condition: (row: string) => string, after: AggregatePlace | null) {
+    const from = after
+      ? `AND (o.aggregate_type, o.aggregate_id, o.id) > (${storedType('$2::text')}, $3, $4)`
+      : '';
+    const { rows } = await db.query<{ topics: string[] | null; last: AggregatePlace | null }>(
+      `WITH page AS MATERIALIZED (
            SELECT coalesce(o.topic, $1) AS topic, o.aggregate_type, o.aggregate_id, o.id FROM identity.outbox o
            WHERE ${condition('o')} ${from} ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT ${PAGE_ROWS}
          ) SELECT (SELECT array_agg(DISTINCT ${printable('topic')}) FROM page) AS topics,
              (SELECT json_build_object('aggregateType', ${printableType('p.aggregate_type')}, 'aggregateId', p.aggregate_id, 'id', p.id::text)
               FROM (SELECT * FROM page OFFSET ${PAGE_ROWS - 1} LIMIT 1) p) AS last`,
-        [streamName, ...(after ? [after.aggregateType, after.aggregateId, after.id] : [])],
-      );
-      return rows[0] ?? { topics: null, last: null };
-    });
+      [streamName, ...(after ? [after.aggregateType, after.aggregateId, after.id] : [])],
+    );
+    return rows[0] ?? { topics: null, last: null };
+  }
 
   return {
     /** The streams of all rows that are not published. */
     async unpublishedTopics(): Promise<string[]> {
       const topics = new Set<string>();
       for (const condition of [LIVE, DEAD]) {
-        let after: Place | null = null;
+        let after: AggregatePlace | null = null;
         do {
-          const page: { topics: string[] | null; last: Place | null } = await topicsOf(condition, after);
+          const page: { topics: string[] | null; last: AggregatePlace | null } = await topicsOf(
+            condition,
+            after,
+          );
           for (const topic of page.topics ?? []) topics.add(topic);
           after = page.last;
         } while (after !== null);
@@ -63,15 +65,13 @@ export function createForgotten(pool: Pool, options: OutboxOptions) {
      * published last. 0 where there are none.
      */
     async latestEntryMs(): Promise<number> {
-      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rows } = await tx.query<{ ms: string | null }>(
-          `SELECT min(split_part(o.stream_entry_id, '-', 1)::bigint)::text AS ms FROM (
+      const { rows } = await db.query<{ ms: string | null }>(
+        `SELECT min(split_part(o.stream_entry_id, '-', 1)::bigint)::text AS ms FROM (
              SELECT o.stream_entry_id FROM identity.outbox o WHERE o.stream_entry_id IS NOT NULL
              ORDER BY ${FINALIZED_AT('o')} DESC, o.id DESC LIMIT ${LATEST_ROWS}
            ) o WHERE o.stream_entry_id ~ '^[0-9]{1,15}-[0-9]+$'`,
-        );
-        return Number(rows[0]?.ms ?? 0);
-      });
+      );
+      return Number(rows[0]?.ms ?? 0);
     },
 
     /**

@@ -1,4 +1,5 @@
-import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { asking, type Pool, type Queryable } from '../connections/database.ts';
+import type { OutboxEvent } from '../event.ts';
 import { ATTEMPTS, ENTRY_ID, MS, type OutboxOptions, STILL_LIVE, TOPIC } from './conditions.ts';
 import { printable, printableType } from './event-of-row.ts';
 
@@ -11,17 +12,15 @@ const EXPIRED_AT_ONCE = 5_000;
  * A row whose lease has ended. `isDead`: Redis lost its dead letter. `knownLetter`: the dead letter that it had before it was
  * replayed. `endedAt`: when the lease ended, to the microsecond.
  */
-export type ExpiredRow = Readonly<{
-  id: string;
-  eventId: string;
-  aggregateType: string;
-  aggregateId: string;
-  topic: string;
-  isDead: boolean;
-  knownLetter: string | null;
-  attempts: number;
-  endedAt: string;
-}>;
+export type ExpiredRow = Pick<
+  OutboxEvent,
+  'id' | 'eventId' | 'aggregateType' | 'aggregateId' | 'topic' | 'attempts'
+> &
+  Readonly<{
+    isDead: boolean;
+    knownLetter: string | null;
+    endedAt: string;
+  }>;
 
 const EXPIRED = (row: string) =>
   `NOT ${row}.published AND ${row}.next_attempt_at < 'infinity' AND ${row}.next_attempt_at <= now()`;
@@ -30,6 +29,7 @@ const ENDED_AT = (row: string) =>
 
 export function createLeases(pool: Pool, options: OutboxOptions) {
   const { streamName, claimLeaseMs, statementTimeoutMs } = options;
+  const db = asking(pool, statementTimeoutMs);
 
   async function expireLeases(tx: Queryable, eventIds: readonly string[]): Promise<void> {
     await tx.query(
@@ -41,10 +41,9 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
   }
 
   /** In the order of the rows' ids, since acknowledgements lock rows in that order too. */
-  const expireSomeLeases = () =>
-    transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-      const { rows } = await tx.query<{ leased: number; rows: number }>(
-        `WITH leased AS MATERIALIZED (
+  async function expireSomeLeases() {
+    const { rows } = await db.query<{ leased: number; rows: number }>(
+      `WITH leased AS MATERIALIZED (
            SELECT o.id FROM identity.outbox o
            WHERE NOT o.published AND o.next_attempt_at < 'infinity' AND o.next_attempt_at > now() AND o.attempts = 0
            ORDER BY o.next_attempt_at LIMIT ${EXPIRED_AT_ONCE}
@@ -54,24 +53,23 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
              ELSE o.next_attempt_at < 'infinity' AND o.next_attempt_at > now() AND o.attempts = 0 END
            RETURNING 1
          ) SELECT (SELECT count(*) FROM leased)::int AS leased, (SELECT count(*) FROM expired)::int AS rows`,
-      );
-      return rows[0] ?? { leased: 0, rows: 0 };
-    });
+    );
+    return rows[0] ?? { leased: 0, rows: 0 };
+  }
 
   return {
     /** Rows whose lease has ended, the longest overdue first. */
-    expired: (limit: number): Promise<ExpiredRow[]> =>
-      transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rows } = await tx.query<ExpiredRow>(
-          `SELECT o.id::text AS "id", o.event_id AS "eventId", ${printableType('o.aggregate_type')} AS "aggregateType",
+    async expired(limit: number): Promise<ExpiredRow[]> {
+      const { rows } = await db.query<ExpiredRow>(
+        `SELECT o.id::text AS "id", o.event_id AS "eventId", ${printableType('o.aggregate_type')} AS "aggregateType",
                   o.aggregate_id AS "aggregateId", ${printable(TOPIC('o', '$1'))} AS "topic",
                   o.dead_lettered_at IS NOT NULL AS "isDead", ${ENTRY_ID('o')} AS "knownLetter",
                   ${ATTEMPTS('o')} AS "attempts", ${ENDED_AT('o')} AS "endedAt"
            FROM identity.outbox o WHERE ${EXPIRED('o')} ORDER BY o.next_attempt_at LIMIT $2`,
-          [streamName, limit],
-        );
-        return rows;
-      }),
+        [streamName, limit],
+      );
+      return rows;
+    },
 
     /** Locks the rows that have not changed since they were read, and are not locked. Answers their event ids. */
     async lockExpired(tx: Queryable, rows: readonly ExpiredRow[]): Promise<ReadonlySet<string>> {
@@ -125,7 +123,7 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
     /** Ends leases now, so that the lease reaper asks what became of the jobs. */
     expireLeases,
     expireLeasesOf: (eventIds: readonly string[]): Promise<void> =>
-      transaction(pool, statementTimeoutMs, 'durable', (tx) => expireLeases(tx, eventIds)),
+      expireLeases(asking(pool, statementTimeoutMs, 'durable'), eventIds),
 
     /**
      * Ends every lease, since Redis may have lost the jobs. Rows that wait for a retry keep theirs: it ends when the retry
@@ -142,12 +140,10 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
 
     /** Those of the events whose row is live: it exists, and is neither published nor dead. */
     async liveOf(eventIds: readonly string[]): Promise<string[]> {
-      const { rows } = await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
-        tx.query<{ eventId: string }>(
-          `SELECT o.event_id AS "eventId" FROM identity.outbox o
-           WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}`,
-          [eventIds],
-        ),
+      const { rows } = await db.query<{ eventId: string }>(
+        `SELECT o.event_id AS "eventId" FROM identity.outbox o
+         WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}`,
+        [eventIds],
       );
       return rows.map((row) => row.eventId);
     },

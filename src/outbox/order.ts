@@ -30,8 +30,6 @@ const FREE_SHARE = 0.25;
  */
 const FAIR_STEP = 32;
 
-export type Order = ReturnType<typeof orderOf>;
-
 export function orderOf(options: Pick<OutboxOptions, 'ordering' | 'deadLetterPolicy' | 'maxInFlight'>) {
   const ordered = options.ordering === 'aggregate';
   const holds = options.deadLetterPolicy === 'hold';
@@ -62,7 +60,6 @@ export function orderOf(options: Pick<OutboxOptions, 'ordering' | 'deadLetterPol
 
   return {
     ordered,
-    holds,
     window,
 
     /** Order in which the claim leases what it may: by the place of each row in its window, then by id. */

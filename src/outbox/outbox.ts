@@ -1,4 +1,4 @@
-import { type Durability, GENERIC, type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { createGeneration } from '../connections/generation.ts';
 import { epochLock, outboxLock } from '../connections/table-lock.ts';
 import type { DatabaseState } from '../event.ts';
@@ -57,7 +57,4 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
 
   /** From now on transactions of any other generation fail. */
   accept: (generation: string): void => pool.generation?.accept(generation),
-
-  transaction: <T>(durability: Durability, work: (tx: Queryable) => Promise<T>) =>
-    transaction(pool, options.statementTimeoutMs, durability, work, GENERIC),
 });

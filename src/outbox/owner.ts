@@ -1,4 +1,5 @@
 import type { Queryable } from '../connections/database.ts';
+import { CANNOT_TELL } from '../connections/generation.ts';
 
 /** Which database this is. */
 export type Owner = Readonly<{
@@ -9,9 +10,6 @@ export type Owner = Readonly<{
   /** Name of the database on its server. */
   database: string;
 }>;
-
-/** The role may not ask, or the server is a relative of PostgreSQL that has no such function. */
-const CANNOT_TELL = new Set(['42501', '42883', '0A000']);
 
 /**
  * Asked anew each time: an address may lead to another database.

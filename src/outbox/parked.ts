@@ -1,4 +1,4 @@
-import { type Pool, transaction } from '../connections/database.ts';
+import { asking, type Pool } from '../connections/database.ts';
 import type { Aggregate } from '../event.ts';
 import { FIRST, LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, STILL_LIVE } from './conditions.ts';
 import { printableType, storedType } from './event-of-row.ts';
@@ -17,7 +17,7 @@ import { orderOf } from './order.ts';
 export type Standing = 'over' | 'first' | 'early' | 'unclaimed' | 'behind';
 
 export function createParked(pool: Pool, options: OutboxOptions) {
-  const { statementTimeoutMs } = options;
+  const db = asking(pool, options.statementTimeoutMs);
   const order = orderOf(options);
   const variant = `${options.deadLetterPolicy}-${order.window}`;
 
@@ -33,13 +33,12 @@ export function createParked(pool: Pool, options: OutboxOptions) {
       // A list that is computed is planned as if it were long.
       const isEscaped = aggregates.some((it) => it.aggregateType.startsWith('\\x'));
       const types = isEscaped ? `array(SELECT ${storedType('t')} FROM unnest($1::text[]) t)` : '$1::text[]';
-      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rows } = await tx.query<{ fresh: number; waiting: number }>({
-          name: `relay-refill-${variant}${isEscaped ? '-escaped' : ''}`,
-          // Most aggregates have no parked row, and the index of parked rows tells that at once. LATERAL asks for one
-          // aggregate after the other: the planner made of EXISTS a join with all parked rows (100 aggregates beside
-          // 100,000 parked rows: 4 s instead of 1 ms).
-          text: `WITH waiting AS MATERIALIZED (
+      const { rows } = await db.query<{ fresh: number; waiting: number }>({
+        name: `relay-refill-${variant}${isEscaped ? '-escaped' : ''}`,
+        // Most aggregates have no parked row, and the index of parked rows tells that at once. LATERAL asks for one
+        // aggregate after the other: the planner made of EXISTS a join with all parked rows (100 aggregates beside
+        // 100,000 parked rows: 4 s instead of 1 ms).
+        text: `WITH waiting AS MATERIALIZED (
              SELECT a.* FROM unnest(${types}, $2::uuid[]) AS a (aggregate_type, aggregate_id)
              CROSS JOIN LATERAL (
                SELECT p.id FROM identity.outbox p
@@ -55,10 +54,9 @@ export function createParked(pool: Pool, options: OutboxOptions) {
              ) first
              WHERE o.id = first.id AND ${STILL_LIVE('o')} AND ${PARKED('o')} RETURNING 1
            ) SELECT (SELECT count(*) FROM freed)::int AS fresh, (SELECT count(*) FROM waiting)::int AS waiting`,
-          values: [aggregates.map((it) => it.aggregateType), aggregates.map((it) => it.aggregateId)],
-        });
-        return rows[0] ?? { fresh: 0, waiting: 0 };
+        values: [aggregates.map((it) => it.aggregateType), aggregates.map((it) => it.aggregateId)],
       });
+      return rows[0] ?? { fresh: 0, waiting: 0 };
     },
 
     /**
@@ -68,10 +66,9 @@ export function createParked(pool: Pool, options: OutboxOptions) {
     async standingOf(
       events: readonly Readonly<{ eventId: string; before: string | null }>[],
     ): Promise<ReadonlyMap<string, Standing>> {
-      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rows } = await tx.query<{ eventId: string; standing: Standing }>({
-          name: `relay-standing-${options.ordering}-${variant}`,
-          text: `WITH own AS MATERIALIZED (
+      const { rows } = await db.query<{ eventId: string; standing: Standing }>({
+        name: `relay-standing-${options.ordering}-${variant}`,
+        text: `WITH own AS MATERIALIZED (
              SELECT o.*, coalesce((
                  SELECT CASE WHEN b.published THEN b.dead_lettered_at IS NULL AND b.stream_entry_id IS NOT NULL END
                  FROM identity.outbox b WHERE b.event_id = a.before), false) AS is_next
@@ -89,11 +86,10 @@ export function createParked(pool: Pool, options: OutboxOptions) {
                   WHEN h.unclaimed_id < own.id THEN 'unclaimed' WHEN h.first_id < own.id THEN 'early'
                   ELSE 'first' END AS "standing"
            FROM own LEFT JOIN heads h ON h.aggregate_type = own.aggregate_type AND h.aggregate_id = own.aggregate_id`,
-          values: [events.map((it) => it.eventId), events.map((it) => it.before)],
-        });
-        const found = new Map(rows.map(({ eventId, standing }) => [eventId, standing]));
-        return new Map(events.map(({ eventId }) => [eventId, found.get(eventId) ?? 'over']));
+        values: [events.map((it) => it.eventId), events.map((it) => it.before)],
       });
+      const found = new Map(rows.map(({ eventId, standing }) => [eventId, standing]));
+      return new Map(events.map(({ eventId }) => [eventId, found.get(eventId) ?? 'over']));
     },
 
     /**
@@ -101,36 +97,32 @@ export function createParked(pool: Pool, options: OutboxOptions) {
      * number of parked rows does not matter.
      */
     async parkedAggregates(after: Aggregate | null, limit: number): Promise<Aggregate[]> {
-      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const next = (from: string) => `
+      const next = (from: string) => `
           SELECT p.aggregate_type, p.aggregate_id FROM identity.outbox p
           WHERE ${LIVE('p')} AND ${PARKED('p')} AND (p.aggregate_type, p.aggregate_id) > ${from}
           ORDER BY p.aggregate_type, p.aggregate_id LIMIT 1`;
-        const { rows } = await tx.query<Aggregate>(
-          `WITH RECURSIVE walk AS (
+      const { rows } = await db.query<Aggregate>(
+        `WITH RECURSIVE walk AS (
              (${next(`(${storedType('$1::text')}, $2::uuid)`)})
              UNION ALL
              SELECT step.* FROM walk w CROSS JOIN LATERAL (${next('(w.aggregate_type, w.aggregate_id)')}) step
            )
            SELECT ${printableType('aggregate_type')} AS "aggregateType", aggregate_id AS "aggregateId" FROM walk LIMIT $3`,
-          [after?.aggregateType ?? '', after?.aggregateId ?? '00000000-0000-0000-0000-000000000000', limit],
-        );
-        return rows;
-      });
+        [after?.aggregateType ?? '', after?.aggregateId ?? '00000000-0000-0000-0000-000000000000', limit],
+      );
+      return rows;
     },
 
     /** Without ordering nothing waits for anything: frees rows that an earlier configuration parked. */
     async unparkAll(limit: number): Promise<number> {
-      return transaction(pool, statementTimeoutMs, 'repeatable', async (tx) => {
-        const { rowCount } = await tx.query(
-          `UPDATE identity.outbox o SET next_attempt_at = NULL
+      const { rowCount } = await db.query(
+        `UPDATE identity.outbox o SET next_attempt_at = NULL
            FROM (SELECT p.id FROM identity.outbox p WHERE ${LIVE('p')} AND ${PARKED('p')}
                  ORDER BY p.aggregate_type, p.aggregate_id, p.id LIMIT $1 FOR UPDATE SKIP LOCKED) parked
            WHERE o.id = parked.id`,
-          [limit],
-        );
-        return rowCount ?? 0;
-      });
+        [limit],
+      );
+      return rowCount ?? 0;
     },
   };
 }

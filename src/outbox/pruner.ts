@@ -1,5 +1,5 @@
 import type pg from 'pg';
-import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { LockHeldError, PRUNE_LOCK } from '../connections/table-lock.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { FINALIZED_AT } from './conditions.ts';
@@ -51,8 +51,8 @@ const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
 };
 
 /**
- * Dead and discarded rows, and those that an operator skipped, are kept, whatever their age. The rows are found by the
- * conditions of WALKS. A CASE keeps the planner from using an index on `published`, which the platform has, for this one.
+ * Dead and discarded rows, and those that an operator skipped, are kept, whatever their age. The CASE keeps the planner from
+ * using the platform's index on `published`; the conditions of WALKS choose the index.
  */
 const PRUNABLE = 'CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE false END';
 
@@ -170,8 +170,9 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
 
     /** The database's time `ms` ago. */
     async ago(ms: number): Promise<string> {
-      const { rows } = await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
-        tx.query<{ at: string }>(`SELECT (now() - $1 * interval '1 millisecond')::text AS at`, [ms]),
+      const { rows } = await asking(pool, statementTimeoutMs).query<{ at: string }>(
+        `SELECT (now() - $1 * interval '1 millisecond')::text AS at`,
+        [ms],
       );
       return (rows[0] as { at: string }).at;
     },

@@ -1,6 +1,7 @@
-import { type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { asking, type Pool } from '../connections/database.ts';
 import { byId, type OutboxEvent } from '../event.ts';
 import { ENTRY_ID, FINALIZED_AT, type OutboxOptions, TOPIC } from './conditions.ts';
+import type { DeadLetterFilter } from './dead-rows.ts';
 import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
 /**
@@ -31,16 +32,10 @@ export type PublishedRow = FinalizedRow &
 
 /** The event of a published or dead row, with what the row says of its failure. */
 export type FinalizedEvent = OutboxEvent &
-  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null; entryId: string | null }>;
+  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null }>;
 
 /** Selects published events. A member that is left out selects all. */
-export type PublishedFilter = Readonly<{
-  topic?: string;
-  eventType?: string;
-  aggregateType?: string;
-  /** uuid */
-  aggregateId?: string;
-}>;
+export type PublishedFilter = Pick<DeadLetterFilter, 'topic' | 'eventType' | 'aggregateType' | 'aggregateId'>;
 
 /** Place of a row in the order of time. */
 export type FinalizedPlace = Readonly<{ finalizedAt: string; id: string }>;
@@ -57,23 +52,24 @@ export function createPublished(
   options: Pick<OutboxOptions, 'streamName' | 'maxEventBytes' | 'statementTimeoutMs'>,
 ) {
   const { streamName, maxEventBytes, statementTimeoutMs } = options;
-  const read = <T>(work: (tx: Queryable) => Promise<T>) =>
-    transaction(pool, statementTimeoutMs, 'repeatable', work);
+  const db = asking(pool, statementTimeoutMs);
 
-  const select = (ids: readonly string[], condition: string, printing: boolean): Promise<FinalizedEvent[]> =>
-    read(async (tx) => {
-      const { rows } = await tx.query<FinalizedEvent>(
-        `WITH finalized AS (
+  async function select(
+    ids: readonly string[],
+    condition: string,
+    printing: boolean,
+  ): Promise<FinalizedEvent[]> {
+    const { rows } = await db.query<FinalizedEvent>(
+      `WITH finalized AS (
            SELECT * FROM identity.outbox WHERE id = ANY ($2::bigint[]) AND ${condition}
          ) ${eventsOf('finalized', maxEventBytes, {
-           columns: `o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",
-                     ${ENTRY_ID('o')} AS "entryId",`,
+           columns: `o.error_message AS "errorMessage", o.dead_lettered_at AS "deadLetteredAt",`,
            ...(!printing && { printed: 'false', otherwise: 'o.error_message' }),
          })}`,
-        [streamName, ids],
-      );
-      return rows.sort(byId);
-    });
+      [streamName, ids],
+    );
+    return rows.sort(byId);
+  }
 
   /** Withholds the payload of a row that PostgreSQL cannot print: the row is dead for that reason. */
   async function eventsWhere(ids: readonly string[], condition: string): Promise<FinalizedEvent[]> {
@@ -91,51 +87,47 @@ export function createPublished(
   return {
     /** The database's time, to the microsecond. */
     async databaseTime(): Promise<string> {
-      const { rows } = await read((tx) => tx.query<{ now: string }>('SELECT clock_timestamp()::text AS now'));
+      const { rows } = await db.query<{ now: string }>('SELECT clock_timestamp()::text AS now');
       return (rows[0] as { now: string }).now;
     },
 
     /** Where a comparison begins: `windowMs` ago, or at `checkpoint` if that is later. */
     async comparedFrom(windowMs: number, checkpoint: string | null): Promise<string> {
-      const { rows } = await read((tx) =>
-        tx.query<{ since: string }>(
-          `SELECT greatest(now() - $1 * interval '1 millisecond',
+      const { rows } = await db.query<{ since: string }>(
+        `SELECT greatest(now() - $1 * interval '1 millisecond',
                            $2::timestamptz - $3 * interval '1 millisecond')::text AS since`,
-          [windowMs, checkpoint, CLOCK_STEP_MS],
-        ),
+        [windowMs, checkpoint, CLOCK_STEP_MS],
       );
       return (rows[0] as { since: string }).since;
     },
 
     /** The rows after that place up to `until`, in the order in which they were published or given up. */
-    finalizedRows: (after: FinalizedPlace, until: string, limit: number): Promise<FinalizedRow[]> =>
-      read(async (tx) => {
-        const { rows } = await tx.query<FinalizedRow>(
-          `SELECT o.id::text AS "id", o.event_id AS "eventId",
+    async finalizedRows(after: FinalizedPlace, until: string, limit: number): Promise<FinalizedRow[]> {
+      const { rows } = await db.query<FinalizedRow>(
+        `SELECT o.id::text AS "id", o.event_id AS "eventId",
                   CASE WHEN o.dead_lettered_at IS NULL THEN ${TOPIC('o', '$1')} END AS "topic",
                   coalesce(${ENTRY_ID('o')}, '') AS "entryId", ${AT}::text AS "finalizedAt"
            FROM identity.outbox o
            WHERE o.stream_entry_id IS NOT NULL AND (${AT}, o.id) > ($2::timestamptz, $3::bigint)
              AND ${AT} <= $4::timestamptz
            ORDER BY ${AT}, o.id LIMIT $5`,
-          [streamName, after.finalizedAt, after.id, until, limit],
-        );
-        return rows;
-      }),
+        [streamName, after.finalizedAt, after.id, until, limit],
+      );
+      return rows;
+    },
 
     /**
      * Of the same rows, those that are in the stream of their topic and match. Those whose entry id is none are left out:
      * they were not published by a relay, and "relay verify --repair" has them published.
      */
-    publishedRows: (
+    async publishedRows(
       filter: PublishedFilter,
       after: FinalizedPlace,
       until: string,
       limit: number,
-    ): Promise<PublishedRow[]> =>
-      read(async (tx) => {
-        const { rows } = await tx.query<PublishedRow>(
-          `SELECT o.id::text AS "id", o.event_id AS "eventId", ${TOPIC('o', '$1')} AS "topic",
+    ): Promise<PublishedRow[]> {
+      const { rows } = await db.query<PublishedRow>(
+        `SELECT o.id::text AS "id", o.event_id AS "eventId", ${TOPIC('o', '$1')} AS "topic",
                   o.stream_entry_id AS "entryId",
                   ${AT}::text AS "finalizedAt", pg_column_size(o.payload) AS "bytes",
                   round(extract(epoch FROM ${AT}) * 1000000)::bigint::text AS "finalizedUs"
@@ -145,13 +137,13 @@ export function createPublished(
              AND ($6::text IS NULL OR coalesce(o.topic, $1) = $6) AND ($7::text IS NULL OR o.event_type = $7)
              AND ($8::text IS NULL OR o.aggregate_type = $8) AND ($9::uuid IS NULL OR o.aggregate_id = $9)
            ORDER BY ${AT}, o.id LIMIT $5`,
-          [
-            ...[streamName, after.finalizedAt, after.id, until, limit],
-            ...[filter.topic, filter.eventType, filter.aggregateType, filter.aggregateId],
-          ],
-        );
-        return rows;
-      }),
+        [
+          ...[streamName, after.finalizedAt, after.id, until, limit],
+          ...[filter.topic, filter.eventType, filter.aggregateType, filter.aggregateId],
+        ],
+      );
+      return rows;
+    },
 
     /** The events of those of these rows that are published or dead and have an entry id, in order of id. */
     finalizedEvents: (ids: readonly string[]): Promise<FinalizedEvent[]> =>
@@ -173,10 +165,9 @@ export function createPublished(
      * writes the dead letter again. A row that has got another entry since stays as it is.
      */
     async unpublish(lost: readonly FinalizedRow[]): Promise<number> {
-      return transaction(pool, statementTimeoutMs, 'durable', async (tx) => {
-        const { rowCount } = await tx.query({
-          name: 'relay-unpublish',
-          text: `UPDATE identity.outbox o
+      const { rowCount } = await asking(pool, statementTimeoutMs, 'durable').query({
+        name: 'relay-unpublish',
+        text: `UPDATE identity.outbox o
                  SET published = false, stream_entry_id = NULL,
                      next_attempt_at = CASE WHEN o.dead_lettered_at IS NOT NULL THEN now() END,
                      attempts = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.attempts ELSE 0 END,
@@ -185,10 +176,9 @@ export function createPublished(
                  -- An expression, not the column: with the column the planner reads the whole index of rows with an entry.
                  WHERE o.id = l.id AND o.event_id = l.event_id AND coalesce(${ENTRY_ID('o')}, '') = l.entry_id
                    AND CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE o.dead_lettered_at IS NOT NULL END`,
-          values: [lost.map((it) => it.id), lost.map((it) => it.eventId), lost.map((it) => it.entryId)],
-        });
-        return rowCount ?? 0;
+        values: [lost.map((it) => it.id), lost.map((it) => it.eventId), lost.map((it) => it.entryId)],
       });
+      return rowCount ?? 0;
     },
   };
 }

@@ -1,6 +1,7 @@
 import type pg from 'pg';
 import type { Pool, Queryable } from '../connections/database.ts';
 import { type HealthyPool, ReadOnlyError, TooFewSessionsError } from '../connections/pool-health.ts';
+import { succeedsWithin } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /**
@@ -44,21 +45,20 @@ export async function removeWakeup(db: Queryable): Promise<'removed' | 'absent'>
   return 'removed';
 }
 
-export async function hasWakeup(db: Queryable): Promise<boolean> {
-  const { rowCount } = await db.query(
-    `SELECT FROM pg_trigger WHERE tgrelid = 'identity.outbox'::regclass AND tgname = 'relay_outbox_wakeup'`,
+/** `tgenabled` of the trigger; undefined where there is none. */
+async function triggerState(db: Queryable): Promise<string | undefined> {
+  const { rows } = await db.query<{ state: string }>(
+    `SELECT tgenabled::text AS state FROM pg_trigger
+     WHERE tgrelid = 'identity.outbox'::regclass AND tgname = 'relay_outbox_wakeup'`,
   );
-  return rowCount === 1;
+  return rows[0]?.state;
 }
 
+export const hasWakeup = async (db: Queryable): Promise<boolean> => (await triggerState(db)) !== undefined;
+
 /** Whether the trigger is switched off (DISABLE TRIGGER). */
-export async function isWakeupOff(db: Queryable): Promise<boolean> {
-  const { rowCount } = await db.query(
-    `SELECT FROM pg_trigger WHERE tgrelid = 'identity.outbox'::regclass AND tgname = 'relay_outbox_wakeup'
-     AND tgenabled IN ('D', 'R')`,
-  );
-  return rowCount === 1;
-}
+export const isWakeupOff = async (db: Queryable): Promise<boolean> =>
+  ['D', 'R'].includes((await triggerState(db)) ?? '');
 
 /** Longest time that a notification takes where any arrives. */
 const HEARD_WITHIN_MS = 2_000;
@@ -71,14 +71,26 @@ export async function hearsNotifications(pool: Pool & Queryable): Promise<boolea
   const client = await (pool.leaving?.(1) ?? pool).connect();
   client.on('error', () => {}); // it is closed in any case
   try {
-    const heard = new Promise<true>((resolve) => client.once('notification', () => resolve(true)));
-    await client.query('LISTEN relay_check');
-    await pool.query(`SELECT pg_notify('relay_check', '')`);
-    return await Promise.race([heard, pause(HEARD_WITHIN_MS, heard).then(() => false)]);
+    return await hears(client, 'relay_check', (text) => pool.query(text));
   } finally {
     // The session still listens, so it is closed.
     client.release(true);
   }
+}
+
+const query = (client: pg.PoolClient, text: string) =>
+  client.query({ text, query_timeout: QUERY_TIMEOUT_MS } as pg.QueryConfig);
+
+/** Listens, and notifies by `ask`. */
+async function hears(
+  client: pg.PoolClient,
+  channel: string,
+  ask: (text: string) => Promise<unknown>,
+): Promise<boolean> {
+  await query(client, `LISTEN ${channel}`);
+  const heard = new Promise((resolve) => client.once('notification', resolve));
+  await ask(`SELECT pg_notify('${channel}', '')`);
+  return succeedsWithin(HEARD_WITHIN_MS, heard);
 }
 
 /**
@@ -89,20 +101,16 @@ export async function hearsNotifications(pool: Pool & Queryable): Promise<boolea
  */
 export type Arming = 'armed' | 'already-armed' | 'writers' | 'deaf';
 
-export type Wakeup = Readonly<{
-  start(): void;
-  stop(): Promise<void>;
-  arm(): Promise<Arming>;
-}>;
-
 /** Sessions that a claim takes beside the one that listens: one holds the claim lock, one claims. */
 const OTHER_SESSIONS = 2;
+
+export type Wakeup = ReturnType<typeof createWakeup>;
 
 export function createWakeup(deps: {
   pool: Pool & Partial<Pick<HealthyPool, 'sessions'>>;
   logger: Logger;
   onWake: () => void;
-}): Wakeup {
+}) {
   const { logger, onWake } = deps;
   const { generation } = deps.pool;
   const pool = deps.pool.leaving?.(OTHER_SESSIONS) ?? deps.pool;
@@ -115,9 +123,6 @@ export function createWakeup(deps: {
   let armed = false;
   let loop: Promise<void> | undefined;
   let interrupt = (): void => {};
-
-  const query = (client: pg.PoolClient, text: string) =>
-    client.query({ text, query_timeout: QUERY_TIMEOUT_MS } as pg.QueryConfig);
 
   const onNotification = (client: pg.PoolClient) => () => {
     onWake();
@@ -139,7 +144,7 @@ export function createWakeup(deps: {
         });
         client.on('end', resolve);
       });
-      if (!(await canHear(client))) {
+      if (!(await hears(client, CHANNEL, (text) => query(client, text)))) {
         logger.warn(
           {},
           'no notification arrives on this database connection (PgBouncer?): new events wait for the poll interval',
@@ -154,8 +159,7 @@ export function createWakeup(deps: {
       isLost = false;
       onWake(); // whatever was missed while nobody listened
       while (!stopped) {
-        const beat = await Promise.race([broken.then(() => 'broken'), pause(HEARTBEAT_MS, broken)]);
-        if (beat === 'broken' || stopped) break;
+        if ((await succeedsWithin(HEARTBEAT_MS, broken)) || stopped) break;
         // A standby takes no writes, so no notification would ever arrive.
         const { rows } = await query(
           client,
@@ -178,15 +182,8 @@ export function createWakeup(deps: {
     }
   }
 
-  async function canHear(client: pg.PoolClient): Promise<boolean> {
-    await query(client, `LISTEN ${CHANNEL}`);
-    const heard = new Promise<true>((resolve) => client.once('notification', () => resolve(true)));
-    await query(client, `SELECT pg_notify('${CHANNEL}', '')`);
-    return Promise.race([heard, pause(2_000, heard).then(() => false)]);
-  }
-
   return {
-    start() {
+    start(): void {
       if (!stopped) return;
       stopped = false;
       loop = (async () => {
@@ -205,19 +202,19 @@ export function createWakeup(deps: {
             const stopping = new Promise<void>((resolve) => {
               interrupt = resolve;
             });
-            await pause(RECONNECT_DELAY_MS, stopping);
+            await succeedsWithin(RECONNECT_DELAY_MS, stopping);
           }
         }
       })();
     },
 
-    async stop() {
+    async stop(): Promise<void> {
       stopped = true;
       interrupt();
       await loop;
     },
 
-    async arm() {
+    async arm(): Promise<Arming> {
       const client = listener;
       if (!client) return 'deaf';
       if (armed) return 'already-armed';
@@ -240,15 +237,4 @@ export function createWakeup(deps: {
       return outcome;
     },
   };
-}
-
-/** Waits for `ms`, or until `unless` ends; leaves no timer behind. */
-function pause(ms: number, unless: Promise<unknown>): Promise<void> {
-  return new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
-    void unless.then(() => {
-      clearTimeout(timer);
-      resolve();
-    });
-  });
 }

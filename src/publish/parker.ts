@@ -3,6 +3,7 @@ import type { Refiller } from '../finalize/refiller.ts';
 import { pause } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import { inBatches } from './in-batches.ts';
 
 /** Rows in one statement, at most. */
 const BATCH_MAX = 500;
@@ -11,6 +12,8 @@ const BATCH_MAX = 500;
  * ends: after 5 s of a read-only database 323 such rows stopped the whole flow for 40 s (chaos).
  */
 const RETRY_DELAYS_MS = [100, 400, 1_600, 3_000, 3_000, 3_000, 3_000, 3_000];
+
+type Released = Readonly<{ event: OutboxEvent; failedBefore: boolean }>;
 
 export type Parker = ReturnType<typeof createParker>;
 
@@ -23,21 +26,16 @@ export function createParker(deps: {
   refiller: Pick<Refiller, 'request'>;
   logger: Logger;
 }) {
-  const released: { event: OutboxEvent; failedBefore: boolean }[] = [];
-  let running: Promise<void> | undefined;
   let stopped = false;
 
-  async function parkAll(): Promise<void> {
-    while (released.length > 0) {
-      const batch = released.splice(0, BATCH_MAX);
-      const failed = batch.flatMap(({ event, failedBefore }) =>
-        failedBefore && event.after ? [event.after] : [],
-      );
-      const aggregates = [...new Map(batch.map(({ event }) => [aggregateKey(event), event])).values()];
-      const eventIds = batch.map(({ event }) => event.eventId);
-      if (await isParked(eventIds, [...new Set(failed)])) deps.refiller.request(aggregates);
-    }
-  }
+  const released = inBatches<Released>(BATCH_MAX, async (batch) => {
+    const failed = batch.flatMap(({ event, failedBefore }) =>
+      failedBefore && event.after ? [event.after] : [],
+    );
+    const aggregates = [...new Map(batch.map(({ event }) => [aggregateKey(event), event])).values()];
+    const eventIds = batch.map(({ event }) => event.eventId);
+    if (await isParked(eventIds, [...new Set(failed)])) deps.refiller.request(aggregates);
+  });
 
   async function isParked(eventIds: readonly string[], failed: readonly string[]): Promise<boolean> {
     for (let attempt = 0; ; attempt++) {
@@ -64,16 +62,13 @@ export function createParker(deps: {
   return {
     /** `failedBefore`: the event right before it has failed. */
     park(event: OutboxEvent, failedBefore: boolean): void {
-      released.push({ event, failedBefore });
-      running ??= new Promise<void>((resolve) => setImmediate(resolve)).then(parkAll).finally(() => {
-        running = undefined;
-      });
+      released.add({ event, failedBefore });
     },
 
     /** Resolves when nothing is left to park. What fails from now on is left to the lease reaper. */
     drain: async (): Promise<void> => {
       stopped = true;
-      await running;
+      await released.drain();
     },
   };
 }

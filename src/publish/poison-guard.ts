@@ -1,4 +1,5 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import { pause, succeedsWithin } from '../lifecycle.ts';
 
 /**
@@ -38,27 +39,10 @@ local starts = tonumber(job[2] or '0')
 if starts < tonumber(ARGV[2]) then redis.call('HINCRBY', KEYS[1], ARGV[1], 1) end
 return starts`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    countStart(jobHash: string, field: string, limit: number): Result<number, Context>;
-  }
-}
-
 /** Interval at which the guard tries to take a count back while Redis is away. */
 const FORGET_AGAIN_MS = 200;
 
-export type PoisonGuard = Readonly<{
-  /** Runs `append` beside others, after every event that is published alone or waits for that. */
-  together<T>(expiresAt: number, append: () => Promise<T>): Promise<T>;
-  /**
-   * Runs `append` while no other does.
-   * @throws {CrashLimitError} without running it, when the event has ended too many pods
-   */
-  alone<T>(eventId: string, expiresAt: number, append: () => Promise<T>): Promise<T>;
-  /** Takes the event's count back. Throws nothing; resolves when it is done or by `expiresAt`. */
-  clear(eventId: string, expiresAt: number): Promise<void>;
-  stop(): void;
-}>;
+export type PoisonGuard = ReturnType<typeof createPoisonGuard>;
 
 /**
  * `expiresAt` (Unix time in ms) is when the attempt is given up: one that was waiting does not begin after that.
@@ -69,9 +53,9 @@ export function createPoisonGuard(deps: {
   redis: Redis;
   jobKey: (eventId: string) => string;
   maxCrashes: number;
-}): PoisonGuard {
+}) {
   const { redis, jobKey } = deps;
-  redis.defineCommand('countStart', { numberOfKeys: 1, lua: COUNT_START });
+  const countStart = script<number>(redis, 'countStart', COUNT_START, 1);
   // The first crash is not in the count: several events were in progress, and it does not tell which of them killed the
   // pod. So even with a limit of 1 there is one start alone.
   const startsAllowed = Math.max(1, deps.maxCrashes - 1);
@@ -125,7 +109,8 @@ export function createPoisonGuard(deps: {
   }
 
   return {
-    async together(expiresAt, append) {
+    /** Runs `append` beside others, after every event that is published alone or waits for that. */
+    async together<T>(expiresAt: number, append: () => Promise<T>): Promise<T> {
       while (alone > 0) await lastAlone;
       assertInTime(expiresAt);
       running++;
@@ -137,13 +122,17 @@ export function createPoisonGuard(deps: {
       }
     },
 
-    async alone(eventId, expiresAt, append) {
+    /**
+     * Runs `append` while no other does.
+     * @throws {CrashLimitError} without running it, when the event has ended too many pods
+     */
+    async alone<T>(eventId: string, expiresAt: number, append: () => Promise<T>): Promise<T> {
       let mayBeCounted = false;
       try {
         return await exclusively(async () => {
           assertInTime(expiresAt);
           mayBeCounted = true;
-          const starts = await redis.countStart(jobKey(eventId), STARTS, startsAllowed);
+          const starts = await countStart(jobKey(eventId), STARTS, startsAllowed);
           if (starts >= startsAllowed) {
             mayBeCounted = false;
             throw new CrashLimitError(starts + 1);
@@ -157,9 +146,10 @@ export function createPoisonGuard(deps: {
       }
     },
 
+    /** Takes the event's count back. Throws nothing; resolves when it is done or by `expiresAt`. */
     clear: clearUntil,
 
-    stop() {
+    stop(): void {
       stopped = true;
     },
   };

@@ -1,4 +1,5 @@
 import pLimit from 'p-limit';
+import type { RelayConfig } from '../config/config.ts';
 import { type AppendOutcome, type Attempt, brief, isEvent, type OutboxEvent } from '../event.ts';
 import type { Acknowledger } from '../finalize/acknowledger.ts';
 import type { DeadLetters } from '../finalize/dead-letter.ts';
@@ -39,10 +40,7 @@ const RETRIES_SHARE = 0.25;
 /** Failures written at the same time. Each takes a session of the pool; claims and acknowledgements need some too. */
 const WRITTEN_AT_ONCE = 4;
 
-export type PublishOptions = Readonly<{
-  publishTimeoutMs: number;
-  maxInFlight: number;
-}>;
+export type PublishOptions = Pick<RelayConfig, 'publishTimeoutMs' | 'maxInFlight'>;
 
 /** Result of a job that ended without an append: the row of its event is to be parked. */
 export type Released = Readonly<{ failedBefore: boolean }>;
@@ -198,7 +196,8 @@ export function createPublish(deps: {
       if (outcome.status === 'ask-rows' || isLongEarly) {
         const standing = await deps.rows.standingOf(event.eventId, before ?? null);
         if (standing === 'over' || standing === 'early') return { status: standing };
-        // The claim of both may not have committed yet, or the next claim takes the predecessor.
+        // The claim that leased both rows may not have committed yet, or the predecessor is fresh and the next claim takes
+        // it: the event stays early.
         if (standing === 'unclaimed' && isFirst && run.starts < EARLY_STARTS) return { status: 'early' };
         asked = { epoch, gate: standing === 'first' ? 'open' : 'release' };
       } else if (outcome.status === 'early' && performance.now() < holdUntil) {

@@ -1,5 +1,6 @@
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Standing } from '../outbox/parked.ts';
+import { inBatches } from './in-batches.ts';
 
 /** Events in one statement, at most. */
 const BATCH_MAX = 500;
@@ -14,21 +15,14 @@ export function createRowQuestions(outbox: Pick<Outbox, 'standingOf'>) {
     resolve: (standing: Standing) => void;
     reject: (error: Error) => void;
   };
-  const asked: Question[] = [];
-  let isAsking = false;
-
-  async function askAll(): Promise<void> {
-    while (asked.length > 0) {
-      const batch = asked.splice(0, BATCH_MAX);
-      try {
-        const standings = await outbox.standingOf(batch);
-        for (const { eventId, resolve } of batch) resolve(standings.get(eventId) ?? 'over');
-      } catch (error) {
-        for (const { reject } of batch) reject(error as Error);
-      }
+  const asked = inBatches<Question>(BATCH_MAX, async (batch) => {
+    try {
+      const standings = await outbox.standingOf(batch);
+      for (const { eventId, resolve } of batch) resolve(standings.get(eventId) ?? 'over');
+    } catch (error) {
+      for (const { reject } of batch) reject(error as Error);
     }
-    isAsking = false;
-  }
+  });
 
   return {
     /**
@@ -36,11 +30,6 @@ export function createRowQuestions(outbox: Pick<Outbox, 'standingOf'>) {
      * @throws when the database does not answer
      */
     standingOf: (eventId: string, before: string | null): Promise<Standing> =>
-      new Promise((resolve, reject) => {
-        asked.push({ eventId, before, resolve, reject });
-        if (isAsking) return;
-        isAsking = true;
-        setImmediate(() => void askAll());
-      }),
+      new Promise((resolve, reject) => asked.add({ eventId, before, resolve, reject })),
   };
 }

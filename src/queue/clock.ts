@@ -19,15 +19,7 @@ export async function redisTime(redis: Redis): Promise<number> {
   return microseconds === undefined ? Date.now() : Number(microseconds) / 1_000;
 }
 
-export type Clock = Readonly<{
-  /** Once, and at once. Throws nothing: where Redis does not tell its time, the next comparison may. */
-  compare(): Promise<void>;
-  /** Goes on comparing. */
-  start(): void;
-  stop(): Promise<void>;
-  /** By how much the clock of this machine is ahead of Redis; negative when it is behind. */
-  aheadMs(): number;
-}>;
+export type Clock = ReturnType<typeof createClock>;
 
 /**
  * Compares the clock of this process with that of Redis, again and again.
@@ -39,7 +31,7 @@ export function createClock(deps: {
   redisTime: () => Promise<number>;
   adjust?: ((aheadMs: number) => void) | undefined;
   logger: Logger;
-}): Clock {
+}) {
   const { adjust, logger } = deps;
   let aheadMs = 0;
   let adjustedMs = 0;
@@ -76,8 +68,15 @@ export function createClock(deps: {
       );
   }
 
-  const compare = () =>
+  const compare = (): Promise<void> =>
     askRedis().catch((error) => logger.debug({ err: error }, 'Redis did not tell its time; asked again'));
 
-  return { compare, ...loop(compare, INTERVAL_MS), aheadMs: () => aheadMs };
+  return {
+    /** Once, and at once. Throws nothing: where Redis does not tell its time, the next comparison may. */
+    compare,
+    /** Goes on comparing. */
+    ...loop(compare, INTERVAL_MS),
+    /** By how much the clock of this machine is ahead of Redis; negative when it is behind. */
+    aheadMs: (): number => aheadMs,
+  };
 }

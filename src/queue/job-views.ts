@@ -1,5 +1,6 @@
 import { Job, type Queue } from 'bullmq';
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 
 /**
  * Jobs as people see them. Only what is shown is read from Redis: neither stack traces, results, logs and progress,
@@ -46,30 +47,15 @@ for i, key in ipairs(KEYS) do
 end
 return answer`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    viewJobs(
-      ...args: [keys: number, ...(string | number)[]]
-    ): Result<[data: string, bytes: number, ...fields: string[]][], Context>;
-  }
-}
+export type JobViews = ReturnType<typeof createJobViews>;
 
-export type JobViews = Readonly<{
-  /** The job without its data. */
-  brief(id: string): Promise<Job | undefined>;
-  /** The job, or undefined where nothing of that id is in one of the queue's lists: other keys are no jobs. */
-  one(id: string): Promise<Job | undefined>;
-  /** Jobs of these states; positions from 0, both included. */
-  page(states: readonly string[], start: number, end: number): Promise<Job[]>;
-}>;
-
-export function createJobViews(redis: Redis, queue: Queue): JobViews {
-  redis.defineCommand('viewJobs', { lua: VIEW });
+export function createJobViews(redis: Redis, queue: Queue) {
+  const viewJobs = script<[data: string, bytes: number, ...fields: string[]][]>(redis, 'viewJobs', VIEW);
 
   async function read(ids: readonly string[], bytesInAll: number): Promise<Job[]> {
     if (ids.length === 0) return [];
     const keys = ids.map((id) => queue.toKey(id));
-    const found = await redis.viewJobs(keys.length, ...keys, bytesInAll, FIELD_BYTES, ...FIELDS);
+    const found = await viewJobs(keys.length, ...keys, bytesInAll, FIELD_BYTES, ...FIELDS);
     return found.flatMap(([data, bytes, ...values], i) => {
       if (data === undefined || bytes === undefined) return [];
       const unread: UnreadData = { unreadBytes: bytes };
@@ -78,12 +64,15 @@ export function createJobViews(redis: Redis, queue: Queue): JobViews {
   }
 
   return {
-    brief: async (id) => (await read([id], 0))[0],
-    async one(id) {
+    /** The job without its data. */
+    brief: async (id: string): Promise<Job | undefined> => (await read([id], 0))[0],
+    /** The job, or undefined where nothing of that id is in one of the queue's lists: other keys are no jobs. */
+    async one(id: string): Promise<Job | undefined> {
       if ((await queue.getJobState(id)) === 'unknown') return undefined;
       return (await read([id], JOB_BYTES))[0];
     },
-    async page(states, start, end) {
+    /** Jobs of these states; positions from 0, both included. */
+    async page(states: readonly string[], start: number, end: number): Promise<Job[]> {
       const types = [...states] as Parameters<Queue['getRanges']>[0];
       return read(await queue.getRanges(types, start, end), PAGE_BYTES);
     },

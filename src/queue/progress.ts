@@ -21,12 +21,7 @@ export type Workplace = Readonly<{
   oneByOne: boolean;
 }>;
 
-export type ProgressWatch = Readonly<{
-  start(): void;
-  stop(): Promise<void>;
-  /** What is stuck and would go on after a restart of this process; empty when nothing is. */
-  reasons(): string[];
-}>;
+export type ProgressWatch = ReturnType<typeof createProgressWatch>;
 
 /**
  * Notices a pod that is alive and does nothing, though there is work, the pod has room for it, and nothing forbids it. A pod
@@ -40,7 +35,7 @@ export function createProgressWatch(deps: {
   assertWritable: () => Promise<void>;
   stuckAfterMs?: number;
   lookIntervalMs?: number;
-}): ProgressWatch {
+}) {
   const { redis, assertWritable, stuckAfterMs = STUCK_AFTER_MS, lookIntervalMs = LOOK_INTERVAL_MS } = deps;
   const watches = deps.workplaces.map(watch);
 
@@ -100,7 +95,8 @@ export function createProgressWatch(deps: {
 
   return {
     ...loop(() => Promise.all(watches.map((it) => it.look())), lookIntervalMs),
-    reasons: () => watches.flatMap((it) => it.reasons()),
+    /** What is stuck and would go on after a restart of this process; empty when nothing is. */
+    reasons: (): string[] => watches.flatMap((it) => it.reasons()),
   };
 }
 

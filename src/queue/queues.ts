@@ -1,5 +1,6 @@
 import { Queue, QueueKeys } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
+import type { RelayConfig } from '../config/config.ts';
 import {
   closesConnection,
   isConnectionLoss,
@@ -13,31 +14,16 @@ import { NotReadyError, pause, succeedsWithin, withDeadline } from '../lifecycle
 import type { Logger } from '../telemetry/logger.ts';
 import { createJobViews } from './job-views.ts';
 
-export type QueueOptions = Readonly<{
-  queuePrefix: string;
-  queueName: string;
-  maxRetryAttempts: number;
-  retryBaseDelayMs: number;
-}>;
-
-/** Publish jobs in Redis, by state. `total` is without failed ones, which have ended. */
-export type InFlight = Readonly<{
-  waiting: number;
-  active: number;
-  delayed: number;
-  failed: number;
-  total: number;
-}>;
+export type QueueOptions = Pick<
+  RelayConfig,
+  'queuePrefix' | 'queueName' | 'maxRetryAttempts' | 'retryBaseDelayMs'
+>;
 
 /** Jobs of one queue in Redis, by state. */
-export type QueueFigures = Readonly<{
-  waiting: number;
-  active: number;
-  delayed: number;
-  prioritized: number;
-  failed: number;
-  isPaused: boolean;
-}>;
+type JobCounts = Readonly<Record<'waiting' | 'active' | 'delayed' | 'prioritized' | 'failed', number>>;
+export type QueueFigures = JobCounts & Readonly<{ isPaused: boolean }>;
+/** Publish jobs. `total` is without failed ones, which have ended. */
+export type InFlight = JobCounts & Readonly<{ total: number }>;
 
 /**
  * What BullMQ knows of an event's job.
@@ -81,7 +67,7 @@ export const ANSWER_TIMEOUT_MS = 4_000;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
-/** A job without its event's payload has no more bytes, about. */
+/** Approximate size of a job without its payload. */
 const JOB_BYTES = 800;
 /** Events that are remembered to be too large, at most. */
 const TOO_LARGE_KEPT = 1_000;
@@ -92,10 +78,8 @@ const traced = (trace: TraceContext) => ({
 });
 
 /** Redis key of an event's publish job. */
-export const publishJobKey = (
-  options: Readonly<{ queuePrefix: string; queueName: string }>,
-  eventId: string,
-) => new QueueKeys(options.queuePrefix).toKey(publishQueueName(options.queueName), eventId);
+export const publishJobKey = (options: Pick<QueueOptions, 'queuePrefix' | 'queueName'>, eventId: string) =>
+  new QueueKeys(options.queuePrefix).toKey(publishQueueName(options.queueName), eventId);
 
 export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<Logger, 'debug'>) {
   const shared = { connection: redis, prefix: options.queuePrefix };
@@ -195,21 +179,16 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     },
 
     async inFlight(): Promise<InFlight> {
-      const counts = await publish.getJobCounts('waiting', 'active', 'delayed', 'prioritized', 'failed');
-      const { waiting = 0, active = 0, delayed = 0, prioritized = 0, failed = 0 } = counts;
-      return { waiting, active, delayed, failed, total: waiting + active + delayed + prioritized };
+      const counts = await countsOf(publish);
+      return { ...counts, total: counts.waiting + counts.active + counts.delayed + counts.prioritized };
     },
 
     /** What dashboards show, of both queues. */
     async figures(): Promise<Record<'claim' | 'publish', QueueFigures>> {
       const [ofClaim, ofPublish] = await Promise.all(
         [claim, publish].map(async (queue): Promise<QueueFigures> => {
-          const [counts, isPaused] = await Promise.all([
-            queue.getJobCounts('waiting', 'active', 'delayed', 'prioritized', 'failed'),
-            queue.isPaused(),
-          ]);
-          const { waiting = 0, active = 0, delayed = 0, prioritized = 0, failed = 0 } = counts;
-          return { waiting, active, delayed, prioritized, failed, isPaused };
+          const [counts, isPaused] = await Promise.all([countsOf(queue), queue.isPaused()]);
+          return { ...counts, isPaused };
         }),
       );
       return { claim: ofClaim as QueueFigures, publish: ofPublish as QueueFigures };
@@ -323,6 +302,12 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       await Promise.allSettled([claim.close(), publish.close()]);
     },
   };
+}
+
+async function countsOf(queue: Pick<Queue, 'getJobCounts'>): Promise<JobCounts> {
+  const counts = await queue.getJobCounts('waiting', 'active', 'delayed', 'prioritized', 'failed');
+  const { waiting = 0, active = 0, delayed = 0, prioritized = 0, failed = 0 } = counts;
+  return { waiting, active, delayed, prioritized, failed };
 }
 
 const OPEN_RETRY_MS = 200;

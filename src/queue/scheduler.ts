@@ -16,14 +16,7 @@ const HEAL_INTERVAL_MS = 2_000;
 /** A schedule that is further away than its interval plus this was set by a wrong clock. */
 const TOO_FAR_MS = 2_000;
 
-export type Scheduler = Readonly<{
-  start(): void;
-  stop(): Promise<void>;
-  /** Asks for a claim now. Any number of calls during a claim make one more claim. Never throws. */
-  wake(): Promise<void>;
-  /** When it last checked the schedules, with success or not; ms since 1970. */
-  lastLookAt(): number;
-}>;
+export type Scheduler = ReturnType<typeof createScheduler>;
 
 /** Keeps the schedules in the claim queue: that of the ticks, and others. All pods keep the same ones. */
 export function createScheduler(deps: {
@@ -35,7 +28,7 @@ export function createScheduler(deps: {
   /** Names of schedules that an earlier configuration may have left behind. */
   retired?: readonly string[];
   logger: Logger;
-}): Scheduler {
+}) {
   const { queue, redis, others = [], logger } = deps;
   const schedules: readonly Schedule[] = [{ name: TICK, everyMs: deps.pollIntervalMs }, ...others];
   let retired = deps.retired ?? [];
@@ -75,7 +68,8 @@ export function createScheduler(deps: {
 
   return {
     ...loop(look, HEAL_INTERVAL_MS),
-    async wake() {
+    /** Asks for a claim now. Any number of calls during a claim make one more claim. Never throws. */
+    async wake(): Promise<void> {
       try {
         await queue.add(
           WAKE,
@@ -92,6 +86,7 @@ export function createScheduler(deps: {
         logger.warn({ err: error }, 'cannot ask for a claim; the next tick will');
       }
     },
-    lastLookAt: () => lookedAt,
+    /** When it last checked the schedules, with success or not; ms since 1970. */
+    lastLookAt: (): number => lookedAt,
   };
 }

@@ -127,15 +127,14 @@ export function createLeaseReaper(deps: {
           if (letter !== undefined) await outbox.markDead(tx, { id, eventId, ...letter });
         }
         if (fresh.length > 0) await outbox.returnToFresh(tx, fresh);
-        await outbox.extendLeases(tx, [
-          ...dead.map(({ eventId }) => ({ eventId, attempts: 0, reason: '' })),
-          ...judged.flatMap(({ row: { eventId }, fate }) => {
-            if (fate.state === 'missing') return [];
-            return fate.state === 'alive'
-              ? [{ eventId, attempts: fate.attempts, reason: fate.reason }]
-              : [{ eventId, attempts: 0, reason: '' }];
-          }),
-        ]);
+        const leased = judged.filter(({ row, fate }) => fate.state !== 'missing' || dead.includes(row));
+        await outbox.extendLeases(
+          tx,
+          leased.map(({ row: { eventId }, fate }) => ({
+            ...{ eventId, attempts: 0, reason: '' },
+            ...(fate.state === 'alive' && { attempts: fate.attempts, reason: fate.reason }),
+          })),
+        );
         await epochs.confirm(epoch);
         const isFresh = new Set(fresh);
         return {
@@ -159,8 +158,8 @@ export function createLeaseReaper(deps: {
   async function writeLetters(rows: readonly ExpiredRow[]): Promise<void> {
     for (const event of await outbox.deadEvents(rows.map((row) => row.id))) {
       const { errorMessage, deadLetteredAt, attempts } = event;
-      if (event.entryId !== null || deadLetteredAt === null) continue;
-      const { errorMessage: _, deadLetteredAt: __, entryId: ___, ...plain } = event;
+      if (deadLetteredAt === null) continue;
+      const { errorMessage: _, deadLetteredAt: __, ...plain } = event;
       await deadLetters.writeAgain({
         ...{ event: plain, attempts, reason: errorMessage ?? '', failedAt: deadLetteredAt },
       });

@@ -4,8 +4,6 @@ import { createLeaseReaper } from './lease-reaper.ts';
 /** Failed jobs that one tick removes, at most. */
 const TRIM_LIMIT = 1_000;
 
-export type Recovery = ReturnType<typeof createRecovery>;
-
 /** The recovery stage: what each tick starts besides its claims. The claims do not wait for it. */
 export function createRecovery(context: Context) {
   const { config, outbox, queues, removeJobs, refiller, logger } = context;

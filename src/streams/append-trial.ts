@@ -1,5 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import type { AppendOutcome, OutboxEvent } from '../event.ts';
 import { createStreams, type PublishedAfterAll, type StreamOptions } from './append.ts';
 import { identityOf, keysOf, STAMP } from './epoch-script.ts';
@@ -67,9 +68,9 @@ async function tryEpoch(redis: Redis, key: string): Promise<string> {
   if (server === null) throw new Error('this Redis is a replica: it takes no appends');
   const epoch = `${server}:trial`;
   await redis.set(key, epoch, 'PX', TTL_MS);
-  redis.defineCommand('stampEpoch', { numberOfKeys: 3, lua: STAMP });
+  const stampEpoch = script<[number, string]>(redis, 'stampEpoch', STAMP, 3);
   const { checkpoint, lastEntries } = keysOf(key);
-  const [lasts] = await redis.stampEpoch(key, checkpoint, lastEntries, epoch, '', '0');
+  const [lasts] = await stampEpoch(key, checkpoint, lastEntries, epoch, '', '0');
   if (lasts !== 1)
     throw new Error('Redis is another server each time that it is asked (a proxy in front of several?)');
   return epoch;

@@ -1,5 +1,7 @@
-import type { Redis, RedisOptions, Result } from 'ioredis';
+import type { Redis, RedisOptions } from 'ioredis';
 import { Packr } from 'msgpackr';
+import type { RelayConfig } from '../config/config.ts';
+import { script } from '../connections/redis-script.ts';
 import { closesConnection, isConnectionLoss, LARGE_BYTES, untilConnected } from '../connections/refusals.ts';
 import { type AppendOutcome, byId, type Failure, inSteps, type OutboxEvent } from '../event.ts';
 import {
@@ -33,36 +35,23 @@ const FACTS_TRUE_FOR_MS = 5_000;
 /** The clocks of two pods differ by less than this. */
 const MARGIN_S = 300;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    appendInOrder(
-      numberOfKeys: number,
-      ...keysAndArgs: (string | Buffer)[]
-    ): Result<(string | string[])[], Context>;
-    appendLetter(...keysAndArgs: (string | Buffer)[]): Result<string, Context>;
-  }
-}
-
 /**
  * What the Redis of the queues says of an event's job, where the streams are on another server: when it was made, whether
  * it has ended, and how many of its attempts have failed. Null when there is no job.
  */
 export type JobFacts = readonly [madeAt: string, hasEnded: boolean, failures: number] | null;
 
-export type StreamOptions = Readonly<{
-  dlqStreamName: string;
-  /** Approximate length at which a stream is trimmed; 0 = never. */
-  streamMaxLen: number;
-  dlqMaxLen: number;
-  /** Redis key of an event's publish job. */
-  jobKey: (eventId: string) => string;
-  /** Prefix of the idempotency keys, where the jobs are on another server. */
-  memoryPrefix: string;
-  /** Redis key of the epoch's name. */
-  epochKey: string;
-  /** Why the topic can never be the key of a stream of events, or null. Rows can name any topic. */
-  topicProblem: (topic: string) => string | null;
-}>;
+export type StreamOptions = Pick<RelayConfig, 'dlqStreamName' | 'streamMaxLen' | 'dlqMaxLen'> &
+  Readonly<{
+    /** Redis key of an event's publish job. */
+    jobKey: (eventId: string) => string;
+    /** Prefix of the idempotency keys, where the jobs are on another server. */
+    memoryPrefix: string;
+    /** Redis key of the epoch's name. */
+    epochKey: string;
+    /** Why the topic can never be the key of a stream of events, or null. Rows can name any topic. */
+    topicProblem: (topic: string) => string | null;
+  }>;
 
 /** Redis key that remembers an event's entry, where the jobs are on another server. */
 export const memoryKeyOf =
@@ -105,7 +94,7 @@ type Request = Readonly<{
 /** Positions in an entry that are filled in right before the call; see gate-script.ts. */
 const STREAM_AT = 0;
 const FACTS_AT = 5;
-/** About the most that an entry has besides its payload. */
+/** Approximate upper bound of an entry without its payload. */
 const ENVELOPE_BYTES = 600;
 
 export type Streams = ReturnType<typeof createStreams>;
@@ -121,8 +110,8 @@ export function createStreams(deps: {
 }) {
   const { redis, epoch: epochs, options, jobFacts } = deps;
   const hasTwoServers = jobFacts !== undefined;
-  redis.defineCommand('appendInOrder', { lua: gateScript(hasTwoServers) });
-  redis.defineCommand('appendLetter', { numberOfKeys: 5, lua: letterScript(hasTwoServers) });
+  const appendInOrder = script<(string | string[])[]>(redis, 'appendInOrder', gateScript(hasTwoServers));
+  const appendLetter = script<string>(redis, 'appendLetter', letterScript(hasTwoServers), 5);
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
   const lastEntriesKey = lastEntriesKeyOf(options.epochKey);
   const trimming = trimmedTo(options.streamMaxLen);
@@ -173,7 +162,7 @@ export function createStreams(deps: {
         entry[STREAM_AT] = index < 0 ? streams.push(event.topic) : index + 1;
       }
       const entries = packr.pack(some.map((it) => it.entry));
-      const answers = await redis.appendInOrder(
+      const answers = await appendInOrder(
         2 + streams.length,
         ...[options.epochKey, lastEntriesKey, ...streams],
         ...[epoch, epochId(epoch), options.dlqStreamName, memoryKey(''), entries],
@@ -236,7 +225,7 @@ export function createStreams(deps: {
     try {
       const [facts] = (await jobFacts?.([event.eventId])) ?? [];
       if (jobFacts !== undefined) assertLasts(epoch);
-      const answer = await redis.appendLetter(
+      const answer = await appendLetter(
         ...[options.epochKey, lastEntriesKey, options.dlqStreamName],
         ...[memoryKey(event.eventId), letterKey(event.eventId, madeAt ?? 0)],
         ...[epoch, epochId(epoch), event.eventId, event.topic, madeAt === null ? '0' : '1', String(madeAt)],

@@ -1,9 +1,11 @@
-import type { Redis, Result } from 'ioredis';
-import type { OutboxEvent } from '../event.ts';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
+import { isEntryId, type OutboxEvent } from '../event.ts';
 import { NotReadyError, pause } from '../lifecycle.ts';
 import { type StreamOptions, trimmedTo } from './append.ts';
 import { outcomeOfError } from './append-outcome.ts';
 import { replayedFields } from './envelope.ts';
+import { identityOf } from './epoch-script.ts';
 
 /** Appends copies of published events, for operators. No row and no job remembers the entry of a copy. */
 
@@ -14,21 +16,6 @@ import { replayedFields } from './envelope.ts';
 const REPUBLISH = `
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return '!' end
 return redis.call('XADD', KEYS[1], 'NOMKSTREAM', unpack(ARGV, 2)) or '?'`;
-
-/** KEYS: epoch. Answers its name if it begins with the identity of this server, else ''. See epoch-script.ts. */
-const CURRENT_EPOCH = `
-local epoch = redis.call('GET', KEYS[1])
-local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
-if not epoch or string.find(epoch, run .. '/' .. history .. ':', 1, true) ~= 1 then return '' end
-return epoch`;
-
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    republishEntry(stream: string, epochKey: string, ...args: string[]): Result<string, Context>;
-    currentEpoch(epochKey: string): Result<string, Context>;
-  }
-}
 
 const LOOK_AGAIN_MS = 200;
 
@@ -43,8 +30,7 @@ export class NotOurEpochError extends Error {
 export type Republisher = ReturnType<typeof createRepublisher>;
 
 export function createRepublisher(redis: Redis, options: StreamOptions) {
-  redis.defineCommand('republishEntry', { numberOfKeys: 2, lua: REPUBLISH });
-  redis.defineCommand('currentEpoch', { numberOfKeys: 1, lua: CURRENT_EPOCH });
+  const republishEntry = script<string>(redis, 'republishEntry', REPUBLISH, 2);
 
   return {
     /**
@@ -54,8 +40,8 @@ export function createRepublisher(redis: Redis, options: StreamOptions) {
     async epoch(timeoutMs: number): Promise<string> {
       const endsAt = Date.now() + timeoutMs;
       for (;;) {
-        const epoch = await redis.currentEpoch(options.epochKey);
-        if (epoch !== '') return epoch;
+        const [server, epoch] = await Promise.all([identityOf(redis), redis.get(options.epochKey)]);
+        if (server !== null && epoch?.startsWith(`${server}:`)) return epoch;
         if (Date.now() >= endsAt)
           throw new NotReadyError(
             'Redis may have lost entries, and no relay has compared it with the table yet: start one, then try again',
@@ -72,14 +58,14 @@ export function createRepublisher(redis: Redis, options: StreamOptions) {
      */
     async append(event: OutboxEvent, replayedAt: Date, epoch: string): Promise<string | null> {
       try {
-        const reply = await redis.republishEntry(
+        const reply = await republishEntry(
           event.topic,
           options.epochKey,
           ...[epoch, ...trimmedTo(options.streamMaxLen), '*', ...replayedFields(event, replayedAt)],
         );
         if (reply === '!') throw new NotOurEpochError();
         if (reply === '?') return 'the stream is not there: relay verify --repair first';
-        if (!/^\d+-\d+$/.test(reply)) throw new Error('Redis gave no stream id in answer to an append');
+        if (!isEntryId(reply)) throw new Error('Redis gave no stream id in answer to an append');
         return null;
       } catch (error) {
         const outcome = outcomeOfError(error as Error);

@@ -1,24 +1,20 @@
 import type { Redis } from 'ioredis';
+import type { OutboxEvent } from '../event.ts';
 
 /** The dead-letter stream, read: the only record of an event whose row is gone. */
 
-export type DeadEntry = Readonly<{
-  entryId: string;
-  eventId: string;
-  eventType: string;
-  aggregateType: string;
-  aggregateId: string;
-  topic: string;
-  /** JSON text. */
-  payload: string;
-  /** Why the payload is not in the entry, or null. */
-  withheld: string | null;
-  occurredAt: string;
-  attempts: number;
-  error: string;
-  /** ISO 8601 */
-  failedAt: string;
-}>;
+export type DeadEntry = Pick<
+  OutboxEvent,
+  'eventId' | 'eventType' | 'aggregateType' | 'aggregateId' | 'topic' | 'payload' | 'occurredAt' | 'attempts'
+> &
+  Readonly<{
+    entryId: string;
+    /** Why the payload is not in the entry, or null. */
+    withheld: string | null;
+    error: string;
+    /** ISO 8601 */
+    failedAt: string;
+  }>;
 
 export type DeadEntries = ReturnType<typeof createDeadEntries>;
 
@@ -81,10 +77,6 @@ export function createDeadEntries(
 
     /** Ids of all entries that these events have, by event id, the last one first. Goes through the stream. */
     idsOf: (eventIds: readonly string[]): Promise<Map<string, string[]>> => findAll(dlqStreamName, eventIds),
-
-    async has(entryId: string): Promise<boolean> {
-      return (await redis.xrange(dlqStreamName, entryId, entryId)).length > 0;
-    },
 
     async remove(entryIds: readonly string[]): Promise<void> {
       if (entryIds.length > 0) await redis.xdel(dlqStreamName, ...entryIds);

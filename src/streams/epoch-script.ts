@@ -1,5 +1,5 @@
 /** What an epoch is made of in Redis: its keys, the identity of the server in its name, and the scripts that keep it. */
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
 
 /** Redis key of the hash that has the last entry of each stream in the epoch. */
 export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
@@ -27,29 +27,8 @@ export async function identityOf(redis: Redis): Promise<string | null> {
   return /^role:master/m.test(replication) ? `${runId}/${history}` : null;
 }
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    stampEpoch(
-      epochKey: string,
-      checkpointKey: string,
-      lastEntriesKey: string,
-      ...args: [epoch: string, at: string, cursor: string]
-    ): Result<[number, string], Context>;
-    beginEpoch(
-      epochKey: string,
-      checkpointKey: string,
-      checkerKey: string,
-      generationKey: string,
-      ...args: [token: string, epoch: string, at: string, generation: string]
-    ): Result<number, Context>;
-  }
-}
-
-/**
- * A function for scripts: whether a stream that once had the entry `last` is lost. It is, if it has no entries now and all
- * ids that it ever gave are lower: a stream that was trimmed to nothing has a higher one.
- */
-export const IS_LOST_STREAM = `
+/** Functions for scripts: whether an entry id is below another one, and what XINFO answers, by field. */
+export const STREAM_FUNCTIONS = `
 local function isBelow(a, b)
   local ams, aseq = string.match(a, '(%d+)-(%d+)')
   local bms, bseq = string.match(b, '(%d+)-(%d+)')
@@ -57,13 +36,21 @@ local function isBelow(a, b)
   if ams ~= bms then return tonumber(ams) < tonumber(bms) end
   return tonumber(aseq) < tonumber(bseq)
 end
+local function fieldsOf(flat)
+  local fields = {}
+  for i = 1, #flat, 2 do fields[flat[i]] = flat[i + 1] end
+  return fields
+end`;
+
+/**
+ * A function for scripts: whether a stream that once had the entry `last` is lost. It is, if it has no entries now and all
+ * ids that it ever gave are lower: a stream that was trimmed to nothing has a higher one.
+ */
+export const IS_LOST_STREAM = `
+${STREAM_FUNCTIONS}
 local function isLostStream(stream, last)
   if redis.pcall('XLEN', stream) ~= 0 then return false end
-  local latest, info = '0-0', redis.pcall('XINFO', 'STREAM', stream)
-  for i = 1, #info, 2 do
-    if info[i] == 'last-generated-id' then latest = info[i + 1] end
-  end
-  return isBelow(latest, last)
+  return isBelow(fieldsOf(redis.pcall('XINFO', 'STREAM', stream))['last-generated-id'] or '0-0', last)
 end`;
 
 /**

@@ -1,4 +1,6 @@
 import { randomUUID } from 'node:crypto';
+import { script } from '../connections/redis-script.ts';
+import { loop } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import {
   CHECKER_TTL_MS,
@@ -42,12 +44,12 @@ type EpochDeps = RenewalDeps &
 export function createEpoch(deps: EpochDeps): Epoch {
   const { redis, key, logger, recovering = 'comparing what was published with what is there' } = deps;
   const keys = keysOf(key);
-  redis.defineCommand('stampEpoch', { numberOfKeys: 3, lua: STAMP });
+  const stampEpoch = script<[number, string]>(redis, 'stampEpoch', STAMP, 3);
 
   let stopped = true;
   let epoch: string | undefined;
   /** The generation that the epoch rests on. */
-  let generation: string | undefined;
+  let restsOn: string | undefined;
   let reason = NOT_COMPARED;
   let reportedAt = Number.NEGATIVE_INFINITY;
   /** Counts connections, so that an answer of one is never taken for an answer of the next. */
@@ -57,17 +59,15 @@ export function createEpoch(deps: EpochDeps): Epoch {
   let ended: string | undefined;
   /** Where the next stamp goes on among the streams that have a last entry. */
   let cursor = '0';
-  let timer: NodeJS.Timeout | undefined;
-  let stamping: Promise<void> = Promise.resolve();
   let wakeSleeper = (): void => {};
   const waiting = new Set<() => void>();
 
-  function take(found: string, of: string): void {
+  function take(found: string, generation: string): void {
     epoch = found;
-    generation = of;
+    restsOn = generation;
     reason = NOT_COMPARED;
     reportedAt = Number.NEGATIVE_INFINITY;
-    deps.accept?.(of);
+    deps.accept?.(generation);
     for (const resume of waiting) resume();
     waiting.clear();
   }
@@ -162,28 +162,23 @@ export function createEpoch(deps: EpochDeps): Epoch {
       return;
     }
     // Without the database's time the checkpoint stays where it is: more is compared, should Redis fail now.
-    const { now, ...database } = await deps
-      .database(generation ?? null)
-      .catch(() => ({ now: '', generation }));
+    const { now, generation } = await deps
+      .database(restsOn ?? null)
+      .catch(() => ({ now: '', generation: restsOn }));
     if (epoch !== known) return;
-    if (database.generation !== generation) return forget();
-    const [found, next] = await redis.stampEpoch(key, keys.checkpoint, keys.lastEntries, known, now, cursor);
+    if (generation !== restsOn) return forget();
+    const [found, next] = await stampEpoch(key, keys.checkpoint, keys.lastEntries, known, now, cursor);
     cursor = next;
     if (found === 2) endFor(known);
     else if (found !== 1) forget();
   }
 
-  function stampAgain(): void {
-    stamping = stamp()
-      .catch(() => {}) // Redis gave no answer: the owner of the connection reports that
-      .finally(() => {
-        if (!stopped) timer = setTimeout(stampAgain, STAMP_INTERVAL_MS);
-      });
-  }
+  // When Redis gives no answer, the owner of the connection reports that.
+  const stamps = loop(() => stamp().catch(() => {}), STAMP_INTERVAL_MS);
 
-  function endFor(of: string): void {
-    if (epoch !== of) return;
-    ended = of;
+  function endFor(epochName: string): void {
+    if (epoch !== epochName) return;
+    ended = epochName;
     forget();
   }
 
@@ -203,18 +198,16 @@ export function createEpoch(deps: EpochDeps): Epoch {
       stopped = false;
       redis.on('close', onClose);
       redis.on('ready', onReady);
-      if (redis.status === 'ready') find();
-      timer = setTimeout(stampAgain, STAMP_INTERVAL_MS);
+      stamps.start();
     },
     async stop() {
       stopped = true;
-      clearTimeout(timer);
       wakeSleeper();
       redis.off('close', onClose);
       redis.off('ready', onReady);
       for (const resume of waiting) resume();
       waiting.clear();
-      await Promise.all([stamping, finding]);
+      await Promise.all([stamps.stop(), finding]);
     },
     current: () => epoch,
     reason: () => reason,
@@ -231,11 +224,11 @@ export function createEpoch(deps: EpochDeps): Epoch {
       });
       return epoch;
     },
-    async confirm(of) {
-      if (epoch !== of) throw new EpochOverError();
+    async confirm(epochName) {
+      if (epoch !== epochName) throw new EpochOverError();
       const found = await redis.get(key);
-      if (found === of && epoch === of) return;
-      if (epoch === of) forget();
+      if (found === epochName && epoch === epochName) return;
+      if (epoch === epochName) forget();
       throw new EpochOverError();
     },
     invalidate() {

@@ -8,6 +8,7 @@
  */
 import { randomBytes, randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import type { DatabaseState } from '../event.ts';
 import { NotReadyError, pause } from '../lifecycle.ts';
 import { BEGIN, identityOf, keysOf } from './epoch-script.ts';
@@ -105,7 +106,7 @@ export async function renewEpoch(
 ): Promise<string | undefined> {
   const { redis, key } = deps;
   const keys = keysOf(key);
-  redis.defineCommand('beginEpoch', { numberOfKeys: 4, lua: BEGIN });
+  const begin = script<number>(redis, 'beginEpoch', BEGIN, 4);
   const token = `${COMPARING}${randomUUID()}`;
   const renewal = setInterval(() => {
     redis.pexpire(keys.checker, CHECKER_TTL_MS).catch(() => {});
@@ -126,7 +127,7 @@ export async function renewEpoch(
     const next = `${server}:${randomBytes(9).toString('base64url')}`;
     const { now, generation: after } = await deps.database(generation ?? lookedUp);
     if (isLost() || (generation !== null && generation !== after)) return undefined;
-    const begun = await redis.beginEpoch(
+    const begun = await begin(
       ...[key, keys.checkpoint, keys.checker, keys.generation, token, next, now, generation ?? ''],
     );
     return begun === 1 ? next : undefined;

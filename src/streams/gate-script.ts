@@ -101,14 +101,14 @@ local function isLost(stream)
   lost[stream] = known and isLostStream(stream, known) or false
   return lost[stream]
 end
-local function note_last()
+local function noteLast()
   for stream, id in pairs(last) do
     if redis.call('HEXISTS', KEYS[2], stream) == 1 or redis.call('HLEN', KEYS[2]) < ${LAST_ENTRIES_MAX} then
       redis.call('HSET', KEYS[2], stream, id)
     end
   end
 end
-local function remember_found(stream, id)
+local function rememberFound(stream, id)
   if not last[stream] and redis.call('HEXISTS', KEYS[2], stream) == 0 then last[stream] = id end
 end`;
 
@@ -192,7 +192,7 @@ local function pass(entry)
   if id then
     if it.entry ~= ARGV[2] .. ' ' .. id then
       remember(key, ARGV[2] .. ' ' .. id)
-      remember_found(stream, id)
+      rememberFound(stream, id)
     end
     return '=' .. id
   end
@@ -229,7 +229,7 @@ local function pass(entry)
   return '+' .. appended
 end
 for n, entry in ipairs(entries) do answers[n] = pass(entry) end
-note_last()
+noteLast()
 answers[#entries + 1] = cascaded
 return answers`;
 
@@ -256,8 +256,8 @@ if ARGV[5] == '1' then
   local entry = entryOf(it.entry, ARGV[4], ARGV[3])
   local letter = not entry and entryOf(it.letter, KEYS[3], ARGV[3])
   if entry or letter then
-    remember_found(entry and ARGV[4] or KEYS[3], entry or letter)
-    note_last()
+    rememberFound(entry and ARGV[4] or KEYS[3], entry or letter)
+    noteLast()
     return entry and '^' .. entry or '=' .. letter
   end
 end
@@ -272,7 +272,7 @@ if ARGV[5] == '1' then
   }
 end
 last[KEYS[3]] = id
-note_last()
+noteLast()
 return '+' .. id`;
 
 /**

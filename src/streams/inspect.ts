@@ -1,4 +1,7 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
+import { compareEntryIds } from '../event.ts';
+import { STREAM_FUNCTIONS } from './epoch-script.ts';
 
 /** A stream as its operators see it: how long it is, who reads it, and how far behind each of them is. */
 export type StreamFigures = Readonly<{
@@ -35,21 +38,17 @@ const MAX_GROUPS = 10;
  */
 const INSPECT = `
 if redis.call('TYPE', KEYS[1]).ok ~= 'stream' then return {} end
-local function fields(flat)
-  local map = {}
-  for i = 1, #flat, 2 do map[flat[i]] = flat[i + 1] end
-  return map
-end
+${STREAM_FUNCTIONS}
 local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
 local groups = redis.call('XINFO', 'GROUPS', KEYS[1])
 local answer = {
   tostring(redis.call('XLEN', KEYS[1])),
-  fields(redis.call('XINFO', 'STREAM', KEYS[1]))['last-generated-id'],
+  fieldsOf(redis.call('XINFO', 'STREAM', KEYS[1]))['last-generated-id'],
   first and first[1] or '',
   tostring(#groups)
 }
 for i = 1, math.min(#groups, tonumber(ARGV[1])) do
-  local group = fields(groups[i])
+  local group = fieldsOf(groups[i])
   local pending = group.pending > 0 and redis.call('XPENDING', KEYS[1], group.name) or {}
   for _, value in ipairs({group.name, group.consumers, group.pending, group['last-delivered-id']}) do
     answer[#answer + 1] = tostring(value)
@@ -59,20 +58,14 @@ for i = 1, math.min(#groups, tonumber(ARGV[1])) do
 end
 return answer`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    inspectStream(stream: string, maxGroups: number): Result<string[], Context>;
-  }
-}
-
 /** Answers for those of the keys that are streams and may be read. */
 export function createStreamInspector(
   redis: Redis,
 ): (streams: readonly string[]) => Promise<StreamFigures[]> {
-  redis.defineCommand('inspectStream', { numberOfKeys: 1, lua: INSPECT });
+  const inspectStream = script<string[]>(redis, 'inspectStream', INSPECT, 1);
 
   async function inspect(stream: string): Promise<StreamFigures[]> {
-    const reply = await redis.inspectStream(stream, MAX_GROUPS).catch((error: Error) => {
+    const reply = await inspectStream(stream, MAX_GROUPS).catch((error: Error) => {
       // Redis refuses this one; anything else is trouble with all of them.
       if (error.name === 'ReplyError') return [];
       throw error;
@@ -106,17 +99,10 @@ function groupOf(reply: readonly string[], extent: Extent): GroupFigures {
 
 /** Entries after that id, as if the stream had been written evenly: exact at its ends, and one command at any length. */
 export function entriesAfter(id: string, { length, first, last }: Extent): number {
-  if (length === 0 || compareIds(id, last) >= 0) return 0;
-  if (compareIds(id, first) < 0) return length;
+  if (length === 0 || compareEntryIds(id, last) >= 0) return 0;
+  if (compareEntryIds(id, first) < 0) return length;
   const [from, at, to] = [first, id, last].map((it) => Number(it.split('-')[0]));
   const share = to === from ? 1 : ((to as number) - (at as number)) / ((to as number) - (from as number));
   // Not the entry itself, and there is a later one.
   return Math.max(1, Math.min(length - 1, Math.round(share * (length - 1))));
-}
-
-/** Ids are `<ms>-<sequence>`. */
-function compareIds(a: string, b: string): number {
-  const [ms = 0, sequence = 0] = a.split('-').map(Number);
-  const [otherMs = 0, otherSequence = 0] = b.split('-').map(Number);
-  return ms - otherMs || sequence - otherSequence;
 }

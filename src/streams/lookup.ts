@@ -1,14 +1,16 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
+import { compareEntryIds, isEntryId } from '../event.ts';
 import type { StreamOptions } from './append.ts';
 import { outcomeOfError } from './append-outcome.ts';
-import { lastEntriesKeyOf } from './epoch-script.ts';
+import { lastEntriesKeyOf, STREAM_FUNCTIONS } from './epoch-script.ts';
 import { LAST_ENTRIES_MAX } from './gate-script.ts';
 
 /** Finds entries in streams. It only reads, except that it remembers the last entry of a stream (gate-script.ts). */
 
 /**
- * Answers the type of the stream's key, the id before which everything was trimmed on purpose, and the positions of the
- * entries that are not there, or are another event's.
+ * Answers the type of the stream's key, the id before which everything was trimmed on purpose, 1 if that id was trimmed
+ * too, else 0, and the positions of the entries that are not there, or are another event's.
  *
  * Everything before the stream's first entry was trimmed. If the stream is empty, as XTRIM and XDEL may leave it,
  * everything up to its last generated id was. If the stream is gone, nothing was. The script remembers the last generated
@@ -17,19 +19,17 @@ import { LAST_ENTRIES_MAX } from './gate-script.ts';
  * KEYS: stream, last entries. ARGV: 1 to remember the last entry, else 0, then pairs of entry id and event id.
  */
 const ABSENT = `
+${STREAM_FUNCTIONS}
 local kind = redis.call('TYPE', KEYS[1]).ok
-if kind ~= 'stream' and kind ~= 'none' then return {kind, '0-0'} end
-local trimmed = '0-0'
+if kind ~= 'stream' and kind ~= 'none' then return {kind} end
+local before, inclusive = '0-0', '0'
 if kind == 'stream' then
-  local latest, info = '0-0', redis.call('XINFO', 'STREAM', KEYS[1])
-  for i = 1, #info, 2 do
-    if info[i] == 'last-generated-id' then latest = info[i + 1] end
-  end
+  local latest = fieldsOf(redis.call('XINFO', 'STREAM', KEYS[1]))['last-generated-id']
   local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-  trimmed = first and first[1] or '(' .. latest
+  if first then before = first[1] else before, inclusive = latest, '1' end
   if ARGV[1] == '1' and latest ~= '0-0' then redis.call('HSET', KEYS[2], KEYS[1], latest) end
 end
-local answer = {kind, trimmed}
+local answer = {kind, before, inclusive}
 for i = 2, #ARGV, 2 do
   local entry = redis.pcall('XRANGE', KEYS[1], ARGV[i], ARGV[i])[1]
   if not entry or entry[2][1] ~= 'event_id' or entry[2][2] ~= ARGV[i + 1] then
@@ -63,13 +63,6 @@ const FIND_STEP = 100;
 /** How many entries back a search goes. */
 const FIND_LIMIT = 50_000;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    absentEntries(stream: string, lastEntries: string, ...args: string[]): Result<string[], Context>;
-    stepBack(stream: string, lastEntries: string, from: string, count: number): Result<string[], Context>;
-  }
-}
-
 /** An entry by its id and its event. */
 export type NamedEntry = Readonly<{ entryId: string; eventId: string }>;
 
@@ -89,13 +82,26 @@ export function createLookup(
   redis: Redis,
   options: Pick<StreamOptions, 'dlqStreamName' | 'epochKey' | 'topicProblem'>,
 ) {
-  redis.defineCommand('absentEntries', { numberOfKeys: 2, lua: ABSENT });
-  redis.defineCommand('stepBack', { numberOfKeys: 2, lua: STEP_BACK });
+  const absentEntries = script<string[]>(redis, 'absentEntries', ABSENT, 2);
+  const stepBack = script<string[]>(redis, 'stepBack', STEP_BACK, 2);
   const lastEntries = lastEntriesKeyOf(options.epochKey);
 
   /** Rows can name any key. The relay does not read a key that can never be a stream of events. */
   const mayBeStream = (stream: string): boolean =>
     stream === options.dlqStreamName || options.topicProblem(stream) === null;
+
+  /** The stream's entries from its end back, in steps. A stream that cannot be read has none. */
+  async function* back(stream: string): AsyncGenerator<NamedEntry[]> {
+    for (let from = '+'; ; ) {
+      const answer = await orRefusal(stepBack(stream, lastEntries, from, FIND_STEP));
+      if (!Array.isArray(answer) || answer.length === 0) return;
+      const step: NamedEntry[] = [];
+      for (let i = 0; i < answer.length; i += 2)
+        step.push({ entryId: answer[i] as string, eventId: answer[i + 1] as string });
+      yield step;
+      from = `(${answer.at(-2)}`;
+    }
+  }
 
   /** Walks from the stream's end back, until `take` answers false. */
   async function search(
@@ -104,15 +110,11 @@ export function createLookup(
     take: (eventId: string, entryId: string) => boolean,
   ): Promise<void> {
     const wanted = new Set(eventIds);
-    let from = '+';
-    for (let looked = 0; looked < FIND_LIMIT; looked += FIND_STEP) {
-      const answer = await orRefusal(redis.stepBack(stream, lastEntries, from, FIND_STEP));
-      if (!Array.isArray(answer) || answer.length === 0) return;
-      for (let i = 0; i < answer.length; i += 2) {
-        const [entryId, eventId] = [answer[i] as string, answer[i + 1] as string];
-        if (wanted.has(eventId) && !take(eventId, entryId)) return;
-      }
-      from = `(${answer.at(-2)}`;
+    let looked = 0;
+    for await (const step of back(stream)) {
+      for (const { entryId, eventId } of step) if (wanted.has(eventId) && !take(eventId, entryId)) return;
+      looked += FIND_STEP;
+      if (looked >= FIND_LIMIT) return;
     }
   }
 
@@ -149,22 +151,15 @@ export function createLookup(
      */
     async *walkBack(stream: string, sinceMs: number, size: number): AsyncGenerator<NamedEntry[]> {
       if (!mayBeStream(stream)) return;
-      let from = '+';
       let entries: NamedEntry[] = [];
-      for (;;) {
-        const answer = await orRefusal(redis.stepBack(stream, lastEntries, from, FIND_STEP));
-        const pairs = Array.isArray(answer) ? answer : [];
-        for (let i = 0; i < pairs.length; i += 2)
-          entries.push({ entryId: pairs[i] as string, eventId: pairs[i + 1] as string });
-        const last = pairs.at(-2);
-        const isOver = last === undefined || Number(last.split('-')[0]) < sinceMs;
-        if (entries.length >= size || (isOver && entries.length > 0)) {
-          yield entries;
-          entries = [];
-        }
-        if (isOver) return;
-        from = `(${last}`;
+      for await (const step of back(stream)) {
+        entries.push(...step);
+        if (Number(step.at(-1)?.entryId.split('-')[0]) < sinceMs) break;
+        if (entries.length < size) continue;
+        yield entries;
+        entries = [];
       }
+      if (entries.length > 0) yield entries;
     },
 
     /**
@@ -178,13 +173,14 @@ export function createLookup(
     ): Promise<Absent<T>> {
       if (!mayBeStream(stream)) return { lost: [], trimmed: 0, unreadable: true };
       const pairs = entries.flatMap(({ entryId, eventId }) => [entryId, eventId]);
-      const answer = await orRefusal(
-        redis.absentEntries(stream, lastEntries, remembering ? '1' : '0', ...pairs),
-      );
-      const [kind, before = '0-0', ...positions] = Array.isArray(answer) ? answer : [];
+      const answer = await orRefusal(absentEntries(stream, lastEntries, remembering ? '1' : '0', ...pairs));
+      const [kind, before = '0-0', inclusive, ...positions] = Array.isArray(answer) ? answer : [];
       if (kind !== 'stream' && kind !== 'none') return { lost: [], trimmed: 0, unreadable: true };
       const missing = positions.map((place) => entries[Number(place) - 1] as T);
-      const lost = missing.filter(({ entryId }) => !isTrimmed(entryId, before));
+      // A text that is no entry id was not trimmed.
+      const isTrimmed = (id: string) =>
+        isEntryId(id) && compareEntryIds(id, before) < (inclusive === '1' ? 1 : 0);
+      const lost = missing.filter(({ entryId }) => !isTrimmed(entryId));
       return { lost, trimmed: missing.length - lost.length, unreadable: false };
     },
 
@@ -225,16 +221,3 @@ async function orRefusal<T>(reply: Promise<T>): Promise<T | { status: 'refused';
     throw error;
   }
 }
-
-/** Whether `id` is less than `first`. Where `first` is `(last`: whether `id` is at most `last`. */
-function isTrimmed(id: string, first: string): boolean {
-  const including = first.startsWith('(');
-  const [ms = 0n, seq = 0n] = numbersOf(id);
-  const [firstMs = 0n, firstSeq = 0n] = numbersOf(first.replace('(', ''));
-  if (ms !== firstMs) return ms < firstMs;
-  return including ? seq <= firstSeq : seq < firstSeq;
-}
-
-/** A text that is no entry id counts as later than every entry, so it was not trimmed. */
-const numbersOf = (id: string): bigint[] =>
-  /^\d+-\d+$/.test(id) ? id.split('-').map(BigInt) : [1n << 80n, 0n];

@@ -1,13 +1,8 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import { memoryKeyOf, type StreamOptions } from './append.ts';
 import { epochId } from './epoch.ts';
 import { RECALL } from './gate-script.ts';
-
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    recallEntry(memory: string, ...args: string[]): Result<string, Context>;
-  }
-}
 
 export type Memory = ReturnType<typeof createMemory>;
 
@@ -17,7 +12,7 @@ export function createMemory(
   options: Pick<StreamOptions, 'memoryPrefix' | 'jobKey' | 'epochKey'>,
   hasTwoServers: boolean,
 ) {
-  redis.defineCommand('recallEntry', { numberOfKeys: 1, lua: RECALL(hasTwoServers) });
+  const recallEntry = script<string>(redis, 'recallEntry', RECALL(hasTwoServers), 1);
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
 
   return {
@@ -31,7 +26,7 @@ export function createMemory(
       if (events.length === 0) return new Set();
       const epoch = epochId((await redis.get(options.epochKey)) ?? '');
       const entryIds = await Promise.all(
-        events.map(({ eventId, topic }) => redis.recallEntry(memoryKey(eventId), eventId, epoch, topic)),
+        events.map(({ eventId, topic }) => recallEntry(memoryKey(eventId), eventId, epoch, topic)),
       );
       return new Set(events.filter((_, i) => entryIds[i] !== '').map(({ eventId }) => eventId));
     },

@@ -1,5 +1,7 @@
-import type { Redis, Result } from 'ioredis';
+import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import { STREAM_FUNCTIONS } from './epoch-script.ts';
 
 /**
  * Trimming what every consumer group of a stream has acknowledged, and warning where the cap, which XADD keeps to
@@ -25,17 +27,7 @@ if redis.call('TYPE', stream).ok ~= 'stream' then
   redis.call('HDEL', KEYS[2], stream)
   return {0, 0, '', ''}
 end
-local function object(flat)
-  local made = {}
-  for i = 1, #flat, 2 do made[flat[i]] = flat[i + 1] end
-  return made
-end
-local function below(a, b)
-  local ams, aseq = string.match(a, '(%d+)-(%d+)')
-  local bms, bseq = string.match(b, '(%d+)-(%d+)')
-  if ams ~= bms then return tonumber(ams) < tonumber(bms) end
-  return tonumber(aseq) < tonumber(bseq)
-end
+${STREAM_FUNCTIONS}
 local function first()
   local entry = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
   return entry and entry[1] or '0-0'
@@ -45,23 +37,23 @@ local cap, now, between = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5]
 local kept = redis.call('HGET', KEYS[2], stream) or ''
 local before, near_at, dropped_at = string.match(kept, '(%S+) (%S+) (%S+)')
 near_at, dropped_at = tonumber(near_at or 0), tonumber(dropped_at or 0)
-local info = object(redis.call('XINFO', 'STREAM', stream))
+local info = fieldsOf(redis.call('XINFO', 'STREAM', stream))
 local last, begins = info['last-generated-id'], first()
 -- Since the last time another program has taken entries away: the cap, if the stream is that long. If not, maybe a group
 -- that deletes what it has read, so that the first entry is always one it was not delivered; but the one we saw is gone.
-local shortened = before and before ~= '0-0' and below(before, begins)
+local shortened = before and before ~= '0-0' and isBelow(before, begins)
 local lost = cap > 0 and info.length >= cap and begins or before
 local keep, slowest, waits, dropped
 for _, flat in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-  local group = object(flat)
+  local group = fieldsOf(flat)
   local delivered, place = group['last-delivered-id'], group['last-delivered-id']
   local pending = group.pending > 0 and redis.call('XPENDING', stream, group.name)[2]
-  if pending and below(pending, place) then place = pending end
-  if not keep or below(place, keep) then
-    keep, slowest, waits = place, group.name, pending or below(delivered, last)
+  if pending and isBelow(pending, place) then place = pending end
+  if not keep or isBelow(place, keep) then
+    keep, slowest, waits = place, group.name, pending or isBelow(delivered, last)
   end
-  if shortened and (below(delivered, lost)
-      or (pending and below(pending, begins) and not below(pending, before))) then
+  if shortened and (isBelow(delivered, lost)
+      or (pending and isBelow(pending, begins) and not isBelow(pending, before))) then
     dropped = group.name
   end
 end
@@ -83,17 +75,6 @@ if dropped and now - dropped_at >= between then dropped_at = now else dropped = 
 redis.call('HSET', KEYS[2], stream, first() .. ' ' .. string.format('%.0f %.0f', near_at, dropped_at))
 return {trimmed, length, near, dropped}`;
 
-declare module 'ioredis' {
-  interface RedisCommander<Context> {
-    trimAcknowledged(
-      stream: string,
-      list: string,
-      epochKey: string,
-      ...args: (string | number)[]
-    ): Result<[trimmed: number, length: number, near: string, dropped: string] | [], Context>;
-  }
-}
-
 /** Streams that are looked after, at most; and of these in one run. */
 const MOST_STREAMS = 10_000;
 const STREAMS_IN_RUN = 1_000;
@@ -105,8 +86,6 @@ const REPEAT_AFTER_MS = 60_000;
 
 /** Redis refuses what it was asked, maybe for this one stream only; anything else is trouble with all of them. */
 const isRefusal = (error: unknown): error is Error => error instanceof Error && error.name === 'ReplyError';
-
-export type Trimmer = ReturnType<typeof createTrimmer>;
 
 /** @param redis the append connection */
 export function createTrimmer(
@@ -123,7 +102,8 @@ export function createTrimmer(
   }>,
 ) {
   const { streamMaxLen, epochKey, listKey, logger } = options;
-  redis.defineCommand('trimAcknowledged', { numberOfKeys: 3, lua: TRIM });
+  type Trimmed = [trimmed: number, length: number, near: string, dropped: string] | [];
+  const trimAcknowledged = script<Trimmed>(redis, 'trimAcknowledged', TRIM, 3);
   /** Streams that are not in the list yet. */
   const unlisted = new Set<string>();
   let cursor = '0';
@@ -140,7 +120,7 @@ export function createTrimmer(
     for (let call = 0; call < CALLS_IN_RUN && goesOn(); call++) {
       const epoch = options.epoch();
       if (epoch === undefined) break;
-      const [trimmed = 0, entries, near, dropped] = await redis.trimAcknowledged(
+      const [trimmed = 0, entries, near, dropped] = await trimAcknowledged(
         ...[stream, listKey, epochKey, epoch],
         ...[streamMaxLen, ENTRIES_IN_CALL, Date.now(), REPEAT_AFTER_MS],
       );

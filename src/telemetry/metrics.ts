@@ -1,9 +1,11 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
+import type { RelayConfig } from '../config/config.ts';
 import { type Attempt, brief, type OutboxEvent } from '../event.ts';
 import type { Check } from '../http/health.ts';
 import { overall } from '../http/health.ts';
 import { withDeadline } from '../lifecycle.ts';
 import { entriesAtRisk, type SharedFigures } from '../operations/figures.ts';
+import { inFlight } from '../operations/fleet-status.ts';
 
 /** Most pairs of topic and event type that get series of their own. All further pairs are `other`. */
 const MAX_LABELLED = 100;
@@ -61,16 +63,13 @@ export type MetricsSources = Readonly<{
  * The metrics. Stages report what happened; states are read at each scrape. Figures of the fleet are the same on every
  * pod.
  */
-export function createMetrics(deps: {
-  /** Whether the five metrics without a prefix get `relay_`: see RELAY_METRICS_PREFIX. */
-  prefixed: boolean;
-  version: string;
-  concurrency: number;
-  maxInFlight: number;
-  streamMaxLen: number;
-  dlqStreamName: string;
-  dlqMaxLen: number;
-}) {
+export function createMetrics(
+  deps: Pick<RelayConfig, 'concurrency' | 'maxInFlight' | 'streamMaxLen' | 'dlqStreamName' | 'dlqMaxLen'> & {
+    /** Whether the five metrics without a prefix get `relay_`: see RELAY_METRICS_PREFIX. */
+    prefixed: boolean;
+    version: string;
+  },
+) {
   const registry = new Registry();
   const registers = [registry];
   const old = deps.prefixed ? 'relay_' : '';
@@ -239,7 +238,7 @@ export function createMetrics(deps: {
     show(fleet.notifyQueue, notifyQueueUsage);
     show(fleet.clocks, clockDifferenceMs === undefined ? undefined : clockDifferenceMs / 1_000);
     const { publish } = queues ?? {};
-    show(fleet.inFlight, publish && publish.waiting + publish.active + publish.delayed + publish.prioritized);
+    show(fleet.inFlight, publish && inFlight(publish));
     const { backlog: rows, jobs, paused, entries, entriesLimit, lag, pending, atRisk } = fleet;
     for (const it of [rows, jobs, paused, entries, entriesLimit, lag, pending, atRisk]) it.reset();
     if (backlog)

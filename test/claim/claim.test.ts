@@ -39,7 +39,7 @@ const set = (id: number, assignments: string) =>
   pool.query(`UPDATE identity.outbox SET ${assignments} WHERE id = $1`, [id]);
 const jobOf = async (eventId: string | undefined) => (await queues.publish.getJob(eventId as string))?.data;
 const counts = (waiting: number, active: number, delayed = 0) => ({
-  ...{ waiting, active, delayed, failed: 0, total: waiting + active + delayed },
+  ...{ waiting, active, delayed, prioritized: 0, failed: 0, total: waiting + active + delayed },
 });
 const USER = '11111111-1111-4111-8111-111111111111';
 

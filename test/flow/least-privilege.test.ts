@@ -225,7 +225,7 @@ test('each right in PostgreSQL is needed', async () => {
     ];
     await attempt(appendEvent(producer, { eventType: 'X', aggregateId: anEvent().aggregateId, payload: {} }));
     await attempt(insertEvents(producer, someEvents(1)));
-    await attempt(outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, 10)));
+    await attempt(outbox.inEpoch((tx) => outbox.claimFresh(tx, 10)));
     await attempt(outbox.withClaimLock(async () => {}));
     await attempt(outbox.recordFailure({ ...two, attempts: 1, reason: 'x', retryInMs: 1_000 }));
     await attempt(outbox.inEpoch((tx) => outbox.markPublished(tx, [{ ...one, entryId: '1-1' }])));

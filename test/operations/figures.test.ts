@@ -113,7 +113,7 @@ test('a pod that reads for all and is gone is replaced', async () => {
   const server = await createRedis();
   const redis = await connection(server);
   const read = async (): Promise<Figures> => ({ problems: [] });
-  await redis.set(`${SHARED}:turn`, 'a pod that was killed', 'PX', 300);
+  await redis.set(`${SHARED}:reading`, 'a pod that was killed', 'PX', 300);
   const found = await shareFigures({ redis, key: SHARED, read })();
   expect(found).toEqual({ figures: { problems: [] }, ageSeconds: 0 });
 });

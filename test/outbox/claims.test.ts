@@ -145,7 +145,7 @@ describe('a claim', () => {
 
   test('skips rows that another transaction has locked, without waiting', async () => {
     await insertEvents(admin, someEvents(3));
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       expect(idsOf((await outbox.claimFresh(tx, 1)).leased)).toEqual(['1']);
       expect(idsOf((await claim()).leased)).toEqual(['2', '3']);
     });
@@ -155,7 +155,7 @@ describe('a claim', () => {
   test('does not wait for a parked row that another transaction has locked, nor do others wait for it', async () => {
     await insertOf(USER, PARKED, FRESH);
     await insertOf(OTHER_USER, FRESH);
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       await tx.query('SELECT FROM identity.outbox WHERE id = 1 FOR UPDATE');
       // The gate holds back what comes behind the locked row.
       expect(idsOf((await claim()).leased)).toEqual(['2', '3']);
@@ -165,7 +165,7 @@ describe('a claim', () => {
 
   test('leaves every row as it was when it is rolled back', async () => {
     await insertOf(USER, FRESH, PARKED);
-    const failing = outbox.transaction('repeatable', async (tx) => {
+    const failing = outbox.inEpoch(async (tx) => {
       expect(idsOf((await outbox.claimFresh(tx, 10)).leased)).toEqual(['1', '2']);
       throw new Error('the jobs could not be added');
     });
@@ -292,12 +292,12 @@ describe('the limit of a claim', () => {
 });
 
 describe('the claim of the first row alone', () => {
-  const claimFirst = (by = outbox) => by.transaction('repeatable', (tx) => by.claimFirst(tx));
+  const claimFirst = (by = outbox) => by.inEpoch((tx) => by.claimFirst(tx));
 
   test('takes the first fresh row that nobody has locked, and no parked one', async () => {
     await insertOf(USER, FRESH, PARKED);
     await insertOf(OTHER_USER, FRESH);
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       expect(idsOf((await outbox.claimFirst(tx)).leased)).toEqual(['1']);
       expect(await claimFirst()).toMatchObject({ leased: [{ id: '3', after: null }], rows: 1, more: true });
     });
@@ -415,7 +415,7 @@ describe('the claim lock', () => {
   test('does not make a claim by hand wait, nor keep it from the order', async () => {
     await insertOf(USER, FRESH, FRESH);
     await outbox.withClaimLock(() =>
-      outbox.transaction('repeatable', async (tx) => {
+      outbox.inEpoch(async (tx) => {
         expect(idsOf((await outbox.claimFresh(tx, 1)).leased)).toEqual(['1']);
         expect(await claim()).toMatchObject({ leased: [], parked: [ANYBODY] });
       }),

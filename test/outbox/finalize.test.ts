@@ -182,7 +182,7 @@ describe('a failed attempt', () => {
     await insertOf(USER, FRESH);
     const [name] = (await names(1)) as [RowName];
     let failed: Promise<unknown> = Promise.resolve();
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       await outbox.claimFresh(tx, 1);
       failed = fail(name, 1);
       await table.aTransactionWaits();
@@ -259,7 +259,7 @@ describe('the release of a job', () => {
     await insertOf(USER, FRESH, FRESH);
     const [first, second] = (await eventIds(1, 2)) as [string, string];
     let parked: Promise<unknown> = Promise.resolve();
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       await outbox.claimFresh(tx, 2);
       parked = outbox.park([second], [first]);
       await table.aTransactionWaits();

@@ -31,7 +31,7 @@ const nameOf = (id: number) => ({ id: String(id), eventId: eventIdOf(id) });
 const namesFrom = (id: number) => Array.from({ length: BATCH }, (_, i) => nameOf(id + i));
 
 const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
-  ['a claim', (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)), 20 * BATCH],
+  ['a claim', (it) => it.inEpoch((tx) => it.claimFresh(tx, BATCH), { generic: true }), 20 * BATCH],
   ['expired rows', (it) => it.expired(BATCH), 3 * BATCH],
   [
     'an acknowledgement',

@@ -65,14 +65,14 @@ describe('expired rows', () => {
     await insertOf(USER, EXPIRED, EXPIRED, EXPIRED, EXPIRED, EXPIRED);
     const read = await expired();
     const byId = new Map(read.map((it) => [it.id, it.eventId]));
-    const lock = () => outbox.transaction('repeatable', (tx) => outbox.lockExpired(tx, read));
+    const lock = () => outbox.inEpoch((tx) => outbox.lockExpired(tx, read));
     expect(await lock()).toEqual(new Set(byId.values()));
     await set(1, `next_attempt_at = next_attempt_at - interval '1 microsecond'`);
     await set(2, PUBLISHED);
     await set(3, LEASED);
     await set(4, `event_id = gen_random_uuid()`);
     expect(await lock()).toEqual(new Set([byId.get('5')]));
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       await tx.query('SELECT FROM identity.outbox WHERE id = 5 FOR UPDATE');
       expect(await lock()).toEqual(new Set());
     });
@@ -147,7 +147,7 @@ describe('leases end', () => {
   test('within a transaction when that is committed', async () => {
     await insertOf(USER, LEASED);
     const ids = await eventIds(1);
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       await outbox.expireLeases(tx, ids);
       expect(await states()).toEqual(['leased']);
     });

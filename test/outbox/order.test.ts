@@ -60,7 +60,7 @@ describe('a row waits behind an earlier one of its aggregate', () => {
 
   test('that is fresh and locked by another transaction', async () => {
     await insertOf(USER, ...times(4, FRESH));
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       await tx.query('SELECT FROM identity.outbox WHERE id = 2 FOR UPDATE');
       expect(await claim()).toMatchObject({ leased: [{ id: '1' }], parked: [ANYBODY], rows: 3 });
     });

@@ -125,14 +125,10 @@ const SOME_QUESTIONS = [
 const statements: [string, Run, number][] = [
   [
     'a claim, also of an aggregate with 100,000 parked rows',
-    (it) => it.transaction('repeatable', (tx) => it.claimFresh(tx, BATCH)),
+    (it) => it.inEpoch((tx) => it.claimFresh(tx, BATCH), { generic: true }),
     10 * BATCH,
   ],
-  [
-    'a claim of the first row alone',
-    (it) => it.transaction('repeatable', (tx) => it.claimFirst(tx)),
-    10 * BATCH,
-  ],
+  ['a claim of the first row alone', (it) => it.inEpoch((tx) => it.claimFirst(tx)), 10 * BATCH],
   ['expired rows', (it) => it.expired(BATCH), 3 * BATCH],
   [
     'the locks on expired rows',
@@ -141,7 +137,7 @@ const statements: [string, Run, number][] = [
         ...{ ...name, ...HOT, topic: 'x', isDead: false, knownLetter: null, attempts: 0 },
         endedAt: '2026-01-01 00:00:00.000000',
       }));
-      await it.transaction('repeatable', (tx) => it.lockExpired(tx, rows));
+      await it.inEpoch((tx) => it.lockExpired(tx, rows), { generic: true });
     },
     3 * BATCH,
   ],

@@ -143,7 +143,7 @@ describe('refill', () => {
 
   test('skips a row that another transaction has locked, without waiting', async () => {
     await insertOf(USER, PARKED, PARKED);
-    await outbox.transaction('repeatable', async (tx) => {
+    await outbox.inEpoch(async (tx) => {
       await tx.query('SELECT FROM identity.outbox WHERE id = 1 FOR UPDATE');
       expect(await outbox.refill([ANYBODY])).toEqual(NONE_BUT_WAITING);
     });
@@ -155,7 +155,7 @@ describe('refill', () => {
 describe('a row that is parked behind nobody', () => {
   test('arises when a claim and an acknowledgement do not see each other, and is freed after both', async () => {
     await insertOf(USER, RETRYING);
-    await outbox.transaction('durable', async (acknowledging) => {
+    await outbox.inEpoch(async (acknowledging) => {
       await outbox.markPublished(acknowledging, (await names(1)).map(publishedAs));
       await insertOf(USER, FRESH);
       // For the claim the first row is not published yet, so it parks the second one.
@@ -172,7 +172,7 @@ describe('a row that is parked behind nobody', () => {
   test('arises from a dead letter in the same way', async () => {
     await insertOf(USER, RETRYING);
     const [name] = (await names(1)) as [RowName];
-    await outbox.transaction('durable', async (burying) => {
+    await outbox.inEpoch(async (burying) => {
       await outbox.markDead(burying, deadAs(name));
       await insertOf(USER, FRESH);
       expect(await claim()).toMatchObject({ parked: [ANYBODY] });

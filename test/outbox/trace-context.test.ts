@@ -29,7 +29,7 @@ beforeEach(async () => {
 });
 
 const claim = async () => {
-  const { leased } = await outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, 100));
+  const { leased } = await outbox.inEpoch((tx) => outbox.claimFresh(tx, 100));
   return leased;
 };
 const traceOf = async (payload: unknown) => {

@@ -115,3 +115,19 @@ test('draining ends when everything is parked, at once where there is nothing', 
   await draining;
   expect(steps).toEqual(['parked', 'refill', 'drained']);
 });
+
+test('what is released in the moment in which nothing is left to park is parked too', async () => {
+  const last = aClaimedEvent();
+  const parked: string[] = [];
+  const parker = createParker({
+    outbox: { park: async (eventIds) => void parked.push(...eventIds) },
+    refiller: {
+      request() {
+        if (parked.length === 1) queueMicrotask(() => parker.park(last, false));
+      },
+    },
+    logger: silent,
+  });
+  parker.park(aClaimedEvent(), false);
+  await waitFor(() => parked.includes(last.eventId), { what: 'the last one to be parked' });
+});

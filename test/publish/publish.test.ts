@@ -79,7 +79,9 @@ function setUp(outcomes: readonly AppendOutcome[] = [APPENDED], deps: Partial<De
         return standings.shift() ?? 'first';
       },
     },
-    queues: { inFlight: async () => ({ waiting: 0, active: 0, delayed: 0, failed: 0, total: 0 }) },
+    queues: {
+      inFlight: async () => ({ waiting: 0, active: 0, delayed: 0, prioritized: 0, failed: 0, total: 0 }),
+    },
     removeJobs: async (events) => {
       steps.push(...events.map(() => 'job removed'));
       return new Map();
@@ -685,7 +687,16 @@ describe('a failed attempt', () => {
     'with %i retries in Redis, of 400 jobs at most, leaves the job there or not: %j',
     async (delayed, gone) => {
       const { publish, steps, recorded } = setUp(undefined, {
-        queues: { inFlight: async () => ({ waiting: 0, active: 0, delayed, failed: 0, total: delayed }) },
+        queues: {
+          inFlight: async () => ({
+            waiting: 0,
+            active: 0,
+            delayed,
+            prioritized: 0,
+            failed: 0,
+            total: delayed,
+          }),
+        },
       });
       publish.onFailed(failedRun(anEvent()));
       publish.onFailed(failedRun(anEvent(), { failedForGoodAt: new Date() }));
@@ -702,7 +713,16 @@ describe('a failed attempt', () => {
         recordFailure: () => Promise.reject(new Error('no database')),
       },
       deadLetters: { bury: () => Promise.reject(new Error('no database')) },
-      queues: { inFlight: async () => ({ waiting: 0, active: 0, delayed: 400, failed: 0, total: 400 }) },
+      queues: {
+        inFlight: async () => ({
+          waiting: 0,
+          active: 0,
+          delayed: 400,
+          prioritized: 0,
+          failed: 0,
+          total: 400,
+        }),
+      },
       tally: { ...createTally(silent), error: (_, __, text) => void logged.push(text) },
     });
     publish.onFailed(failedRun(anEvent()));

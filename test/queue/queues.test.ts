@@ -121,7 +121,14 @@ describe('publish jobs', () => {
   test('are counted by state; failed ones take no room', async () => {
     await failed(aClaimedEvent());
     await queues.addPublishJobs([aClaimedEvent(), aClaimedEvent()]);
-    expect(await queues.inFlight()).toEqual({ waiting: 2, active: 0, delayed: 0, failed: 1, total: 2 });
+    expect(await queues.inFlight()).toEqual({
+      waiting: 2,
+      active: 0,
+      delayed: 0,
+      prioritized: 0,
+      failed: 1,
+      total: 2,
+    });
   });
 
   test('that cannot be added are an error at once, not a wait', async () => {

@@ -551,8 +551,7 @@ test('an answer that is no stream id never passes for one', async () => {
   const pod = createStreams({ redis, epoch: stage.epochs, options: STREAM_OPTIONS });
   const event = await stage.anEvent();
   for (const junk of ['OK', '1', '1-1', '+OK', '=1', '^-1', '+1700000000000', '=1-2-3', '+ ', 'nil']) {
-    redis.appendInOrder = async () => [junk, []];
-    redis.appendLetter = async () => junk;
+    Object.assign(redis, { appendInOrder: async () => [junk, []], appendLetter: async () => junk });
     const refused = { status: 'refused', reason: expect.stringMatching(/no stream id/) };
     expect(await stage.publish(event, 'open', { through: pod })).toEqual(refused);
     expect(await pod.deadLetter({ event, ...FAILURE }, MADE_AT)).toEqual(refused);

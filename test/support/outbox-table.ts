@@ -82,7 +82,7 @@ export async function openOutboxTable() {
       for (const [i, id] of ids.entries()) await set(id, assignments[i] as string);
     },
     claim: (limit = 1_000, by = outbox): Promise<Claim> =>
-      by.transaction('repeatable', (tx) => by.claimFresh(tx, limit)),
+      by.inEpoch((tx) => by.claimFresh(tx, limit), { generic: true }),
     /** Marks these rows published, each with an entry of its id. */
     async publish(...ids: number[]): Promise<void> {
       const published = (await names(...ids)).map(publishedAs);

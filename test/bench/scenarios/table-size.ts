@@ -96,12 +96,12 @@ async function measure(
          'created_at', '2026-01-01T00:00:00Z') FROM generate_series(1, $1::int) i`,
       [BATCH],
     );
-    const { leased } = await outbox.transaction('repeatable', (tx) => outbox.claimFresh(tx, BATCH));
+    const { leased } = await outbox.inEpoch((tx) => outbox.claimFresh(tx, BATCH), { generic: true });
     for (let i = 0; i < leased.length; i += 100) {
       const part = leased
         .slice(i, i + 100)
         .map(({ id, eventId }) => ({ id, eventId, entryId: `1795511640759-${id}` }));
-      await outbox.transaction('durable', (tx) => outbox.markPublished(tx, part));
+      await outbox.inEpoch((tx) => outbox.markPublished(tx, part), { generic: true });
     }
     if (variant.retention && batch % PRUNE_EVERY_BATCHES === 0) await pruneBut(KEPT_ROWS);
   }
