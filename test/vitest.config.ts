@@ -16,9 +16,19 @@ const SLOW = [
 
 /** What takes a minute or more, the longest first: begun last, one of them would keep a core busy while others idle. */
 const LONGEST = [
-  ...['alerts', 'order-model', 'network', 'least-privilege', 'refusals', 'consumer', 'crashing', 'rollback'],
-  ...['image', 'main', 'chaos', 'hot-aggregates', 'held-snapshot', 'forgetting', 'two-servers', 'ownership'],
-  ...['terminal', 'outages', 'dead-letters', 'verify', 'crash-windows'],
+  ...[
+    'consumer',
+    'alerts',
+    'network',
+    'image',
+    'crashing',
+    'order-model',
+    'refusals',
+    'forgetting',
+    'retries',
+  ],
+  ...['rollback', 'chaos', 'main', 'redis-loss', 'servers', 'dead-letters', 'ownership', 'two-servers'],
+  ...['terminal', 'verify', 'outages', 'crash-windows', 'held-snapshot', 'least-privilege', 'browser'],
 ].map((name) => `/${name}.test.ts`);
 
 class LongestFirst extends BaseSequencer {
@@ -41,8 +51,8 @@ export default defineConfig(({ mode }) => ({
     globalSetup: ['test/support/global-setup.ts'],
     sequence: { sequencer: LongestFirst },
     pool: 'forks',
-    // More than the two cores of a small CI machine: the tests wait for servers, and those of `npm test` mostly do.
-    maxWorkers: mode === 'quick' ? 6 : 4,
+    // More than the two cores of a small CI machine: the tests wait for servers.
+    maxWorkers: 6,
     // Of the tests in one file that ask for it.
     maxConcurrency: 3,
     testTimeout: 90_000,

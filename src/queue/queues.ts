@@ -206,8 +206,11 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
         await redis.del(key);
         return { state: 'missing' };
       }
-      const [madeAt, failures, reason] = await redis.hmget(key, 'timestamp', 'atm', 'failedReason');
+      const facts = await redis.hmget(key, 'timestamp', 'finishedOn', 'atm', 'failedReason');
+      const [madeAt, endedAt, failures, reason] = facts;
       if (!madeAt) return { state: 'missing' };
+      // Its last attempt has failed since we asked for its state.
+      if (endedAt) return { state: 'failed' };
       if (Number(failures ?? 0) === 0) return { state: 'alive', attempts: 0, reason: '' };
       const { attempts } = JSON.parse((await redis.hget(key, 'data')) ?? '{"attempts":0}') as OutboxEvent;
       return { state: 'alive', attempts: attempts + Number(failures), reason: reason ?? '' };
@@ -274,9 +277,13 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
         return false;
       } catch (error) {
         if (!(error instanceof SyntaxError)) throw error;
-        await queue.remove(jobId);
-        return true;
       }
+      // Another worker may take it before it is removed, and fail as well. Its lock protects nothing then.
+      for (let tries = 0; tries < 2; tries++) {
+        await redis.del(`${queue.toKey(jobId)}:lock`);
+        if ((await queue.remove(jobId)) === 1) break;
+      }
+      return true;
     },
 
     /** The event's job, or null. */

@@ -1,5 +1,5 @@
 import { type Job, Worker } from 'bullmq';
-import { beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
+import { beforeAll, beforeEach, describe, expect, onTestFinished, test, vi } from 'vitest';
 import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import {
@@ -296,6 +296,18 @@ test('the facts about jobs are when they were made, whether they have ended, and
   ]);
 });
 
+test('a job that nobody can read is removed although a worker has taken it; one that can be read stays', async () => {
+  const [unreadable, readable] = ['raw', aClaimedEvent()];
+  await queues.addPublishJobs([readable]);
+  await admin.hset(queues.publish.toKey(unreadable), { name: 'x', data: '{}', opts: '{' });
+  await admin.lpush(queues.publish.toKey('active'), unreadable);
+  await admin.set(`${queues.publish.toKey(unreadable)}:lock`, 'a worker');
+  expect(await queues.removeUnreadable(queues.publish, unreadable)).toBe(true);
+  expect(await queues.removeUnreadable(queues.publish, readable.eventId)).toBe(false);
+  expect(await queues.publish.getJobCounts('active', 'waiting')).toEqual({ active: 0, waiting: 1 });
+  expect(await admin.exists(queues.publish.toKey(unreadable))).toBe(0);
+});
+
 describe('the fate of a job', () => {
   const ALIVE = { state: 'alive', attempts: 0, reason: '' };
 
@@ -332,6 +344,12 @@ describe('the fate of a job', () => {
 
   test('is failed when its retries are spent', async () => {
     const event = await failed(aClaimedEvent());
+    expect(await queues.jobFate(event.eventId)).toEqual({ state: 'failed' });
+  });
+
+  test('is failed when its last attempt fails right after its state was asked for', async () => {
+    const event = await failed(aClaimedEvent());
+    vi.spyOn(queues.publish, 'getJobState').mockResolvedValueOnce('active');
     expect(await queues.jobFate(event.eventId)).toEqual({ state: 'failed' });
   });
 
