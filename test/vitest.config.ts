@@ -51,8 +51,8 @@ export default defineConfig(({ mode }) => ({
     globalSetup: ['test/support/global-setup.ts'],
     sequence: { sequencer: LongestFirst },
     pool: 'forks',
-    // More than the two cores of a small CI machine: the tests wait for servers.
-    maxWorkers: 6,
+    // More than the two cores of a small CI machine: the tests mostly wait for servers. With six, both parts take longer.
+    maxWorkers: 4,
     // Of the tests in one file that ask for it.
     maxConcurrency: 3,
     testTimeout: 90_000,

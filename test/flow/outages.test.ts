@@ -79,7 +79,7 @@ test('a Redis that hangs, is restarted, is away, or is full for some seconds cos
       },
     },
   ]);
-}, 400_000);
+}, 600_000);
 
 test('a PostgreSQL that crashes and recovers costs no event and no attempt', async () => {
   const postgres = await createPostgres();
