@@ -89,7 +89,9 @@ export async function run(options: RunOptions): Promise<RunResult> {
     const counts = world.workload.counts();
     const result = judge(options, injections, grade, settled, world);
     const logs =
-      options.keep || result.violations.length > 0 ? await keepLogs(world, seed, injections) : undefined;
+      options.keep || result.violations.length > 0 || world.fleet.surprises().length > 0
+        ? await keepLogs(world, seed, injections)
+        : undefined;
     return { injections, grade, settled, counts, logs, ...result };
   } finally {
     await world.stop();
