@@ -1,7 +1,9 @@
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
+import { NotReadyError } from '../lifecycle.ts';
 import { type Owner, readOwner } from '../outbox/owner.ts';
 import { type Finding, failed, ok, type Requirement, RequirementError } from '../requirement.ts';
+import { errorText } from '../telemetry/logger.ts';
 import { asking, type Pool } from './database.ts';
 
 /**
@@ -61,11 +63,23 @@ async function isOurs({ pool, redis, place: queue }: OnBoth): Promise<Finding> {
 /**
  * Makes this database the owner of the queue on this Redis.
  * @throws {RequirementError} if it belongs to another database
+ * @throws {NotReadyError} if a server does not answer
  */
 export async function claimQueue(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
-  const mine = await readOwner(asking(pool, ASK_MS));
-  await redis.set(ownerKey(queue), JSON.stringify(mine), 'NX');
-  const there = await ownerOf(redis, queue);
+  const [mine, there] = await ownersOf(pool, redis, queue).catch((error) => {
+    throw new NotReadyError(`cannot write down whose the queue is: ${errorText(error)}`);
+  });
   const problem = there && problemOf(mine, there, queue);
   if (problem) throw new RequirementError(problem);
+}
+
+/** This database, and the owner of the queue, which is this database if there was none. */
+async function ownersOf(
+  pool: Pool,
+  redis: Redis,
+  queue: QueueName,
+): Promise<[mine: Owner, there: Owner | null]> {
+  const mine = await readOwner(asking(pool, ASK_MS));
+  await redis.set(ownerKey(queue), JSON.stringify(mine), 'NX');
+  return [mine, await ownerOf(redis, queue)];
 }

@@ -1,5 +1,5 @@
 /** One queue belongs to one database: a second is refused, whatever its rows are. */
-import { type AddressInfo, connect, createServer } from 'node:net';
+import { type AddressInfo, connect, createServer, type Socket } from 'node:net';
 import { expect, onTestFinished, test } from 'vitest';
 import { createRelay, loadConfig } from '../../src/index.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
@@ -69,7 +69,11 @@ test('a copy of the database, with the same token, is refused as well; so is an 
 const CLAIM = /\$3\r\nset\r\n\$16\r\nbull:relay:owner\r\n/i;
 
 /** Another address of this Redis. Who claims the queue there is held up until so many do. */
-async function whereClaimsMeet(redis: TestRedis, count: number): Promise<string> {
+async function whereClaimsMeet(
+  redis: TestRedis,
+  count: number,
+  onClaim: (client: Socket) => void = () => {},
+): Promise<string> {
   let coming = 0;
   let open = () => {};
   const allCame = new Promise<void>((resolve) => {
@@ -85,6 +89,7 @@ async function whereClaimsMeet(redis: TestRedis, count: number): Promise<string>
     let sent = Promise.resolve();
     client.on('data', (chunk: Buffer) => {
       const isClaim = CLAIM.test(chunk.toString('latin1'));
+      if (isClaim) onClaim(client);
       if (isClaim && ++coming === count) open();
       sent = sent.then(() => (isClaim ? allCame : undefined)).then(() => void upstream.write(chunk));
     });
@@ -111,6 +116,16 @@ test('of two that start at the same moment on an empty Redis, one has the queue'
   expect(started.map(({ status }) => status).toSorted()).toEqual(['fulfilled', 'rejected']);
   const reason = started.find((it) => it.status === 'rejected')?.reason as Error;
   expect(reason.message).toMatch(/belongs to database/);
+}, 120_000);
+
+test('a pod whose connection to Redis is cut when it claims the queue is not ready, as if Redis were away: exit 69', async () => {
+  const stage = await setStage();
+  const redisUrl = await whereClaimsMeet(stage.server, Number.POSITIVE_INFINITY, (client) =>
+    client.destroy(),
+  );
+  const { code, lines } = await stage.command(['start'], { RELAY_REDIS_URL: redisUrl });
+  expect(code, lines.join('\n')).toBe(69);
+  expect(lines.join('\n')).toContain('cannot write down whose the queue is');
 }, 120_000);
 
 test('Redis that was emptied gets its owner again, and the first pod that comes to it has the queue', async () => {
