@@ -3,7 +3,7 @@ import type { Command as Program } from 'commander';
 
 await import('./commands/signals.ts');
 const { Command } = await import('commander');
-const { cleanLines } = await import('./commands/terminal.ts');
+const { cleanLines, endWithTheReader } = await import('./commands/terminal.ts');
 const { VERSION } = await import('./version.ts');
 
 /** In the order of the help. */
@@ -52,7 +52,7 @@ const program = new Command('relay')
 if (process.argv[2] === 'start') {
   const { createLogger, logWhatOthersPrint } = await import('./telemetry/logger.ts');
   logWhatOthersPrint(createLogger('warn'));
-}
+} else endWithTheReader();
 
 // Only the command that is named is loaded: the others cost a second of start-up, and a pod memory as long as it lives.
 const [first, second] = process.argv.slice(2);

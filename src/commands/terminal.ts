@@ -31,11 +31,18 @@ export class Text {
 
 /** What a shell reports of a program that SIGPIPE has ended. */
 const EXIT_PIPE = 141;
-// The reader of the output has gone, as `| head` does: as other programs, the command ends without a word.
-process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-  if (error.code === 'EPIPE') process.exit(EXIT_PIPE);
-  throw error;
-});
+
+/**
+ * For commands that print: when the reader of the output goes, as `| head` does, the command ends without a word, as other
+ * programs do. Not for a pod, which only logs: where stdout is a pipe, Node.js would make it one that does not block, and a
+ * log line that finds it full would hold up the pod.
+ */
+export function endWithTheReader(): void {
+  process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code === 'EPIPE') process.exit(EXIT_PIPE);
+    throw error;
+  });
+}
 
 export type Printable = string | number | Text;
 

@@ -60,8 +60,9 @@ const NO_RIGHT = '42501';
 const READ_ONLY = '25006';
 /** SQLSTATEs of who may not log in (28), and of a database that is not there (3D). */
 const NO_SUCH_LOGIN = /^(28|3D)/;
-/** Of the system: nobody answers at this address. */
-const NO_SUCH_ADDRESS = /\b(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|EHOSTUNREACH|ENETUNREACH|ETIMEDOUT)\b/;
+/** Of the system, of TLS and of node-postgres: no server answers at this address, or another kind of server. */
+const NOT_REACHED =
+  /\b(E(CONNREFUSED|CONNRESET|NOTFOUND|NOENT|PIPE|PROTO|HOSTUNREACH|NETUNREACH|TIMEDOUT)|EAI_AGAIN)\b|timeout expired|[Cc]onnection terminated|timeout exceeded when trying to connect|certificate|\b(SSL|TLS)\b/;
 const UNSUPPORTED = /^(0A000|42)/;
 
 export function databaseFinding(error: unknown): Finding {
@@ -70,7 +71,7 @@ export function databaseFinding(error: unknown): Finding {
   if (/statement pooling mode/.test(text)) return failed(STATEMENT_POOLING);
   if (code === NO_RIGHT) return failed(`${text}: give the role its rights; "relay grants" prints them`);
   if (NO_SUCH_LOGIN.test(code)) return failed(`${text}: see RELAY_DATABASE_URL`);
-  if (NO_SUCH_ADDRESS.test(text)) return failedFor('soon', `${text}: see RELAY_DATABASE_URL`);
+  if (code === '' && NOT_REACHED.test(text)) return failedFor('soon', `${text}: see RELAY_DATABASE_URL`);
   if (code === READ_ONLY) return failedFor('soon', `${text}: let RELAY_DATABASE_URL lead to the primary`);
   // What PostgreSQL has and this server has not, or what the table has in addition. A table that is altered now passes.
   if (UNSUPPORTED.test(code) && !/cached plan/.test(text))

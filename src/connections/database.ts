@@ -44,21 +44,33 @@ const PLANNER: Readonly<Record<string, string>> = {
 };
 
 /**
- * How PostgreSQL reads and prints values, whatever a role, a database or the owner of a pool has set: the relay keeps
- * positions in the order of published rows as text. Other settings stay as they are, since triggers of other teams run in
- * these transactions.
+ * How PostgreSQL reads and prints values, and which rows it shows, whatever a role, a database or the owner of a pool has
+ * set: the relay keeps positions in the order of published rows as text. Other settings stay as they are, since triggers of
+ * other teams run in these transactions.
  */
-const PRINTED: Readonly<Record<string, string>> = {
+const VALUES: Readonly<Record<string, string>> = {
+  array_nulls: 'on',
   DateStyle: 'ISO, YMD',
   IntervalStyle: 'postgres',
   TimeZone: 'UTC',
   bytea_output: 'hex',
   extra_float_digits: '1',
+  row_security: 'on',
   standard_conforming_strings: 'on',
 };
 /** Puts pg_catalog first: no other schema can replace a function that the relay's statements call. */
 const SEARCH_PATH =
   "pg_catalog.concat_ws(', ', 'pg_catalog', nullif(pg_catalog.current_setting('search_path'), ''))";
+
+/**
+ * Since version 17 a role may have a limit for whole transactions, which ends the session. The deadlines here take its
+ * place. Older versions do not know the setting.
+ */
+const NO_TRANSACTION_TIMEOUT =
+  "CASE WHEN pg_catalog.current_setting('transaction_timeout', true) <> '0' THEN pg_catalog.set_config('transaction_timeout', '0', true) END";
+/** A role or database may have switched off the wait for the disk; of the other settings each waits at least for that. */
+const DURABLE =
+  "CASE WHEN pg_catalog.current_setting('synchronous_commit') = 'off' THEN pg_catalog.set_config('synchronous_commit', 'on', true) END";
 
 /**
  * Whether statements have names. A named statement is planned once per connection: 0.5 ms less for each acknowledgement.
@@ -145,14 +157,17 @@ async function attemptTransaction<T>(
       locks === undefined ? deadlineMs : Math.max(deadlineMs, locks[0].waitMs + LOCK_MARGIN_MS),
     lock_timeout: locks?.[0].waitMs ?? 0,
     idle_in_transaction_session_timeout: idleMs,
-    ...PRINTED,
+    ...VALUES,
     ...PLANNER,
     plan_cache_mode: generic ? 'force_generic_plan' : 'auto',
   };
   // One statement sets all of them: a round trip is what a transaction costs.
-  const set = Object.entries(settings).map(
-    ([name, value]) => `pg_catalog.set_config('${name}', '${value}', true)`,
-  );
+  const set = [
+    ...Object.entries(settings).map(([name, value]) => `pg_catalog.set_config('${name}', '${value}', true)`),
+    `pg_catalog.set_config('search_path', ${SEARCH_PATH}, true)`,
+    NO_TRANSACTION_TIMEOUT,
+    ...(durability === 'durable' ? [DURABLE] : []),
+  ];
   /** What is asked for once the locks are held. */
   const asked = [
     // A statement waits for rows until its own deadline.
@@ -163,7 +178,7 @@ async function attemptTransaction<T>(
   // The isolation level is named, since the default may be stricter: then the same statements would fail now and then.
   const begin = [
     'BEGIN ISOLATION LEVEL READ COMMITTED',
-    `SELECT ${set.join(', ')}, pg_catalog.set_config('search_path', ${SEARCH_PATH}, true)`,
+    `SELECT ${set.join(', ')}`,
     ...(locks ?? []).map(lockStatement),
     ...(asked.length > 0 ? [`SELECT ${asked.join(', ')}`] : []),
   ].join('; ');

@@ -17,10 +17,18 @@ type QueueName = Pick<RelayConfig, 'queuePrefix' | 'queueName'>;
 export const ownerKey = ({ queuePrefix, queueName }: QueueName): string =>
   `${queuePrefix}:${queueName}:owner`;
 
+/** What the key names where something else was written to it: a database that nobody has. "relay own" replaces it. */
+const UNREADABLE: Owner = { token: '', database: 'unknown', system: '' };
+
 /** The owner of the queue on this Redis; null if there is none. */
 export async function ownerOf(redis: Redis, queue: QueueName): Promise<Owner | null> {
   const text = await redis.get(ownerKey(queue));
-  return text === null ? null : (JSON.parse(text) as Owner);
+  if (text === null) return null;
+  try {
+    return { ...UNREADABLE, ...(JSON.parse(text) as Owner) };
+  } catch {
+    return UNREADABLE;
+  }
 }
 
 export const describeOwner = ({ database, system }: Owner): string =>
@@ -67,7 +75,9 @@ async function isOurs({ pool, redis, place: queue }: OnBoth): Promise<Finding> {
  */
 export async function claimQueue(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
   const [mine, there] = await ownersOf(pool, redis, queue).catch((error) => {
-    throw new NotReadyError(`cannot write down whose the queue is: ${errorText(error)}`);
+    throw new NotReadyError(`PostgreSQL or Redis does not tell whose the queue is: ${errorText(error)}`, {
+      cause: error,
+    });
   });
   const problem = there && problemOf(mine, there, queue);
   if (problem) throw new RequirementError(problem);

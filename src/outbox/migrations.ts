@@ -25,6 +25,7 @@ const LOCK_POLL_MS = 200;
 const LOCK_DEADLINE_MS = 3_600_000;
 /** What others may have set for the role or the database, and what the statements of a migration rely on. */
 const SESSION = `
+  SELECT CASE WHEN current_setting('transaction_timeout', true) <> '0' THEN set_config('transaction_timeout', '0', false) END;
   SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET lock_timeout = 0;
   SET search_path = pg_catalog, public; SET default_transaction_isolation = 'read committed';
   SET standard_conforming_strings = on; SET default_tablespace = ''; SET row_security = on`;

@@ -135,22 +135,35 @@ export function createWakeup(deps: {
   async function listen(): Promise<void> {
     const client = await pool.connect();
     let failed: Error | undefined;
-    try {
-      const broken = new Promise<void>((resolve) => {
-        interrupt = resolve;
-        client.on('error', (error) => {
-          failed = error;
+    let isOver = false;
+    let wakeUp = (): void => {};
+    interrupt = () => {
+      isOver = true;
+      wakeUp();
+    };
+    client.on('error', (error) => {
+      failed = error;
+      interrupt();
+    });
+    client.on('end', interrupt);
+    /** Until the session is over, or `ms` have passed. */
+    const wait = (ms?: number) =>
+      new Promise<void>((resolve) => {
+        if (isOver) return resolve();
+        const timer = ms === undefined ? undefined : setTimeout(resolve, ms);
+        wakeUp = () => {
+          clearTimeout(timer);
           resolve();
-        });
-        client.on('end', resolve);
+        };
       });
+    try {
       if (!(await hears(client, CHANNEL, (text) => query(client, text)))) {
         logger.warn(
           {},
           'no notification arrives on this database connection (PgBouncer?): new events wait for the poll interval',
         );
         failed = new Error('deaf');
-        await broken;
+        await wait();
         return;
       }
       client.on('notification', onNotification(client));
@@ -159,7 +172,9 @@ export function createWakeup(deps: {
       isLost = false;
       onWake(); // whatever was missed while nobody listened
       while (!stopped) {
-        if ((await succeedsWithin(HEARTBEAT_MS, broken)) || stopped) break;
+        await wait(HEARTBEAT_MS);
+        if (stopped) break;
+        if (isOver) throw failed ?? new Error('the session has ended');
         // A standby takes no writes, so no notification would ever arrive.
         const { rows } = await query(
           client,

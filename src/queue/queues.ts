@@ -81,6 +81,16 @@ const traced = (trace: TraceContext) => ({
 export const publishJobKey = (options: Pick<QueueOptions, 'queuePrefix' | 'queueName'>, eventId: string) =>
   new QueueKeys(options.queuePrefix).toKey(publishQueueName(options.queueName), eventId);
 
+/** The event in a job's data; undefined where another program's data is. */
+function eventOf(data: string | null): OutboxEvent | undefined {
+  try {
+    const event: unknown = JSON.parse(data ?? 'null');
+    return isEvent(event) ? event : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<Logger, 'debug'>) {
   const shared = { connection: redis, prefix: options.queuePrefix };
   const claim = new Queue(claimQueueName(options.queueName), shared);
@@ -212,19 +222,36 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       // Its last attempt has failed since we asked for its state.
       if (endedAt) return { state: 'failed' };
       if (Number(failures ?? 0) === 0) return { state: 'alive', attempts: 0, reason: '' };
-      const { attempts } = JSON.parse((await redis.hget(key, 'data')) ?? '{"attempts":0}') as OutboxEvent;
-      return { state: 'alive', attempts: attempts + Number(failures), reason: reason ?? '' };
+      const before = eventOf(await redis.hget(key, 'data'))?.attempts ?? 0;
+      return { state: 'alive', attempts: before + Number(failures), reason: reason ?? '' };
     },
 
+    /**
+     * The event's job, if it has failed. One that no longer has the event, since another program wrote there, is removed:
+     * its row gets a new job when its lease ends.
+     */
     async failedJob(eventId: string): Promise<FailedJob | null> {
-      const job = await publish.getJob(eventId);
-      if (!job?.finishedOn) return null;
+      const facts = await redis.hmget(
+        publish.toKey(eventId),
+        'data',
+        'finishedOn',
+        'atm',
+        'failedReason',
+        'timestamp',
+      );
+      const [data = null, endedAt, failures, reason, madeAt] = facts;
+      if (!endedAt) return null;
+      const event = eventOf(data);
+      if (event === undefined) {
+        await publish.remove(eventId);
+        return null;
+      }
       return {
-        event: job.data,
-        attempts: job.data.attempts + job.attemptsMade,
-        reason: job.failedReason,
-        failedAt: new Date(job.finishedOn),
-        madeAt: job.timestamp,
+        event,
+        attempts: event.attempts + Number(failures ?? 0),
+        reason: reason ?? '',
+        failedAt: new Date(Number(endedAt)),
+        madeAt: Number(madeAt),
       };
     },
 
@@ -245,11 +272,15 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     async failedBeyond(kept: number, limit: number): Promise<{ eventId: string; topic: string }[]> {
       const excess = (await publish.getJobCountByTypes('failed')) - kept;
       if (excess <= 0) return [];
-      const jobs = await publish.getFailed(kept, kept + Math.min(excess, limit) - 1);
-      // A job without an event is another program's: it stays.
-      return jobs.flatMap((job) =>
-        isEvent(job?.data) ? [{ eventId: job.data.eventId, topic: job.data.topic }] : [],
-      );
+      const jobIds = await publish.getRanges(['failed'], kept, kept + Math.min(excess, limit) - 1);
+      const asked = redis.pipeline();
+      for (const jobId of jobIds) asked.hget(publish.toKey(jobId), 'data');
+      return ((await asked.exec()) ?? []).flatMap(([error, data]) => {
+        if (error) throw error;
+        // A job without an event is another program's: it stays.
+        const event = eventOf(data as string | null);
+        return event ? [{ eventId: event.eventId, topic: event.topic }] : [];
+      });
     },
 
     /** Of these events, those that have a job. */
@@ -269,7 +300,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
 
     /**
      * Removes a job whose data or options BullMQ cannot read: every worker that takes it fails, and the job stalls.
-     * @returns whether it was such a job
+     * @returns whether it was such a job, and is gone
      */
     async removeUnreadable(queue: Queue, jobId: string): Promise<boolean> {
       try {
@@ -281,9 +312,9 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       // Another worker may take it before it is removed, and fail as well. Its lock protects nothing then.
       for (let tries = 0; tries < 2; tries++) {
         await redis.del(`${queue.toKey(jobId)}:lock`);
-        if ((await queue.remove(jobId)) === 1) break;
+        if ((await queue.remove(jobId)) === 1) return true;
       }
-      return true;
+      return false;
     },
 
     /** The event's job, or null. */

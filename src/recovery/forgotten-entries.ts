@@ -54,12 +54,15 @@ export function createFindForgotten(deps: {
     for await (const letters of lookup.walkBack(dlqStreamName, sinceMs, STEP_ENTRIES)) {
       found.dead += await outbox.inEpoch(async (tx) => {
         const rows = await outbox.lockUngiven(tx, letters);
+        let dead = 0;
         for (const { id, eventId, entryId } of rows) {
-          const { attempts, reason } = await lookup.letter(entryId);
-          await outbox.markDead(tx, { id, eventId, attempts, reason, entryId });
+          const letter = await lookup.letter(entryId);
+          if (letter === null) continue;
+          await outbox.markDead(tx, { id, eventId, ...letter, entryId });
+          dead++;
         }
         await confirm();
-        return rows.length;
+        return dead;
       });
     }
     const about = { ...found, streams: topics.length + 1, ms: Date.now() - startedAt };

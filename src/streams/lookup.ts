@@ -8,6 +8,9 @@ import { LAST_ENTRIES_MAX } from './gate-script.ts';
 
 /** Finds entries in streams. It only reads, except that it remembers the last entry of a stream (gate-script.ts). */
 
+/** Of a dead letter, as the relay writes it. */
+const ATTEMPTS = /^\d{1,6}$/;
+
 /**
  * Answers the type of the stream's key, the id before which everything was trimmed on purpose, 1 if that id was trimmed
  * too, else 0, and the positions of the entries that are not there, or are another event's.
@@ -133,10 +136,12 @@ export function createLookup(
     return found;
   }
 
-  /** What a dead letter says. */
-  async function letter(entryId: string): Promise<{ attempts: number; reason: string }> {
+  /** What a dead letter says; null where the entry is gone, or none of the relay's: others may write to this stream. */
+  async function letter(entryId: string): Promise<{ attempts: number; reason: string } | null> {
     const [entry] = await redis.xrange(options.dlqStreamName, entryId, entryId);
-    const field = (name: string) => entry?.[1][entry[1].indexOf(name) + 1] ?? '';
+    const [, texts = []] = entry ?? [];
+    const field = (name: string) => texts.find((_, i) => i % 2 === 1 && texts[i - 1] === name) ?? '';
+    if (!ATTEMPTS.test(field('attempts'))) return null;
     return { attempts: Number(field('attempts')), reason: field('error_message') };
   }
 
@@ -204,7 +209,8 @@ export function createLookup(
       const found = new Map<string, { entryId: string; attempts: number; reason: string }>();
       for (const [eventId, entryId] of await find(options.dlqStreamName, eventIds)) {
         if (entryId === known.get(eventId)) continue;
-        found.set(eventId, { entryId, ...(await letter(entryId)) });
+        const said = await letter(entryId);
+        if (said !== null) found.set(eventId, { entryId, ...said });
       }
       return found;
     },

@@ -51,20 +51,50 @@ for (const [kind, pool] of [
 test('values are read and printed in one way, whatever role, database or owner of the pool have set', async () => {
   const habits = [
     ...['DateStyle=German,DMY', 'TimeZone=Asia/Kolkata', 'IntervalStyle=sql_standard', 'bytea_output=escape'],
-    ...['extra_float_digits=-10', 'standard_conforming_strings=off'],
+    ...['extra_float_digits=-10', 'standard_conforming_strings=off', 'array_nulls=off', 'row_security=off'],
   ];
   const pool = openPool(url, { options: habits.map((it) => `-c ${it}`).join(' ') });
   const { rows } = await transaction(pool, 4_000, 'durable', (tx) =>
-    tx.query(String.raw`SELECT '2026-01-31T12:00:00Z'::timestamptz::text AS time,
+    tx.query(
+      String.raw`SELECT '2026-01-31T12:00:00Z'::timestamptz::text AS time,
       '1 day 2 hours'::interval::text AS interval, decode('00ff', 'hex')::text AS bytes, 'a\nb' AS text,
-      (0.1::float8 + 0.2::float8)::text AS number`),
+      (0.1::float8 + 0.2::float8)::text AS number, ($1::text[])[1] IS NULL AS "isNull",
+      current_setting('row_security') AS rows`,
+      [[null]],
+    ),
   );
   expect(rows).toEqual([
     {
       ...{ time: '2026-01-31 12:00:00+00', interval: '1 day 02:00:00' },
       ...{ bytes: String.raw`\x00ff`, text: String.raw`a\nb`, number: '0.30000000000000004' },
+      ...{ isNull: true, rows: 'on' },
     },
   ]);
+});
+
+test('what must be durable waits for the disk, whatever the role has set; what may be repeated does not', async () => {
+  const found: string[] = [];
+  for (const set of ['off', 'local', 'on']) {
+    const pool = openPool(url, { options: `-c synchronous_commit=${set}` });
+    for (const durability of ['durable', 'repeatable'] as const) {
+      const { rows } = await transaction(pool, 4_000, durability, (tx) =>
+        tx.query('SHOW synchronous_commit'),
+      );
+      found.push(`${set}, ${durability}: ${rows[0].synchronous_commit}`);
+    }
+  }
+  expect(found).toEqual([
+    ...['off, durable: on', 'off, repeatable: off', 'local, durable: local', 'local, repeatable: off'],
+    ...['on, durable: on', 'on, repeatable: off'],
+  ]);
+});
+
+test('a role’s limit for whole transactions does not end those of the relay, which have deadlines of their own', async () => {
+  const pool = openPool(url, { options: '-c transaction_timeout=300' });
+  const { rows } = await transaction(pool, 4_000, 'durable', (tx) =>
+    tx.query('SELECT pg_sleep(0.6), 1 AS one'),
+  );
+  expect(rows).toMatchObject([{ one: 1 }]);
 });
 
 test('a row that another transaction holds is waited for as long as a statement may take, and is not called a lock of the relay', async () => {

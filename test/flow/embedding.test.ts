@@ -271,6 +271,7 @@ test('habits of the program around it do no harm: parsers of node-postgres, opti
 /** Of a role or a database; none of them with a blank, which the driver's option would need escaped. */
 const HABITS = [
   ...['DateStyle=German,DMY', 'TimeZone=Asia/Kolkata', 'IntervalStyle=sql_standard', 'search_path='],
+  ...['array_nulls=off', 'row_security=off', 'synchronous_commit=off'],
   ...['enable_nestloop=off', 'enable_indexscan=off', 'plan_cache_mode=force_custom_plan'],
   ...[
     'bytea_output=escape',

@@ -125,7 +125,7 @@ test('a pod whose connection to Redis is cut when it claims the queue is not rea
   );
   const { code, lines } = await stage.command(['start'], { RELAY_REDIS_URL: redisUrl });
   expect(code, lines.join('\n')).toBe(69);
-  expect(lines.join('\n')).toContain('cannot write down whose the queue is');
+  expect(lines.join('\n')).toContain('does not tell whose the queue is');
 }, 120_000);
 
 test('Redis that was emptied gets its owner again, and the first pod that comes to it has the queue', async () => {
@@ -150,6 +150,9 @@ test('Redis that was emptied gets its owner again, and the first pod that comes 
   });
   await insertEvents(stage.pool, someEvents(5));
   expect(await stage.redis.exists('identity.user.v1')).toBe(0);
+  // Nor is it anybody's with an owner that cannot be read.
+  await stage.redis.set(OWNER, '{');
+  expectRefused(await stage.command(['check']), 1);
   const { code, lines } = await stage.command(['own', '--yes']);
   expect(code, lines.join('\n')).toBe(0);
   await stage.rested();

@@ -151,7 +151,7 @@ describe('a table that is there already', () => {
     await createOldTable(pool);
     await insertEvents(pool, someEvents(10));
     const hasty = new URL(url);
-    hasty.searchParams.set('options', '-c statement_timeout=500');
+    hasty.searchParams.set('options', '-c statement_timeout=500 -c transaction_timeout=500');
     // CREATE INDEX CONCURRENTLY has to wait for whoever has an old view of the table.
     const reader = await pool.connect();
     await reader.query('BEGIN ISOLATION LEVEL REPEATABLE READ');

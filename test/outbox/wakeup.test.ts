@@ -39,9 +39,12 @@ afterEach(async () => {
 });
 
 /** A relay's wake-up at work; `wakes` counts how often it was woken. */
-async function startWakeup(through: Pool = openPool(databaseUrl, { application_name: LISTENER })) {
+async function startWakeup(
+  through: Pool = openPool(databaseUrl, { application_name: LISTENER }),
+  logger = silent,
+) {
   const heard = { wakes: 0 };
-  const wakeup = createWakeup({ pool: through, logger: silent, onWake: () => heard.wakes++ });
+  const wakeup = createWakeup({ pool: through, logger, onWake: () => heard.wakes++ });
   wakeups.push(wakeup);
   wakeup.start();
   await waitFor(() => heard.wakes > 0, { what: 'the relay to listen' });
@@ -245,6 +248,18 @@ describe('the listening connection', () => {
     relay.heard.wakes = 0;
     await insert();
     await waitFor(() => relay.heard.wakes > 0, { what: 'it to hear again' });
+  });
+
+  test('says once that its session has ended, and when notifications arrive again', async () => {
+    const said: string[] = [];
+    const tell = (_: unknown, message: string) => void said.push(message);
+    await startWakeup(undefined, { ...silent, warn: tell, info: tell });
+    await terminateListener();
+    await waitFor(() => said.length >= 2, { what: 'both lines' });
+    expect(said).toEqual([
+      'lost the connection that listens for new events; polling until it is back',
+      'notifications of new events arrive again',
+    ]);
   });
 
   test('is deaf behind a pooler that lets no notification through, and still stops at once', async () => {

@@ -212,6 +212,22 @@ describe('a failed job', () => {
     expect(await queues.failedJob(event.eventId)).toBeNull();
   });
 
+  test('is removed when another program has overwritten its data, and hinders no other one', async () => {
+    const events: OutboxEvent[] = [];
+    for (const data of ['{', 'null', '{"attempts":"x"}']) {
+      const event = await failed(aClaimedEvent());
+      await admin.hset(queues.jobKey(event.eventId), 'data', data);
+      events.push(event);
+    }
+    const intact = await failed(aClaimedEvent());
+    expect((await queues.failedBeyond(0, 100)).map((it) => it.eventId)).toEqual([intact.eventId]);
+    for (const { eventId } of events) {
+      expect(await queues.failedJob(eventId)).toBeNull();
+      expect(await queues.jobFate(eventId)).toEqual({ state: 'missing' });
+    }
+    expect(await queues.failedJob(intact.eventId)).toMatchObject({ event: { eventId: intact.eventId } });
+  });
+
   test('is in the way of another one for its event, silently, until it is removed', async () => {
     const event = await failed(aClaimedEvent());
     const again = { ...event, attempts: 2 };
@@ -333,6 +349,15 @@ describe('the fate of a job', () => {
         expect(await queues.jobFate(event.eventId)).toEqual({ ...ALIVE, attempts: 2, reason: 'refused' });
       },
     );
+  });
+
+  test('is alive with the failures that BullMQ counts, when another program has overwritten its data', async () => {
+    for (const data of ['{', 'null', '{"attempts":"x"}']) {
+      const event = aClaimedEvent({ attempts: 1 });
+      await queues.addPublishJobs([event]);
+      await admin.hset(queues.jobKey(event.eventId), { data, atm: '3', failedReason: 'refused' });
+      expect(await queues.jobFate(event.eventId)).toEqual({ ...ALIVE, attempts: 3, reason: 'refused' });
+    }
   });
 
   test('is alive while the queue is paused', async () => {
