@@ -41,7 +41,7 @@ test('every variable that is mentioned exists', () => {
     'RELAY_REDIS_SERVER_BIN',
     'RELAY_CHROMIUM_BIN',
   ]);
-  const mentioned = [...DOCUMENTS.matchAll(/RELAY_[A-Z_]+/g)].map(([name]) => name);
+  const mentioned = [...DOCUMENTS.matchAll(/(?<![A-Z_])RELAY_[A-Z_]+/g)].map(([name]) => name);
   expect(mentioned.filter((name) => !known.has(name))).toEqual([]);
 });
 
@@ -97,7 +97,7 @@ test('the glossary is short', () => {
 });
 
 test('every npm script and every command of the relay that is mentioned exists', async () => {
-  const known = [...Object.keys(scripts()), 'ci'];
+  const known = [...Object.keys(scripts()), 'ci', 'install', 'pack'];
   const npm = [...DOCUMENTS.matchAll(/\bnpm (?:run )?([a-z:]+)/g)].map(([, name]) => name as string);
   expect(npm.length).toBeGreaterThan(5);
   expect(npm.filter((name) => !known.includes(name))).toEqual([]);

@@ -7,6 +7,9 @@
  * - It makes its group again when Redis has lost it. The stream is then read from its first entry; the recorded ids
  *   keep that from doing anything twice.
  *
+ * Needs ioredis, pg and tsx, and "type": "module" in package.json.
+ *
+ *     npm install ioredis pg tsx
  *     REDIS_URL=redis://localhost:6379 DATABASE_URL=postgresql://localhost/app node --import tsx consumer.ts
  */
 import { hostname } from 'node:os';

@@ -165,7 +165,7 @@ export const TABLE = {
   }),
   validation: variable('RELAY_VALIDATION', oneOf(['off', 'warn', 'strict']), 'warn', {
     description:
-      'What to do with a payload that breaks its schema: nothing, log and publish, or dead-letter at once',
+      'A payload that breaks its schema: off = not compared; warn = logged, and published; strict = dead-lettered at once',
   }),
   notify: variable('RELAY_NOTIFY', flag(), 'true', {
     description: 'Wake up on NOTIFY from the table; false where LISTEN does not work, as behind PgBouncer',

@@ -1,8 +1,14 @@
 /**
  * A NestJS worker that runs the relay beside an ordinary BullMQ queue, and shows both in one Bull Board.
  *
- * It needs RELAY_DATABASE_URL, RELAY_REDIS_URL and whatever else the relay is to be configured with. SIGTERM stops the
- * relay and the worker of the queue in good order.
+ * To run it, copy this folder, put the file that `npm pack` writes in a checkout of the relay beside package.json, and:
+ *
+ *     export RELAY_DATABASE_URL=postgresql://… RELAY_REDIS_URL=redis://…   # and what else the relay is to be told
+ *     npm install
+ *     npx relay migrate   # with the role that owns the table
+ *     npm run build && npm start
+ *
+ * SIGTERM stops the relay and the worker of the queue in good order.
  */
 import 'reflect-metadata';
 import { createBullBoard } from '@bull-board/api';
