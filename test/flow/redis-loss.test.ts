@@ -182,7 +182,7 @@ test('a retry whose job was removed comes back at its time, and its attempts go 
   const publish = stage.queue('publish');
   const bad = anEvent({ topic: BROKEN });
   await insertEvents(stage.pool, [bad]);
-  await waitFor(async () => (await stage.row(bad.eventId)).attempts === 1, { what: 'a first attempt' });
+  await waitFor(async () => (await stage.row(bad.eventId)).attempts > 0, { what: 'a first attempt' });
   await (await publish.getJob(bad.eventId))?.remove();
   await stage.rested();
   expect(await stage.row(bad.eventId)).toMatchObject({ attempts: 3, dead_lettered_at: expect.any(Date) });
