@@ -5,7 +5,7 @@ import type { RelayConfig } from './config/config.ts';
 import type { Pool } from './connections/database.ts';
 import { claimQueue } from './connections/ownership.ts';
 import { waitForServers } from './connections/preflight.ts';
-import { meetRequirements } from './connections/requirements.ts';
+import { meetRequirements, watchRequirements } from './connections/requirements.ts';
 import { openServers, type Servers } from './connections/servers.ts';
 import { type Context, createContext, secondsSince } from './context.ts';
 import { createHttp } from './http/http.ts';
@@ -85,7 +85,8 @@ function assemble(context: Context, http: boolean): Running {
     duties.begin();
   });
   const workers = { publish: publishing.workers, claim: claiming.workers };
-  const { server, progress, metrics } = createHttp(context, workers);
+  const requirements = watchRequirements(config, servers, logger);
+  const { server, progress, metrics } = createHttp(context, workers, requirements.unmet);
 
   const beat = () =>
     heartbeat.start(() => ({
@@ -135,6 +136,7 @@ function assemble(context: Context, http: boolean): Running {
     { name: 'claim worker', start: claiming.start, stop: claiming.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
     { name: 'progress watch', start: progress.start, stop: progress.stop },
+    { name: 'requirements', start: requirements.start, stop: requirements.stop },
     { name: 'first claim', start: scheduler.wake },
     {
       name: 'readiness',

@@ -1,12 +1,12 @@
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { streamPlace } from '../config/redis-places.ts';
-import { NotReadyError, pause } from '../lifecycle.ts';
+import { loop, NotReadyError, pause } from '../lifecycle.ts';
 import { checkInTurn, RequirementError, type RequirementResult } from '../requirement.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { asking, type Pool } from './database.ts';
-import { DATABASE_REQUIREMENTS, databaseFinding } from './database-requirements.ts';
+import { DATABASE_AT_START, DATABASE_REQUIREMENTS, databaseFinding } from './database-requirements.ts';
 import { OWNER_REQUIREMENTS } from './ownership.ts';
 import { type OnRedis, REDIS_REQUIREMENTS, redisFinding } from './redis-requirements.ts';
 
@@ -18,8 +18,15 @@ type On = Readonly<{ pool: Pool; queueRedis: Redis; streamRedis: Redis }>;
 /** Deadline of one question to PostgreSQL. */
 const ASK_MS = 10_000;
 
-/** Tries everything that the relay needs, on these connections. Never throws: what cannot be asked has failed. */
-export async function checkRequirements(config: RelayConfig, on: On): Promise<RequirementResult[]> {
+/**
+ * Tries everything that the relay needs, on these connections. Never throws: what cannot be asked has failed.
+ * @param isRunning leaves out what only gives advice, and what reads a whole table
+ */
+export async function checkRequirements(
+  config: RelayConfig,
+  on: On,
+  isRunning = false,
+): Promise<RequirementResult[]> {
   const place = streamPlace(config);
   const isOne = place === config;
   const streamOptions = streamOptionsOf(config);
@@ -31,7 +38,11 @@ export async function checkRequirements(config: RelayConfig, on: On): Promise<Re
     ...{ redis: on.streamRedis, place, variable: 'RELAY_STREAM_REDIS_URL', hasQueues: false, streamOptions },
   };
   const [database, ofQueues, ofStreams] = await Promise.all([
-    checkInTurn(DATABASE_REQUIREMENTS, { pool: asking(on.pool, ASK_MS), config }, databaseFinding),
+    checkInTurn(
+      isRunning ? DATABASE_REQUIREMENTS : [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START],
+      { pool: asking(on.pool, ASK_MS), config },
+      databaseFinding,
+    ),
     checkInTurn(REDIS_REQUIREMENTS, queues, redisFinding),
     isOne ? [] : checkInTurn(REDIS_REQUIREMENTS, streams, redisFinding),
   ]);
@@ -44,6 +55,11 @@ export async function checkRequirements(config: RelayConfig, on: On): Promise<Re
   const ofStreamServer = isOne ? [] : await owner(streams);
   return [...servers, ...owners, ...ofStreamServer.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
 }
+
+const failuresAmong = (results: readonly RequirementResult[]) =>
+  results.filter(({ result }) => result === 'failed');
+const listed = (results: readonly RequirementResult[]): string =>
+  results.map(({ subject, finding }) => `${subject}: ${finding}`).join('; ');
 
 /** Between two tries of what may pass. */
 const RETRY_MS = 500;
@@ -62,8 +78,8 @@ export async function meetRequirements(
   let told = '';
   while (!stopped()) {
     const results = await checkRequirements(config, on);
-    const failures = results.filter(({ result }) => result === 'failed');
-    const text = failures.map(({ subject, finding }) => `${subject}: ${finding}`).join('; ');
+    const failures = failuresAmong(results);
+    const text = listed(failures);
     if (failures.length === 0) {
       for (const { result, subject, finding } of results)
         if (result === 'advice')
@@ -77,4 +93,46 @@ export async function meetRequirements(
     told = text;
     await pause(RETRY_MS);
   }
+}
+
+/** Between two tries while the relay runs. */
+const AGAIN_MS = 15_000;
+
+export type RequirementsWatch = ReturnType<typeof watchRequirements>;
+
+/**
+ * Tries again, while the relay runs, what it needs: rights, row level security, triggers and settings may change, and some
+ * changes give no error, only an empty backlog. What may pass soon, such as a server that is away, is left to the health
+ * checks.
+ */
+export function watchRequirements(config: RelayConfig, on: On, logger: Logger) {
+  /** What has to be changed before the relay can work; empty when nothing has to be. */
+  let unmet = '';
+  let isFirst = true;
+  let isStopped = false;
+
+  const rounds = loop(async () => {
+    // `start` has just tried all of it.
+    if (isFirst) {
+      isFirst = false;
+      return;
+    }
+    const results = await checkRequirements(config, on, true);
+    if (isStopped) return;
+    const text = listed(failuresAmong(results).filter(({ mayPass }) => mayPass !== 'soon'));
+    if (text !== '' && text !== unmet)
+      logger.error({ failed: text }, 'the relay cannot work any more: something that it needs was changed');
+    if (text === '' && unmet !== '') logger.info({}, 'the relay has everything that it needs again');
+    unmet = text;
+  }, AGAIN_MS);
+
+  return {
+    start: rounds.start,
+    /** Does not wait for a trial in progress: it changes nothing, and its servers may be away. */
+    stop(): void {
+      isStopped = true;
+      void rounds.stop();
+    },
+    unmet: (): string => unmet,
+  };
 }

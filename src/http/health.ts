@@ -6,6 +6,8 @@ import { errorText } from '../telemetry/logger.ts';
 export type Check = Readonly<{ status: 'healthy' | 'degraded' | 'unhealthy'; [detail: string]: unknown }>;
 
 export type Probes = Readonly<{
+  /** What has to be changed before the relay can work; empty when nothing has to be. */
+  unmet?: () => string;
   database: () => Promise<Record<string, unknown>>;
   redis: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
   /** Redis of the streams, if it is another server. */
@@ -45,12 +47,16 @@ export function createHealth(probes: Probes) {
 
   async function ready(): Promise<Record<string, Check>> {
     const { streamRedis } = probes;
+    const unmet = probes.unmet?.();
     const [db, cache, streams] = await Promise.all([
       database(),
       redis(),
       streamRedis === undefined ? undefined : redis(streamRedis),
     ]);
-    return { database: db, redis: cache, ...(streams && { stream_redis: streams }) };
+    return {
+      ...{ database: db, redis: cache, ...(streams && { stream_redis: streams }) },
+      ...(unmet && { requirements: { status: 'unhealthy', error: unmet } }),
+    };
   }
 
   return {

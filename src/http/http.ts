@@ -21,7 +21,11 @@ const SHARED_MS = 1_000;
 const STUCK_AFTER_MS = 60_000;
 
 /** The HTTP server of a pod: health, metrics, dashboard and API. */
-export function createHttp(context: Context, workers: Readonly<{ publish: Workers; claim: Workers }>) {
+export function createHttp(
+  context: Context,
+  workers: Readonly<{ publish: Workers; claim: Workers }>,
+  unmet: () => string,
+) {
   const { config, servers, queues, backlog, epoch, scheduler, state, logger } = context;
   const { queueRedis, streamRedis } = servers;
 
@@ -29,6 +33,7 @@ export function createHttp(context: Context, workers: Readonly<{ publish: Worker
     if (epoch.current() === undefined) throw new Error(epoch.reason());
   };
   const health = createHealth({
+    unmet,
     database: async () => {
       const locks = assertNoLockHeldTooLong(servers.httpPool).catch((error) => {
         // PostgreSQL refuses another session for HTTP: the relay's own sessions answer instead.

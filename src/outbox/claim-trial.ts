@@ -11,19 +11,29 @@ class RolledBack extends Error {}
 /**
  * Claims the first fresh row and marks it published and dead, if there is one, in a transaction that is rolled back:
  * with the rights, the types and the triggers that the relay will meet.
+ * @returns whether the row changes. A trigger may leave it as it is, without an error
  * @throws what the database has against it
  */
-export async function tryClaim(pool: Pool, options: OutboxOptions): Promise<void> {
+export async function tryClaim(pool: Pool, options: OutboxOptions): Promise<boolean> {
   // A pod whom PostgreSQL gives one session leaves claiming to others: one has to do for the trial.
   const outbox = createOutbox({ connect: () => pool.connect() }, options);
   await outbox.withClaimLock(async () => {});
+  let changes = true;
   const trial = outbox.inEpoch(
     async (tx) => {
+      const fresh = await tx.query(
+        `SELECT FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
+         ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+      );
       // A row that cannot be printed is no fault of the database: the claim knows what to do about it.
-      const { leased } = await outbox.claimFresh(tx, 1);
+      const { leased, rows } = await outbox.claimFresh(tx, 1);
       const [row = NOBODY] = leased;
       await outbox.markDead(tx, { ...row, attempts: 1, reason: 'a trial of relay check', entryId: '0-1' });
       await outbox.markPublished(tx, [{ ...row, entryId: '0-1' }]);
+      const left = await tx.query('SELECT FROM identity.outbox WHERE event_id = $1 AND NOT published', [
+        row.eventId,
+      ]);
+      changes = rows >= Number(fresh.rowCount) && left.rowCount === 0;
       throw new RolledBack();
     },
     { generic: true },
@@ -34,4 +44,5 @@ export async function tryClaim(pool: Pool, options: OutboxOptions): Promise<void
   // These are transactions of their own, and change nothing: nobody has that event.
   await outbox.recordFailure({ ...NOBODY, attempts: 1, reason: '', retryInMs: 0 });
   await outbox.park([NOBODY.eventId], []);
+  return changes;
 }

@@ -130,6 +130,20 @@ describe('what keeps the relay from its table', () => {
       'claim',
       /immutable/,
     ],
+    [
+      'a trigger that keeps rows as they are',
+      `${ROWS} CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+       CREATE TRIGGER keep BEFORE UPDATE ON identity.outbox FOR EACH ROW EXECUTE FUNCTION keep()`,
+      'claim',
+      /trigger BEFORE UPDATE.*RETURN NEW/i,
+    ],
+    [
+      'a trigger that lets a row be leased, but not published',
+      `${ROWS} CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+       CREATE TRIGGER keep BEFORE UPDATE OF published ON identity.outbox FOR EACH ROW EXECUTE FUNCTION keep()`,
+      'claim',
+      /trigger BEFORE UPDATE.*RETURN NEW/i,
+    ],
     ['a rule', 'CREATE RULE nope AS ON UPDATE TO identity.outbox DO INSTEAD NOTHING', 'table', /rule nope/],
     [
       'a publication without a replica identity',

@@ -11,8 +11,8 @@ import { waitFor } from '../support/wait.ts';
 const FAULT_MS = 6_000;
 /** 10 s with the machine to itself, as `npm run chaos -- --each` measures it; here four test files share two cores. */
 const RECOVERY_MS = 90_000;
-/** Each event in progress may be refused once or twice a second; without a breath in between it would be thousands. */
-const MAX_REFUSALS_PER_SECOND = 500;
+/** Each of the 600 events in progress may be refused once or twice a second; without a breath in between it is ten thousand. */
+const MAX_REFUSALS_PER_SECOND = 1_500;
 const FEW_ATTEMPTS = { RELAY_RETRY_BASE_DELAY: '0.2', RELAY_MAX_RETRY_ATTEMPTS: '2' };
 
 const hold = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
