@@ -28,7 +28,16 @@ const LONGEST = [
     'retries',
   ],
   ...['rollback', 'chaos', 'main', 'redis-loss', 'servers', 'dead-letters', 'ownership', 'two-servers'],
-  ...['terminal', 'taken-away', 'verify', 'outages', 'crash-windows', 'held-snapshot', 'least-privilege', 'browser'],
+  ...[
+    'terminal',
+    'taken-away',
+    'verify',
+    'outages',
+    'crash-windows',
+    'held-snapshot',
+    'least-privilege',
+    'browser',
+  ],
 ].map((name) => `/${name}.test.ts`);
 
 class LongestFirst extends BaseSequencer {

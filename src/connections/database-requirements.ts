@@ -24,7 +24,12 @@ import { withSession } from './session.ts';
 
 /** What the relay needs of PostgreSQL, of the table and of its role there. */
 
-export type OnDatabase = Readonly<{ pool: Pool & Queryable; config: RelayConfig }>;
+export type OnDatabase = Readonly<{
+  pool: Pool & Queryable;
+  config: RelayConfig;
+  /** A claim is tried on a row that has waited for this long. */
+  waitedMs: number;
+}>;
 
 /** Without these it cannot work. They take little: a pod tries them again and again while it runs. */
 export const DATABASE_REQUIREMENTS: readonly Requirement<OnDatabase>[] = [
@@ -195,8 +200,8 @@ async function showsRows({ pool, config }: OnDatabase): Promise<Finding | undefi
 /** Longest time for a statement of the trial. */
 const STATEMENT_MS = 4_000;
 
-async function claims({ pool, config }: OnDatabase): Promise<Finding> {
-  if (!(await tryClaim(pool, { ...config, statementTimeoutMs: STATEMENT_MS })))
+async function claims({ pool, config, waitedMs }: OnDatabase): Promise<Finding> {
+  if (!(await tryClaim(pool, { ...config, statementTimeoutMs: STATEMENT_MS }, waitedMs)))
     return failed(
       'a row stays as it is when the relay changes it, without an error: a trigger BEFORE UPDATE on identity.outbox returns NULL; let it return NEW',
     );

@@ -15,6 +15,9 @@ import { type OnRedis, REDIS_REQUIREMENTS, redisFinding } from './redis-requirem
 /** `streamRedis`: the same as `queueRedis`, unless the streams are on a server of their own. */
 type On = Readonly<{ pool: Pool; queueRedis: Redis; streamRedis: Redis }>;
 
+/** While pods claim, no row waits for this long: a claim that is tried on such a row is in no other claim's way. */
+const STANDS_STILL_MS = 10_000;
+
 /** Deadline of one question to PostgreSQL. */
 const ASK_MS = 10_000;
 
@@ -37,12 +40,10 @@ export async function checkRequirements(
   const streams: OnRedis = {
     ...{ redis: on.streamRedis, place, variable: 'RELAY_STREAM_REDIS_URL', hasQueues: false, streamOptions },
   };
+  const ofPostgres = isRunning ? DATABASE_REQUIREMENTS : [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START];
+  const onPostgres = { pool: asking(on.pool, ASK_MS), config, waitedMs: isRunning ? STANDS_STILL_MS : 0 };
   const [database, ofQueues, ofStreams] = await Promise.all([
-    checkInTurn(
-      isRunning ? DATABASE_REQUIREMENTS : [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START],
-      { pool: asking(on.pool, ASK_MS), config },
-      databaseFinding,
-    ),
+    checkInTurn(ofPostgres, onPostgres, databaseFinding),
     checkInTurn(REDIS_REQUIREMENTS, queues, redisFinding),
     isOne ? [] : checkInTurn(REDIS_REQUIREMENTS, streams, redisFinding),
   ]);
@@ -102,8 +103,7 @@ export type RequirementsWatch = ReturnType<typeof watchRequirements>;
 
 /**
  * Tries again, while the relay runs, what it needs: rights, row level security, triggers and settings may change, and some
- * changes give no error, only an empty backlog. What may pass soon, such as a server that is away, is left to the health
- * checks.
+ * changes give no error, only an empty backlog.
  */
 export function watchRequirements(config: RelayConfig, on: On, logger: Logger) {
   /** What has to be changed before the relay can work; empty when nothing has to be. */
@@ -118,8 +118,10 @@ export function watchRequirements(config: RelayConfig, on: On, logger: Logger) {
       return;
     }
     const results = await checkRequirements(config, on, true);
-    if (isStopped) return;
-    const text = listed(failuresAmong(results).filter(({ mayPass }) => mayPass !== 'soon'));
+    const failures = failuresAmong(results);
+    // While a server is away, nobody knows. The health checks tell that it is.
+    if (isStopped || failures.some(({ mayPass }) => mayPass === 'soon')) return;
+    const text = listed(failures);
     if (text !== '' && text !== unmet)
       logger.error({ failed: text }, 'the relay cannot work any more: something that it needs was changed');
     if (text === '' && unmet !== '') logger.info({}, 'the relay has everything that it needs again');

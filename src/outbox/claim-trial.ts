@@ -1,5 +1,5 @@
 import type { Pool } from '../connections/database.ts';
-import type { OutboxOptions } from './conditions.ts';
+import { MS, type OutboxOptions } from './conditions.ts';
 import { payloadMayBeAtFault } from './event-of-row.ts';
 import { createOutbox } from './outbox.ts';
 
@@ -9,12 +9,13 @@ const NOBODY = { id: '0', eventId: '00000000-0000-0000-0000-000000000000' };
 class RolledBack extends Error {}
 
 /**
- * Claims the first fresh row and marks it published and dead, if there is one, in a transaction that is rolled back:
- * with the rights, the types and the triggers that the relay will meet.
+ * Claims the first fresh row and marks it published and dead, in a transaction that is rolled back: with the rights, the
+ * types and the triggers that the relay will meet. Where there is no such row, or it has not waited for `waitedMs` yet, the
+ * same statements change nothing.
  * @returns whether the row changes. A trigger may leave it as it is, without an error
  * @throws what the database has against it
  */
-export async function tryClaim(pool: Pool, options: OutboxOptions): Promise<boolean> {
+export async function tryClaim(pool: Pool, options: OutboxOptions, waitedMs: number): Promise<boolean> {
   // A pod whom PostgreSQL gives one session leaves claiming to others: one has to do for the trial.
   const outbox = createOutbox({ connect: () => pool.connect() }, options);
   await outbox.withClaimLock(async () => {});
@@ -22,11 +23,14 @@ export async function tryClaim(pool: Pool, options: OutboxOptions): Promise<bool
   const trial = outbox.inEpoch(
     async (tx) => {
       const fresh = await tx.query(
-        `SELECT FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
-         ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+        `SELECT FROM identity.outbox o WHERE o.id = (
+           SELECT f.id FROM identity.outbox f WHERE NOT f.published AND f.next_attempt_at IS NULL ORDER BY f.id LIMIT 1)
+         AND NOT o.published AND o.next_attempt_at IS NULL AND o.created_at <= now() - $1 ${MS}
+         FOR UPDATE SKIP LOCKED`,
+        [waitedMs],
       );
       // A row that cannot be printed is no fault of the database: the claim knows what to do about it.
-      const { leased, rows } = await outbox.claimFresh(tx, 1);
+      const { leased, rows } = await outbox.claimFresh(tx, Number(fresh.rowCount));
       const [row = NOBODY] = leased;
       await outbox.markDead(tx, { ...row, attempts: 1, reason: 'a trial of relay check', entryId: '0-1' });
       await outbox.markPublished(tx, [{ ...row, entryId: '0-1' }]);
