@@ -1,9 +1,10 @@
 import { inspect } from 'node:util';
 import { withDeadline } from '../../src/lifecycle.ts';
-import type { World } from './world.ts';
+import { DLQ, STREAM, type World } from './world.ts';
 
 const LOOK_DEADLINE_MS = 10_000;
 const ACTIVE_JOBS = 20;
+const TRACED_EVENTS = 50;
 
 /** What PostgreSQL and Redis see at this moment: taken when flow has not resumed, for whoever has to find out why. */
 export async function takeEvidence(world: World): Promise<string> {
@@ -40,4 +41,27 @@ export async function takeEvidence(world: World): Promise<string> {
     }),
   );
   return `${new Date().toISOString()}\n${seen.join('\n')}`;
+}
+
+/** Row, entries and dead letters of some events: the id of an entry tells when it was appended. */
+export async function traceEvents({ sql, client }: World, eventIds: ReadonlySet<string>): Promise<unknown[]> {
+  const rows = await sql<Record<string, unknown>>(
+    'SELECT * FROM identity.outbox WHERE event_id = ANY($1::uuid[])',
+    [[...eventIds].slice(0, TRACED_EVENTS)],
+  );
+  const streams = new Set([
+    STREAM,
+    DLQ,
+    ...rows.flatMap(({ topic }) => (typeof topic === 'string' ? topic : [])),
+  ]);
+  const entries: { stream: string; entry: string; fields: string[] }[] = [];
+  for (const stream of streams) {
+    if ((await client.type(stream)) !== 'stream') continue;
+    for (const [entry, fields] of await client.xrange(stream, '-', '+'))
+      entries.push({ stream, entry, fields });
+  }
+  return rows.map((row) => ({
+    row,
+    entries: entries.filter(({ fields }) => fields.includes(String(row.event_id))),
+  }));
 }

@@ -44,7 +44,7 @@ const options = new Command('npm run chaos --')
   .option('--faults <names>', 'names with commas between them (default: all)', faultList)
   .option('--each', 'each fault alone, on a settled system, graded by itself', false)
   .option('--list', 'name the faults, and end', false)
-  .option('--keep', 'keep the logs of pods and servers in any case', false)
+  .option('--keep', 'keep logs and every command that Redis ran (it starts again more slowly then)', false)
   .addHelpText('after', '\nFaults: see --list.')
   .parse()
   .opts<Options>();

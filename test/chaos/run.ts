@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import pLimit from 'p-limit';
 import { withDeadline } from '../../src/lifecycle.ts';
-import { takeEvidence } from './evidence.ts';
+import { takeEvidence, traceEvents } from './evidence.ts';
 import { type Fault, LANES, RECOVERY_MS, type Undo } from './fault.ts';
 import { GRADE_NAMES, GRADES, type Grade, gradeWorld, isClean, since } from './grade.ts';
 import { comesTrue, pause, persistently } from './patience.ts';
@@ -35,7 +35,7 @@ export type RunOptions = Readonly<{
   faults: readonly Fault[];
   /** Each fault alone on a settled system, instead of all over the whole run. */
   each: boolean;
-  /** Keep the logs of pods and servers although nothing was violated. */
+  /** Keep the logs of pods and servers, and all that Redis ran, although nothing was violated. */
   keep: boolean;
   signal?: AbortSignal;
   onNote?(text: string): void;
@@ -47,6 +47,8 @@ export type Injection = Readonly<{
   fault: Fault;
   /** From the end of the fault until an event flows from table to stream; undefined if it did not in time. */
   recoveryMs: number | undefined;
+  beganAt: Date;
+  endedAt: Date;
   /** Why it could not be injected, or not be undone. */
   error: string | undefined;
   /** What the servers saw when flow had not resumed in time. */
@@ -72,7 +74,7 @@ export type RunResult = Readonly<{
 export async function run(options: RunOptions): Promise<RunResult> {
   const { seed, pods, each, onNote = () => {} } = options;
   const schedule = planOf(options);
-  const world = await buildWorld({ pods, seed });
+  const world = await buildWorld({ pods, seed, keepHistory: options.keep });
   try {
     const underWay = new Set<string>();
     options.onWorld?.(world, () => [...underWay]);
@@ -90,7 +92,7 @@ export async function run(options: RunOptions): Promise<RunResult> {
     const result = judge(options, injections, grade, settled, world);
     const logs =
       options.keep || result.violations.length > 0 || world.fleet.surprises().length > 0
-        ? await keepLogs(world, seed, injections)
+        ? await keepLogs(world, seed, injections, grade)
         : undefined;
     return { injections, grade, settled, counts, logs, ...result };
   } finally {
@@ -199,6 +201,8 @@ async function inject(
   { signal, onNote = () => {} }: RunOptions,
 ): Promise<Injection> {
   underWay.add(fault.name);
+  const beganAt = new Date();
+  const done = { fault, beganAt, grade: undefined };
   try {
     let undo: Undo | undefined;
     let meanwhile: Awaited<ReturnType<typeof recovery>> | undefined;
@@ -209,15 +213,16 @@ async function inject(
     } finally {
       if (undo !== undefined) await persistently(undo);
     }
+    const endedAt = new Date();
     const { recoveryMs, evidence } = meanwhile ?? (await recovery(world, fault));
     onNote(
       `${fault.name}: ${recoveryMs === undefined ? 'no flow' : `flow after ${Math.round(recoveryMs)} ms`}`,
     );
-    return { fault, recoveryMs, error: undefined, evidence, grade: undefined };
+    return { ...done, endedAt, recoveryMs, error: undefined, evidence };
   } catch (error) {
     const { message } = error as Error;
     onNote(`${fault.name}: ${message}`);
-    return { fault, recoveryMs: undefined, error: message, evidence: undefined, grade: undefined };
+    return { ...done, endedAt: new Date(), recoveryMs: undefined, error: message, evidence: undefined };
   } finally {
     underWay.delete(fault.name);
   }
@@ -277,12 +282,27 @@ function judge(
   return { violations, warnings };
 }
 
-async function keepLogs(world: World, seed: number, injections: readonly Injection[]): Promise<string> {
+/** What it takes to find out what happened to an event. */
+async function keepLogs(
+  world: World,
+  seed: number,
+  injections: readonly Injection[],
+  grade: Grade,
+): Promise<string> {
   const folder = mkdtempSync(join(tmpdir(), `relay-chaos-seed-${seed}-`));
   await world.fleet.writeLogs(folder);
   const slow = injections.flatMap(({ fault, evidence }) => (evidence ? `${fault.name}\n${evidence}\n` : []));
   writeFileSync(join(folder, 'no-flow.txt'), slow.join('\n'));
+  const times = injections.map(
+    ({ fault, beganAt, endedAt }) => `${beganAt.toISOString()} to ${endedAt.toISOString()} ${fault.name}\n`,
+  );
+  writeFileSync(join(folder, 'faults.txt'), times.join(''));
   cpSync(world.redis.logFile, join(folder, 'redis.log'));
   cpSync(world.postgres.logFile, join(folder, 'postgres.log'));
+  if (!isClean(grade)) {
+    const violated = new Set(GRADE_NAMES.flatMap((name) => grade[name]));
+    writeFileSync(join(folder, 'violated.json'), JSON.stringify(await traceEvents(world, violated), null, 2));
+    cpSync(join(world.redisFolder, 'appendonlydir'), join(folder, 'appendonlydir'), { recursive: true });
+  }
   return folder;
 }

@@ -64,7 +64,14 @@ export type World = Readonly<{
   stop(): Promise<void>;
 }>;
 
-export async function buildWorld(options: { pods: number; seed: number }): Promise<World> {
+type WorldOptions = Readonly<{
+  pods: number;
+  seed: number;
+  /** Every command that Redis ran stays in its append-only file. */
+  keepHistory: boolean;
+}>;
+
+export async function buildWorld(options: WorldOptions): Promise<World> {
   const undo: (() => Promise<unknown>)[] = [];
   try {
     return await build(options, undo);
@@ -75,7 +82,7 @@ export async function buildWorld(options: { pods: number; seed: number }): Promi
 }
 
 async function build(
-  { pods, seed }: { pods: number; seed: number },
+  { pods, seed, keepHistory }: WorldOptions,
   undo: (() => Promise<unknown>)[],
 ): Promise<World> {
   const folder = await temporaryFolder('relay-chaos-');
@@ -85,7 +92,11 @@ async function build(
   const [redis, postgres] = await Promise.all([
     startPrivateRedis({
       directory: redisFolder,
-      args: ['--aof-use-rdb-preamble', 'yes', ...redisArgs(POD_SETTINGS, undefined, REDIS_USER)],
+      args: [
+        ...['--aof-use-rdb-preamble', 'yes', ...redisArgs(POD_SETTINGS, undefined, REDIS_USER)],
+        // Never rewritten, the file tells afterwards what happened to an event, and when. It delays restarts.
+        ...(keepHistory ? ['--aof-timestamp-enabled', 'yes', '--auto-aof-rewrite-percentage', '0'] : []),
+      ],
     }),
     startPrivatePostgres({
       directory: postgresFolder,
