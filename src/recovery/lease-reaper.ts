@@ -6,7 +6,7 @@ import type { Outbox } from '../outbox/outbox.ts';
 import type { JobFate, Queues } from '../queue/queues.ts';
 import type { Scheduler } from '../queue/scheduler.ts';
 import type { Epoch } from '../streams/epoch.ts';
-import type { Lookup } from '../streams/lookup.ts';
+import { type Lookup, UnreadableError } from '../streams/lookup.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
 
@@ -19,6 +19,7 @@ type Judged = Readonly<{ row: ExpiredRow; fate: JobFate }>;
 
 /** What the streams have of the events whose jobs are gone. */
 type Found = Readonly<{
+  judged: readonly Judged[];
   /** Entry ids, by event id. */
   entries: ReadonlyMap<string, string>;
   letters: Awaited<ReturnType<Lookup['findDeadLetters']>>;
@@ -30,8 +31,8 @@ type Found = Readonly<{
  * - The job is alive: the row gets another lease.
  * - The job has failed: a pod died before it had written the dead letter, so the reaper writes it.
  * - The job is gone: if the event is among the latest entries of its stream, the row becomes published (the job was removed
- *   between append and acknowledgement). If it is among the latest dead letters, the row becomes dead. Otherwise the row
- *   becomes fresh.
+ *   between append and acknowledgement). If it is among the latest dead letters, the row becomes dead. If Redis refuses to
+ *   tell, the row gets another lease. Otherwise the row becomes fresh.
  * - The row is dead: its lease ended because its dead letter is lost. The reaper writes it again.
  *
  * It asks Redis before its transaction begins, since a walk through long streams takes seconds. The transaction then skips
@@ -60,8 +61,7 @@ export function createLeaseReaper(deps: {
       // Without an epoch Redis may have lost entries: the rows wait until table and streams were compared.
       if (epoch === undefined) break;
       const rows = await outbox.expired(BATCH);
-      const judged = await Promise.all(rows.map(judge));
-      const written = await write(epoch, judged, await findEntries(judged));
+      const written = await write(epoch, await findEntries(await Promise.all(rows.map(judge))));
       found += written.found;
       for (const { row, fate } of written.judged) if (!row.isDead) seen[fate.state]++;
       for (const { row, fate } of written.judged) if (fate.state === 'failed') await finish(row);
@@ -88,20 +88,43 @@ export function createLeaseReaper(deps: {
     const missing = judged.filter(({ fate }) => fate.state === 'missing').map(({ row }) => row);
     const live = missing.filter((row) => !row.isDead);
     const entries = new Map<string, string>();
+    const unknown = new Set<string>();
     for (const topic of new Set(live.map((row) => row.topic))) {
-      const ofTopic = live.filter((row) => row.topic === topic).map((row) => row.eventId);
-      for (const [eventId, entryId] of await lookup.find(topic, ofTopic)) entries.set(eventId, entryId);
+      const eventIds = live.filter((row) => row.topic === topic).map((row) => row.eventId);
+      const found = await unlessUnreadable(lookup.find(topic, eventIds), eventIds);
+      for (const [eventId, entryId] of found ?? []) entries.set(eventId, entryId);
+      if (found === null) for (const eventId of eventIds) unknown.add(eventId);
     }
-    const left = missing.filter((row) => !entries.has(row.eventId));
-    const letters = await lookup.findDeadLetters(
-      left.map((row) => row.eventId),
-      new Map(left.map((row) => [row.eventId, row.isDead ? null : row.knownLetter])),
-    );
-    return { entries, letters };
+    const left = missing.filter(({ eventId }) => !entries.has(eventId) && !unknown.has(eventId));
+    const eventIds = left.map((row) => row.eventId);
+    const known = new Map(left.map((row) => [row.eventId, row.isDead ? null : row.knownLetter]));
+    const letters = await unlessUnreadable(lookup.findDeadLetters(eventIds, known), eventIds);
+    if (letters === null) for (const eventId of eventIds) unknown.add(eventId);
+    // Nothing can be said of them now: they get another lease, as if their jobs were alive.
+    const waits = { state: 'alive', attempts: 0, reason: '' } as const;
+    return {
+      judged: judged.map((it) => (unknown.has(it.row.eventId) ? { row: it.row, fate: waits } : it)),
+      entries,
+      letters: letters ?? new Map(),
+    };
+  }
+
+  /** What is asked, or null where Redis refuses to let the relay read the stream. */
+  async function unlessUnreadable<T>(asked: Promise<T>, eventIds: readonly string[]): Promise<T | null> {
+    try {
+      return await asked;
+    } catch (err) {
+      if (!(err instanceof UnreadableError)) throw err;
+      logger.error(
+        { err, events: eventIds.length, eventIds: eventIds.slice(0, 3) },
+        'publish jobs were lost, and Redis refuses to tell whether their events were appended; they wait until the relay may read the stream again, see "relay grants"',
+      );
+      return null;
+    }
   }
 
   /** Changes the rows in one transaction. After it, writes the dead letters that are lost. */
-  async function write(epoch: string, all: readonly Judged[], { entries, letters }: Found) {
+  async function write(epoch: string, { judged: all, entries, letters }: Found) {
     if (all.length === 0) return { judged: [], found: 0 };
     const { judged, found, unlettered } = await outbox.inEpoch(
       async (tx) => {

@@ -27,7 +27,8 @@
  * After these comes a list of what the cascade appended: event id, entry id, and so on.
  *
  * Memory: `<epoch> <entry id>`. A memory of this epoch is good. A memory of an earlier epoch is good only if that entry is
- * in the stream now, and is the event's. On one server the memory is a field of the job's hash, so it ends with the job.
+ * in the stream now, and is the event's. Where Redis refuses to let the relay read the stream, nothing can be said of it: the
+ * script refuses the event, and does not append it again. On one server the memory is a field of the job's hash, so it ends with the job.
  * Where the streams have a server of their own it is a key beside the stream, the idempotency key.
  *
  * Lost streams: the hash of last entries has the last entry of each stream, appended or found in this epoch. If the stream
@@ -90,7 +91,10 @@ local function entryOf(memory, stream, event)
   if not memory then return nil end
   local made, id = string.match(memory, '^(%S+) (%d+%-%d+)$')
   if made == ARGV[2] then return id end
-  local found = redis.pcall('XRANGE', stream, id or memory, id or memory)[1]
+  local answer = redis.pcall('XRANGE', stream, id or memory, id or memory)
+  local isNone = answer.err and (string.find(answer.err, 'WRONGTYPE') or string.find(answer.err, 'Invalid stream ID'))
+  if answer.err and not isNone then return nil, answer.err end
+  local found = answer[1]
   if found and found[2][1] == 'event_id' and found[2][2] == event then return found[1] end
   return nil
 end
@@ -188,7 +192,8 @@ local function pass(entry)
   local _, event, made, gate, before, job, jobBefore, letterKey = unpack(entry, 1, ${XADD_AT})
   local it = look(key, job, letterKey)
   if it.made ~= made or it.ended then return '' end
-  local id = entryOf(it.entry, stream, event)
+  local id, unread = entryOf(it.entry, stream, event)
+  if unread then return '-' .. unread end
   if id then
     if it.entry ~= ARGV[2] .. ' ' .. id then
       remember(key, ARGV[2] .. ' ' .. id)
@@ -253,7 +258,8 @@ local facts = cmsgpack.unpack(ARGV[7])
 local it = look(KEYS[4], facts, KEYS[5])
 if ARGV[5] == '1' then
   if it.made ~= ARGV[6] or not it.ended then return '' end
-  local entry = entryOf(it.entry, ARGV[4], ARGV[3])
+  local entry, unread = entryOf(it.entry, ARGV[4], ARGV[3])
+  if unread then return '-' .. unread end
   local letter = not entry and entryOf(it.letter, KEYS[3], ARGV[3])
   if entry or letter then
     rememberFound(entry and ARGV[4] or KEYS[3], entry or letter)
@@ -276,10 +282,11 @@ noteLast()
 return '+' .. id`;
 
 /**
- * Answers the entry that is remembered and good, or ''.
+ * Answers the entry that is remembered and good, '' when there is none, or why Redis refuses to tell.
  * KEYS: key of the memory. ARGV: event id, epoch's id, the event's stream (not a key, for the reasons above).
  */
 export const RECALL = (hasTwoServers: boolean) => `
 ${MEMORY_AND_LAST_ENTRIES}
 ${hasTwoServers ? IN_KEY : IN_JOB}
-return entryOf(look(KEYS[1]).entry, ARGV[3], ARGV[1]) or ''`;
+local id, unread = entryOf(look(KEYS[1]).entry, ARGV[3], ARGV[1])
+return id or unread or ''`;

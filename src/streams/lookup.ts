@@ -66,6 +66,11 @@ const FIND_STEP = 100;
 /** How many entries back a search goes. */
 const FIND_LIMIT = 50_000;
 
+/** Redis refuses to let the relay read a stream in which it has entries. */
+export class UnreadableError extends Error {
+  override readonly name = 'UnreadableError';
+}
+
 /** An entry by its id and its event. */
 export type NamedEntry = Readonly<{ entryId: string; eventId: string }>;
 
@@ -93,10 +98,16 @@ export function createLookup(
   const mayBeStream = (stream: string): boolean =>
     stream === options.dlqStreamName || options.topicProblem(stream) === null;
 
-  /** The stream's entries from its end back, in steps. A stream that cannot be read has none. */
+  /**
+   * The stream's entries from its end back, in steps. A key that the relay has no right to has none, unless the relay has
+   * appended there: then the right was taken from it.
+   * @throws {UnreadableError} in that case
+   */
   async function* back(stream: string): AsyncGenerator<NamedEntry[]> {
     for (let from = '+'; ; ) {
       const answer = await orRefusal(stepBack(stream, lastEntries, from, FIND_STEP));
+      if (!Array.isArray(answer) && (await redis.hexists(lastEntries, stream)) === 1)
+        throw new UnreadableError(`Redis refuses to let the relay read ${stream}: ${answer.reason}`);
       if (!Array.isArray(answer) || answer.length === 0) return;
       const step: NamedEntry[] = [];
       for (let i = 0; i < answer.length; i += 2)
@@ -124,6 +135,7 @@ export function createLookup(
   /**
    * Looks for the entries of these events among the stream's latest.
    * @returns the id of each one's last entry, of those that are there
+   * @throws {UnreadableError} when it cannot be said now whether they are there
    * @throws when Redis does not answer
    */
   async function find(stream: string, eventIds: readonly string[]): Promise<Map<string, string>> {
@@ -179,6 +191,8 @@ export function createLookup(
       if (!mayBeStream(stream)) return { lost: [], trimmed: 0, unreadable: true };
       const pairs = entries.flatMap(({ entryId, eventId }) => [entryId, eventId]);
       const answer = await orRefusal(absentEntries(stream, lastEntries, remembering ? '1' : '0', ...pairs));
+      // It has the relay's entries, whichever they are: see back.
+      if (!Array.isArray(answer) && remembering) await redis.hsetnx(lastEntries, stream, '0-0');
       const [kind, before = '0-0', inclusive, ...positions] = Array.isArray(answer) ? answer : [];
       if (kind !== 'stream' && kind !== 'none') return { lost: [], trimmed: 0, unreadable: true };
       const missing = positions.map((place) => entries[Number(place) - 1] as T);

@@ -17,7 +17,8 @@ export function createMemory(
 
   return {
     /**
-     * Those of the events whose entry is remembered and good; see gate-script.ts.
+     * Those of the events whose entry is remembered and good, or in a stream that Redis refuses to let the relay read; see
+     * gate-script.ts.
      * @throws when Redis does not answer
      */
     async appendedOf(

@@ -369,18 +369,19 @@ describe('a replay', () => {
     expect(await readStates(pool)).toEqual(['fresh', 'contradictory', 'parked', 'fresh']);
   });
 
-  test('works where the relay may not touch the stream of the event: its job is asked without it', async () => {
-    const event = anEvent({ topic: 'payments.v1' });
-    await dead([event]);
-    await failedJob(event.eventId, await memoryOfAnAppend(event));
+  test('works where the relay may not touch the streams of the events; a job that remembers an append stays', async () => {
+    const [event, appended] = [anEvent({ topic: 'payments.v1' }), anEvent({ topic: 'payments.v1' })];
+    await dead([event, appended]);
+    await failedJob(event.eventId);
+    await failedJob(appended.eventId, await memoryOfAnAppend(appended));
     const rules = redisRules({ RELAY_ALLOWED_TOPICS: 'identity.*' });
     await redis.acl('SETUSER', RELAY_USER, 'reset', ...rules);
     try {
-      expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 1, refused: 0 });
+      expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 2, refused: 0 });
     } finally {
       await redis.acl('SETUSER', RELAY_USER, 'reset', ...redisRules());
     }
-    expect(await readStates(pool)).toEqual(['fresh']);
+    expect(await readStates(pool)).toEqual(['fresh', 'due']);
   });
 
   test('works where the dead letter was trimmed', async () => {

@@ -1,12 +1,14 @@
 import { UnrecoverableError } from 'bullmq';
-import { beforeEach, describe, expect, test } from 'vitest';
+import { beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import type { Aggregate } from '../../src/event.ts';
 import { createDeadLetters } from '../../src/finalize/dead-letter.ts';
 import type { LeasedEvent } from '../../src/outbox/outbox.ts';
 import { createLeaseReaper } from '../../src/recovery/lease-reaper.ts';
 import { openContext } from '../support/context.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
+import { RELAY_USER, redisRules } from '../support/least-privilege.ts';
 import { deferred, readRows, readStates, readStream } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
 
 const EPOCH_KEY = 'bull:relay:epoch';
 const LEASE_MS = 60_000;
@@ -59,6 +61,17 @@ async function expired(count: number): Promise<LeasedEvent[]> {
   while (events.length < count) events.push(...(await stage.claim()));
   await expire();
   return events;
+}
+
+async function acknowledge({ id, eventId }: LeasedEvent, entryId: string): Promise<void> {
+  await outbox.inEpoch((tx) => outbox.markPublished(tx, [{ id, eventId, entryId }]));
+}
+
+/** As for all pods, when something may be lost. */
+async function endEpoch(): Promise<void> {
+  const before = await stage.currentEpoch();
+  epoch.endFor(before);
+  await waitFor(() => ![undefined, before].includes(epoch.current()), { what: 'the next epoch' });
 }
 
 const everything = async () => (await pool.query('SELECT * FROM identity.outbox ORDER BY id')).rows;
@@ -192,6 +205,65 @@ describe('a row whose lease has ended', () => {
       { state: 'leased', attempts: 2, errorMessage: 'READONLY' },
       expected[1],
     ]);
+  });
+
+  describe('and Redis refuses to tell whether its event was appended', () => {
+    const OWN = ['~bull:relay*'];
+
+    /** The relay may use these keys only, until the test ends. */
+    async function limitedTo(...keys: string[]): Promise<void> {
+      await redis.call('ACL', 'SETUSER', RELAY_USER, 'resetkeys', ...keys);
+      onTestFinished(allowed);
+    }
+    const allowed = async () => void (await redis.call('ACL', 'SETUSER', RELAY_USER, ...redisRules()));
+
+    test('waits, and is published when the relay may read the stream again, also in another epoch', async () => {
+      await insertEvents(pool, someEvents(3));
+      const [first, second, third] = (await stage.claim()) as [LeasedEvent, LeasedEvent, LeasedEvent];
+      const entryIds = [await stage.append(first), await stage.append(second)];
+      await acknowledge(first, entryIds[0] as string);
+      for (const { eventId } of [second, third]) await queues.remove(eventId);
+      await limitedTo(...OWN, `~${DLQ}`);
+      for (const end of [async () => {}, endEpoch]) {
+        await end();
+        await expire();
+        expect((await reap()).seen).toEqual({ alive: 2, failed: 0, missing: 0 });
+        expect(await readStates(pool)).toEqual(['published', 'leased', 'leased']);
+      }
+      await allowed();
+      await expire();
+      await reap();
+      expect(await readRows(pool)).toMatchObject([
+        { state: 'published' },
+        { state: 'published', streamEntryId: entryIds[1] },
+        { state: 'fresh' },
+      ]);
+    });
+
+    test('waits for the dead-letter stream as well', async () => {
+      const [dead, other] = (await expired(2)) as [LeasedEvent, LeasedEvent];
+      await letFail('WRONGTYPE');
+      const broken = { ...outbox, markDead: () => Promise.reject(new Error('the pod died')) };
+      const failing = createDeadLetters({ ...context, outbox: broken });
+      await expect(reap({ deadLetters: failing })).rejects.toThrow('the pod died');
+      for (const { eventId } of [dead, other]) await queues.remove(eventId);
+      await limitedTo(...OWN, `~${dead.topic}`);
+      await expire();
+      await reap();
+      expect(await readStates(pool)).toEqual(['leased', 'leased']);
+      await allowed();
+      await expire();
+      await reap();
+      expect((await readStates(pool)).toSorted()).toEqual(['dead', 'fresh']);
+    });
+
+    test('does not wait for a stream in which the relay has no entries: the next attempt says why', async () => {
+      const [event] = (await expired(1)) as [LeasedEvent];
+      await queues.remove(event.eventId);
+      await limitedTo(...OWN);
+      await reap();
+      expect(await readStates(pool)).toEqual(['fresh']);
+    });
   });
 
   test('is left alone when another pod asked meanwhile, and its job was made again', async () => {

@@ -17,6 +17,8 @@ import {
   TOPIC,
 } from '../support/streams.ts';
 
+/** As Redis 7.0 and later versions say it. */
+const NO_RIGHT = /NOPERM|can't access at least one of the keys/;
 const FAILURE = { reason: 'WRONGTYPE', attempts: 6, failedAt: new Date('2026-01-02T03:04:05.678Z') };
 const OTHER_TOPIC = 'dictionary.word.v1';
 const GONE = { status: 'gone' };
@@ -485,10 +487,32 @@ describe.each(SIDES)('with %s', (side) => {
       const limited = await stage.pod({ url: await stage.limitedUrl() });
       expect(await stage.publish(event, 'open', { through: limited })).toMatchObject({ status: 'refused' });
       await stage.giveUp(event);
-      // Of a build that knew no epochs: it would be looked for there.
-      await stage.remember(event, '5-1');
       expect(await limited.deadLetter({ event, ...FAILURE }, MADE_AT)).toMatchObject({ status: 'appended' });
       expect(await stage.idsIn(DLQ)).toEqual([event.eventId]);
+    });
+
+    test('is not written, nor is the event appended again, while Redis refuses to tell whether its entry is there', async () => {
+      const event = await stage.anEvent({ topic: 'forbidden' });
+      const { entryId } = (await stage.publish(event)) as { entryId: string };
+      await stage.beginEpoch();
+      const limited = await stage.pod({ url: await stage.limitedUrl() });
+      const refused = { status: 'refused', reason: expect.stringMatching(NO_RIGHT) };
+      expect(await stage.publish(event, 'open', { through: limited })).toEqual(refused);
+      await stage.giveUp(event);
+      expect(await limited.deadLetter({ event, ...FAILURE }, MADE_AT)).toEqual(refused);
+      expect(await deadLetter(event)).toMatchObject({ status: 'published', entryId });
+      expect([await stage.idsIn('forbidden'), await stage.idsIn(DLQ)]).toEqual([[event.eventId], []]);
+    });
+
+    test('is written, though the job remembers an entry, where no stream has it any more', async () => {
+      const [event, other] = [await stage.anEvent(), await stage.anEvent()];
+      await stage.remember(event, '5-1');
+      await stage.remember(other, 'no id');
+      await stage.redis.set(TOPIC, 'a string');
+      for (const one of [event, other]) {
+        await stage.giveUp(one);
+        expect(await deadLetter(one)).toMatchObject({ status: 'appended' });
+      }
     });
 
     test('that Redis refuses says why, and is written when the reason is gone', async () => {

@@ -1,6 +1,6 @@
 import { beforeEach, describe, expect, test } from 'vitest';
 import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
-import { createLookup } from '../../src/streams/lookup.ts';
+import { createLookup, UnreadableError } from '../../src/streams/lookup.ts';
 import { asRelay, redisRules } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';
 import { aClaimedEvent, openAdminRedis, openRedis } from '../support/stages.ts';
@@ -128,6 +128,21 @@ describe('a comparison', () => {
 });
 
 describe('the entry of an event', () => {
+  test('cannot be looked for while Redis refuses to let the relay read the stream, if the relay has entries there', async () => {
+    await redis.call('ACL', 'SETUSER', 'limited', ...redisRules({ RELAY_ALLOWED_TOPICS: TOPIC }));
+    const limited = createLookup(openRedis(asRelay(server.url, 'limited')), OPTIONS);
+    await redis.xadd('forbidden', '5-1', 'event_id', 'x');
+    // Never: a row may name a key that is not the relay's.
+    expect(await limited.find('forbidden', ['x'])).toEqual(new Map());
+    await lookup.absent('forbidden', [], true);
+    await expect(limited.find('forbidden', ['x'])).rejects.toThrow(UnreadableError);
+    // A comparison that may not read it remembers that much.
+    await redis.del(lastEntriesKeyOf(EPOCH_KEY));
+    await limited.absent('forbidden', [{ entryId: '5-1', eventId: 'x' }], true);
+    await expect(limited.find('forbidden', ['x'])).rejects.toThrow('forbidden');
+    expect(await lookup.find('forbidden', ['x'])).toEqual(new Map([['x', '5-1']]));
+  });
+
   test('is found among the latest of its stream, others are not', async () => {
     const events = Array.from({ length: 2_500 }, () => aClaimedEvent());
     const pipeline = redis.pipeline();
