@@ -117,7 +117,7 @@ export function createLeaseReaper(deps: {
       if (!(err instanceof UnreadableError)) throw err;
       logger.error(
         { err, events: eventIds.length, eventIds: eventIds.slice(0, 3) },
-        'publish jobs were lost, and Redis refuses to tell whether their events were appended; they wait until the relay may read the stream again, see "relay grants"',
+        'publish jobs were lost, and Redis does not let the relay see whether their events were appended: they wait until it may read the stream again',
       );
       return null;
     }

@@ -6,7 +6,8 @@ import { guardProcess } from './watchdog.ts';
 
 const READY_DEADLINE_MS = 30_000;
 const READY_POLL_MS = 50;
-const PROBE_TIMEOUT_MS = 2_000;
+/** Above the time that a pod gives its checks (3 s): then it says what does not answer. */
+const PROBE_TIMEOUT_MS = 5_000;
 /** Of the lines a pod writes, the latest are kept. */
 const LINES_KEPT = 20_000;
 
@@ -80,16 +81,19 @@ export async function startPod({
     logs: () => lines.flatMap(parseJson),
     exited,
     async waitReady(timeoutMs = READY_DEADLINE_MS) {
-      const deadline = Date.now() + timeoutMs;
-      let last = 'no answer yet';
-      while (ended === undefined && Date.now() < deadline) {
-        last = await probe(`${url}/readyz`);
-        if (last === '200') return;
+      const startedAt = Date.now();
+      const answers: string[] = [];
+      let last = '';
+      while (ended === undefined && Date.now() < startedAt + timeoutMs) {
+        const { isReady, answer } = await probe(`${url}/readyz`);
+        if (isReady) return;
+        if (answer !== last) answers.push(`after ${Date.now() - startedAt} ms: ${answer}`);
+        last = answer;
         await Promise.race([exited, delay(READY_POLL_MS)]);
       }
       const what = ended
         ? `ended before it was ready (${ended.signal ?? `exit code ${ended.code}`})`
-        : `was not ready within ${timeoutMs} ms (/readyz: ${last})`;
+        : `was not ready within ${timeoutMs} ms (/readyz ${answers.slice(-5).join('; ')})`;
       throw new Error(`The pod ${what}. Its last lines:\n${lines.slice(-15).join('\n')}`);
     },
     async kill(signal = 'SIGTERM') {
@@ -109,13 +113,13 @@ export function cleanEnvironment(): Record<string, string> {
   );
 }
 
-async function probe(url: string): Promise<string> {
+async function probe(url: string): Promise<{ isReady: boolean; answer: string }> {
   try {
     const response = await fetch(url, { signal: AbortSignal.timeout(PROBE_TIMEOUT_MS) });
-    await response.text();
-    return String(response.status);
+    const text = await response.text();
+    return { isReady: response.status === 200, answer: `${response.status} ${text}` };
   } catch (error) {
-    return error instanceof Error ? String(error.cause ?? error.message) : String(error);
+    return { isReady: false, answer: error instanceof Error ? String(error.cause ?? error.message) : String(error) };
   }
 }
 

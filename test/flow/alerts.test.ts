@@ -2,6 +2,7 @@
  * Every alert of observability/alerts.yml fires: a real Prometheus scrapes real pods under the condition that the alert
  * is for. Time runs faster in it, see ../support/prometheus.ts.
  */
+import { randomUUID } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
@@ -102,7 +103,10 @@ const CASES: readonly Case[] = [
     async run() {
       const stage = await setStage();
       const pod = await stage.pod();
-      await stage.queue('claim').pause();
+      const queue = stage.queue('claim');
+      await queue.pause();
+      // A claim that is in progress goes on.
+      await waitFor(async () => (await queue.getActiveCount()) === 0, { what: 'the claims to end' });
       const createdAt = new Date(Date.now() - 61_000);
       await insertEvents(stage.pool, someEvents(3, 3, { createdAt }));
       const prometheus = await watch([pod.url]);
@@ -146,7 +150,7 @@ const CASES: readonly Case[] = [
     fires: ['RelayNotifyQueueFills'],
     when: 'a session listens and does not read',
     async run() {
-      const directory = join(await folderOfFile(), 'postgres-with-a-small-queue');
+      const directory = join(await folderOfFile(), `postgres-with-a-small-queue-${randomUUID()}`);
       const postgres = await startPrivatePostgres({ directory, settings: { max_notify_queue_pages: 64 } });
       atEndOfFile(() => postgres.kill('SIGQUIT'));
       const stage = await setStage({ databaseUrl: postgres.url });
