@@ -152,11 +152,11 @@ export function createPublished(
         'CASE WHEN stream_entry_id IS NULL THEN false ELSE published OR dead_lettered_at IS NOT NULL END',
       ),
 
-    /** The events of those of these rows that are dead and have no dead letter, in order of id. */
-    deadEvents: (ids: readonly string[]): Promise<FinalizedEvent[]> =>
+    /** The events of those of these rows that are neither published nor dead with a dead letter, in order of id. */
+    unfinishedEvents: (ids: readonly string[]): Promise<FinalizedEvent[]> =>
       eventsWhere(
         ids,
-        'CASE WHEN published THEN false ELSE dead_lettered_at IS NOT NULL AND stream_entry_id IS NULL END',
+        'CASE WHEN published THEN false ELSE dead_lettered_at IS NULL OR stream_entry_id IS NULL END',
       ),
 
     /**

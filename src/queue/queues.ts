@@ -226,29 +226,17 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       return { state: 'alive', attempts: before + Number(failures), reason: reason ?? '' };
     },
 
-    /**
-     * The event's job, if it has failed. One that no longer has the event, since another program wrote there, is removed:
-     * its row gets a new job when its lease ends.
-     */
-    async failedJob(eventId: string): Promise<FailedJob | null> {
-      const facts = await redis.hmget(
-        publish.toKey(eventId),
-        'data',
-        'finishedOn',
-        'atm',
-        'failedReason',
-        'timestamp',
-      );
+    /** What became of the event's job, if it has failed. The event is that of its row: another program may write to jobs. */
+    async failedJob(event: OutboxEvent): Promise<FailedJob | null> {
+      const key = publish.toKey(event.eventId);
+      const facts = await redis.hmget(key, 'data', 'finishedOn', 'atm', 'failedReason', 'timestamp');
       const [data = null, endedAt, failures, reason, madeAt] = facts;
       if (!endedAt) return null;
-      const event = eventOf(data);
-      if (event === undefined) {
-        await publish.remove(eventId);
-        return null;
-      }
+      const before = eventOf(data)?.attempts ?? 0;
       return {
         event,
-        attempts: event.attempts + Number(failures ?? 0),
+        // The last attempt is not on the row yet.
+        attempts: Math.max(event.attempts, before + Number(failures ?? 0)),
         reason: reason ?? '',
         failedAt: new Date(Number(endedAt)),
         madeAt: Number(madeAt),

@@ -15,6 +15,8 @@ const BATCH = 1_000;
 /** Batches in one tick, at most; the next tick goes on. */
 const BATCHES_MAX = 5;
 
+const idsOf = (rows: readonly ExpiredRow[]) => rows.map((row) => row.id);
+
 type Judged = Readonly<{ row: ExpiredRow; fate: JobFate }>;
 
 /** What the streams have of the events whose jobs are gone. */
@@ -64,7 +66,7 @@ export function createLeaseReaper(deps: {
       const written = await write(epoch, await findEntries(await Promise.all(rows.map(judge))));
       found += written.found;
       for (const { row, fate } of written.judged) if (!row.isDead) seen[fate.state]++;
-      for (const { row, fate } of written.judged) if (fate.state === 'failed') await finish(row);
+      await bury(written.judged.filter(({ fate }) => fate.state === 'failed').map(({ row }) => row));
       if (rows.length < BATCH || written.judged.length === 0) break;
     }
     deps.metrics.leasesExpired(seen);
@@ -173,13 +175,16 @@ export function createLeaseReaper(deps: {
     return { judged, found: found.length };
   }
 
-  async function finish({ eventId }: ExpiredRow): Promise<void> {
-    const job = await queues.failedJob(eventId);
-    if (job) await deadLetters.bury(job);
+  async function bury(rows: readonly ExpiredRow[]): Promise<void> {
+    if (rows.length === 0) return;
+    for (const { errorMessage: _, deadLetteredAt: __, ...event } of await outbox.unfinishedEvents(idsOf(rows))) {
+      const job = await queues.failedJob(event);
+      if (job) await deadLetters.bury(job);
+    }
   }
 
   async function writeLetters(rows: readonly ExpiredRow[]): Promise<void> {
-    for (const event of await outbox.deadEvents(rows.map((row) => row.id))) {
+    for (const event of await outbox.unfinishedEvents(idsOf(rows))) {
       const { errorMessage, deadLetteredAt, attempts } = event;
       if (deadLetteredAt === null) continue;
       const { errorMessage: _, deadLetteredAt: __, ...plain } = event;

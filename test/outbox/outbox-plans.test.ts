@@ -208,8 +208,8 @@ const statements: [string, Run, number][] = [
     3 * BATCH,
   ],
   [
-    'the events of dead rows without a letter',
-    (it) => it.deadEvents(namesFrom(HOT_HEAD).map((name) => name.id)),
+    'the events of rows that are not finished',
+    (it) => it.unfinishedEvents(namesFrom(HOT_HEAD).map((name) => name.id)),
     3 * BATCH,
   ],
   ['the list of aggregates with parked rows', (it) => it.parkedAggregates(null, BATCH), 3 * BATCH],

@@ -122,7 +122,7 @@ describe('the events of rows that have an entry', () => {
     ]);
   });
 
-  test('of dead rows that have no dead letter are those alone', async () => {
+  test('of rows that are neither published nor dead with a dead letter are those alone', async () => {
     await insertOf(
       USER,
       PUBLISHED,
@@ -130,8 +130,9 @@ describe('the events of rows that have an entry', () => {
       `${DEAD_WITHOUT_LETTER}, attempts = 6, error_message = 'x'`,
       LEASED,
     );
-    expect(await outbox.deadEvents(['1', '2', '3', '4', '77'])).toMatchObject([
+    expect(await outbox.unfinishedEvents(['1', '2', '3', '4', '77'])).toMatchObject([
       { id: '3', attempts: 6, errorMessage: 'x', deadLetteredAt: expect.any(Date) },
+      { id: '4', deadLetteredAt: null },
     ]);
   });
 

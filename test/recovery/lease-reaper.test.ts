@@ -175,6 +175,16 @@ describe('a row whose lease has ended', () => {
     expect(await readStream(redis, DLQ)).toMatchObject([{ original_event_id: event.eventId, attempts: '1' }]);
   });
 
+  test('has its dead letter written though another program has overwritten the job: with the event of the row', async () => {
+    const [event] = (await expired(1)) as [LeasedEvent];
+    await letFail('WRONGTYPE');
+    await redis.hset(stage.keyOf(event.eventId), 'data', '{');
+    await reap();
+    expect(await readRows(pool)).toMatchObject([{ state: 'dead', attempts: 1, errorMessage: 'WRONGTYPE' }]);
+    const { eventId, payload } = event;
+    expect(await readStream(redis, DLQ)).toMatchObject([{ original_event_id: eventId, payload }]);
+  });
+
   test('is published when its job has failed, but remembers an entry: it is never buried', async () => {
     const [event] = (await expired(1)) as [LeasedEvent];
     const entryId = await stage.append(event);

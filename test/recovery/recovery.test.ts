@@ -28,9 +28,13 @@ async function failed(count: number): Promise<string[]> {
 }
 
 async function bury(eventIds: readonly string[]): Promise<void> {
-  for (const eventId of eventIds) {
-    const job = await queues.failedJob(eventId);
-    if (job === null) throw new Error(`no failed job of ${eventId}`);
+  const { rows } = await pool.query<{ id: string }>(
+    'SELECT id::text FROM identity.outbox WHERE event_id = ANY ($1)',
+    [eventIds],
+  );
+  for (const event of await outbox.unfinishedEvents(rows.map((row) => row.id))) {
+    const job = await queues.failedJob(event);
+    if (job === null) throw new Error(`no failed job of ${event.eventId}`);
     await context.deadLetters.bury(job);
   }
 }
