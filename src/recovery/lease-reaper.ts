@@ -177,7 +177,9 @@ export function createLeaseReaper(deps: {
 
   async function bury(rows: readonly ExpiredRow[]): Promise<void> {
     if (rows.length === 0) return;
-    for (const { errorMessage: _, deadLetteredAt: __, ...event } of await outbox.unfinishedEvents(idsOf(rows))) {
+    for (const { errorMessage: _, deadLetteredAt: __, ...event } of await outbox.unfinishedEvents(
+      idsOf(rows),
+    )) {
       const job = await queues.failedJob(event);
       if (job) await deadLetters.bury(job);
     }

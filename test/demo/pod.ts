@@ -119,7 +119,10 @@ async function probe(url: string): Promise<{ isReady: boolean; answer: string }>
     const text = await response.text();
     return { isReady: response.status === 200, answer: `${response.status} ${text}` };
   } catch (error) {
-    return { isReady: false, answer: error instanceof Error ? String(error.cause ?? error.message) : String(error) };
+    return {
+      isReady: false,
+      answer: error instanceof Error ? String(error.cause ?? error.message) : String(error),
+    };
   }
 }
 

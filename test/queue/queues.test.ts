@@ -219,7 +219,7 @@ describe('a failed job', () => {
       await admin.hset(queues.jobKey(event.eventId), 'data', data);
       expect(await queues.failedJob(event)).toMatchObject({
         event,
-        attempts: event.attempts,
+        attempts: event.attempts + 1,
         reason: 'WRONGTYPE Operation',
       });
     }
