@@ -83,6 +83,7 @@ export function createContext(
 
   const streamOptions = streamOptionsOf(config);
   const lookup = createLookup(appendRedis, streamOptions);
+  const memory = createMemory(appendRedis, streamOptions, hasTwoServers);
   const epoch = createEpoch({
     redis: appendRedis,
     key: streamOptions.epochKey,
@@ -91,6 +92,7 @@ export function createContext(
     assertOwner: () => claimQueue(pool, appendRedis, config),
     recover: createRecoverLostData({
       outbox,
+      memory,
       findForgotten: createFindForgotten({ outbox, lookup, dlqStreamName: config.dlqStreamName, logger }),
       compare: createCompare({ published: outbox, lookup, dlqStreamName: config.dlqStreamName }),
       windowMs: config.resyncWindowMs,
@@ -133,20 +135,17 @@ export function createContext(
   });
 
   const refiller = createRefiller({ outbox, scheduler, options: config, logger });
-  const acknowledger = createAcknowledger({ outbox, epoch, refiller, logger });
+  const acknowledger = createAcknowledger({ outbox, epoch, memory, refiller, logger });
   const deadLetters = createDeadLetters({
     ...{ streams, outbox, queues, epoch, acknowledger, refiller, metrics, tracing, tally, logger },
   });
-  const removeJobs = createJobRemoval({
-    queues,
-    memory: createMemory(appendRedis, streamOptions, hasTwoServers),
-  });
+  const removeJobs = createJobRemoval({ queues, memory });
 
   return {
     ...{ config, servers, queues, tracing, logger, keyPrefix, hasTwoServers, statementTimeoutMs },
     ...{ startedAt, state, tally, clock, queuesWritable, streamsWritable, heartbeat, metrics },
     ...{ outbox, backlog, maintenance, scheduler },
-    ...{ lookup, epoch, jobEpoch, streams, refiller, acknowledger, deadLetters, removeJobs },
+    ...{ lookup, memory, epoch, jobEpoch, streams, refiller, acknowledger, deadLetters, removeJobs },
   };
 }
 

@@ -2,6 +2,7 @@ import { byId, type OutboxEvent } from '../event.ts';
 import { pause } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import { type Epoch, EpochOverError } from '../streams/epoch.ts';
+import type { Memory } from '../streams/memory.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Refiller } from './refiller.ts';
 
@@ -31,10 +32,11 @@ export type Acknowledger = ReturnType<typeof createAcknowledger>;
 export function createAcknowledger(deps: {
   outbox: Pick<Outbox, 'inEpoch' | 'markPublished'>;
   epoch: Pick<Epoch, 'confirm'>;
+  memory: Pick<Memory, 'forget'>;
   refiller: Pick<Refiller, 'request'>;
   logger: Logger;
 }) {
-  const { outbox, epoch: epochs, refiller, logger } = deps;
+  const { outbox, epoch: epochs, memory, refiller, logger } = deps;
   type Pending = Appended & { resolve: () => void; reject: (error: Error) => void };
   let pending: Pending[] = [];
   let running = 0;
@@ -77,6 +79,7 @@ export function createAcknowledger(deps: {
     try {
       await persist(batch);
       for (const it of batch) it.resolve();
+      memory.forget(batch.map((it) => it.event.eventId));
       refiller.request(batch.map((it) => it.event));
     } catch (error) {
       for (const it of batch) it.reject(error as Error);

@@ -1,4 +1,3 @@
-import type { Acknowledger } from '../finalize/acknowledger.ts';
 import type { DeadLetters } from '../finalize/dead-letter.ts';
 import type { Refiller } from '../finalize/refiller.ts';
 import type { ExpiredRow } from '../outbox/leases.ts';
@@ -46,7 +45,6 @@ export function createLeaseReaper(deps: {
   lookup: Pick<Lookup, 'find' | 'findDeadLetters'>;
   epoch: Pick<Epoch, 'current' | 'confirm'>;
   deadLetters: Pick<DeadLetters, 'bury' | 'writeAgain'>;
-  acknowledger: Pick<Acknowledger, 'acknowledge'>;
   refiller: Pick<Refiller, 'request'>;
   scheduler: Pick<Scheduler, 'wake'>;
   metrics: Pick<Metrics, 'leasesExpired'>;

@@ -1,6 +1,8 @@
+import type { Outbox } from '../outbox/outbox.ts';
 import type { FinalizedPlace, FinalizedRow, Published } from '../outbox/published.ts';
 import type { Loss } from '../streams/epoch.ts';
 import type { Lookup } from '../streams/lookup.ts';
+import type { Memory } from '../streams/memory.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { FindForgotten } from './forgotten-entries.ts';
 
@@ -103,13 +105,15 @@ export function createCompare(deps: {
  * 2. If PostgreSQL may have forgotten, it looks for unpublished rows in their streams (forgotten-entries.ts).
  * 3. It makes each row unpublished whose entry is missing: `outbox.unpublish`.
  * 4. It ends every lease, so that the lease reaper asks which jobs are there.
+ * 5. Appends are forgotten whose rows are published, or gone.
  *
  * Then the next epoch begins, and the claim takes the fresh rows in their order.
  */
 export const createRecoverLostData =
   (deps: {
     outbox: Pick<Published, 'comparedFrom' | 'unpublish'> &
-      Readonly<{ epochsEnded: () => Promise<void>; expireAllLeases: () => Promise<number> }>;
+      Pick<Outbox, 'epochsEnded' | 'expireAllLeases' | 'liveOf'>;
+    memory: Pick<Memory, 'remembered' | 'forget'>;
     findForgotten: FindForgotten;
     compare: Compare;
     /** How far back rows are compared, at most. */
@@ -127,6 +131,12 @@ export const createRecoverLostData =
       await deps.compare({ since, until: 'infinity', remembering: true, onLost: outbox.unpublish }),
     );
     const leases = await outbox.expireAllLeases();
+    const remembered = await deps.memory.remembered();
+    for (let i = 0; i < remembered.length; i += PAGE_ROWS) {
+      const some = remembered.slice(i, i + PAGE_ROWS);
+      const live = new Set(await outbox.liveOf(some));
+      deps.memory.forget(some.filter((eventId) => !live.has(eventId)));
+    }
     const about = { since, ...found, leases, ms: Date.now() - startedAt };
     if (found.lost + found.unreadable === 0) logger.info(about, 'nothing that was published is missing');
     if (found.lost > 0) logger.warn(about, 'Redis had lost entries; their events are published again');

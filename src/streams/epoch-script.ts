@@ -4,6 +4,9 @@ import type { Redis } from 'ioredis';
 /** Redis key of the hash that has the last entry of each stream in the epoch. */
 export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
 
+/** Follows the epoch's key in that of the hash of appended events; see gate-script.ts. */
+export const APPENDED_SUFFIX = ':appended';
+
 /** The keys beside `epochKey`, which has the epoch's name. */
 export const keysOf = (epochKey: string) => ({
   /** The time of the database up to which Redis has lost nothing; a pod writes it again and again. */

@@ -28,8 +28,10 @@
  *
  * Memory: `<epoch> <entry id>`. A memory of this epoch is good. A memory of an earlier epoch is good only if that entry is
  * in the stream now, and is the event's. Where Redis refuses to let the relay read the stream, nothing can be said of it: the
- * script refuses the event, and does not append it again. On one server the memory is a field of the job's hash, so it ends with the job.
- * Where the streams have a server of their own it is a key beside the stream, the idempotency key.
+ * script refuses the event, and does not append it again. On one server the memory is a field of the job's hash, which ends
+ * with the job, and until the row is marked published also a field of the hash of appended events: a claim that was rolled
+ * back leaves rows without a lease, and if their jobs are deleted as well, nothing else knows that they were appended. Where
+ * the streams have a server of their own it is a key beside the stream, the idempotency key.
  *
  * Lost streams: the hash of last entries has the last entry of each stream, appended or found in this epoch. If the stream
  * is gone, or is an empty one whose ids end before that (a consumer's `XGROUP CREATE ... MKSTREAM` makes one), Redis has
@@ -51,7 +53,7 @@
  * field 3 µs and 5 kB of garbage.
  */
 
-import { IS_LOST_STREAM } from './epoch-script.ts';
+import { APPENDED_SUFFIX, IS_LOST_STREAM } from './epoch-script.ts';
 
 /** When an entry passes the gate. */
 export const GATE = {
@@ -116,13 +118,18 @@ local function rememberFound(stream, id)
   if not last[stream] and redis.call('HEXISTS', KEYS[2], stream) == 0 then last[stream] = id end
 end`;
 
-/** The memory in the job's hash. */
+/** The memory in the job's hash, and in that of appended events. Needs KEYS[1] = epoch. */
 const IN_JOB = `
-local function look(job)
+local memories = KEYS[1] .. '${APPENDED_SUFFIX}'
+local function look(job, event)
   local it = redis.call('HMGET', job, '${ENTRY_FIELD}', 'timestamp', 'finishedOn', 'atm', '${RELEASED_FIELD}', '${NEXT_FIELD}', '${LETTER_FIELD}')
-  return {entry = it[1], made = it[2], ended = it[3], failures = tonumber(it[4] or '0'), released = it[5], next = it[6], letter = it[7]}
+  local entry = it[1] or redis.call('HGET', memories, event)
+  return {entry = entry, made = it[2], ended = it[3], failures = tonumber(it[4] or '0'), released = it[5], next = it[6], letter = it[7]}
 end
-local function remember(job, memory) redis.call('HSET', job, '${ENTRY_FIELD}', memory) end
+local function remember(job, event, memory)
+  redis.call('HSET', job, '${ENTRY_FIELD}', memory)
+  redis.call('HSET', memories, event, memory)
+end
 local function release(job) redis.call('HSET', job, '${RELEASED_FIELD}', '1') end
 local function forgetLetter(job) redis.call('HDEL', job, '${LETTER_FIELD}') end
 local function keep(job, packed) redis.call('HSET', job, '${NEXT_FIELD}', packed) end
@@ -131,7 +138,7 @@ local function mayFollow(it, made) return it.made == made and not (it.entry or i
 
 /** The memory in an idempotency key. The pod has asked the other server about the jobs, and passes the facts. */
 const IN_KEY = `
-local function look(key, job, letterKey)
+local function look(key, _, job, letterKey)
   local it = job and {made = job[1], ended = job[2], failures = job[3]} or {}
   local value = redis.call('GET', key)
   local released = value and string.match(value, '^released (.*)$')
@@ -143,7 +150,7 @@ local function look(key, job, letterKey)
   if letterKey and it.failures and it.failures > 0 then it.letter = redis.call('GET', letterKey) end
   return it
 end
-local function remember(key, memory) redis.call('SET', key, memory, 'EX', ${MEMORY_TTL_S}) end
+local function remember(key, _, memory) redis.call('SET', key, memory, 'EX', ${MEMORY_TTL_S}) end
 local function release(key, made) redis.call('SET', key, 'released ' .. made, 'EX', ${MEMORY_TTL_S}) end
 local function forgetLetter(_, letterKey) redis.call('DEL', letterKey) end
 local function keep(key, packed) redis.call('SET', key .. ':next', packed, 'EX', ${NEXT_TTL_S}) end
@@ -164,10 +171,10 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then
 end
 ${MEMORY_AND_LAST_ENTRIES}
 ${hasTwoServers ? IN_KEY : IN_JOB}
-local function append(stream, key, xadd, from)
+local function append(stream, key, event, xadd, from)
   local id = redis.pcall('XADD', stream, unpack(xadd, from))
   if type(id) == 'table' then return nil, id.err end
-  remember(key, ARGV[2] .. ' ' .. id)
+  remember(key, event, ARGV[2] .. ' ' .. id)
   last[stream] = id
   return id
 end
@@ -177,9 +184,9 @@ local function cascade(kept)
     local waiting = cmsgpack.unpack(kept)
     if waiting[1] ~= ARGV[2] or isLost(waiting[2]) then return end
     local key = ARGV[4] .. waiting[3]
-    local it = look(key)
+    local it = look(key, waiting[3])
     if not mayFollow(it, waiting[4], key, waiting[5]) then return end
-    local id = append(waiting[2], key, waiting, 6)
+    local id = append(waiting[2], key, waiting[3], waiting, 6)
     if not id then return end
     room = room - 1
     cascaded[#cascaded + 1] = waiting[3]
@@ -190,13 +197,13 @@ end
 local function pass(entry)
   local stream, key = KEYS[2 + entry[1]], ARGV[4] .. entry[2]
   local _, event, made, gate, before, job, jobBefore, letterKey = unpack(entry, 1, ${XADD_AT})
-  local it = look(key, job, letterKey)
+  local it = look(key, event, job, letterKey)
   if it.made ~= made or it.ended then return '' end
   local id, unread = entryOf(it.entry, stream, event)
   if unread then return '-' .. unread end
   if id then
     if it.entry ~= ARGV[2] .. ' ' .. id then
-      remember(key, ARGV[2] .. ' ' .. id)
+      remember(key, event, ARGV[2] .. ' ' .. id)
       rememberFound(stream, id)
     end
     return '=' .. id
@@ -209,7 +216,7 @@ local function pass(entry)
   if gate == ${GATE.ask} then return '*' end
   if isLost(stream) then return '?' end
   if gate == ${GATE.after} then
-    local other = look(ARGV[4] .. before, jobBefore)
+    local other = look(ARGV[4] .. before, before, jobBefore)
     if not (other.entry and string.find(other.entry, ARGV[2] .. ' ', 1, true) == 1) then
       if not other.made or other.ended then return '*' end
       if other.failures > 0 or other.released then
@@ -224,7 +231,7 @@ local function pass(entry)
       return '~'
     end
   end
-  local appended, refusal = append(stream, key, entry, ${XADD_AT} + 1)
+  local appended, refusal = append(stream, key, event, entry, ${XADD_AT} + 1)
   if not appended then return '-' .. refusal end
   if it.letter then
     redis.pcall('XDEL', ARGV[3], string.match(it.letter, '%d+%-%d+$'))
@@ -255,7 +262,7 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return '!' end
 ${MEMORY_AND_LAST_ENTRIES}
 ${hasTwoServers ? IN_KEY : IN_JOB}
 local facts = cmsgpack.unpack(ARGV[7])
-local it = look(KEYS[4], facts, KEYS[5])
+local it = look(KEYS[4], ARGV[3], facts, KEYS[5])
 if ARGV[5] == '1' then
   if it.made ~= ARGV[6] or not it.ended then return '' end
   local entry, unread = entryOf(it.entry, ARGV[4], ARGV[3])
@@ -283,10 +290,10 @@ return '+' .. id`;
 
 /**
  * Answers the entry that is remembered and good, '' when there is none, or why Redis refuses to tell.
- * KEYS: key of the memory. ARGV: event id, epoch's id, the event's stream (not a key, for the reasons above).
+ * KEYS: epoch, key of the memory. ARGV: event id, epoch's id, the event's stream (not a key, for the reasons above).
  */
 export const RECALL = (hasTwoServers: boolean) => `
 ${MEMORY_AND_LAST_ENTRIES}
 ${hasTwoServers ? IN_KEY : IN_JOB}
-local id, unread = entryOf(look(KEYS[1]).entry, ARGV[3], ARGV[1])
+local id, unread = entryOf(look(KEYS[2], ARGV[1]).entry, ARGV[3], ARGV[1])
 return id or unread or ''`;

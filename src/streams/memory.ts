@@ -2,20 +2,48 @@ import type { Redis } from 'ioredis';
 import { script } from '../connections/redis-script.ts';
 import { memoryKeyOf, type StreamOptions } from './append.ts';
 import { epochId } from './epoch.ts';
+import { APPENDED_SUFFIX } from './epoch-script.ts';
 import { RECALL } from './gate-script.ts';
 
 export type Memory = ReturnType<typeof createMemory>;
 
-/** Asks what jobs remember of appends, before a job is removed. */
+/** Fields that one step of HSCAN asks for. */
+const STEP_FIELDS = 1_000;
+
+/** What is remembered of appends. */
 export function createMemory(
   redis: Redis,
   options: Pick<StreamOptions, 'memoryPrefix' | 'jobKey' | 'epochKey'>,
   hasTwoServers: boolean,
 ) {
-  const recallEntry = script<string>(redis, 'recallEntry', RECALL(hasTwoServers), 1);
+  const recallEntry = script<string>(redis, 'recallEntry', RECALL(hasTwoServers), 2);
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
+  const memories = options.epochKey + APPENDED_SUFFIX;
 
   return {
+    /**
+     * The rows of these events are published, or gone: they are not appended again. What this leaves, since Redis does not
+     * answer, goes before the next epoch.
+     */
+    forget(eventIds: readonly string[]): void {
+      if (!hasTwoServers && eventIds.length > 0) redis.hdel(memories, ...eventIds).catch(() => {});
+    },
+
+    /**
+     * The events that are remembered beside their jobs: those whose rows are not marked published yet, and a few that nobody
+     * has forgotten, since a pod died or Redis did not answer.
+     * @throws when Redis does not answer
+     */
+    async remembered(): Promise<string[]> {
+      const eventIds: string[] = [];
+      for (let cursor = '0'; ; ) {
+        const [next, pairs] = await redis.hscan(memories, cursor, 'COUNT', STEP_FIELDS);
+        eventIds.push(...pairs.filter((_, i) => i % 2 === 0));
+        if (next === '0') return eventIds;
+        cursor = next;
+      }
+    },
+
     /**
      * Those of the events whose entry is remembered and good, or in a stream that Redis refuses to let the relay read; see
      * gate-script.ts.
@@ -27,7 +55,9 @@ export function createMemory(
       if (events.length === 0) return new Set();
       const epoch = epochId((await redis.get(options.epochKey)) ?? '');
       const entryIds = await Promise.all(
-        events.map(({ eventId, topic }) => recallEntry(memoryKey(eventId), eventId, epoch, topic)),
+        events.map(({ eventId, topic }) =>
+          recallEntry(options.epochKey, memoryKey(eventId), eventId, epoch, topic),
+        ),
       );
       return new Set(events.filter((_, i) => entryIds[i] !== '').map(({ eventId }) => eventId));
     },

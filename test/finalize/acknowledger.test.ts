@@ -1,6 +1,8 @@
 import { beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import type { Aggregate, OutboxEvent } from '../../src/event.ts';
 import { type Appended, createAcknowledger } from '../../src/finalize/acknowledger.ts';
+import type { LeasedEvent } from '../../src/outbox/outbox.ts';
+import { EpochOverError } from '../../src/streams/epoch.ts';
 import { openContext } from '../support/context.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { deferred, readRows, readStates, silent } from '../support/stages.ts';
@@ -26,7 +28,7 @@ function startAcknowledger(
 ) {
   const refills: Aggregate[] = [];
   const acknowledger = createAcknowledger({
-    ...{ epoch: context.epoch, logger: silent },
+    ...{ epoch: context.epoch, memory: context.memory, logger: silent },
     refiller: { request: (aggregates) => void refills.push(...aggregates) },
     ...deps,
     outbox: { ...outbox, ...deps.outbox },
@@ -92,6 +94,18 @@ describe('an acknowledgement', () => {
     await pool.query('UPDATE identity.outbox SET event_id = gen_random_uuid()');
     await startAcknowledger().acknowledge(event, '1700000000000-3');
     expect(await readRows(pool)).toMatchObject([{ state: 'leased', streamEntryId: null }]);
+  });
+
+  test('makes Redis forget the append, but not before it is committed', async () => {
+    const [event] = (await claimed(1)) as [OutboxEvent & LeasedEvent];
+    const entryId = await stage.append(event);
+    const ended = startAcknowledger({
+      epoch: { confirm: () => Promise.reject(new EpochOverError()) },
+    });
+    await expect(ended.acknowledge(event, entryId)).rejects.toThrow(EpochOverError);
+    expect(await context.memory.remembered()).toEqual([event.eventId]);
+    await startAcknowledger().acknowledge(event, entryId);
+    expect(await context.memory.remembered()).toEqual([]);
   });
 
   test('shares its transaction with those that arrive together', async () => {

@@ -98,12 +98,13 @@ export function createPod(deps: PodDeps, name: string) {
     gates: ['find', 'findAll', 'findDeadLetters', 'absent'],
   });
   const memory = gated(actor, 'memory', createMemory(redis, streamOptions, hasTwoServers), {
-    gates: ['appendedOf'],
+    gates: ['appendedOf', 'forget', 'remembered'],
   });
 
   const recoverOutbox = outboxOf('recover');
   const recover = createRecoverLostData({
     outbox: recoverOutbox,
+    memory,
     findForgotten: async () => {},
     compare: createCompare({ published: recoverOutbox, lookup, dlqStreamName: streamOptions.dlqStreamName }),
     windowMs: WINDOW_MS,
@@ -154,7 +155,10 @@ export function createPod(deps: PodDeps, name: string) {
   };
   const tally = createTally(logger);
   const removeJobs = createJobRemoval({ queues, memory });
-  const acknowledger = createAcknowledger({ outbox: outboxOf('acknowledge'), epoch, refiller, logger });
+  const acknowledger = createAcknowledger({
+    outbox: outboxOf('acknowledge'),
+    ...{ epoch, memory, refiller, logger },
+  });
   const deadLetters = createDeadLetters({
     ...{ streams, queues, epoch, acknowledger, refiller, tally, logger },
     ...{ outbox: outboxOf('dead letter'), metrics: NOTHING, tracing: untraced },

@@ -428,11 +428,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
     },
 
     async removeJob(n: number): Promise<string | undefined> {
-      const able = new Set([...(await jobsIn('wait')), ...(await jobsIn('delayed'))]);
-      const eventId = pick(
-        (await rowsWhere(`${LEASED} AND dead_lettered_at IS NULL`)).filter((it) => able.has(it)),
-        n,
-      );
+      const eventId = pick([...(await jobsIn('wait')), ...(await jobsIn('delayed'))].toSorted(), n);
       if (eventId === undefined) return undefined;
       await queues.publish.remove(eventId);
       return `the job of ${nameOfEvent(eventId)} is removed by hand`;

@@ -49,6 +49,7 @@ async function recover(
   await createRecoverLostData({
     ...{
       outbox,
+      memory: context.memory,
       findForgotten: async () => {},
       compare: compareWith(deps),
       windowMs: WINDOW_MS,
@@ -69,6 +70,7 @@ async function published(events = someEvents(4)): Promise<Appended[]> {
   for (const event of await stage.claim()) {
     const entryId = await stage.append(event);
     await outbox.inEpoch((tx) => outbox.markPublished(tx, [{ ...event, entryId }]));
+    context.memory.forget([event.eventId]);
     await context.queues.remove(event.eventId);
     all.push({ ...event, entryId });
   }
@@ -334,6 +336,20 @@ describe('when Redis may have lost data', () => {
     expect(await redis.exists(NOTES)).toBe(0);
     await recover();
     expect(await redis.hgetall(NOTES)).toEqual({ [STREAM]: event.entryId });
+  });
+
+  test('appends are forgotten of events whose rows are published or gone, and no others', async () => {
+    await insertEvents(pool, someEvents(3));
+    const events = (await stage.claim()) as [LeasedEvent, LeasedEvent, LeasedEvent];
+    const [live, done, gone] = events;
+    const entryIds = await Promise.all(events.map((event) => stage.append(event)));
+    await outbox.inEpoch((tx) =>
+      outbox.markPublished(tx, [{ ...done, entryId: entryIds[events.indexOf(done)] as string }]),
+    );
+    await pool.query('DELETE FROM identity.outbox WHERE event_id = $1', [gone.eventId]);
+    expect(await context.memory.remembered()).toHaveLength(3);
+    await recover();
+    expect(await context.memory.remembered()).toEqual([live.eventId]);
   });
 
   test('what was found is told, in the log as well: a warning when something is missing, or cannot be read', async () => {

@@ -95,6 +95,23 @@ describe.each(SIDES)('with %s', (side) => {
       expect(await stage.idsIn()).toEqual([event.eventId]);
     });
 
+    test('is appended once, though its job was deleted after the append, and made again', async () => {
+      const [first, second] = (await stage.aggregate(2)) as [OutboxEvent, OutboxEvent];
+      await stage.publish(second, 'after');
+      const { entryId } = (await stage.publish(first)) as { entryId: string };
+      const [, cascaded] = await stage.redis.xrange(TOPIC, '-', '+');
+      for (const event of [first, second]) {
+        await stage.removeJob(event);
+        await stage.addJob(event, MADE_AT + 1);
+      }
+      const again = { madeAt: MADE_AT + 1 };
+      expect(await stage.publish(second, 'open', again)).toMatchObject({
+        ...{ status: 'remembered', entryId: cascaded?.[0] },
+      });
+      expect(await stage.publish(first, 'open', again)).toMatchObject({ status: 'remembered', entryId });
+      expect(await stage.idsIn()).toEqual(ids([first, second]));
+    });
+
     test('is appended once, though several pods ask at the same time', async () => {
       const event = await stage.anEvent();
       const other = await stage.pod();

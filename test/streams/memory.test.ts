@@ -92,6 +92,20 @@ describe.each(SIDES)('with %s', (side) => {
     await expect(away.appendedOf([aClaimedEvent()])).rejects.toThrow();
   });
 
+  if (side === 'one server')
+    test('events are remembered without their jobs, until their rows are marked published', async () => {
+      const [first, second] = [await stage.anEvent(), await stage.anEvent()];
+      await stage.publish(first);
+      await stage.publish(second);
+      for (const event of [first, second]) await stage.removeJob(event);
+      expect((await memory.remembered()).toSorted()).toEqual([first.eventId, second.eventId].toSorted());
+      expect(await isAppended(first)).toBe(true);
+      memory.forget([first.eventId]);
+      memory.forget([]);
+      expect(await memory.remembered()).toEqual([second.eventId]);
+      expect(await isAppended(first)).toBe(false);
+    });
+
   if (side === 'two servers')
     test('who asks keeps the memory from ending', async () => {
       const event = await stage.anEvent();
