@@ -427,11 +427,15 @@ export async function createWorld(servers: Servers, settings: Settings) {
       return `Retry of ${nameOfEvent(eventId)}`;
     },
 
+    /** In any state but the failed one: then its dead letter may be there. Also while somebody works on it, as DEL does. */
     async removeJob(n: number): Promise<string | undefined> {
-      const eventId = pick([...(await jobsIn('wait')), ...(await jobsIn('delayed'))].toSorted(), n);
+      const jobs = [...(await jobsIn('wait')), ...(await jobsIn('delayed')), ...(await jobsIn('active'))];
+      const eventId = pick(jobs.sort(byName), n);
       if (eventId === undefined) return undefined;
-      await queues.publish.remove(eventId);
-      return `the job of ${nameOfEvent(eventId)} is removed by hand`;
+      await adminRedis.del(queues.jobKey(eventId), `${queues.jobKey(eventId)}:lock`);
+      await Promise.all(['wait', 'active'].map((list) => adminRedis.lrem(listKey(list), 0, eventId)));
+      await adminRedis.zrem(listKey('delayed'), eventId);
+      return `the job of ${nameOfEvent(eventId)} is deleted`;
     },
 
     /** Of a published row: streams are far longer than an acknowledgement takes. */
