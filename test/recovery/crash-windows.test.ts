@@ -75,6 +75,24 @@ describe('a pod that claims, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
+  test('before the commit, when all events are in their stream already, and their jobs are deleted as well', async () => {
+    const stage = await setStage();
+    const areAppended = () =>
+      waitFor(async () => (await stage.eventsInStream()).length === 3, {
+        what: 'the events to be appended',
+        timeoutMs: PATIENCE_MS,
+        pollMs: 15,
+      });
+    await stage.diesAt(at('before commit of claim', (it) => hasRows(it) && areAppended()));
+    expect([await stage.states(), await stage.jobs()]).toEqual([
+      ['fresh', 'fresh', 'fresh'],
+      [1, 1, 1],
+    ]);
+    for (const index of [0, 1, 2]) await stage.removeJob(index);
+    await stage.anotherPodGoesOn();
+    await stage.expectAllPublished();
+  });
+
   test('after the commit, before a job was run', async () => {
     const stage = await setStage();
     await stage.publishQueue.pause();
