@@ -4,7 +4,8 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { freePort } from './supervise.ts';
 import { guardProcess } from './watchdog.ts';
 
-const READY_DEADLINE_MS = 30_000;
+/** Above the start-up timeout of a pod (30 s): then it says itself what it waits for. */
+const READY_DEADLINE_MS = 60_000;
 const READY_POLL_MS = 50;
 /** Above the time that a pod gives its checks (3 s): then it says what does not answer. */
 const PROBE_TIMEOUT_MS = 5_000;
