@@ -32,8 +32,8 @@ export async function tryAppend(redis: Redis, real: StreamOptions, hasTwoServers
     ...{ payload: '{}', occurredAt: new Date(madeAt).toISOString(), tenantId: null, correlationId: null },
     ...{ attempts: 0, after: null },
   };
-  const { lastEntries, checkpoint } = keysOf(epochKey);
-  const keys = [stream, dlqStreamName, epochKey, lastEntries, checkpoint, job];
+  const { lastEntries, checkpoint, appended } = keysOf(epochKey);
+  const keys = [stream, dlqStreamName, epochKey, lastEntries, checkpoint, appended, job];
   keys.push(`${prefix}:entry:${eventId}`, `${prefix}:dead:${eventId}:${madeAt}`);
   try {
     const epoch = await tryEpoch(redis, epochKey);

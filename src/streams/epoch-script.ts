@@ -4,7 +4,7 @@ import type { Redis } from 'ioredis';
 /** Redis key of the hash that has the last entry of each stream in the epoch. */
 export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
 
-/** Follows the epoch's key in that of the hash of appended events; see gate-script.ts. */
+/** Follows the epoch's key in that of the hash of appended events: scripts make the one from the other. */
 export const APPENDED_SUFFIX = ':appended';
 
 /** The keys beside `epochKey`, which has the epoch's name. */
@@ -16,6 +16,8 @@ export const keysOf = (epochKey: string) => ({
   /** The generation of the database whose rows were looked up in their streams. */
   generation: `${epochKey}:generation`,
   lastEntries: lastEntriesKeyOf(epochKey),
+  /** The hash of appended events; see gate-script.ts. */
+  appended: epochKey + APPENDED_SUFFIX,
 });
 
 /**

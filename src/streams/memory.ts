@@ -2,7 +2,7 @@ import type { Redis } from 'ioredis';
 import { script } from '../connections/redis-script.ts';
 import { memoryKeyOf, type StreamOptions } from './append.ts';
 import { epochId } from './epoch.ts';
-import { APPENDED_SUFFIX } from './epoch-script.ts';
+import { keysOf } from './epoch-script.ts';
 import { RECALL } from './gate-script.ts';
 
 export type Memory = ReturnType<typeof createMemory>;
@@ -18,7 +18,7 @@ export function createMemory(
 ) {
   const recallEntry = script<string>(redis, 'recallEntry', RECALL(hasTwoServers), 2);
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
-  const memories = options.epochKey + APPENDED_SUFFIX;
+  const { appended } = keysOf(options.epochKey);
 
   return {
     /**
@@ -26,7 +26,7 @@ export function createMemory(
      * answer, goes before the next epoch.
      */
     forget(eventIds: readonly string[]): void {
-      if (!hasTwoServers && eventIds.length > 0) redis.hdel(memories, ...eventIds).catch(() => {});
+      if (!hasTwoServers && eventIds.length > 0) redis.hdel(appended, ...eventIds).catch(() => {});
     },
 
     /**
@@ -37,7 +37,7 @@ export function createMemory(
     async remembered(): Promise<string[]> {
       const eventIds: string[] = [];
       for (let cursor = '0'; ; ) {
-        const [next, pairs] = await redis.hscan(memories, cursor, 'COUNT', STEP_FIELDS);
+        const [next, pairs] = await redis.hscan(appended, cursor, 'COUNT', STEP_FIELDS);
         eventIds.push(...pairs.filter((_, i) => i % 2 === 0));
         if (next === '0') return eventIds;
         cursor = next;
