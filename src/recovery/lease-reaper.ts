@@ -6,6 +6,7 @@ import type { JobFate, Queues } from '../queue/queues.ts';
 import type { Scheduler } from '../queue/scheduler.ts';
 import type { Epoch } from '../streams/epoch.ts';
 import { type Lookup, UnreadableError } from '../streams/lookup.ts';
+import type { Memory } from '../streams/memory.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
 
@@ -45,6 +46,7 @@ export function createLeaseReaper(deps: {
   lookup: Pick<Lookup, 'find' | 'findDeadLetters'>;
   epoch: Pick<Epoch, 'current' | 'confirm'>;
   deadLetters: Pick<DeadLetters, 'bury' | 'writeAgain'>;
+  memory: Pick<Memory, 'forget'>;
   refiller: Pick<Refiller, 'request'>;
   scheduler: Pick<Scheduler, 'wake'>;
   metrics: Pick<Metrics, 'leasesExpired'>;
@@ -168,6 +170,7 @@ export function createLeaseReaper(deps: {
       },
       { generic: true },
     );
+    deps.memory.forget(found.map((row) => row.eventId));
     if (found.length > 0) deps.refiller.request(found);
     if (unlettered.length > 0) await writeLetters(unlettered);
     return { judged, found: found.length };

@@ -188,7 +188,7 @@ export function createPod(deps: PodDeps, name: string) {
   });
   const { maintain } = createRecovery({
     scheduler: NOTHING,
-    ...{ outbox: outboxOf('tick'), queues, removeJobs, refiller, logger, lookup, epoch, deadLetters },
+    ...{ outbox: outboxOf('tick'), queues, memory, removeJobs, refiller, logger, lookup, epoch, deadLetters },
     ...{ acknowledger, metrics: NOTHING, config: { failedJobsKept: FAILED_JOBS_KEPT }, state: {} },
   } as unknown as Parameters<typeof createRecovery>[0]);
   const refills = outboxOf('refill');

@@ -130,6 +130,7 @@ describe('a row whose lease has ended', () => {
       { state: 'published', streamEntryId: entryIds[1] },
     ]);
     expect(refills.map((it) => it.aggregateId)).toEqual([appended.aggregateId, word.aggregateId]);
+    expect(await context.memory.remembered()).toEqual([]);
   });
 
   test('is dead when its job is gone, but its dead letter is in the stream, as that says', async () => {
