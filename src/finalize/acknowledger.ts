@@ -17,6 +17,8 @@ const CONCURRENT_BATCHES = 2;
 const COLLECT_MS = 10;
 /** A batch of so many rows means load. */
 const UNDER_LOAD = 24;
+/** So many appends are forgotten together: see memory.ts. */
+const FORGOTTEN_MAX = 500;
 /** Delays before the second and later tries of one batch. After the last try its jobs are postponed, and run again. */
 const RETRY_DELAYS_MS = [100, 400, 1_600, 3_000, 3_000];
 
@@ -43,6 +45,8 @@ export function createAcknowledger(deps: {
   let lastSize = 0;
   let timer: NodeJS.Timeout | NodeJS.Immediate | undefined;
   const onIdle: (() => void)[] = [];
+  /** Events whose rows are marked, and whose appends Redis still remembers. */
+  const marked: string[] = [];
 
   const isIdle = () => running === 0 && pending.length === 0;
 
@@ -60,6 +64,7 @@ export function createAcknowledger(deps: {
     void acknowledge(batch).finally(() => {
       running--;
       schedule();
+      if (isIdle() || marked.length >= FORGOTTEN_MAX) memory.forget(marked.splice(0));
       if (isIdle()) for (const idle of onIdle.splice(0)) idle();
     });
     schedule();
@@ -79,7 +84,7 @@ export function createAcknowledger(deps: {
     try {
       await persist(batch);
       for (const it of batch) it.resolve();
-      memory.forget(batch.map((it) => it.event.eventId));
+      marked.push(...batch.map((it) => it.event.eventId));
       refiller.request(batch.map((it) => it.event));
     } catch (error) {
       for (const it of batch) it.reject(error as Error);

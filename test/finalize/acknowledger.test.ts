@@ -105,7 +105,9 @@ describe('an acknowledgement', () => {
     await expect(ended.acknowledge(event, entryId)).rejects.toThrow(EpochOverError);
     expect(await context.memory.remembered()).toEqual([event.eventId]);
     await startAcknowledger().acknowledge(event, entryId);
-    expect(await context.memory.remembered()).toEqual([]);
+    await waitFor(async () => (await context.memory.remembered()).length === 0, {
+      what: 'it to be forgotten',
+    });
   });
 
   test('shares its transaction with those that arrive together', async () => {
