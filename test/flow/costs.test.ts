@@ -107,7 +107,7 @@ test('a transaction is one statement, and in one message with its BEGIN: its set
 });
 
 test('an event takes two calls to Redis, for its job to be added and finished, and is appended with others', () => {
-  const { evalsha = 0, get = 0, bzpopmin = 0, ...rest } = counts.redis.calls;
+  const { evalsha = 0, get = 0, hdel = 0, bzpopmin = 0, ...rest } = counts.redis.calls;
   // A worker that finds no job waits, and asks again when there is one.
   const asked = 2 * bzpopmin;
   expect(evalsha).toBeGreaterThanOrEqual(2 * EVENTS);
@@ -115,6 +115,8 @@ test('an event takes two calls to Redis, for its job to be added and finished, a
   expect(evalsha).toBeLessThanOrEqual(2.75 * EVENTS + asked);
   // The epoch's name, before each commit of a claim or an acknowledgement.
   expect(get).toBeLessThanOrEqual(counts.statements.claim + counts.statements.acknowledge + 5);
+  // What is acknowledged is forgotten together: 500 events, or what there is when nothing is left to acknowledge.
+  expect(hdel).toBeLessThanOrEqual(counts.statements.acknowledge);
   expect(
     Object.values(rest).reduce((sum, n) => sum + n, 0),
     JSON.stringify(rest),
