@@ -115,6 +115,8 @@ export async function renewEpoch(
     const [checkpoint = null, lookedUp = null] = await redis.mget(keys.checkpoint, keys.generation);
     // This ends the epoch: from here on no pod confirms an append that was made before.
     await redis.set(key, token);
+    // Asked once more: if Redis is emptied and given to another database from here on, the token is gone, and no epoch begins.
+    await deps.assertOwner?.();
     await redis.del(keys.lastEntries);
     const confirm = async () => {
       if ((await redis.get(key)) !== token) throw new EpochOverError();

@@ -8,7 +8,7 @@ const SHORT_MIX = faultsNamed([
   ...['redis-restart', 'redis-power-cut', 'redis-flushall', 'redis-jobs-removed'],
   ...['net-redis-half-open', 'board-obliterate', 'row-fresh'],
 ]);
-const DEADLINE_MS = 300_000;
+const DEADLINE_MS = 600_000;
 
 test(
   'nothing is lost, doubled or out of order, whatever fails at the same time',

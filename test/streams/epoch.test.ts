@@ -590,6 +590,19 @@ test('an epoch is taken by no pod of a database that does not have the queue, al
   expect(await admin.exists(KEY)).toBe(0);
 });
 
+test('an epoch is not begun where Redis was emptied and given to another database while the pod was about to compare', async () => {
+  let owner = 'ours';
+  const pod = startPod({
+    assertOwner: async () => {
+      if (owner !== 'ours') throw new Error('belongs to another');
+      owner = 'theirs';
+      await admin.flushall();
+    },
+  });
+  await waitFor(() => pod.reason() === 'belongs to another', { what: 'the reason', ...NOTICED });
+  expect([pod.current(), pod.losses]).toEqual([undefined, []]);
+});
+
 describe('two comparisons', () => {
   test('of one pod follow one another, though its connection is lost in the middle of the first', async () => {
     let comparing = 0;
