@@ -213,10 +213,13 @@ async function meetSecondOwner(world: World): Promise<void> {
   const url = urlOf(world.postgres.url);
   await world.sql(`CREATE DATABASE ${name}`);
   try {
-    const migration = await startPod({ cli: CLI, args: ['migrate'], env: { RELAY_DATABASE_URL: url } });
-    if ((await migration.exited).code !== 0)
-      throw new Error(`relay migrate failed: ${migration.lines.join(' ')}`);
-    await grantLeast(url, POD_SETTINGS, { role: POSTGRES_ROLE, producer: PRODUCER_ROLE });
+    // Another fault may have made PostgreSQL read-only for a moment.
+    await persistently(async () => {
+      const migration = await startPod({ cli: CLI, args: ['migrate'], env: { RELAY_DATABASE_URL: url } });
+      if ((await migration.exited).code !== 0)
+        throw new Error(`relay migrate failed: ${migration.lines.join(' ')}`);
+      await grantLeast(url, POD_SETTINGS, { role: POSTGRES_ROLE, producer: PRODUCER_ROLE });
+    });
     const client = new pg.Client({ connectionString: url });
     client.on('error', () => {});
     await client.connect();
