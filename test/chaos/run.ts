@@ -48,6 +48,7 @@ export type Injection = Readonly<{
   /** From the end of the fault until an event flows from table to stream; undefined if it did not in time. */
   recoveryMs: number | undefined;
   beganAt: Date;
+  /** When it was undone, or could not be injected. */
   endedAt: Date;
   /** Why it could not be injected, or not be undone. */
   error: string | undefined;
@@ -299,10 +300,8 @@ async function keepLogs(
   writeFileSync(join(folder, 'faults.txt'), times.join(''));
   cpSync(world.redis.logFile, join(folder, 'redis.log'));
   cpSync(world.postgres.logFile, join(folder, 'postgres.log'));
-  if (!isClean(grade)) {
-    const violated = new Set(GRADE_NAMES.flatMap((name) => grade[name]));
-    writeFileSync(join(folder, 'violated.json'), JSON.stringify(await traceEvents(world, violated), null, 2));
-    cpSync(join(world.redisFolder, 'appendonlydir'), join(folder, 'appendonlydir'), { recursive: true });
-  }
+  cpSync(join(world.redisFolder, 'appendonlydir'), join(folder, 'appendonlydir'), { recursive: true });
+  const violated = new Set(GRADE_NAMES.flatMap((name) => grade[name]));
+  writeFileSync(join(folder, 'violated.json'), JSON.stringify(await traceEvents(world, violated), null, 2));
   return folder;
 }
