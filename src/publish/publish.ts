@@ -3,7 +3,6 @@ import type { RelayConfig } from '../config/config.ts';
 import { type AppendOutcome, type Attempt, brief, isEvent, type OutboxEvent } from '../event.ts';
 import type { Acknowledger } from '../finalize/acknowledger.ts';
 import type { DeadLetters } from '../finalize/dead-letter.ts';
-import type { RemoveJobs } from '../finalize/job-removal.ts';
 import { withDeadline } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Queues } from '../queue/queues.ts';
@@ -63,8 +62,7 @@ export function createPublish(deps: {
   epoch: Pick<Epoch, 'known' | 'current'>;
   outbox: Pick<Outbox, 'expireLeasesOf' | 'recordFailure'>;
   rows: RowQuestions;
-  queues: Pick<Queues, 'inFlight'>;
-  removeJobs: RemoveJobs;
+  queues: Pick<Queues, 'inFlight' | 'remove'>;
   check: EventCheck;
   guard: PoisonGuard;
   acknowledger: Pick<Acknowledger, 'acknowledge'>;
@@ -252,7 +250,7 @@ export function createPublish(deps: {
       // job is removed: the row's lease ends when the retry is due, and then the event gets a new job. The count includes
       // this job, so events that fail at the same time see each other.
       const { delayed } = await deps.queues.inFlight();
-      if (delayed > Math.floor(options.maxInFlight * RETRIES_SHARE)) await deps.removeJobs([event]);
+      if (delayed > Math.floor(options.maxInFlight * RETRIES_SHARE)) await deps.queues.remove([eventId]);
     } catch (err) {
       tally.error(
         eventId,
