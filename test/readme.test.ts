@@ -124,7 +124,7 @@ test('every npm script and every command of the relay that is mentioned exists',
       }
     }),
   );
-}, 180_000);
+});
 
 test('the commands to begin with are what CI runs', async () => {
   const ci = await readFile(join(root, '.ci/run'), 'utf8');
@@ -204,4 +204,4 @@ test('the code samples compile, each as a file of a project that has installed t
   };
   await writeFile(join(folder, 'tsconfig.json'), JSON.stringify({ compilerOptions, include: ['*.ts'] }));
   expect(await compile(folder)).toBe('');
-}, 180_000);
+});

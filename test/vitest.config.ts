@@ -14,6 +14,8 @@ const SLOW = [
   'test/outbox/held-snapshot.test.ts',
 ];
 
+const HANGS_AFTER_MS = 900_000;
+
 /** What takes a minute or more, the longest first: begun last, one of them would keep a core busy while others idle. */
 const LONGEST = [
   ...[
@@ -60,12 +62,13 @@ export default defineConfig(({ mode }) => ({
     globalSetup: ['test/support/global-setup.ts'],
     sequence: { sequencer: LongestFirst },
     pool: 'forks',
-    // More than the two cores of a small CI machine: the tests mostly wait for servers. With six, both parts take longer.
-    maxWorkers: 4,
+    // More than the two cores of a small CI machine: the tests wait for servers, too. With four or six nothing ends sooner.
+    maxWorkers: 3,
     // Of the tests in one file that ask for it.
     maxConcurrency: 3,
-    testTimeout: 90_000,
-    hookTimeout: 90_000,
+    // A test ends by its conditions (test/support/wait.ts); these end one that hangs.
+    testTimeout: HANGS_AFTER_MS,
+    hookTimeout: HANGS_AFTER_MS,
     // A machine that is shared may starve a pod for seconds; twice in a row is a finding.
     retry: process.env.CI ? 1 : 0,
   },

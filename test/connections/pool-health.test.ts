@@ -74,20 +74,20 @@ test('of a pool whose sessions are all dead only the first costs time', async ()
   expect(ms).toBeLessThan(15_000);
   expect(pool.totalCount).toBeLessThanOrEqual(10);
   await waitFor(() => closed === 10, { what: 'the dead ones to be closed', timeoutMs: 10_000 });
-}, 60_000);
+});
 
 test('sessions of a pool that others use are asked for a sign of life before they are used', async () => {
   const { healthy } = await deadPool(4, { byOthers: true });
   await expect(ask(healthy, 300)).rejects.toThrow('Query read timeout');
   expect(await ask(healthy, 5_000)).toEqual([{ one: 1 }]);
-}, 60_000);
+});
 
 test('a transaction that gets no answer ends after one timeout, and the next one has a sound session', async () => {
   const { healthy } = await deadPool(3);
   const ms = await took(() => expect(ask(healthy, 300)).rejects.toThrow('Query read timeout'));
   expect(ms).toBeLessThan(2_500);
   expect(await ask(healthy, 5_000)).toEqual([{ one: 1 }]);
-}, 60_000);
+});
 
 test('a statement that fails says nothing about its session, nor about others', async () => {
   const { healthy } = await usedPool(url, 1);
@@ -107,7 +107,7 @@ test('a table that is altered under kept statements costs no transaction, in any
     expect(await inAll()).toEqual([1, 1, 1, 1]);
     for (let i = 0; i < 6; i++) expect(await write(healthy)).toBe(1);
   }
-}, 60_000);
+});
 
 test('work of a session that is ended by an administrator is done by another one at once', async () => {
   const { healthy } = await usedPool(url, 2);
@@ -179,7 +179,7 @@ test('while only read-only sessions can be had, a transaction fails with that as
     await admin.query(`BEGIN READ WRITE; ALTER DATABASE ${name} RESET default_transaction_read_only; COMMIT`);
   }
   await write(healthy);
-}, 30_000);
+});
 
 test('a role that gets fewer sessions than the pool may have works with these, says so once, and gets more later', async () => {
   await admin.query(`CREATE ROLE few_sessions LOGIN PASSWORD 'open-sesame' CONNECTION LIMIT 3`);
@@ -200,10 +200,9 @@ test('a role that gets fewer sessions than the pool may have works with these, s
   await admin.query('ALTER ROLE few_sessions CONNECTION LIMIT -1');
   await waitFor(async () => (await burst()) && healthy.sessions().granted > 3, {
     what: 'it to get more',
-    timeoutMs: 40_000,
   });
   await pool.end();
-}, 90_000);
+});
 
 test('a pod has as many sessions as RELAY_DATABASE_POOL_SIZE says', async () => {
   const config = loadConfig({ RELAY_DATABASE_URL: url, RELAY_DATABASE_POOL_SIZE: '4' });

@@ -370,7 +370,7 @@ test('of a server: prepared transactions and a NOTIFY queue that fills are worth
     name: 'NotReadyError',
     message: expect.stringContaining('standby'),
   });
-}, 120_000);
+});
 
 const servers: Server[] = [];
 afterAll(() => {

@@ -70,7 +70,7 @@ test('a connection is to the node that has the slot, and moves with it', async (
   // One that waits notices nothing of a move that is over.
   await cluster.moveSlot(SLOT, to, from);
   expect(await waiting.get(`${TAG}:0`)).toBe('there');
-}, 60_000);
+});
 
 test('a command that waits is answered by the replica that takes over', async () => {
   const { redis } = await connection(WORKER_CONNECTION);
@@ -78,4 +78,4 @@ test('a command that waits is answered by the replica that takes over', async ()
   await master.server.kill('SIGKILL');
   expect(await redis.set(`${TAG}:after`, 'the failover')).toBe('OK');
   expect(await cluster.masterOf(SLOT)).not.toBe(master);
-}, 60_000);
+});

@@ -94,4 +94,4 @@ test('every entry that the relay writes is as the document says, and every field
   expect(new Set(events.map(({ fields }) => fields.schema_version))).toEqual(
     new Set([version.split('.')[0]]),
   );
-}, 300_000);
+});

@@ -3,7 +3,7 @@ import { symlink, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { expect, inject, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { PATIENCE_MS, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { type Program, startProgram } from '../support/program.ts';
 import { blocksUnder } from '../support/readme.ts';
 import { folderOfFile } from '../support/servers.ts';
@@ -31,7 +31,7 @@ function consumerOn(stage: Stage, start: Start): (name: string) => Program {
     });
 }
 
-const patiently = (what: string) => ({ what, timeoutMs: PATIENCE_MS });
+const patiently = (what: string) => ({ what });
 
 async function pending(stage: Stage): Promise<number> {
   const [count] = (await stage.redis.xpending(STREAM, GROUP)) as [number];
@@ -119,7 +119,7 @@ async function survives(start: Start): Promise<void> {
 
 test('the TypeScript consumer handles each event once, through kill -9, copies, restarts and a lost group', async () => {
   await survives(typescript);
-}, 600_000);
+});
 
 test.skipIf(python === undefined && !process.env.CI)(
   'the Python consumer handles each event once, through kill -9, copies, restarts and a lost group',
@@ -127,7 +127,6 @@ test.skipIf(python === undefined && !process.env.CI)(
     expect(python, `a python3 that can ${MODULES}`).toBeDefined();
     await survives(pythonic);
   },
-  600_000,
 );
 
 test('the consumer in the README prints the event that the README inserts, and goes on after a restart', async () => {
@@ -153,4 +152,4 @@ test('the consumer in the README prints the event that the README inserts, and g
   await insertEvents(stage.pool, [later]);
   const restarted = start();
   await waitFor(printed(restarted, later.eventId), patiently('the later event to be printed'));
-}, 300_000);
+});

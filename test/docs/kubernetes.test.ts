@@ -55,7 +55,7 @@ test('each manifest is what Kubernetes describes, field by field', async () => {
   expect(await problemsOf(manifests)).toBe('');
   const misspelt = JSON.parse(JSON.stringify(manifests).replace('periodSeconds', 'periodSecond'));
   expect(await problemsOf([...misspelt, ...misspelt])).toContain('periodSecond');
-}, 180_000);
+});
 
 test('each selector selects the pods', () => {
   const labels = deployment.spec?.template.metadata?.labels;
@@ -82,7 +82,7 @@ test('what the pods run and are given are commands and variables of the relay', 
   const inSecrets = [...read('docs/deployment/kubernetes.yaml').matchAll(/--from-literal=(\w+)/g)];
   expect(inSecrets.length).toBeGreaterThan(2);
   for (const name of [...config, ...inSecrets.map(([, name]) => name)]) expect(known).toContain(name);
-}, 60_000);
+});
 
 test('times, ports and the user fit the relay and its image', () => {
   const {

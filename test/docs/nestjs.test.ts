@@ -3,12 +3,12 @@ import { Queue } from 'bullmq';
 import { expect, onTestFinished, test } from 'vitest';
 import { freePort } from '../demo/supervise.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
-import { PATIENCE_MS, setStage } from '../support/flow.ts';
+import { setStage } from '../support/flow.ts';
 import { startProgram } from '../support/program.ts';
 import { compile, sampleProject } from '../support/samples.ts';
 import { waitFor } from '../support/wait.ts';
 
-const patiently = (what: string) => ({ what, timeoutMs: PATIENCE_MS });
+const patiently = (what: string) => ({ what });
 
 test('the NestJS worker compiles, relays events, works on its own queue, shows both, and stops in good order', async () => {
   const folder = await sampleProject('nestjs', 'docs/examples/nestjs');
@@ -49,4 +49,4 @@ test('the NestJS worker compiles, relays events, works on its own queue, shows b
 
   expect(await worker.kill('SIGTERM')).toEqual({ code: null, signal: 'SIGTERM' });
   expect(said()).toContain('"msg":"stopped"');
-}, 600_000);
+});

@@ -7,8 +7,6 @@ import { openContext } from '../support/context.ts';
 import { deferred, readStates, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
-const PATIENCE_MS = 60_000;
-
 const stage = await openContext();
 const { pool } = stage;
 const { outbox } = stage.context;
@@ -60,8 +58,7 @@ async function anotherOneRefills(): Promise<void> {
   await waitFor(() => claims.wanted === 1, { what: 'another refiller' });
 }
 
-const noneParked = (what: string) =>
-  waitFor(async () => (await parked()) === 0, { what, timeoutMs: PATIENCE_MS });
+const noneParked = (what: string) => waitFor(async () => (await parked()) === 0, { what });
 
 describe('an aggregate for which a refill is requested', () => {
   test('has its first parked row freed, and a claim is asked for', async () => {

@@ -91,7 +91,7 @@ test('a table of the old system is adopted: what was not published is, once and 
   expect(
     await stage.count(`id % 5 = 0 AND (stream_entry_id IS NOT NULL OR dead_lettered_at IS NOT NULL)`),
   ).toBe(0);
-}, 90_000);
+});
 
 test('three pods that migrate an old table at once all succeed, and the relay can work with it', async () => {
   const stage = await setOldStage();
@@ -107,7 +107,7 @@ test('three pods that migrate an old table at once all succeed, and the relay ca
   await stage.pod();
   await stage.rested();
   expect((await stage.entries(STREAM)).length + (await stage.entries(DICTIONARY)).length).toBe(expected.size);
-}, 90_000);
+});
 
 test('three pods that migrate an empty database at once all succeed', async () => {
   const { adminUrl } = await createDatabase({ template: false });
@@ -133,7 +133,7 @@ test('three pods that migrate an empty database at once all succeed', async () =
   await stage.pod();
   await stage.rested();
   expect((await stage.entries()).map(({ fields }) => fields.event_id)).toEqual([event.eventId]);
-}, 60_000);
+});
 
 test('an open transaction of a writer does not keep the migration of an old table from coming through', async () => {
   const stage = await setOldStage();
@@ -151,4 +151,4 @@ test('an open transaction of a writer does not keep the migration of an old tabl
   } finally {
     writer.release();
   }
-}, 60_000);
+});

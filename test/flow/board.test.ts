@@ -81,7 +81,7 @@ test('Retry on a failed job publishes its event, closes its dead letter and lets
       ...{ queue: 'relay-publish', jobId: first.eventId },
     }),
   );
-}, 60_000);
+});
 
 test('the API beside the board lists a dead letter and replays it, for whoever may, and says who did it', async () => {
   const { stage, pod } = await board();
@@ -145,7 +145,7 @@ test('Retry all, Remove and Clean leave each row as it must be', async () => {
   for (const eventId of [one, two])
     expect(await stage.row(eventId)).toMatchObject({ published: false, dead_lettered_at: expect.any(Date) });
   await stage.expectPromisesHeld();
-}, 60_000);
+});
 
 test('jobs that wait are held by Pause, brought forward by Promote and come back when removed', async () => {
   const { stage, api } = await board({ RELAY_MAX_RETRY_ATTEMPTS: '3', RELAY_RETRY_BASE_DELAY: '600' });
@@ -189,7 +189,7 @@ test('jobs that wait are held by Pause, brought forward by Promote and come back
     await waitFor(() => isPublished(stage, event.eventId), { what: 'the event to be published' });
   }
   await stage.expectPromisesHeld();
-}, 60_000);
+});
 
 test('what harms the relay is refused with a reason; viewers see no buttons and no payloads', async () => {
   const { stage, pod, api } = await board();
@@ -257,7 +257,7 @@ test('what harms the relay is refused with a reason; viewers see no buttons and 
     }),
   );
   expect(pod.lines.join('\n')).not.toContain(email);
-}, 60_000);
+});
 
 test('the board alone asks nothing of another host, under a path of a proxy as well, beside endpoints that stay open', async () => {
   const stage = await setStage();
@@ -297,14 +297,14 @@ test('the board alone asks nothing of another host, under a path of a proxy as w
   });
   expect(await stage.count('published OR next_attempt_at IS NOT NULL'), 'rows that it took').toBe(0);
   expect(await alone.kill('SIGTERM')).toMatchObject({ code: 0 });
-}, 60_000);
+});
 
 test('the board does not start where everybody could use it', async () => {
   const stage = await setStage();
   const { code, lines } = await stage.command(['board'], { RELAY_HTTP_HOST: '0.0.0.0' });
   expect(code).toBe(78);
   expect(lines.join('\n')).toMatch(/RELAY_BOARD_USERS: needs an entry of "relay hash-password"/);
-}, 60_000);
+});
 
 test('relay hash-password takes the password from stdin, and its entry lets that one in', async () => {
   const run = (name: string, password: string) => {
@@ -324,7 +324,7 @@ test('relay hash-password takes the password from stdin, and its entry lets that
   expect(await isPassword(PASSWORD, user?.hash ?? '')).toBe(true);
   expect(await isPassword(`${PASSWORD} `, user?.hash ?? '')).toBe(false);
   expect([none, problem, code]).toEqual(['', expect.stringContaining('has 5 characters'), 1]);
-}, 60_000);
+});
 
 test('a Bull Board of one’s own shows the relay’s queues readably, refuses what harms them, and keeps its own as they are', async () => {
   const stage = await setStage();
@@ -361,4 +361,4 @@ test('a Bull Board of one’s own shows the relay’s queues readably, refuses w
   // The test's own three.
   await waitFor(async () => (await clients()) === 3, { what: 'what was opened to be closed' });
   await own.close();
-}, 60_000);
+});

@@ -44,7 +44,7 @@ test('events flow in a cluster, each road of them in one slot', async () => {
   expect(JSON.parse(status.lines.at(-1) ?? '')).toMatchObject({ problems: [] });
   const verify = await stage.command(['verify', '--since', '1h']);
   expect(verify.code, verify.lines.join('\n')).toBe(0);
-}, 60_000);
+});
 
 test('a host’s client for a cluster is refused with what to do instead, and stays usable', async () => {
   const cluster = await createCluster();
@@ -57,7 +57,7 @@ test('a host’s client for a cluster is refused with what to do instead, and st
     message: expect.stringMatching(/Redis Cluster.*RELAY_REDIS_URL.*RELAY_REDIS_CLUSTER/),
   });
   expect(await cluster.client.ping()).toBe('PONG');
-}, 60_000);
+});
 
 test('the slot moves to another master under traffic, and nothing is lost, doubled or out of order', async () => {
   const cluster = await createCluster();
@@ -75,7 +75,7 @@ test('the slot moves to another master under traffic, and nothing is lost, doubl
   });
   const keys = await Promise.all(cluster.nodes.map(({ client }) => client.cluster('COUNTKEYSINSLOT', SLOT)));
   expect(keys.filter((count) => Number(count) > 0)).toHaveLength(2);
-}, 90_000);
+});
 
 test('a master is killed under traffic: its replica takes over, and what it lacks is appended again', async () => {
   const cluster = await createCluster();
@@ -91,12 +91,11 @@ test('a master is killed under traffic: its replica takes over, and what it lack
     replica.server.resume();
     await waitFor(async () => (await cluster.masterOf(SLOT)) === replica, {
       what: 'the failover',
-      timeoutMs: 30_000,
     });
   });
   const restored = pods.flatMap((pod) => pod.logs()).filter((line) => Number(line.lost) > 0);
   expect(restored.length).toBeGreaterThan(0);
-}, 90_000);
+});
 
 test('a failover that an operator asks for, to and fro, costs nothing', async () => {
   const cluster = await createCluster();
@@ -111,4 +110,4 @@ test('a failover that an operator asks for, to and fro, costs nothing', async ()
     });
     await cluster.failOver(master, SLOT);
   });
-}, 90_000);
+});

@@ -72,7 +72,7 @@ test('pods run with these rights, from the migration on', async () => {
   await insertEvents(admin as never, [anEvent()]);
   const published = async () =>
     (await admin.query('SELECT count(*)::int AS n FROM identity.outbox WHERE published')).rows[0].n === 1;
-  await waitFor(published, { what: 'the event to be published', timeoutMs: 60_000 });
+  await waitFor(published, { what: 'the event to be published' });
   const { rows } = await admin.query(
     `SELECT DISTINCT usename FROM pg_stat_activity WHERE application_name LIKE 'relay-service%'`,
   );
@@ -83,4 +83,4 @@ test('pods run with these rights, from the migration on', async () => {
      FROM pg_roles WHERE rolname = 'relay'`,
   );
   expect(rights.rows).toEqual([{ rolsuper: false, deletes: false, inserts: true }]);
-}, 120_000);
+});

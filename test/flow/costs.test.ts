@@ -31,7 +31,7 @@ beforeAll(async () => {
   const servers = await openServers({ fsync: false, postgres: { autovacuum: 'off' } }, undo);
   ({ counts, rows } = await measure(servers, 'relay', { events: EVENTS, aggregates: EVENTS }));
   hot = await measure(servers, 'hot', { events: HOT_EVENTS, aggregates: 1 });
-}, 600_000);
+});
 
 /**
  * A pod that a busy machine starves for seconds takes its own events for stalled, or for late, and says so: what that costs is

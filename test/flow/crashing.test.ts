@@ -15,7 +15,6 @@ async function heapUp(stage: Stage): Promise<() => Promise<void>> {
   return async () => {
     await waitFor(async () => (await stage.count('NOT published AND next_attempt_at IS NULL')) === 0, {
       what: 'every row to be claimed',
-      timeoutMs: 30_000,
     });
     await publish.resume();
   };
@@ -31,7 +30,7 @@ test('an event that kills its pod is dead after three pods, and the events besid
   const successor = anEvent({ aggregateId: bad.aggregateId });
   await insertEvents(stage.pool, [...events.slice(0, 100), bad, successor, ...events.slice(100)]);
   await begin();
-  await stage.rested(120_000);
+  await stage.rested();
 
   expect(pod.deaths()).toBe(3);
   expect(await stage.expectPromisesHeld()).toMatchObject({ events: 302, entries: 301, deadLetters: 1 });
@@ -45,7 +44,7 @@ test('an event that kills its pod is dead after three pods, and the events besid
   const event = anEvent();
   await insertEvents(stage.pool, [event]);
   await waitFor(async () => (await stage.row(event.eventId)).published, { what: 'the flow to go on' });
-}, 180_000);
+});
 
 test('several events that kill their pods condemn themselves and nobody else', async () => {
   const stage = await setStage({ env: { RELAY_MAX_CRASHES: '2' } });
@@ -55,12 +54,12 @@ test('several events that kill their pods condemn themselves and nobody else', a
   const bad = [poisoned(), poisoned(), poisoned()];
   await insertEvents(stage.pool, [...someEvents(100), ...bad, ...someEvents(100)]);
   await begin();
-  await stage.rested(150_000);
+  await stage.rested();
   expect(pod.deaths()).toBeGreaterThan(0);
   expect(await stage.expectPromisesHeld()).toMatchObject({ events: 203, entries: 200, deadLetters: 3 });
   const letters = (await stage.entries(DLQ)).map(({ fields }) => fields.original_event_id);
   expect(letters.toSorted()).toEqual(bad.map(({ eventId }) => eventId).toSorted());
-}, 200_000);
+});
 
 test('pods that are killed at random and a Redis that hangs longer than locks last condemn nobody', async () => {
   // The default limit. With a limit of 1, one kill that happens to hit an event while it is published alone condemns
@@ -72,7 +71,6 @@ test('pods that are killed at random and a Redis that hangs longer than locks la
     const length = await stage.redis.xlen(STREAM);
     await waitFor(async () => (await stage.redis.xlen(STREAM)) > length + 50, {
       what: 'the load to flow',
-      timeoutMs: 40_000,
     });
   };
   for (let round = 0; round < 4; round++) {
@@ -87,7 +85,7 @@ test('pods that are killed at random and a Redis that hangs longer than locks la
     stage.server.resume();
   }
   await load.stop();
-  await stage.rested(90_000);
+  await stage.rested();
   expect(await stage.expectPromisesHeld()).toMatchObject({ deadLetters: 0 });
   expect(await stage.count('attempts > 0 OR error_message IS NOT NULL')).toBe(0);
-}, 300_000);
+});

@@ -14,7 +14,7 @@ import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { asRelay, EMBEDDER_ROLE, PRODUCER_ROLE } from '../support/least-privilege.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { openPool } from '../support/stages.ts';
-import { waitFor } from '../support/wait.ts';
+import { PATIENCE_MS, waitFor } from '../support/wait.ts';
 
 type Line = { level: string; fields: Record<string, unknown>; message: string };
 
@@ -72,7 +72,7 @@ test('an embedded relay works on the pool, the Redis and the logger that it is g
   const event = anEvent();
   await insertEvents(pool, [event]);
   expect(await stage.row(event.eventId)).toMatchObject({ published: false, next_attempt_at: null });
-}, 60_000);
+});
 
 test('starting twice and stopping twice is the same as once', async () => {
   const stage = await setStage();
@@ -91,7 +91,7 @@ test('starting twice and stopping twice is the same as once', async () => {
   await waitFor(async () => (await clients()).length === 0, { what: 'the Redis connections to be closed' });
   // Not one that looks started and does nothing.
   await expect(relay.start()).rejects.toThrow(/create another/);
-}, 60_000);
+});
 
 test('a second start that comes while the first is at it resolves when the relay is at work, not before', async () => {
   const stage = await setStage();
@@ -101,7 +101,7 @@ test('a second start that comes while the first is at it resolves when the relay
   await relay.start();
   expect((await fetch(`http://127.0.0.1:${relay.httpPort()}/readyz`)).status).toBe(200);
   await first;
-}, 60_000);
+});
 
 test('a start that fails says why, leaves the caller as he was, and a later one with another relay succeeds', async () => {
   const stage = await setStage();
@@ -121,7 +121,7 @@ test('a start that fails says why, leaves the caller as he was, and a later one 
   await relay.start();
   await insertEvents(pool, [anEvent()]);
   await stage.rested();
-}, 60_000);
+});
 
 test('a process that embeds the relay ends by itself when everything is stopped', async () => {
   const stage = await setStage();
@@ -159,13 +159,13 @@ test('a process that embeds the relay ends by itself when everything is stopped'
       ...{ ...process.env, ...stage.env, RELAY_HTTP_PORT: '0', NODE_OPTIONS: '' },
       RELAY_DATABASE_URL: asRelay(stage.databaseUrl, EMBEDDER_ROLE),
     },
-    timeout: 30_000,
+    timeout: PATIENCE_MS,
     killSignal: 'SIGKILL',
   });
   // Not the last line always: log lines and this one take different ways to the same pipe.
   expect(stdout.split('\n')).toContain('everything is stopped');
   expect((await stage.entries()).length).toBe(2);
-}, 60_000);
+});
 
 test('an event that is appended in a pg transaction exists if and only if that commits', async () => {
   const stage = await setStage();
@@ -202,7 +202,7 @@ test('an event that is appended in a pg transaction exists if and only if that c
   } finally {
     client.release();
   }
-}, 60_000);
+});
 
 test('an event that is appended in a drizzle transaction exists if and only if that commits', async () => {
   const stage = await setStage();
@@ -225,7 +225,7 @@ test('an event that is appended in a drizzle transaction exists if and only if t
   const [entry] = await stage.entries();
   expect(entry?.fields.event_id).toBe(eventId);
   expect(JSON.parse(entry?.fields.payload ?? '')).toEqual(event.payload);
-}, 60_000);
+});
 
 test('habits of the program around it do no harm: parsers of node-postgres, options of ioredis, settings of the role', async () => {
   const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '0.5' } });
@@ -258,15 +258,14 @@ test('habits of the program around it do no harm: parsers of node-postgres, opti
   await stage.redis.flushall();
   await waitFor(async () => (await stage.redis.xlen(STREAM)) === 200, {
     what: 'every entry to come back',
-    timeoutMs: 60_000,
   });
   await stage.rested();
   // A restart leaves the time of the last checkpoint, from which on it is compared.
   await stage.server.restart();
   await insertEvents(stage.pool, someEvents(20));
-  await stage.rested(60_000);
+  await stage.rested();
   expect((await stage.expectPromisesHeld()).entries).toBe(220);
-}, 180_000);
+});
 
 /** Of a role or a database; none of them with a blank, which the driver's option would need escaped. */
 const HABITS = [

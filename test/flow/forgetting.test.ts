@@ -3,7 +3,7 @@ import pg from 'pg';
 import { expect, onTestFinished, test } from 'vitest';
 import { gradeLedger, violationsOf } from '../demo/ledger.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { DLQ, PATIENCE_MS, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
 import { type NetworkLink, startProxy, through } from '../support/proxy.ts';
 import { copyPostgres, createPostgres, type TestPostgres } from '../support/servers.ts';
@@ -18,7 +18,6 @@ async function published(stage: Stage, more: number): Promise<void> {
   const before = await stage.count('published');
   await waitFor(async () => (await stage.count('published')) >= before + more, {
     what: `${more} more events to be published`,
-    timeoutMs: PATIENCE_MS,
   });
 }
 
@@ -81,7 +80,7 @@ async function addStandby({
     async () =>
       (await onServer<{ state: string }>(primary, 'SELECT state FROM pg_stat_replication'))[0]?.state ===
       'streaming',
-    { what: 'the standby to follow', timeoutMs: PATIENCE_MS },
+    { what: 'the standby to follow' },
   );
   return { standby, replication };
 }
@@ -111,7 +110,7 @@ async function loseByFailover(
   const publish = stage.queue('publish');
   await publish.pause();
   const written = load.written();
-  await waitFor(() => load.written() > written + 50, { what: 'rows to wait', timeoutMs: PATIENCE_MS });
+  await waitFor(() => load.written() > written + 50, { what: 'rows to wait' });
   const doomed = [anEvent({ topic: BROKEN }), anEvent({ topic: BROKEN })];
   await insertEvents(stage.pool, doomed);
   const [at] = await onServer<{ lsn: string }>(stage.primary, 'SELECT pg_current_wal_lsn() AS lsn');
@@ -119,7 +118,7 @@ async function loseByFailover(
     async () =>
       (await onServer<{ it: boolean }>(standby, `SELECT pg_last_wal_replay_lsn() >= '${at?.lsn}' AS it`))[0]
         ?.it,
-    { what: 'the standby to have the rows', timeoutMs: PATIENCE_MS },
+    { what: 'the standby to have the rows' },
   );
   // What is committed from here on is lost with the primary.
   replication.halfOpen();
@@ -127,7 +126,6 @@ async function loseByFailover(
   await published(stage, 200);
   await waitFor(async () => (await stage.count('dead_lettered_at IS NOT NULL')) === 2, {
     what: 'the dead letters',
-    timeoutMs: PATIENCE_MS,
   });
   const before = await stage.rows();
 
@@ -135,7 +133,6 @@ async function loseByFailover(
   const known = before.map((it) => it.event_id);
   await waitFor(async () => (await publishedBeside(stage, known).catch(() => 0)) > 200, {
     what: 'new events to be published',
-    timeoutMs: PATIENCE_MS,
   });
   await load.stop();
   const { forgotten } = await expectNoRowHarmed(stage);
@@ -163,7 +160,7 @@ test('a standby that lagged takes over: no row of it is lost, doubled or out of 
     await onServer(standby, 'SELECT pg_promote()');
     leadTo(stage, standby);
   });
-}, 300_000);
+});
 
 test('a standby that lagged takes over while sessions to the old primary, which still runs, remain', async () => {
   await loseByFailover(async (stage, standby) => {
@@ -177,7 +174,7 @@ test('a standby that lagged takes over while sessions to the old primary, which 
           OR pid = (SELECT min(pid) FROM pg_stat_activity WHERE application_name = 'relay-service')`,
     );
   });
-}, 300_000);
+});
 
 /** What became of these rows is forgotten: they are as they were written. */
 const forget = (stage: Stage, condition: string) =>
@@ -198,7 +195,6 @@ test('a folder that was copied back is of its old timeline: what was published s
   await insertEvents(stage.pool, waiting);
   await waitFor(async () => (await stage.count('NOT published AND next_attempt_at IS NULL')) === 0, {
     what: 'the claim',
-    timeoutMs: PATIENCE_MS,
   });
   const copy = await copyPostgres(stage.primary);
   await publish.resume();
@@ -211,7 +207,6 @@ test('a folder that was copied back is of its old timeline: what was published s
   const events = someEvents(60, 5);
   await waitFor(() => insertEvents(stage.pool, events).catch(() => null), {
     what: 'a writer to reach the copy',
-    timeoutMs: PATIENCE_MS,
   });
   const { forgotten, entries } = await expectNoRowHarmed(stage);
   expect({ forgotten, entries }).toEqual({ forgotten: 50, entries: 410 });
@@ -219,7 +214,7 @@ test('a folder that was copied back is of its old timeline: what was published s
     published: 200,
     dead: 0,
   });
-}, 300_000);
+});
 
 test('rows that were emptied out and written back as they were before are found in their streams, and in order', async () => {
   const stage = await setStage({ env: PACE });
@@ -247,7 +242,7 @@ test('rows that were emptied out and written back as they were before are found 
       );
       return rows.length > 0;
     },
-    { what: 'a claim to wait for the table', timeoutMs: PATIENCE_MS },
+    { what: 'a claim to wait for the table' },
   );
   await restoring.query('COMMIT');
   restoring.release();
@@ -255,7 +250,7 @@ test('rows that were emptied out and written back as they were before are found 
   const { forgotten, entries } = await expectNoRowHarmed(stage);
   expect({ forgotten, entries }).toEqual({ forgotten: 0, entries: 390 });
   expect(await stage.entries(DLQ)).toHaveLength(1);
-}, 180_000);
+});
 
 test.each([
   'TRUNCATE identity.outbox RESTART IDENTITY',
@@ -285,7 +280,6 @@ test.each([
         (await stage.count('NOT published AND dead_lettered_at IS NULL AND next_attempt_at IS NULL')) === 0,
       {
         what: 'the claim',
-        timeoutMs: PATIENCE_MS,
       },
     );
     await stage.pool.query(statement);
@@ -300,10 +294,8 @@ test.each([
       expect(row).toMatchObject({ published: true, attempts: 0, dead_lettered_at: null });
     await waitFor(async () => (await publish.getJobCountByTypes('waiting', 'active', 'delayed')) === 0, {
       what: 'every job to end',
-      timeoutMs: PATIENCE_MS,
     });
   },
-  180_000,
 );
 
 test('rows that are parked, dead, leased or fresh though they were published are found before anything is claimed', async () => {
@@ -323,8 +315,7 @@ test('rows that are parked, dead, leased or fresh though they were published are
   await stage.queue('claim').resume();
   await waitFor(async () => (await stage.count('published').catch(() => 0)) === 80, {
     what: 'the rows to be found',
-    timeoutMs: PATIENCE_MS,
   });
   const { entries } = await expectNoRowHarmed(stage);
   expect(entries).toBe(80);
-}, 180_000);
+});

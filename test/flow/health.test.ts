@@ -86,7 +86,7 @@ test('the backlog tells rows by state, and is degraded when an event that should
   expect(found.status).toBe('degraded');
   expect(found.oldest_waiting_seconds).toBeGreaterThan(89);
   expect((await ask(`${pod.url}/health`)).status).toBe(200);
-}, 60_000);
+});
 
 test('while Redis hangs the relay is alive and not ready, and ready again after it', async () => {
   const stage = await setStage();
@@ -114,7 +114,7 @@ test('while Redis hangs the relay is alive and not ready, and ready again after 
     stage.server.resume();
   }
   await pod.waitReady();
-}, 60_000);
+});
 
 test('a Redis without AOF makes the health degraded, with a warning, and the relay stays ready', async () => {
   const stage = await setStage({ redisArgs: ['--appendonly', 'no'] });

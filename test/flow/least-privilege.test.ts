@@ -17,7 +17,7 @@ import { APPEND_CONNECTION } from '../../src/streams/append.ts';
 import { createStreamInspector } from '../../src/streams/inspect.ts';
 import { createTrimmer } from '../../src/streams/trim.ts';
 import { anEvent, createOldTable, insertEvents, someEvents } from '../support/events.ts';
-import { DLQ, PATIENCE_MS, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
 import {
   asRelay,
   grantLeast,
@@ -141,7 +141,7 @@ test('the relay, all its duties, and its producers work with the rights that rel
     new Set([FORBIDDEN_TOPIC]),
   );
   expect((await fetch(`${pods[1]?.url}/health/detailed`)).status).toBe(200);
-}, 90_000);
+});
 
 test('a role that owns the table and may create in database and schema can migrate', async () => {
   for (const isOld of [true, false]) {
@@ -158,7 +158,7 @@ test('a role that owns the table and may create in database and schema can migra
     const { code, lines } = await stage.command(['migrate'], { RELAY_DATABASE_URL: asRelay(url, role) });
     expect(code, lines.join('\n')).toBe(0);
   }
-}, 60_000);
+});
 
 test('the security page shows what relay grants prints', async () => {
   const stage = await setStage();
@@ -295,7 +295,7 @@ test('each right in PostgreSQL is needed', async () => {
   }
   expect(await refused()).toEqual([]);
   producer.release();
-}, 60_000);
+});
 
 const LOCKS = ['relay_claim_lock', 'relay_epoch_lock', 'relay_prune_lock'];
 
@@ -362,7 +362,7 @@ test('relay check advises to grant anew while the rights of an older version are
   );
   await stage.pool.query(`GRANT INSERT ON identity.outbox TO PUBLIC`);
   expect(await check()).toMatch(/^advice +producers +.*PUBLIC/m);
-}, 120_000);
+});
 
 test('a table with a column for headers lets producers fill it', async () => {
   const { url, adminUrl } = await createDatabase();
@@ -513,11 +513,10 @@ test('each right in Redis is needed', async () => {
       await insertEvents(pool, [anEvent()]);
       return false;
     };
-    await waitFor(persists, { what: 'a request for a claim during a claim', timeoutMs: PATIENCE_MS });
+    await waitFor(persists, { what: 'a request for a claim during a claim' });
     const left = 'SELECT FROM identity.outbox WHERE NOT published AND dead_lettered_at IS NULL';
     await waitFor(async () => (await pool.query(left)).rowCount === 0, {
       what: 'the events to be published or dead',
-      timeoutMs: PATIENCE_MS,
     });
     await relay.stop();
     await operate(config);
@@ -571,4 +570,4 @@ test('each right in Redis is needed', async () => {
     if (!(await refuses(all.filter((rule) => rule !== right)))) needless.push(right);
   // A queue that is paused while jobs wait is renamed: the scripts of BullMQ say so in the test before.
   expect(needless).toEqual(['+rename']);
-}, 400_000);
+});

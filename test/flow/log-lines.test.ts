@@ -52,7 +52,6 @@ for (const version of NODES) {
     const warned = (pattern: RegExp) =>
       waitFor(() => pod.logs().some(({ msg }) => pattern.test(String(msg))), {
         what: `the pod to log ${pattern}`,
-        timeoutMs: 60_000,
       });
 
     // Redis hangs, then is away, then is there again; sessions of PostgreSQL end.
@@ -71,7 +70,7 @@ for (const version of NODES) {
     expect(code).toBe(0);
     expect(pod.lines.length).toBeGreaterThan(100);
     expect(pod.lines.filter(isNoJson)).toEqual([]);
-  }, 240_000);
+  });
 }
 
 /** Preloaded into a pod: what the libraries of another day may do. */
@@ -104,7 +103,7 @@ test('what libraries print, warnings and the error that ends a pod are lines of 
   expect(last[0]).toMatchObject({ text: 'somebody printed' });
   expect(last[2]).toMatchObject({ err: { type: 'DeprecationWarning', message: 'use another' } });
   expect(last[4]).toMatchObject({ err: { message: expect.stringContaining('nobody caught') } });
-}, 60_000);
+});
 
 test('a pod that cannot start says why in a line of its log', async () => {
   const stage = await setStage({
@@ -114,4 +113,4 @@ test('a pod that cannot start says why in a line of its log', async () => {
   expect((await pod.exited).code).toBe(69);
   expect(pod.lines.filter(isNoJson)).toEqual([]);
   expect(pod.logs().at(-1)).toMatchObject({ level: 'fatal', msg: 'the relay cannot start' });
-}, 60_000);
+});

@@ -93,7 +93,7 @@ test('/metrics of a pod that has seen everything can be read', async () => {
   } finally {
     stage.server.resume();
   }
-}, 60_000);
+});
 
 test('what has happened is counted, by topic and type', () => {
   const about = { topic: STREAM, event_type: 'UserUpdated' };
@@ -234,7 +234,7 @@ test('Prometheus’ own checker accepts the rules, their tests, the configuratio
     .filter((line) => line !== '' && !line.startsWith('batch_size_histogram '));
   expect(complaints).toEqual([]);
   expect((await promtool(['check', 'metrics'], 'no metric\n')).code).not.toBe(0);
-}, 180_000);
+});
 
 test('the observability profile of docker-compose.yml is closed to the network, pinned, and finds its files', () => {
   const { services } = parse(readFileSync(join(root, 'docker-compose.yml'), 'utf8'));

@@ -7,8 +7,6 @@ import { waitFor } from '../support/wait.ts';
 
 /** As long as it lasts, and as long as the flow may take to resume after it. */
 const FAULT_MS = 8_000;
-/** 10 s with the machine to itself, as `npm run chaos -- --each` measures it; here four test files share two cores. */
-const RECOVERY_MS = 90_000;
 
 const hold = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
 
@@ -60,10 +58,9 @@ async function suffer(server: Server): Promise<void> {
     const reached = await stage.redis.xlen(STREAM);
     await waitFor(async () => (await stage.redis.xlen(STREAM)) > reached + 200, {
       what: `${what}: the load to flow`,
-      timeoutMs: RECOVERY_MS,
     });
     await happen(proxy);
-    await expectFlow(stage, what, RECOVERY_MS);
+    await expectFlow(stage, what);
     const cost = await stage.count('attempts > 0 OR error_message IS NOT NULL');
     expect(cost, `${what}: events it cost an attempt`).toBe(0);
   }
@@ -73,20 +70,18 @@ async function suffer(server: Server): Promise<void> {
   expect(await stage.count('attempts > 0 OR error_message IS NOT NULL')).toBe(0);
 }
 
-/** An event that is written now is published within so long. */
-async function expectFlow(stage: Stage, what: string, withinMs: number): Promise<void> {
+/** An event that is written now is published. */
+async function expectFlow(stage: Stage, what: string): Promise<void> {
   const event = anEvent();
   await insertEvents(stage.pool, [event]);
   await waitFor(async () => (await stage.row(event.eventId)).published, {
     what: `${what}: the flow to resume`,
-    timeoutMs: withinMs,
   });
 }
 
 test.each(['Redis', 'PostgreSQL'] as const)(
   'a network to %s that is half-open, cuts, delays or forgets connections costs nothing, and is replaced by a new one',
   suffer,
-  600_000,
 );
 
 test('a pod that is cut off from PostgreSQL while it has the claim lock holds up the others no longer than 15 s', async () => {
@@ -97,7 +92,6 @@ test('a pod that is cut off from PostgreSQL while it has the claim lock holds up
   const load = startLoad(stage.pool);
   await waitFor(async () => (await stage.redis.xlen(STREAM)) > 100, {
     what: 'the load to flow',
-    timeoutMs: RECOVERY_MS,
   });
   await stage.pod();
   const isClaiming = async () => {
@@ -118,4 +112,4 @@ test('a pod that is cut off from PostgreSQL while it has the claim lock holds up
     timeoutMs: 15_000,
   });
   await load.stop();
-}, 90_000);
+});

@@ -54,7 +54,7 @@ test('the documented statement replays dead events, in their order, with retries
     expect(row).toMatchObject({ published: true, dead_lettered_at: null });
   // Nothing is left to replay, and what is published is not touched.
   expect((await stage.pool.query(replay)).rowCount).toBe(0);
-}, 60_000);
+});
 
 test('the documented statement skips a dead event that holds its aggregate', async () => {
   const stage = await setStage({ env: { ...QUICK, RELAY_DEAD_LETTER_POLICY: 'hold' } });
@@ -77,7 +77,7 @@ test('the documented statement skips a dead event that holds its aggregate', asy
     published: true,
     stream_entry_id: letter?.entryId,
   });
-}, 60_000);
+});
 
 test('the documented statement finds the event that its aggregate waits for', async () => {
   const stage = await setStage({ env: { RELAY_RETRY_BASE_DELAY: '60' } });

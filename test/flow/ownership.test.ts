@@ -3,7 +3,7 @@ import { type AddressInfo, connect, createServer, type Socket } from 'node:net';
 import { expect, onTestFinished, test } from 'vitest';
 import { createRelay, loadConfig } from '../../src/index.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
-import { PATIENCE_MS, setStage } from '../support/flow.ts';
+import { setStage } from '../support/flow.ts';
 import { asRelay, grantLeast } from '../support/least-privilege.ts';
 import { createDatabase, createPostgres, createRedis, type TestRedis } from '../support/servers.ts';
 import { openAdminPool, openAdminRedis, silent } from '../support/stages.ts';
@@ -46,10 +46,10 @@ test('the relay of a second database is refused by start and check, and the firs
   const pool = openAdminPool(second.adminUrl);
   await waitFor(
     async () => (await pool.query('SELECT FROM identity.outbox WHERE NOT published')).rowCount === 0,
-    { what: 'the events of the second', timeoutMs: PATIENCE_MS },
+    { what: 'the events of the second' },
   );
   expect(await stage.entries()).toHaveLength(60);
-}, 180_000);
+});
 
 test('a copy of the database, with the same token, is refused as well; so is an embedded relay', async () => {
   const stage = await setStage();
@@ -63,7 +63,7 @@ test('a copy of the database, with the same token, is refused as well; so is an 
   expect(refused.lines.join('\n')).toContain('from which this one was restored, copied or renamed');
   const relay = createRelay(stage.config({ RELAY_DATABASE_URL: copy.url }), { logger: silent, http: false });
   await expect(relay.start()).rejects.toThrow(/RELAY_QUEUE_NAME/);
-}, 120_000);
+});
 
 /** What a pod sends to have the queue. */
 const CLAIM = /\$3\r\nset\r\n\$16\r\nbull:relay:owner\r\n/i;
@@ -116,7 +116,7 @@ test('of two that start at the same moment on an empty Redis, one has the queue'
   expect(started.map(({ status }) => status).toSorted()).toEqual(['fulfilled', 'rejected']);
   const reason = started.find((it) => it.status === 'rejected')?.reason as Error;
   expect(reason.message).toMatch(/belongs to database/);
-}, 120_000);
+});
 
 test('a pod whose connection to Redis is cut when it claims the queue is not ready, as if Redis were away: exit 69', async () => {
   const stage = await setStage();
@@ -126,7 +126,7 @@ test('a pod whose connection to Redis is cut when it claims the queue is not rea
   const { code, lines } = await stage.command(['start'], { RELAY_REDIS_URL: redisUrl });
   expect(code, lines.join('\n')).toBe(69);
   expect(lines.join('\n')).toContain('does not tell whose the queue is');
-}, 120_000);
+});
 
 test('Redis that was emptied gets its owner again, and the first pod that comes to it has the queue', async () => {
   const stage = await setStage();
@@ -137,7 +137,6 @@ test('Redis that was emptied gets its owner again, and the first pod that comes 
   await stage.redis.flushall();
   await waitFor(async () => (await stage.redis.get(OWNER)) === owner, {
     what: 'the owner to be written again',
-    timeoutMs: PATIENCE_MS,
   });
   await stage.rested();
   // Another one came first: the pod publishes nothing, and says so.
@@ -146,7 +145,6 @@ test('Redis that was emptied gets its owner again, and the first pod that comes 
   const readiness = async () => (await fetch(`${pod.url}/readyz`)).text();
   await waitFor(async () => (await readiness()).includes('belongs to database'), {
     what: 'the pod to say whose the queue is',
-    timeoutMs: PATIENCE_MS,
   });
   await insertEvents(stage.pool, someEvents(5));
   expect(await stage.redis.exists('identity.user.v1')).toBe(0);
@@ -157,7 +155,7 @@ test('Redis that was emptied gets its owner again, and the first pod that comes 
   expect(code, lines.join('\n')).toBe(0);
   await stage.rested();
   expect((await stage.expectPromisesHeld()).entries).toBe(25);
-}, 180_000);
+});
 
 test('a build without owners has left none: its database has the queue without a word', async () => {
   const stage = await setStage();
@@ -184,7 +182,7 @@ test('a build without owners has left none: its database has the queue without a
   await insertEvents(stage.pool, someEvents(20));
   await stage.rested();
   expect((await stage.expectPromisesHeld()).entries).toBe(40);
-}, 120_000);
+});
 
 test('a server that holds the streams of two relays has an owner as well', async () => {
   const env = { RELAY_STREAM_REDIS_URL: 'redis://streams' };
@@ -210,7 +208,7 @@ test('a server that holds the streams of two relays has an owner as well', async
   await expect(start(1, second)).rejects.toThrow(/stream owner.*RELAY_STREAM_REDIS_URL/);
   expect(await openAdminRedis(streams.adminUrl).exists(OWNER)).toBe(1);
   await relay.stop();
-}, 120_000);
+});
 
 test('a database that was restored to another server is refused until an operator says that it is the one', async () => {
   const first = await createPostgres();
@@ -247,8 +245,7 @@ test('a database that was restored to another server is refused until an operato
     async () => (await to.query('SELECT FROM identity.outbox WHERE NOT published')).rowCount === 0,
     {
       what: 'the rows to be found in their stream',
-      timeoutMs: PATIENCE_MS,
     },
   );
   expect(await stage.entries()).toHaveLength(60);
-}, 240_000);
+});

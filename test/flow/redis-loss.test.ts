@@ -1,7 +1,7 @@
 import { expect, test } from 'vitest';
 import type { SampleEvent } from '../demo/sample.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { DLQ, PATIENCE_MS, STREAM, setStage } from '../support/flow.ts';
+import { DLQ, STREAM, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
 import { catchMidAppend } from '../support/mid-append.ts';
 import { waitFor } from '../support/wait.ts';
@@ -19,7 +19,6 @@ test('FLUSHALL under load: everything is there again, once and in order, without
     const before = await stage.redis.xlen(STREAM);
     await waitFor(async () => (await stage.redis.xlen(STREAM)) > before + 200, {
       what: `entries before flush ${round}`,
-      timeoutMs: 30_000,
     });
     await stage.redis.flushall();
   }
@@ -28,7 +27,7 @@ test('FLUSHALL under load: everything is there again, once and in order, without
   const grade = await stage.expectPromisesHeld();
   expect(grade.deadLetters).toBe(0);
   expect((await stage.rows()).every((row) => row.attempts === 0)).toBe(true);
-}, 120_000);
+});
 
 test('FLUSHALL of an idle relay: what was published is there again, dead letters too, and later events arrive', async () => {
   const stage = await setStage({
@@ -63,7 +62,7 @@ test('FLUSHALL of an idle relay: what was published is there again, dead letters
   await waitFor(async () => (await stage.queue('claim').getJobSchedulersCount()) === 1, {
     what: 'the schedule to be back',
   });
-}, 60_000);
+});
 
 test('FLUSHALL with dead letters: each is written again once, its event stays dead, and a replay works', async () => {
   const stage = await setStage({
@@ -81,13 +80,12 @@ test('FLUSHALL with dead letters: each is written again once, its event stays de
       // Both are those of the letter, which is a new one.
       .map(({ stream_entry_id: _, dead_lettered_at: __, ...row }) => row);
   const areDead = async () => (await deaths()).length === 230;
-  await waitFor(areDead, { what: 'the dead letters', timeoutMs: PATIENCE_MS });
+  await waitFor(areDead, { what: 'the dead letters' });
   const before = await deaths();
   await stage.redis.flushall();
   const haveTheirs = 'dead_lettered_at IS NOT NULL AND stream_entry_id IS NOT NULL';
   await waitFor(async () => (await stage.redis.xlen(DLQ)) >= 230 && (await stage.count(haveTheirs)) === 230, {
     what: 'the dead letters to be written again',
-    timeoutMs: PATIENCE_MS,
   });
   expect(await deaths()).toEqual(before);
   const letters = await stage.entries(DLQ);
@@ -103,7 +101,7 @@ test('FLUSHALL with dead letters: each is written again once, its event stays de
   expect(replay.code, replay.lines.join('\n')).toBe(0);
   await stage.rested();
   expect(await stage.expectPromisesHeld()).toMatchObject({ entries: 460, deadLetters: 0 });
-}, 300_000);
+});
 
 test('with the queues obliterated under load every event is published once and in order', async () => {
   const stage = await setStage({ env: SHORT_LEASE });
@@ -121,7 +119,7 @@ test('with the queues obliterated under load every event is published once and i
   await stage.rested();
   const grade = await stage.expectPromisesHeld();
   expect(grade.deadLetters).toBe(0);
-}, 120_000);
+});
 
 test('an event that was appended when its job and its pod were lost is acknowledged, not appended again', async () => {
   const stage = await setStage({ env: SHORT_LEASE });
@@ -134,7 +132,7 @@ test('an event that was appended when its job and its pod were lost is acknowled
   await stage.rested();
   const grade = await stage.expectPromisesHeld();
   expect(grade).toMatchObject({ events: 60, entries: 60 });
-}, 60_000);
+});
 
 test('a schedule that somebody removed comes back', async () => {
   const stage = await setStage({ env: { RELAY_NOTIFY: 'false', RELAY_POLL_INTERVAL: '0.5' } });
@@ -152,7 +150,7 @@ test('a schedule that somebody removed comes back', async () => {
     });
   }
   await stage.expectPromisesHeld();
-}, 60_000);
+});
 
 test('events whose jobs were removed one by one come back when their lease ends, once and in order', async () => {
   const stage = await setStage({ env: SHORT_LEASE });
@@ -171,7 +169,7 @@ test('events whose jobs were removed one by one come back when their lease ends,
   await stage.rested();
   const grade = await stage.expectPromisesHeld();
   expect(grade).toMatchObject({ events: 40, entries: 40, deadLetters: 0 });
-}, 60_000);
+});
 
 test('a retry whose job was removed comes back at its time, and its attempts go on counting', async () => {
   const stage = await setStage({
@@ -189,4 +187,4 @@ test('a retry whose job was removed comes back at its time, and its attempts go 
   expect(await stage.entries('identity.user.v1.dlq')).toHaveLength(1);
   // What Redis counted: three tries, not one and then three.
   expect(/errorstat_WRONGTYPE:count=(\d+)/.exec(await stage.redis.info('errorstats'))?.[1]).toBe('3');
-}, 60_000);
+});

@@ -37,7 +37,7 @@ test('old published rows go while events flow; a killed pod’s turn is taken ov
   // No event, and no row that is needed, went with them.
   await stage.pool.query(`DELETE FROM identity.outbox WHERE published_at < now() - interval '90 minutes'`);
   expect(await stage.expectPromisesHeld()).toMatchObject({ events: 100, entries: 100 });
-}, 60_000);
+});
 
 test('without retention nothing is deleted, and a schedule that was left behind goes', async () => {
   const stage = await setStage();
@@ -53,7 +53,7 @@ test('without retention nothing is deleted, and a schedule that was left behind 
   await insertEvents(stage.pool, someEvents(10));
   await stage.rested();
   expect(await old(stage)).toBe(10);
-}, 60_000);
+});
 
 test('relay prune deletes by hand what it says, and asks before it does', async () => {
   const stage = await setStage();
@@ -83,4 +83,4 @@ test('relay prune deletes by hand what it says, and asks before it does', async 
     ...{ code: 0, text: expect.stringMatching(/^Deleted 2500 rows in/m) },
   });
   expect(await old(stage)).toBe(0);
-}, 60_000);
+});

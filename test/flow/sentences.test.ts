@@ -74,7 +74,7 @@ test('a sentence that helps, each', async () => {
     expect(printed, args.join(' ')).toMatch(said);
     expect(result.code, `${args.join(' ')}:\n${printed}`).toBe(code);
   }
-}, 120_000);
+});
 
 test('before relay migrate every command says what to do, and names no figure that it does not have', async () => {
   const { adminUrl } = await createDatabase({ template: false });
@@ -92,7 +92,7 @@ test('before relay migrate every command says what to do, and names no figure th
     expect(printed).toContain('run "relay migrate"');
     expect(printed).not.toMatch(/no answer/);
   }
-}, 60_000);
+});
 
 test('progress that comes to its end says 100 %', async () => {
   const stage = await setStage();
@@ -106,7 +106,7 @@ test('progress that comes to its end says 100 %', async () => {
     const { lines } = await stage.command(args);
     expect(lines.filter((line) => line.includes('%')).at(-1), lines.join('\n')).toMatch(/ 100% /);
   }
-}, 60_000);
+});
 
 test('every help fits a terminal of 80 columns', async () => {
   const cli = join(inject('root'), 'dist/cli.js');
@@ -128,7 +128,7 @@ test('every help fits a terminal of 80 columns', async () => {
   const commands = await help();
   expect(commands).toContain('dlq');
   for (const name of commands) for (const part of await help(name)) await help(name, part);
-}, 120_000);
+});
 
 test('help and version load neither a client of a server nor a command', async () => {
   const coverage = await mkdtemp(join(tmpdir(), 'relay-loaded-'));
@@ -153,4 +153,4 @@ test('help and version load neither a client of a server nor a command', async (
         ),
     ),
   ).toEqual([]);
-}, 60_000);
+});

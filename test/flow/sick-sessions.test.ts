@@ -29,7 +29,6 @@ const loaded = async (stage: Stage) => {
   const load = startLoad(stage.pool);
   await waitFor(async () => (await stage.redis.xlen(STREAM)) > 100, {
     what: 'the load to flow',
-    timeoutMs: 60_000,
   });
   return load;
 };
@@ -52,7 +51,7 @@ test('a table whose columns get another type while pods run costs no event an at
     .filter((line) => !/EpochOverError|OtherGenerationError/.test(JSON.stringify(line)));
   // The sessions that failed are logged, not the work, which others did.
   expect(failures).toEqual([]);
-}, 240_000);
+});
 
 test('sessions that became read-only cost nothing while new ones can write; while none can, pods say so', async () => {
   const postgres = await createPostgres();
@@ -91,7 +90,7 @@ test('sessions that became read-only cost nothing while new ones can write; whil
           answer.status === 503 && /no session can write: new ones are read-only/.test(await answer.text())
         );
       },
-      { what: 'the pod to say that no session can write', timeoutMs: 60_000 },
+      { what: 'the pod to say that no session can write' },
     );
   }
   await own.query(`ALTER ROLE ${RELAY_USER} RESET default_transaction_read_only`);
@@ -100,7 +99,7 @@ test('sessions that became read-only cost nothing while new ones can write; whil
   for (const pod of pods) await pod.waitReady();
   await expectFlow(stage);
   await costNothing(stage);
-}, 240_000);
+});
 
 test('two pods whose role may have twelve sessions, or four, work with what they get, and say so', async () => {
   const stage = await setStage();
@@ -127,7 +126,7 @@ test('two pods whose role may have twelve sessions, or four, work with what they
     }
     await stage.pool.query(`DROP ROLE limited_${limit}`);
   }
-}, 300_000);
+});
 
 test('a pod that gets no session for HTTP is ready: its own sessions answer', async () => {
   const stage = await setStage();
@@ -145,4 +144,4 @@ test('a pod that gets no session for HTTP is ready: its own sessions answer', as
   expect((await stage.pool.query(ofHttp)).rowCount).toBe(0);
   await pod.kill('SIGTERM');
   await stage.pool.query('DROP ROLE without_more');
-}, 60_000);
+});

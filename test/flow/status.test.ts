@@ -92,7 +92,7 @@ test('the status tells what there is, and what the oldest event of each state wa
   expect(text).toMatch(/relay-claim .*PAUSED/);
   expect(text).toMatch(/mailer +0 consumers +\d+ to read +0 pending +\d+ about to be trimmed unread/);
   expect(text).toMatch(/last tick of the schedule: .* ago, due every 5 s/);
-}, 60_000);
+});
 
 test('a server that is away is named, and what the other knows is shown', async () => {
   const stage = await setStage();
@@ -137,4 +137,4 @@ test('before the migration, status and check say in one sentence what to run', a
   expect(check.lines.filter((line) => line.startsWith('failed'))).toEqual([
     `failed  table                  ${sentence}`,
   ]);
-}, 60_000);
+});

@@ -152,7 +152,7 @@ test('whatever names and texts hold, nothing of them acts in the terminal of who
   });
   expect(pod.lines.join('\n')).toContain(SEEN.slice(1, 20).replaceAll('\\', '\\'));
   for (const line of pod.lines) expect(line).not.toMatch(UNPRINTABLE);
-}, 240_000);
+});
 
 test('commands write to the terminal by one road alone', async () => {
   const folder = join(inject('root'), 'src/commands');
@@ -211,4 +211,4 @@ test('what is listed fits the terminal, ids are whole, times have their zone; a 
     const { lines } = await stage.command(args);
     for (const it of [...short, ...whole]) expect(lines.join('\n')).toContain(it);
   }
-}, 120_000);
+});

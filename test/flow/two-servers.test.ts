@@ -100,7 +100,7 @@ test('events flow from the one to the other, each command and endpoint looks whe
   await stage.rested();
   expect(await stage.redis.xlen(STREAM)).toBe(300);
   for (const redis of [stage.redis, stage.queueRedis]) expect(await redis.call('ACL', 'LOG')).toEqual([]);
-}, 90_000);
+});
 
 test('kill -9 between append and acknowledgement doubles and loses nothing', async () => {
   const stage = await setTwoServers();
@@ -110,7 +110,7 @@ test('kill -9 between append and acknowledgement doubles and loses nothing', asy
   await release();
   await stage.rested();
   expect(await stage.expectPromisesHeld()).toMatchObject({ entries: 60, deadLetters: 0 });
-}, 90_000);
+});
 
 test('kill -9 of one of two pods under traffic costs nothing', async () => {
   const stage = await setTwoServers();
@@ -118,7 +118,7 @@ test('kill -9 of one of two pods under traffic costs nothing', async () => {
   await underTraffic(stage, async () => {
     await first.kill('SIGKILL');
   });
-}, 90_000);
+});
 
 /** Loses the last moments of what was written. */
 async function powerCut(server: PrivateRedis, meanwhile: () => Promise<void>): Promise<void> {
@@ -140,7 +140,7 @@ test('the streams’ server loses its end, and everything, under traffic: all is
     await flows(100, 'the load after FLUSHALL');
     await stage.streams.restart();
   });
-}, 90_000);
+});
 
 test('the queues’ server loses its end, and everything, under traffic: no event is appended twice', async () => {
   const stage = await setTwoServers();
@@ -152,7 +152,7 @@ test('the queues’ server loses its end, and everything, under traffic: no even
     await flows(100, 'the load after FLUSHALL');
     await stage.queues.restart();
   });
-}, 90_000);
+});
 
 test('streams on a server that takes no request above a size: who is larger is dead-lettered, without its payload', async () => {
   const stage = await setTwoServers();
@@ -178,4 +178,4 @@ test('streams on a server that takes no request above a size: who is larger is d
       }),
     }),
   ]);
-}, 120_000);
+});

@@ -3,9 +3,9 @@ import { expect, test } from 'vitest';
 import type { PodFacts } from '../../src/operations/heartbeat.ts';
 import type { Pod } from '../demo/pod.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
-import { PATIENCE_MS, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { aClaimedEvent } from '../support/stages.ts';
-import { waitFor } from '../support/wait.ts';
+import { PATIENCE_MS, waitFor } from '../support/wait.ts';
 
 const PODS = 'bull:relay:pods';
 const OLD_POD = 'old-host/17';
@@ -28,7 +28,6 @@ async function readiness(pod: Pod): Promise<{ code: number; status?: string; rea
 const saysThatItWaits = (pod: Pod) =>
   waitFor(async () => (await readiness(pod)).reason?.includes(OLD_POD), {
     what: 'the pod to say that it waits',
-    timeoutMs: PATIENCE_MS,
   });
 
 const warnings = (pod: Pod) => pod.logs().filter(({ level }) => level === 'warn');
@@ -55,7 +54,7 @@ test('a pod waits while one of the build before is at work, says so, and goes on
       await beat(stage);
       return (await looks()) >= before + 5;
     },
-    { what: 'the pod to look several times', timeoutMs: PATIENCE_MS },
+    { what: 'the pod to look several times' },
   );
   expect(await stage.count('next_attempt_at IS NOT NULL OR published')).toBe(0);
   expect(await stage.redis.exists('bull:relay-publish:id', 'bull:relay:epoch')).toBe(0);
@@ -71,7 +70,7 @@ test('a pod waits while one of the build before is at work, says so, and goes on
   expect(await stage.expectPromisesHeld()).toMatchObject({ entries: 10 });
   // Beside a pod of its own build it does not wait.
   expect(warnings(await stage.pod())).toEqual([]);
-}, 120_000);
+});
 
 test('a pod of the build before that was killed is waited for until it has been silent for 15 s', async () => {
   const stage = await setStage();
@@ -83,7 +82,7 @@ test('a pod of the build before that was killed is waited for until it has been 
   expect(Date.now() - heardAt).toBeGreaterThanOrEqual(15_000);
   // It is forgotten later: its heartbeat is still there.
   expect(await stage.redis.hexists(PODS, OLD_POD)).toBe(1);
-}, 120_000);
+});
 
 test('SIGTERM ends a pod at once that waits for one of the build before', async () => {
   const stage = await setStage({ env: { RELAY_SHUTDOWN_TIMEOUT: '60' } });
@@ -94,7 +93,7 @@ test('SIGTERM ends a pod at once that waits for one of the build before', async 
   expect(await pod.kill('SIGTERM')).toEqual({ code: 0, signal: null });
   expect(Date.now() - signalledAt).toBeLessThan(15_000);
   expect(await stage.redis.hkeys(PODS)).toEqual([OLD_POD]);
-}, 120_000);
+});
 
 test('jobs that the build before left are published once and in order, those that it had appended are not again', async () => {
   const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '1', RELAY_RETRY_BASE_DELAY: '0.5' } });
@@ -161,6 +160,5 @@ test('jobs that the build before left are published once and in order, those tha
   expect(await stage.count('attempts > 0')).toBe(1);
   await waitFor(async () => (await publish.getJobCountByTypes('waiting', 'active', 'delayed')) === 0, {
     what: 'no job to be left',
-    timeoutMs: PATIENCE_MS,
   });
-}, 240_000);
+});

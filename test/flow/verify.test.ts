@@ -1,6 +1,6 @@
 import { expect, test } from 'vitest';
 import { insertEvents, someEvents } from '../support/events.ts';
-import { DLQ, type Entry, PATIENCE_MS, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { DLQ, type Entry, STREAM, type Stage, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
 
 const WORDS = 'dictionary.word.v1';
@@ -88,14 +88,13 @@ test('relay verify tells what is missing, has it published again on demand, and 
     async () => (await stage.count('dead_lettered_at IS NOT NULL AND stream_entry_id IS NOT NULL')) === 3,
     {
       what: 'the dead letter to be written again',
-      timeoutMs: PATIENCE_MS,
     },
   );
   const found = await stage.entries(DLQ);
   const but = (entry: Entry | undefined) => ({ ...entry?.fields, failed_at: '' });
   expect(found.map(but)).toEqual([0, 2, 1].map((i) => but(letters[i])));
   expect(await verify()).toMatchObject({ code: 0, total: { rows: 83, lost: 0, trimmed: 10 } });
-}, 120_000);
+});
 
 test('relay verify says in words what it found, and what it needs', async () => {
   const stage = await setStage();
@@ -117,7 +116,7 @@ test('relay verify says in words what it found, and what it needs', async () => 
     expect(code).toBe(1);
     expect(lines.join('\n')).toMatch(/Expected how long ago/);
   }
-}, 60_000);
+});
 
 test('an interrupted repair leaves the rest of the time as it is, and a second one does that', async () => {
   const stage = await setStage();
@@ -158,7 +157,7 @@ test('an interrupted repair leaves the rest of the time as it is, and a second o
   expect(await verify()).toMatchObject({ code: 0, total: { rows: 2_500, lost: 0 } });
   const again = (await stage.entries()).slice(-25);
   expect(byAggregate(again)).toEqual(byAggregate(lost));
-}, 180_000);
+});
 
 test('a repair that is killed in the midst holds the relay up for some seconds only', async () => {
   const stage = await setStage();
@@ -184,7 +183,7 @@ test('a repair that is killed in the midst holds the relay up for some seconds o
     (await stage.rows()).map((row) => row.event_id).toSorted(),
   );
   expect(await verifyOf(stage)()).toMatchObject({ code: 0, total: { rows: 120, lost: 0 } });
-}, 120_000);
+});
 
 test('rows whose entry ids are no entry ids, or name another event’s entry, are missing, and published again', async () => {
   const stage = await setStage();
@@ -218,4 +217,4 @@ test('rows whose entry ids are no entry ids, or name another event’s entry, ar
     expect((await stage.redis.xrange(STREAM, `${stream_entry_id}`, `${stream_entry_id}`))[0]?.[1]).toContain(
       event_id,
     );
-}, 60_000);
+});

@@ -125,7 +125,7 @@ test('an operator sees no button of what is always refused', async () => {
 
   await open('/job-schedulers', 'td button');
   expect(await shownButtons(page, 'td button')).toEqual([]);
-}, 120_000);
+});
 
 test('an operator logs in, sees both queues, and retries a failed job: its event is in the stream, its row published; a viewer cannot, and no request leaves the host', async () => {
   const browser = await openBrowser();
@@ -208,4 +208,4 @@ test('an operator logs in, sees both queues, and retries a failed job: its event
     // The page asks once more for the job that is done and gone.
     expect(refused.filter((it) => it !== `404 ${job}`)).toEqual([]);
   }
-}, 120_000);
+});

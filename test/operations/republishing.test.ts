@@ -202,7 +202,6 @@ test.each([
     const ofAll = (first: number) => Array.from({ length: 6_000 }, (_, i) => first + 2 * i);
     expect(found).toEqual({ a: ofAll(1), b: ofAll(2) });
   },
-  60_000,
 );
 
 test('ended early by an error, it says what was appended and where to go on', async () => {

@@ -407,7 +407,6 @@ describe('the claim lock', () => {
         ),
       {
         what: 'the holder to be told',
-        timeoutMs: 60_000,
       },
     );
   });

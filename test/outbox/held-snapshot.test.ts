@@ -8,20 +8,18 @@ import { openOutboxTable } from '../support/outbox-table.ts';
 
 const PUBLISHES = 200_000;
 const ROWS = 100;
-/** The machine is busy with other tests: the best try tells. */
-const TRIES = 40;
-const SETUP_LIMIT_MS = 240_000;
+const TRIES = 10;
 
 const table = await openOutboxTable();
 const { admin, outbox } = table;
 
 test.each([
-  ['many aggregates', 'gen_random_uuid()', 100],
-  // What the aggregate has published is passed twice: among the fresh rows, and as its own.
-  ['one aggregate', `'${randomUUID()}'::uuid`, 400],
+  ['many aggregates', 'gen_random_uuid()', 5],
+  // What the aggregate has published is passed twice, among the fresh rows and as its own. A walk per row would be 100.
+  ['one aggregate', `'${randomUUID()}'::uuid`, 25],
 ])(
-  'the claim of 100 rows is quick, with a snapshot held open after 200,000 publishes of %s',
-  async (_what, aggregateId, limitMs) => {
+  'a claim of 100 rows passes what was published under a held snapshot a few times only, with 200,000 publishes of %s',
+  async (_what, aggregateId, mostWalks) => {
     await admin.query('ALTER TABLE identity.outbox SET (autovacuum_enabled = off)');
     const holder = await admin.connect();
     await holder.query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM identity.outbox');
@@ -41,16 +39,33 @@ test.each([
       );
       const questions = rows.map(({ eventId }) => ({ eventId, before: null }));
 
-      expect(await bestMs(limitMs, claimAndUndo)).toBeLessThanOrEqual(limitMs);
-      // The gate asks by the same walk.
-      expect(await bestMs(limitMs, () => outbox.standingOf(questions))).toBeLessThanOrEqual(limitMs);
+      const best = {
+        walk: Number.POSITIVE_INFINITY,
+        claim: Number.POSITIVE_INFINITY,
+        gate: Number.POSITIVE_INFINITY,
+      };
+      for (let i = 0; i < TRIES; i++) {
+        best.walk = Math.min(best.walk, await took(walk));
+        best.claim = Math.min(best.claim, await took(claimAndUndo));
+        // The gate asks by the same walk.
+        best.gate = Math.min(best.gate, await took(() => outbox.standingOf(questions)));
+      }
+      expect(best.claim / best.walk).toBeLessThanOrEqual(mostWalks);
+      expect(best.gate / best.walk).toBeLessThanOrEqual(mostWalks);
     } finally {
       await holder.query('ROLLBACK');
       holder.release();
     }
   },
-  SETUP_LIMIT_MS,
 );
+
+/** Passes every fresh row of a moment ago once, by the index of fresh rows. */
+async function walk(): Promise<void> {
+  const { rows } = await admin.query(`
+    SELECT count(*)::int AS fresh FROM (
+      SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL ORDER BY id) AS row`);
+  expect(rows).toEqual([{ fresh: ROWS }]);
+}
 
 async function claimAndUndo(): Promise<void> {
   const claimed = outbox.inEpoch(
@@ -63,15 +78,10 @@ async function claimAndUndo(): Promise<void> {
   await expect(claimed).rejects.toBe(UNDO);
 }
 
-/** The least time of some tries, and of no more than are needed. */
-async function bestMs(limitMs: number, work: () => Promise<unknown>): Promise<number> {
-  let best = Number.POSITIVE_INFINITY;
-  for (let i = 0; i < TRIES && best > limitMs; i++) {
-    const startedAt = performance.now();
-    await work();
-    best = Math.min(best, performance.now() - startedAt);
-  }
-  return best;
+async function took(work: () => Promise<unknown>): Promise<number> {
+  const startedAt = performance.now();
+  await work();
+  return performance.now() - startedAt;
 }
 
 const UNDO = new Error('undo');

@@ -14,7 +14,7 @@ import { anEvent, createOldTable, insertEvents, someEvents } from '../support/ev
 import { asRelay, MIGRATOR_ROLE } from '../support/least-privilege.ts';
 import { createDatabase, folderOfFile } from '../support/servers.ts';
 import { openAdminPool, openPool, readStates, silent } from '../support/stages.ts';
-import { waitFor } from '../support/wait.ts';
+import { PATIENCE_MS, waitFor } from '../support/wait.ts';
 
 const ADDED = [
   'column dead_lettered_at',
@@ -316,7 +316,7 @@ test('the migrations are up to date with the table: drizzle-kit finds nothing to
     process.execPath,
     [join(root, 'node_modules/drizzle-kit/bin.cjs'), 'generate', '--config=drizzle.config.json'],
     // It caches what it compiles where temporary files are: in our folder, which is removed.
-    { cwd: folder, timeout: 25_000, env: { ...process.env, TMPDIR: folder } },
+    { cwd: folder, timeout: PATIENCE_MS, env: { ...process.env, TMPDIR: folder } },
   );
   expect(stdout).toContain('No schema changes');
   expect(await readdir(join(folder, 'drizzle'))).toEqual(before);

@@ -29,7 +29,6 @@ const HOT_FRESH = HOT_HEAD + PARKED_ROWS;
 const FIRST_EXPIRED = HOT_FRESH + 1;
 /** One of the platform's is as good as ours for rows that are expired. */
 const GOOD_INDEX = /^(relay_outbox_\w+|outbox_pkey|outbox_event_id_unique|ix_outbox_next_attempt_at)$/;
-const SETUP_LIMIT_MS = 180_000;
 /** An update of a row writes to a dozen indexes, three levels each. All rows that are published fill 15,000. */
 const MOST_BUFFERS_PER_ROW = 100;
 /** The rows of a window are weighed in the order of their ids. */
@@ -95,7 +94,7 @@ beforeAll(async () => {
     INSERT INTO identity.outbox (event_type, aggregate_id, payload)
     SELECT 'UserUpdated', gen_random_uuid(), '{}' FROM generate_series(1, ${FRESH_ROWS - 1});
   `);
-}, SETUP_LIMIT_MS);
+});
 
 /** With the operators' pool, for statements of theirs. */
 type Run = (outbox: Outbox, operators: Pool) => Promise<unknown>;
@@ -259,7 +258,7 @@ describe.each([
 ])('with %s,', (_, ddl) => {
   beforeAll(async () => {
     if (ddl !== '') await pool.query(ddl);
-  }, SETUP_LIMIT_MS);
+  });
 
   test.each(variants)(
     '%s touches few rows, by index (%s, %s plan)',

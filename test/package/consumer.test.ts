@@ -87,7 +87,6 @@ test.each([
     }
     expect(failures).toEqual([]);
   },
-  900_000,
 );
 
 test('it is not installed beside a Bull Board that knows no hooks: anybody could empty the queues there', async () => {
@@ -100,7 +99,7 @@ test('it is not installed beside a Bull Board that knows no hooks: anybody could
   };
   await expect(install('9.4.0')).rejects.toThrow('ERESOLVE');
   for (const version of ['9.10.1', '9.10.2']) await install(version);
-}, 300_000);
+});
 
 test('who only writes events loads nothing else', async () => {
   const producer = await readFile(join(ROOT, 'dist/outbox/producer.js'), 'utf8');

@@ -107,7 +107,7 @@ test('a count that cannot be taken back at once, since Redis is away, is taken b
   await waitFor(async () => (await connection.hkeys(JOB).catch(() => [])).join() === 'timestamp', {
     what: 'the count to be taken back',
   });
-}, 40_000);
+});
 
 test('an event whose job has stalled is published alone: those before it have ended, those after it wait', async () => {
   const pod = aPod();

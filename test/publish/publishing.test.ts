@@ -52,7 +52,6 @@ async function claimed(stage: Stage, count: number, { isRefused = false } = {}):
 const becomes = async (stage: Stage, ...states: Row['state'][]) =>
   waitFor(async () => (await readStates(stage.pool)).join() === states.join(), {
     what: `the rows to be ${states.join()}`,
-    timeoutMs: 30_000,
   });
 const idsIn = async (stage: Stage, stream = STREAM) =>
   (await readStream(stage.streamRedis, stream)).map((fields) => fields.event_id);
@@ -138,7 +137,7 @@ describe.each([
     const events = await claimed(stage, 2);
     await anotherEpoch(stage);
     // As if its entry was lost: it is fresh again, and has no job.
-    await stage.context.queues.remove(events[0]?.eventId as string);
+    await stage.context.queues.remove([events[0]?.eventId as string]);
     await stage.pool.query('UPDATE identity.outbox SET next_attempt_at = NULL WHERE event_id = $1', [
       events[0]?.eventId,
     ]);
@@ -154,7 +153,7 @@ describe.each([
         await stage.claim();
         return (await readStates(stage.pool)).every((it) => it === 'published');
       },
-      { what: 'both to be published', timeoutMs: 30_000 },
+      { what: 'both to be published' },
     );
     expect(await idsIn(stage)).toEqual(idsOf(events));
   });

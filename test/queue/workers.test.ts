@@ -278,7 +278,7 @@ describe('the fate of a job', () => {
       [2, 1, 0],
     ]);
     expect([completed, stalled]).toEqual([[1], ['one']]);
-  }, 40_000);
+  });
 
   test('that cannot be written: its lock ends, and the job is found and run again at no cost', async () => {
     // The connection swallows the first delay, as a half-open network does.
@@ -308,7 +308,7 @@ describe('the fate of a job', () => {
       [1, 0],
     ]);
     expect(failures).toEqual([]);
-  }, 40_000);
+  });
 });
 
 describe('a job that is not ours', () => {
@@ -341,7 +341,7 @@ describe('a job that is not ours', () => {
     await add();
     await waitFor(() => runs.length > before, { what: 'the job to be run' });
     expect(runs.at(-1)).toMatchObject({ id: 'one', data: 7 });
-  }, 40_000);
+  });
 
   test('but listed as active without a worker is found, told of, and run', async () => {
     const stalled: string[] = [];
@@ -358,7 +358,7 @@ describe('a job that is not ours', () => {
     await isDone(TAKE_OVER_MS);
     expect(runs).toMatchObject([{ id: 'one', data: 7, failures: 0, stalls: 8 }]);
     expect(stalled).toEqual(['one']);
-  }, 40_000);
+  });
 });
 
 describe('when Redis refuses everybody', () => {
@@ -403,7 +403,6 @@ describe('when Redis refuses everybody', () => {
       expect(new Set(warned)).toEqual(new Set([error]));
       expect(warned.length).toBeLessThan(3);
     },
-    40_000,
   );
 });
 
@@ -585,5 +584,5 @@ describe('stopping', () => {
     });
     await isDone(TAKE_OVER_MS);
     expect(runs).toMatchObject([{ id: 'one', data: 7, failures: 0, stalls: 1 }]);
-  }, 40_000);
+  });
 });

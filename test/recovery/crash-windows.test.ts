@@ -10,7 +10,7 @@ import { publishQueueName } from '../../src/queue/queues.ts';
 import type { SampleEvent } from '../demo/sample.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
-import { PATIENCE_MS, STREAM, setStage as setFlowStage } from '../support/flow.ts';
+import { STREAM, setStage as setFlowStage } from '../support/flow.ts';
 import { expectPromisesHeld } from '../support/ledger.ts';
 import { type Detail, dieAt, type Moment, startWatchedPod, type Watch } from '../support/mortal-pod.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
@@ -23,10 +23,10 @@ import {
   readStream,
   silent,
 } from '../support/stages.ts';
-import { waitFor } from '../support/wait.ts';
+import { PATIENCE_MS, waitFor } from '../support/wait.ts';
 
 const BROKEN_TOPIC = 'not.a.stream';
-const OPTIONS = { timeout: 2 * PATIENCE_MS, concurrent: true };
+const OPTIONS = { concurrent: true };
 /** No tick comes by itself before the pod dies. */
 const NO_TICKS = { RELAY_POLL_INTERVAL: '3600' };
 /** One row of an aggregate has its job, those behind it are parked. */
@@ -80,7 +80,6 @@ describe('a pod that claims, and dies', OPTIONS, () => {
     const areAppended = () =>
       waitFor(async () => (await stage.eventsInStream()).length === 3, {
         what: 'the events to be appended',
-        timeoutMs: PATIENCE_MS,
         pollMs: 15,
       });
     await stage.diesAt(at('before commit of claim', (it) => hasRows(it) && areAppended()));
@@ -233,7 +232,7 @@ describe('a pod that releases a job, since the event before it has failed, and d
           await stage.isPublished(0);
           isPublished = true;
           // Nothing is parked yet for the refill that comes after the acknowledgement.
-          await waitFor(() => refills > 0, { what: 'that refill', timeoutMs: PATIENCE_MS });
+          await waitFor(() => refills > 0, { what: 'that refill' });
         }
         return moment === 'after commit of park';
       },
@@ -256,7 +255,6 @@ describe('a pod whose event fails, and dies', OPTIONS, () => {
     await stage.anotherPodGoesOn(async () => {
       await waitFor(async () => (await readRows(stage.pool))[0]?.errorMessage, {
         what: 'the failure to be on the row',
-        timeoutMs: PATIENCE_MS,
       });
       const [row] = await readRows(stage.pool);
       expect([row?.attempts, row?.errorMessage]).toEqual([1, expect.stringMatching(/^WRONGTYPE/)]);
@@ -355,49 +353,44 @@ describe('a pod that lives, but', OPTIONS, () => {
   });
 });
 
-test(
-  'an operator’s repair that is killed in mid-way leaves the later entries missing; the next one brings them, in order',
-  async () => {
-    const stage = await setFlowStage();
-    const pod = await stage.pod();
-    await insertEvents(stage.pool, someEvents(1_500, 30));
-    await stage.rested();
-    await pod.kill('SIGTERM');
-    // So long ago that no pod compares them by itself, and acknowledged in another order than they were appended in.
-    await stage.pool.query(
-      `UPDATE identity.outbox SET created_at = created_at - interval '3 h',
+test('an operator’s repair that is killed in mid-way leaves the later entries missing; the next one brings them, in order', async () => {
+  const stage = await setFlowStage();
+  const pod = await stage.pod();
+  await insertEvents(stage.pool, someEvents(1_500, 30));
+  await stage.rested();
+  await pod.kill('SIGTERM');
+  // So long ago that no pod compares them by itself, and acknowledged in another order than they were appended in.
+  await stage.pool.query(
+    `UPDATE identity.outbox SET created_at = created_at - interval '3 h',
             published_at = now() - interval '3 h' - id * interval '1 ms'`,
-    );
-    const [, ...lost] = (await stage.entries()).map(({ entryId }) => entryId);
-    await stage.redis.xdel(STREAM, ...lost);
-    // The repair takes 1,000 rows at a time: it comes to the second step, and no further.
-    const holder = new Client({ connectionString: stage.databaseUrl });
-    onTestFinished(() => holder.end());
-    await holder.connect();
-    await holder.query('BEGIN');
-    await holder.query('SELECT FROM identity.outbox WHERE stream_entry_id = ANY ($1) FOR UPDATE', [
-      lost.slice(1_000),
-    ]);
-    const repair = ['verify', '--since', '1d', '--repair'];
-    const killed = await stage.spawn(repair, { RELAY_PUBLISH_TIMEOUT: '120', RELAY_CLAIM_LEASE: '240' });
-    await waitFor(async () => (await stage.count('NOT published')) === 1_000, {
-      what: 'the first rows to be unpublished',
-      timeoutMs: PATIENCE_MS,
-    });
-    await killed.kill('SIGKILL');
-    await holder.query('ROLLBACK');
-    expect(await stage.redis.get('bull:relay:epoch')).toMatch(/^checking:/);
+  );
+  const [, ...lost] = (await stage.entries()).map(({ entryId }) => entryId);
+  await stage.redis.xdel(STREAM, ...lost);
+  // The repair takes 1,000 rows at a time: it comes to the second step, and no further.
+  const holder = new Client({ connectionString: stage.databaseUrl });
+  onTestFinished(() => holder.end());
+  await holder.connect();
+  await holder.query('BEGIN');
+  await holder.query('SELECT FROM identity.outbox WHERE stream_entry_id = ANY ($1) FOR UPDATE', [
+    lost.slice(1_000),
+  ]);
+  const repair = ['verify', '--since', '1d', '--repair'];
+  const killed = await stage.spawn(repair, { RELAY_PUBLISH_TIMEOUT: '120', RELAY_CLAIM_LEASE: '240' });
+  await waitFor(async () => (await stage.count('NOT published')) === 1_000, {
+    what: 'the first rows to be unpublished',
+  });
+  await killed.kill('SIGKILL');
+  await holder.query('ROLLBACK');
+  expect(await stage.redis.get('bull:relay:epoch')).toMatch(/^checking:/);
 
-    await stage.pod();
-    await stage.rested();
-    expect(await stage.redis.xlen(STREAM)).toBe(1_001);
-    expect(await stage.count('published')).toBe(1_500);
-    expect((await stage.command(repair)).code).toBe(0);
-    await stage.rested();
-    expect(await stage.expectPromisesHeld()).toMatchObject({ events: 1_500, entries: 1_500 });
-  },
-  3 * PATIENCE_MS,
-);
+  await stage.pod();
+  await stage.rested();
+  expect(await stage.redis.xlen(STREAM)).toBe(1_001);
+  expect(await stage.count('published')).toBe(1_500);
+  expect((await stage.command(repair)).code).toBe(0);
+  await stage.rested();
+  expect(await stage.expectPromisesHeld()).toMatchObject({ events: 1_500, entries: 1_500 });
+});
 
 /** The first time that a step comes to that moment, its answer is lost. */
 function failsOnce(moment: Moment): Watch {
@@ -475,7 +468,6 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
   const becomes = (expected: readonly State[]) =>
     waitFor(async () => (await states()).join() === expected.join(), {
       what: `the rows to be ${expected.join(', ')}`,
-      timeoutMs: PATIENCE_MS,
     });
   const deadLetters = () => readStream(redis, config.dlqStreamName);
 
@@ -483,11 +475,9 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
   async function comesToRest(): Promise<void> {
     await waitFor(async () => (await count('NOT published AND dead_lettered_at IS NULL')) === 0, {
       what: 'every row to be published or dead',
-      timeoutMs: PATIENCE_MS,
     });
     await waitFor(async () => (await publishQueue.getJobCountByTypes('waiting', 'active', 'delayed')) === 0, {
       what: 'no publish job to be left',
-      timeoutMs: PATIENCE_MS,
     });
     const { dlqStreamName: dlqStream, streamName: defaultStream } = config;
     await expectPromisesHeld({ pool, redis, defaultStream, dlqStream });
@@ -509,7 +499,6 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
     async becomesLeased(index: number): Promise<true> {
       await waitFor(async () => (await states())[index] === 'leased', {
         what: 'the claim to be committed',
-        timeoutMs: PATIENCE_MS,
         pollMs: 15,
       });
       return true;
@@ -517,7 +506,6 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
     isPublished: (index: number) =>
       waitFor(async () => (await states())[index] === 'published', {
         what: 'the event to be published',
-        timeoutMs: PATIENCE_MS,
       }),
     /** How many jobs each event has. */
     jobs: () => Promise.all(events.map((event) => redis.exists(publishQueue.toKey(event.eventId)))),
@@ -531,7 +519,6 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
       const { eventId } = events[0] as SampleEvent;
       await waitFor(async () => (await publishQueue.getJobState(eventId)) === 'delayed', {
         what: 'the retry',
-        timeoutMs: PATIENCE_MS,
       });
       await (await publishQueue.getJob(eventId))?.promote();
     },

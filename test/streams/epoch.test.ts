@@ -272,7 +272,7 @@ describe('a stream that was noted in an epoch', () => {
     const [, seenFirst] = await admin.hscan(lastEntriesKeyOf(KEY), '0', 'COUNT', 100);
     const later = streams.find((it) => !seenFirst.includes(it)) as string;
     expect(await admin.del(later)).toBe(1);
-    await waitFor(() => pod.losses.length === 2, { what: 'the loss to be noticed', timeoutMs: 25_000 });
+    await waitFor(() => pod.losses.length === 2, { what: 'the loss to be noticed' });
   });
 });
 

@@ -119,6 +119,19 @@ describe.each(SIDES)('with %s', (side) => {
       },
     );
 
+    test('is the answer for the job that is made in the place of its own as well', async () => {
+      const event = await stage.anEvent();
+      const entryId = await appended(event);
+      await stage.removeJob(event);
+      await stage.addJob(event, MADE_AT + 1);
+      const answer = { status: 'remembered', entryId };
+      expect(await publish(event, 'open', MADE_AT + 1)).toMatchObject(answer);
+      // In an earlier epoch too, as long as it is there.
+      await stage.beginEpoch();
+      expect(await publish(event, 'open', MADE_AT + 1)).toMatchObject(answer);
+      expect(await stage.idsIn()).toEqual([event.eventId]);
+    });
+
     test('in this epoch is the answer, though it is trimmed by now', async () => {
       const event = await stage.anEvent();
       const entryId = await appended(event);

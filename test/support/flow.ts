@@ -12,13 +12,10 @@ import { expectPromisesHeld } from './ledger.ts';
 import { startPod } from './pods.ts';
 import { createDatabase, createRedis, type TestRedis } from './servers.ts';
 import type { AdminPool, AdminRedis } from './stages.ts';
-import { waitFor } from './wait.ts';
+import { PATIENCE_MS, waitFor } from './wait.ts';
 
 export const STREAM = 'identity.user.v1';
 export const DLQ = 'identity.user.v1.dlq';
-
-/** How long a relay that is not disturbed may take over anything, on a machine that gives it a fifth of a core. */
-export const PATIENCE_MS = 180_000;
 
 export type Entry = Readonly<{ entryId: string; fields: Readonly<Record<string, string>> }>;
 

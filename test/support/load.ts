@@ -7,6 +7,8 @@ const WRITERS = 4;
 const MAX_EVENTS_IN_TRANSACTION = 12;
 /** Between two transactions of one writer under load: about 200 events a second from all of them. */
 const PAUSE_MS = 100;
+/** A load that grows faster than a starved relay publishes would never let it catch up: then its writers wait. */
+const MOST_UNPUBLISHED = 3_000;
 
 /**
  * Writes `count` events over `aggregates` aggregates from several connections at once, in transactions of different
@@ -39,15 +41,26 @@ export type Load = Readonly<{
   stop(): Promise<void>;
 }>;
 
-/** Writes without end, about 200 events a second, through outages of the database too. */
+/**
+ * Writes without end, about 200 events a second, through outages of the database too, and waits while very many are not
+ * published.
+ */
 export function startLoad(pool: Queryable, { aggregates = 40 }: { aggregates?: number } = {}): Load {
   let stopped = false;
   let written = 0;
+  const isAhead = async () => {
+    const { rows } = await pool.query<{ n: number }>(
+      `SELECT count(*)::int AS n FROM (
+         SELECT FROM identity.outbox WHERE NOT published AND dead_lettered_at IS NULL LIMIT ${MOST_UNPUBLISHED}) AS row`,
+    );
+    return rows[0]?.n === MOST_UNPUBLISHED;
+  };
   const running = Promise.all(
     Array.from({ length: WRITERS }, async () => {
       const users = someEvents(aggregates / WRITERS).map((event) => event.aggregateId);
       for (let turn = 0; !stopped; turn++) {
         const events = someEvents(1 + (turn % 9), 1, { aggregateId: users[turn % users.length] as string });
+        while (!stopped && (await isAhead().catch(() => false))) await delay(PAUSE_MS);
         await insertEvents(pool, events).then(
           (ids) => {
             written += ids.length;

@@ -17,7 +17,6 @@ export async function underTraffic(
     const before = await stage.count('published');
     await waitFor(async () => (await stage.count('published')) > before + events, {
       what,
-      timeoutMs: 30_000,
     });
   };
   await flows(FLOWING);

@@ -1,6 +1,8 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { inspect } from 'node:util';
 
+/** No promise is this long: whoever waits so long hangs, also on a machine that gives a pod a tenth of a core. */
+export const PATIENCE_MS = 180_000;
 /** Between two looks: short at first, then a twentieth of the time waited so far, since looks load the machine. */
 const POLL_MS = 15;
 const POLL_MOST_MS = 150;
@@ -8,6 +10,7 @@ const POLL_MOST_MS = 150;
 export type WaitOptions = {
   /** What is waited for, as it should read in the error: "the row to be published". */
   what: string;
+  /** Where what is waited for has a limit of its own. Default: PATIENCE_MS. */
   timeoutMs?: number;
   /** Between two looks, where the condition is true for a moment only. */
   pollMs?: number;
@@ -19,7 +22,7 @@ export type WaitOptions = {
  */
 export async function waitFor<T>(
   condition: () => T | Promise<T>,
-  { what, timeoutMs = 30_000, pollMs }: WaitOptions,
+  { what, timeoutMs = PATIENCE_MS, pollMs }: WaitOptions,
 ): Promise<NonNullable<T>> {
   const startedAt = Date.now();
   const deadline = startedAt + timeoutMs;
