@@ -137,7 +137,7 @@ export const TABLE = {
   }),
   publishTimeoutMs: variable('RELAY_PUBLISH_TIMEOUT', seconds(0.05, HOUR), '10', {
     description:
-      'Longest time for one attempt to publish; shorter than RELAY_CLAIM_LEASE (by default at most half of it)',
+      'Longest time for one attempt to publish; shorter than RELAY_CLAIM_LEASE (if that is 10 s or less, the default is half of it)',
   }),
   claimLeaseMs: variable('RELAY_CLAIM_LEASE', seconds(0.5, DAY), '60', {
     description:
@@ -154,7 +154,7 @@ export const TABLE = {
     description: 'Publish jobs that one pod works on at once',
   }),
   maxInFlight: variable('RELAY_MAX_IN_FLIGHT', wholeNumber(1, 1_000_000, 'jobs'), '2000', {
-    description: 'Publish jobs that may be in Redis at once, for all pods together',
+    description: 'Publish jobs that may be in Redis at once, for all pods together; failed ones do not count',
   }),
   ordering: variable('RELAY_ORDERING', oneOf(['aggregate', 'none']), 'aggregate', {
     description:

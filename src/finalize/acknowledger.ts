@@ -119,7 +119,7 @@ export function createAcknowledger(deps: {
     /**
      * Resolves when the event's row is marked published.
      * @throws {EpochOverError} when the entry may be lost since
-     * @throws when the database did not take it; the job remembers its append, so it may simply run again
+     * @throws when the database did not take it; the append is remembered, so the job may simply run again
      */
     acknowledge: (appended: Appended): Promise<void> =>
       new Promise((resolve, reject) => {

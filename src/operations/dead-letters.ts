@@ -176,7 +176,7 @@ export function createDeadLetters(deps: {
     // An operator may have replayed it by other roads, and its row was pruned after that.
     if (isInStream) return no('it is in its stream already');
     // Its failed job, which the row did not take along, would swallow the new one.
-    if ((await queues.remove([eventId])).size > 0) return no(UNCLEAR);
+    if ((await queues.remove([eventId])).size > 0) return no('its job is being worked on: try again');
     try {
       if (!(await rows.insert(entry))) return no('it has a row by now');
     } catch (error) {

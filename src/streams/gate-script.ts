@@ -8,7 +8,7 @@
  * |--------|------|
  * | `!`    | the epoch is another one: nothing of the call is appended |
  * | empty  | the job is gone, has ended, or was made again since: the row decides |
- * | `=id`  | the job remembers its entry: an earlier run appended it |
+ * | `=id`  | its entry is remembered: an earlier run appended it |
  * | `<`    | the job was released by an earlier call, or is released now since the rows say that the event is behind |
  * | `*`    | the gate is `ask`: the pod has to ask the rows |
  * | `?`    | the stream is lost |
@@ -252,7 +252,7 @@ return answers`;
  * KEYS: epoch, last entries, dead-letter stream, key of the memory, key of the dead letter's memory.
  * ARGV: epoch, its id, event id, its stream, 1 if the job must be there and have ended, time at which it was made, facts
  * about it as MessagePack, then what XADD takes after the key.
- * Answers as the append script does; `^id` is the event's entry, which the job remembers.
+ * Answers as the append script does; `^id` is the event's entry, which is remembered.
  *
  * The event's stream is not among the KEYS. It may be a key that the relay has no right to, which is why the event is
  * given up, or it may be on another node of a cluster.
