@@ -5,6 +5,7 @@ import { createWriteProbe } from './connections/preflight.ts';
 import type { Servers } from './connections/servers.ts';
 import { createAcknowledger } from './finalize/acknowledger.ts';
 import { createDeadLetters } from './finalize/dead-letter.ts';
+import { createJobRemoval } from './finalize/job-removal.ts';
 import { createRefiller } from './finalize/refiller.ts';
 import { createMaintenance, schedulesOf } from './maintenance/maintenance.ts';
 import { createHeartbeat } from './operations/heartbeat.ts';
@@ -138,12 +139,13 @@ export function createContext(
   const deadLetters = createDeadLetters({
     ...{ streams, outbox, queues, epoch, acknowledger, refiller, metrics, tracing, tally, logger },
   });
+  const removeJobs = createJobRemoval({ queues, memory });
 
   return {
     ...{ config, servers, queues, tracing, logger, keyPrefix, hasTwoServers, statementTimeoutMs },
     ...{ startedAt, state, tally, clock, queuesWritable, streamsWritable, heartbeat, metrics },
     ...{ outbox, backlog, maintenance, scheduler },
-    ...{ lookup, memory, epoch, jobEpoch, streams, refiller, acknowledger, deadLetters },
+    ...{ lookup, memory, epoch, jobEpoch, streams, refiller, acknowledger, deadLetters, removeJobs },
   };
 }
 

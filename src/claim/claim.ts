@@ -1,8 +1,10 @@
 import type { RelayConfig } from '../config/config.ts';
+import type { Queryable } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
+import type { RemoveJobs } from '../finalize/job-removal.ts';
 import type { Refiller } from '../finalize/refiller.ts';
 import { payloadMayBeAtFault } from '../outbox/event-of-row.ts';
-import type { Claim, Outbox } from '../outbox/outbox.ts';
+import type { Claim, LeasedEvent, Outbox } from '../outbox/outbox.ts';
 import type { InFlight, Queues } from '../queue/queues.ts';
 import { type Epoch, epochId } from '../streams/epoch.ts';
 import type { Logger } from '../telemetry/logger.ts';
@@ -32,13 +34,14 @@ export function roomFor(inFlight: Pick<InFlight, 'total'>, batchSize: number, ma
 }
 
 /**
- * Makes one claim: leases or parks fresh rows, and adds a job for each leased row before the transaction commits. The
- * caller holds the claim lock, so one pod claims at a time.
+ * Makes one claim: leases or parks fresh rows (outbox/claims.ts), and adds a job for each leased row before the transaction
+ * commits. The caller, claim-worker.ts, holds the claim lock, so one pod claims at a time.
  */
 export function createClaim(deps: {
   outbox: Outbox;
-  queues: Pick<Queues, 'inFlight' | 'addPublishJobs' | 'remove'>;
+  queues: Pick<Queues, 'inFlight' | 'addPublishJobs'>;
   epoch: Pick<Epoch, 'known' | 'confirm'>;
+  removeJobs: RemoveJobs;
   refiller: Pick<Refiller, 'request'>;
   metrics: Pick<Metrics, 'claimed'>;
   tracing: Pick<Tracing, 'claim'>;
@@ -72,7 +75,7 @@ export function createClaim(deps: {
   };
 
   function claimBatch(limit: number, epoch: string): Promise<Claim> {
-    return outbox.inEpoch((tx) => lease(epoch, () => outbox.claimFresh(tx, limit)), { generic: true });
+    return outbox.inEpoch((tx) => lease(tx, epoch, () => outbox.claimFresh(tx, limit)), { generic: true });
   }
 
   /** Claims row by row, up to the one that PostgreSQL cannot print. That event gets a job without its payload. */
@@ -80,7 +83,7 @@ export function createClaim(deps: {
     const all: Claim = { leased: [], parked: [], rows: 0, more: true };
     const deadlineMs = outbox.printDeadlineMs;
     for (let rows = 0; rows < limit; rows++) {
-      const one = await outbox.inEpoch((tx) => lease(epoch, () => outbox.claimFirst(tx)), { deadlineMs });
+      const one = await outbox.inEpoch((tx) => lease(tx, epoch, () => outbox.claimFirst(tx)), { deadlineMs });
       if (one.rows === 0) break;
       all.leased.push(...one.leased);
       all.parked.push(...one.parked);
@@ -90,15 +93,29 @@ export function createClaim(deps: {
   }
 
   /** Takes rows and adds their jobs, while the transaction holds the rows' locks. */
-  async function lease(epoch: string, take: () => Promise<Claim>): Promise<Claim> {
+  async function lease(tx: Queryable, epoch: string, take: () => Promise<Claim>): Promise<Claim> {
     const claimed = await take();
     if (claimed.leased.length === 0) return claimed;
-    await queues.remove(claimed.leased.filter((it) => it.mayHaveJob).map((it) => it.eventId));
-    await deps.tracing.claim(
-      claimed.leased.map(({ mayHaveJob: _, ...event }): OutboxEvent => ({ ...event, epoch: epochId(epoch) })),
-      queues.addPublishJobs,
-    );
+    const events = await withoutAppended(tx, claimed.leased);
+    if (events.length > 0)
+      await deps.tracing.claim(
+        events.map(({ mayHaveJob: _, ...event }): OutboxEvent => ({ ...event, epoch: epochId(epoch) })),
+        queues.addPublishJobs,
+      );
     await epochs.confirm(epoch);
     return claimed;
+  }
+
+  /**
+   * Removes earlier jobs of these events: BullMQ adds no job whose id is taken. A job that remembers an append stays, its
+   * row's lease ends, and the lease reaper decides.
+   */
+  async function withoutAppended(tx: Queryable, leased: readonly LeasedEvent[]): Promise<LeasedEvent[]> {
+    const again = leased.filter((it) => it.mayHaveJob);
+    if (again.length === 0) return [...leased];
+    const left = await deps.removeJobs(again);
+    const appended = again.filter((it) => left.get(it.eventId) === 'appended').map((it) => it.eventId);
+    if (appended.length > 0) await outbox.expireLeases(tx, appended);
+    return leased.filter((it) => !appended.includes(it.eventId));
   }
 }

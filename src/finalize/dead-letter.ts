@@ -54,7 +54,7 @@ export function createDeadLetters(deps: {
       }
       case 'published':
         await acknowledger.acknowledge({ event, entryId: outcome.entryId, epoch: outcome.epoch });
-        await queues.remove([eventId]);
+        await queues.remove(eventId);
         logger.warn(
           { ...about, reason, entryId: outcome.entryId },
           'the failed job of an event remembers its entry; the event is published',

@@ -1,4 +1,5 @@
 import { isUuid } from '../event.ts';
+import type { RemoveJobs } from '../finalize/job-removal.ts';
 import { pause } from '../lifecycle.ts';
 import type {
   AggregatePlace,
@@ -13,7 +14,6 @@ import type { Queues } from '../queue/queues.ts';
 import type { Scheduler } from '../queue/scheduler.ts';
 import type { DeadEntries, DeadEntry } from '../streams/dead-entries.ts';
 import type { Lookup } from '../streams/lookup.ts';
-import type { Memory } from '../streams/memory.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { fromCursor, toCursor } from './cursor.ts';
 import { createInspection } from './inspection.ts';
@@ -79,14 +79,14 @@ const UNCLEAR = 'its job is being worked on, or has appended it: try again, or r
 export function createDeadLetters(deps: {
   rows: DeadRows;
   entries: DeadEntries;
-  queues: Pick<Queues, 'view' | 'remove'>;
-  memory: Pick<Memory, 'appendedOf'>;
+  queues: Pick<Queues, 'view'>;
+  removeJobs: RemoveJobs;
   lookup: Pick<Lookup, 'find'>;
   outbox: Pick<Outbox, 'refill'>;
   scheduler: Pick<Scheduler, 'wake'>;
   logger: Logger;
 }) {
-  const { rows, entries, queues, scheduler, logger } = deps;
+  const { rows, entries, removeJobs, scheduler, logger } = deps;
   const inspection = createInspection(deps);
 
   /** What comes after a commit: it is done, whatever becomes of this. */
@@ -118,7 +118,7 @@ export function createDeadLetters(deps: {
       const held = await rows.lock(tx, idsOf(batch));
       if (held.length === 0) return { locked: held, closed: [] };
       // The rows of jobs that were left expire: the lease reaper asks what became of these.
-      const left = await queues.remove(eventIdsOf(held));
+      const left = await removeJobs(held);
       await rows.revive(tx, idsOf(held), idsOf(held.filter((row) => left.has(row.eventId))));
       return {
         locked: held,
@@ -143,11 +143,10 @@ export function createDeadLetters(deps: {
     const entryIds = await entries.idsOf(eventIdsOf(batch));
     const { gone, closed, unclear } = await rows.transaction(async (tx) => {
       const held = await rows.lock(tx, idsOf(batch));
-      const left = new Set(await queues.remove(eventIdsOf(held)));
-      for (const eventId of await deps.memory.appendedOf(eventIdsOf(held))) left.add(eventId);
+      const left = await removeJobs(held);
       const clear = held.filter((row) => !left.has(row.eventId));
       await rows.discard(tx, idsOf(clear), reason, by);
-      return { gone: clear, closed: closedBy(clear, entryIds), unclear: [...left] };
+      return { gone: clear, closed: closedBy(clear, entryIds), unclear: [...left.keys()] };
     });
     for (const eventId of unclear) refuse(eventId, UNCLEAR);
     await afterwards(() => entries.remove(closed));
@@ -176,7 +175,7 @@ export function createDeadLetters(deps: {
     // An operator may have replayed it by other roads, and its row was pruned after that.
     if (isInStream) return no('it is in its stream already');
     // Its failed job, which the row did not take along, would swallow the new one.
-    if ((await queues.remove([eventId])).size > 0) return no('its job is being worked on: try again');
+    if ((await removeJobs([entry])).size > 0) return no(UNCLEAR);
     try {
       if (!(await rows.insert(entry))) return no('it has a row by now');
     } catch (error) {

@@ -1,6 +1,7 @@
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import type { Pool } from '../connections/database.ts';
+import { createJobRemoval } from '../finalize/job-removal.ts';
 import { createDeadRows } from '../outbox/dead-rows.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import { createPublished } from '../outbox/published.ts';
@@ -42,7 +43,10 @@ export function openOperations(
       rows: createDeadRows(pool, options),
       entries: createDeadEntries(streamRedis, config.dlqStreamName, lookup.findAll),
       queues,
-      memory: createMemory(streamRedis, streamOptions, streamRedis !== redis),
+      removeJobs: createJobRemoval({
+        queues,
+        memory: createMemory(streamRedis, streamOptions, streamRedis !== redis),
+      }),
       lookup,
       outbox: createOutbox(pool, options),
       scheduler: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }),

@@ -31,6 +31,15 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
   const { streamName, claimLeaseMs, statementTimeoutMs } = options;
   const db = asking(pool, statementTimeoutMs);
 
+  async function expireLeases(tx: Queryable, eventIds: readonly string[]): Promise<void> {
+    await tx.query(
+      `UPDATE identity.outbox o SET next_attempt_at = now()
+       WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}
+         AND o.next_attempt_at > now() AND o.next_attempt_at < 'infinity'`,
+      [eventIds],
+    );
+  }
+
   /** In the order of the rows' ids, since acknowledgements lock rows in that order too. */
   async function expireSomeLeases() {
     const { rows } = await db.query<{ leased: number; rows: number }>(
@@ -112,14 +121,9 @@ export function createLeases(pool: Pool, options: OutboxOptions) {
     },
 
     /** Ends leases now, so that the lease reaper asks what became of the jobs. */
-    async expireLeasesOf(eventIds: readonly string[]): Promise<void> {
-      await asking(pool, statementTimeoutMs, 'durable').query(
-        `UPDATE identity.outbox o SET next_attempt_at = now()
-         WHERE o.event_id = ANY ($1::uuid[]) AND ${STILL_LIVE('o')}
-           AND o.next_attempt_at > now() AND o.next_attempt_at < 'infinity'`,
-        [eventIds],
-      );
-    },
+    expireLeases,
+    expireLeasesOf: (eventIds: readonly string[]): Promise<void> =>
+      expireLeases(asking(pool, statementTimeoutMs, 'durable'), eventIds),
 
     /**
      * Ends every lease, since Redis may have lost the jobs. Rows that wait for a retry keep theirs: it ends when the retry

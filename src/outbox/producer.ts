@@ -1,4 +1,7 @@
-/** `appendEvent`, for backends. It works with the client that the backend has, and loads nothing else. */
+/**
+ * `appendEvent`, for backends. It works with the client that the backend has, and loads nothing else. The trigger of
+ * wakeup.ts notifies the pods of the row, and one of them claims it: claim/claim.ts.
+ */
 
 /** A domain event as its producer knows it. */
 export type NewEvent = {

@@ -3,6 +3,7 @@ import type { RelayConfig } from '../config/config.ts';
 import { type AppendOutcome, type Attempt, brief, isEvent, type OutboxEvent } from '../event.ts';
 import type { Acknowledger } from '../finalize/acknowledger.ts';
 import type { DeadLetters } from '../finalize/dead-letter.ts';
+import type { RemoveJobs } from '../finalize/job-removal.ts';
 import { withDeadline } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Queues } from '../queue/queues.ts';
@@ -62,7 +63,8 @@ export function createPublish(deps: {
   epoch: Pick<Epoch, 'known' | 'current'>;
   outbox: Pick<Outbox, 'expireLeasesOf' | 'recordFailure'>;
   rows: RowQuestions;
-  queues: Pick<Queues, 'inFlight' | 'remove'>;
+  queues: Pick<Queues, 'inFlight'>;
+  removeJobs: RemoveJobs;
   check: EventCheck;
   guard: PoisonGuard;
   acknowledger: Pick<Acknowledger, 'acknowledge'>;
@@ -168,14 +170,14 @@ export function createPublish(deps: {
   async function checkAndAppend(event: OutboxEvent, run: PublishRun): Promise<Outcome> {
     const problem = deps.check.problemOf(event);
     if (problem !== null) return { status: 'invalid', reason: problem };
-    const outcome = await deps.tracing.append(event, (traced) => appendInOrder(traced, run));
+    const outcome = await deps.tracing.append(event, (traced) => throughGate(traced, run));
     if (outcome.status !== 'refused') return outcome;
     const reason = await deps.check.refusedEverything(event, outcome.reason);
     return reason === null ? outcome : { status: 'unavailable', reason };
   }
 
   /** Appends when the gate lets the event pass. While the event is early, it asks again, for EARLY_HOLD_MS at most. */
-  async function appendInOrder(event: OutboxEvent, run: PublishRun): Promise<AppendOutcome> {
+  async function throughGate(event: OutboxEvent, run: PublishRun): Promise<AppendOutcome> {
     const holdUntil = performance.now() + (run.stalls > 0 ? 0 : EARLY_HOLD_MS);
     let asked: { epoch: string; gate: Gate } | undefined;
     for (;;) {
@@ -250,7 +252,7 @@ export function createPublish(deps: {
       // job is removed: the row's lease ends when the retry is due, and then the event gets a new job. The count includes
       // this job, so events that fail at the same time see each other.
       const { delayed } = await deps.queues.inFlight();
-      if (delayed > Math.floor(options.maxInFlight * RETRIES_SHARE)) await deps.queues.remove([eventId]);
+      if (delayed > Math.floor(options.maxInFlight * RETRIES_SHARE)) await deps.removeJobs([event]);
     } catch (err) {
       tally.error(
         eventId,

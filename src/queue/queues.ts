@@ -173,7 +173,7 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     jobKey: (eventId: string): string => publishJobKey(options, eventId),
 
     /**
-     * Adds one publish job per event; one that is there already is left as it is. A large event that the server does
+     * Adds one publish job per event, which publish/publish.ts runs; one that is there already is left as it is. A large event that the server does
      * not take gets a job without its payload, by which it is dead-lettered.
      * @throws when any of them could not be added (others may have been)
      */
@@ -256,8 +256,8 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       });
     },
 
-    /** Events of failed jobs beyond the newest `kept`, at most `limit` of them. */
-    async failedBeyond(kept: number, limit: number): Promise<string[]> {
+    /** Failed jobs beyond the newest `kept`, at most `limit` of them. */
+    async failedBeyond(kept: number, limit: number): Promise<{ eventId: string; topic: string }[]> {
       const excess = (await publish.getJobCountByTypes('failed')) - kept;
       if (excess <= 0) return [];
       const jobIds = await publish.getRanges(['failed'], kept, kept + Math.min(excess, limit) - 1);
@@ -266,27 +266,25 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       return ((await asked.exec()) ?? []).flatMap(([error, data]) => {
         if (error) throw error;
         // A job without an event is another program's: it stays.
-        return eventOf(data as string | null)?.eventId ?? [];
+        const event = eventOf(data as string | null);
+        return event ? [{ eventId: event.eventId, topic: event.topic }] : [];
       });
     },
 
-    /**
-     * Removes the jobs of events that are to get new jobs, or none: BullMQ adds no job whose id is taken. An event that was
-     * appended is not appended again by its new job: the memory of it does not end with the job (streams/gate-script.ts).
-     *
-     * @returns the events whose jobs were left, since a worker has them
-     * @throws when Redis does not answer
-     */
-    async remove(eventIds: readonly string[]): Promise<ReadonlySet<string>> {
-      // Most events have no job: after Redis lost data, this runs for each event that is published again.
+    /** Of these events, those that have a job. */
+    async withJobs(eventIds: readonly string[]): Promise<ReadonlySet<string>> {
       const asked = redis.pipeline();
       for (const eventId of eventIds) asked.exists(publish.toKey(eventId));
       const replies = (await asked.exec()) ?? [];
       for (const [error] of replies) if (error) throw error;
-      const there = eventIds.filter((_, i) => replies[i]?.[1] === 1);
-      const removed = await Promise.all(there.map((eventId) => publish.remove(eventId)));
-      return new Set(there.filter((_, i) => removed[i] !== 1));
+      return new Set(eventIds.filter((_, i) => replies[i]?.[1] === 1));
     },
+
+    /**
+     * Removes an event's job, unless a worker has it.
+     * @returns whether the event has no job now
+     */
+    remove: async (eventId: string): Promise<boolean> => (await publish.remove(eventId)) === 1,
 
     /**
      * Removes a job whose data or options BullMQ cannot read: every worker that takes it fails, and the job stalls.

@@ -6,15 +6,15 @@ const TRIM_LIMIT = 1_000;
 
 /** The recovery stage: what each tick starts besides its claims. The claims do not wait for it. */
 export function createRecovery(context: Context) {
-  const { config, outbox, queues, refiller, logger } = context;
+  const { config, outbox, queues, removeJobs, refiller, logger } = context;
   const reapLeases = createLeaseReaper(context);
 
   /** Removes failed jobs beyond RELAY_FAILED_JOBS_KEPT, but none whose dead letter is still to be written. */
   async function trimFailedJobs(): Promise<void> {
     const excess = await queues.failedBeyond(config.failedJobsKept, TRIM_LIMIT);
     if (excess.length === 0) return;
-    const live = new Set(await outbox.liveOf(excess));
-    await queues.remove(excess.filter((eventId) => !live.has(eventId)));
+    const live = new Set(await outbox.liveOf(excess.map((it) => it.eventId)));
+    await removeJobs(excess.filter((it) => !live.has(it.eventId)));
   }
 
   return {

@@ -287,3 +287,13 @@ end
 last[KEYS[3]] = id
 noteLast()
 return '+' .. id`;
+
+/**
+ * Answers the entry that is remembered and good, '' when there is none, or why Redis refuses to tell.
+ * KEYS: epoch, key of the memory. ARGV: event id, epoch's id, the event's stream (not a key, for the reasons above).
+ */
+export const RECALL = (hasTwoServers: boolean) => `
+${MEMORY_AND_LAST_ENTRIES}
+${hasTwoServers ? IN_KEY : IN_JOB}
+local id, unread = entryOf(look(KEYS[2], ARGV[1]).entry, ARGV[3], ARGV[1])
+return id or unread or ''`;

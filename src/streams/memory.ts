@@ -1,6 +1,9 @@
 import type { Redis } from 'ioredis';
+import { script } from '../connections/redis-script.ts';
 import { memoryKeyOf, type StreamOptions } from './append.ts';
+import { epochId } from './epoch.ts';
 import { keysOf } from './epoch-script.ts';
+import { RECALL } from './gate-script.ts';
 
 export type Memory = ReturnType<typeof createMemory>;
 
@@ -10,24 +13,14 @@ const STEP_FIELDS = 1_000;
 /** What is remembered of appends. */
 export function createMemory(
   redis: Redis,
-  options: Pick<StreamOptions, 'epochKey' | 'memoryPrefix'>,
+  options: Pick<StreamOptions, 'memoryPrefix' | 'jobKey' | 'epochKey'>,
   hasTwoServers: boolean,
 ) {
+  const recallEntry = script<string>(redis, 'recallEntry', RECALL(hasTwoServers), 2);
+  const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
   const { appended } = keysOf(options.epochKey);
 
   return {
-    /**
-     * Those of the events whose append is remembered, whatever became of the entry.
-     * @throws when Redis does not answer
-     */
-    async appendedOf(eventIds: readonly string[]): Promise<ReadonlySet<string>> {
-      if (eventIds.length === 0) return new Set();
-      const memories = hasTwoServers
-        ? await redis.mget(eventIds.map(memoryKeyOf(options)))
-        : await redis.hmget(appended, ...eventIds);
-      return new Set(eventIds.filter((_, i) => memories[i]?.startsWith('released ') === false));
-    },
-
     /**
      * The rows of these events are published, or gone: they are not appended again. What this leaves, since Redis does not
      * answer, goes before the next epoch.
@@ -49,6 +42,24 @@ export function createMemory(
         if (next === '0') return eventIds;
         cursor = next;
       }
+    },
+
+    /**
+     * Those of the events whose entry is remembered and good, or in a stream that Redis refuses to let the relay read; see
+     * gate-script.ts.
+     * @throws when Redis does not answer
+     */
+    async appendedOf(
+      events: readonly Readonly<{ eventId: string; topic: string }>[],
+    ): Promise<ReadonlySet<string>> {
+      if (events.length === 0) return new Set();
+      const epoch = epochId((await redis.get(options.epochKey)) ?? '');
+      const entryIds = await Promise.all(
+        events.map(({ eventId, topic }) =>
+          recallEntry(options.epochKey, memoryKey(eventId), eventId, epoch, topic),
+        ),
+      );
+      return new Set(events.filter((_, i) => entryIds[i] !== '').map(({ eventId }) => eventId));
     },
   };
 }

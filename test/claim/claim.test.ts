@@ -244,24 +244,27 @@ describe('a row that had a job before', () => {
     expect(await states()).toEqual(['leased']);
   });
 
-  test('gets a new one in the place of one that remembers its entry: the new one finds it, and appends nothing', async () => {
+  test('gets none when the old one remembers its entry: the row expires, and the lease reaper asks', async () => {
     await insert({}, {});
-    const [event] = (await stage.claim(1)) as [LeasedEvent];
-    const entryId = await stage.append(event);
+    const [event] = await stage.claim(1);
+    await stage.append(event as LeasedEvent);
     await again();
-    await stage.redis.hset(stage.keyOf(event.eventId), 'of', 'the old one');
-    expect(await setUp().claim()).toEqual({ kind: 'all', events: 2 });
-    expect(await states()).toEqual(['leased', 'leased']);
-    expect(await stage.redis.hexists(stage.keyOf(event.eventId), 'of')).toBe(0);
-    const appending = {
-      epoch: await stage.currentEpoch(),
-      gate: 'open',
-      madeAt: await stage.madeAt(event.eventId),
-    } as const;
-    expect(await stage.context.streams.publish(event, appending)).toMatchObject({
-      status: 'remembered',
-      entryId,
+    const before = await stage.redis.hgetall(stage.keyOf(event?.eventId as string));
+    const added: string[] = [];
+    const { claim } = setUp({
+      queues: {
+        ...queues,
+        addPublishJobs(events) {
+          added.push(...events.map(({ id }) => id));
+          return queues.addPublishJobs(events);
+        },
+      },
     });
+    await claim();
+    expect(added).toEqual(['2']);
+    expect(await states()).toEqual(['due', 'leased']);
+    expect(await stage.redis.hgetall(stage.keyOf(event?.eventId as string))).toEqual(before);
+    expect((await queues.inFlight()).total).toBe(2);
     expect(await readStream(stage.redis, 'identity.user.v1')).toHaveLength(1);
   });
 
@@ -274,12 +277,9 @@ describe('a row that had a job before', () => {
     await set(1, assignment);
     const asked: string[] = [];
     const { claim } = setUp({
-      queues: {
-        ...queues,
-        async remove(events) {
-          asked.push(...events);
-          return new Set();
-        },
+      async removeJobs(events) {
+        asked.push(...events.map(({ eventId }) => eventId));
+        return new Map();
       },
     });
     expect(await claim()).toEqual({ kind: 'all', events: 2 });
@@ -291,7 +291,7 @@ describe('a row that had a job before', () => {
     await insert({});
     await set(1, 'attempts = 1');
     const [eventId] = await eventIds();
-    const { claim } = setUp({ queues: { ...queues, remove: async () => new Set([eventId as string]) } });
+    const { claim } = setUp({ removeJobs: async () => new Map([[eventId as string, 'busy' as const]]) });
     expect(await claim()).toEqual({ kind: 'all', events: 1 });
     expect(await states()).toEqual(['leased']);
   });
@@ -299,7 +299,7 @@ describe('a row that had a job before', () => {
   test('stays fresh when Redis cannot be asked about it', async () => {
     await insert({});
     await set(1, 'attempts = 1');
-    const { claim } = setUp({ queues: { ...queues, remove: () => Promise.reject(new Error('no Redis')) } });
+    const { claim } = setUp({ removeJobs: () => Promise.reject(new Error('no Redis')) });
     await expect(claim()).rejects.toThrow('no Redis');
     expect(await states()).toEqual(['fresh']);
   });

@@ -136,7 +136,7 @@ describe.each([
     const { bury } = createdWith();
     await bury({ madeAt: (await stage.madeAt(event.eventId)) - 1 });
     const madeAt = await stage.madeAt(event.eventId);
-    await stage.context.queues.remove([event.eventId]);
+    await stage.context.queues.remove(event.eventId);
     await bury({ madeAt });
     expect(await stage.streamRedis.exists(dlq)).toBe(0);
     expect(await readStates(stage.pool)).toEqual(['leased', 'parked', 'parked']);
@@ -181,7 +181,7 @@ describe.each([
 
   test('that was lost is written again without a job, and its row knows it', async () => {
     await createdWith().bury();
-    await stage.context.queues.remove([event.eventId]);
+    await stage.context.queues.remove(event.eventId);
     await stage.streamRedis.xtrim(dlq, 'MAXLEN', 0);
     await stage.pool.query('UPDATE identity.outbox SET stream_entry_id = NULL WHERE id = 1');
     const { writeAgain, written, refills } = createdWith();

@@ -6,6 +6,7 @@ import { createClaim } from '../../src/claim/claim.ts';
 import { type Aggregate, aggregateKey, type OutboxEvent } from '../../src/event.ts';
 import { createAcknowledger } from '../../src/finalize/acknowledger.ts';
 import { createDeadLetters } from '../../src/finalize/dead-letter.ts';
+import { createJobRemoval } from '../../src/finalize/job-removal.ts';
 import { createRefiller } from '../../src/finalize/refiller.ts';
 import { createDeadLetters as createDeadLetterActions } from '../../src/operations/dead-letters.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
@@ -153,6 +154,7 @@ export function createPod(deps: PodDeps, name: string) {
     },
   };
   const tally = createTally(logger);
+  const removeJobs = createJobRemoval({ queues, memory });
   const acknowledger = createAcknowledger({
     outbox: outboxOf('acknowledge'),
     ...{ epoch, memory, refiller, logger },
@@ -163,7 +165,7 @@ export function createPod(deps: PodDeps, name: string) {
   });
   const parker = createParker({ outbox: outboxOf('park'), refiller, logger });
   const publish = createPublish({
-    ...{ streams, lookup, epoch, queues, acknowledger, deadLetters, parker, tally, logger },
+    ...{ streams, lookup, epoch, queues, removeJobs, acknowledger, deadLetters, parker, tally, logger },
     outbox: outboxOf('publish'),
     rows: createRowQuestions(outboxOf('ask rows')),
     check: {
@@ -180,13 +182,13 @@ export function createPod(deps: PodDeps, name: string) {
     options: { publishTimeoutMs: PUBLISH_TIMEOUT_MS, maxInFlight },
   });
   const claim = createClaim({
-    ...{ outbox: outboxOf('claim'), queues, epoch, refiller, logger },
+    ...{ outbox: outboxOf('claim'), queues, epoch, removeJobs, refiller, logger },
     ...{ metrics: NOTHING, tracing: untraced },
     options: { maxInFlight, batchSize: 3, maxBatchSize: 6 },
   });
   const { maintain } = createRecovery({
     scheduler: NOTHING,
-    ...{ outbox: outboxOf('tick'), queues, memory, refiller, logger, lookup, epoch, deadLetters },
+    ...{ outbox: outboxOf('tick'), queues, memory, removeJobs, refiller, logger, lookup, epoch, deadLetters },
     ...{ acknowledger, metrics: NOTHING, config: { failedJobsKept: FAILED_JOBS_KEPT }, state: {} },
   } as unknown as Parameters<typeof createRecovery>[0]);
   const refills = outboxOf('refill');
@@ -197,7 +199,7 @@ export function createPod(deps: PodDeps, name: string) {
       createDeadEntries(redis, streamOptions.dlqStreamName, lookup.findAll),
       { gates: ['remove'], plain: ['idsOf'] },
     ),
-    ...{ queues, memory, lookup, outbox: refills, scheduler: NOTHING, logger },
+    ...{ queues, removeJobs, lookup, outbox: refills, scheduler: NOTHING, logger },
   });
 
   /** Jobs that the pod works on, by the token of each run. */

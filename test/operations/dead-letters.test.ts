@@ -103,10 +103,10 @@ async function failedJob(eventId: string, fields: Record<string, string> = {}): 
   await redis.hset(key, { finishedOn: '1', failedReason: 'no', ...fields });
 }
 
-/** As the append script leaves it. */
-async function rememberAppend({ eventId, topic }: SampleEvent): Promise<void> {
+/** Appends the event's entry, as in an earlier epoch. Answers what its job remembers of it. */
+async function memoryOfAnAppend({ eventId, topic }: SampleEvent): Promise<Record<string, string>> {
   const entryId = await redis.xadd(topic ?? 'identity.user.v1', '*', 'event_id', eventId);
-  await redis.hset('bull:relay:epoch:appended', eventId, `older ${entryId}`);
+  return { 'relay:entry': `older ${entryId}` };
 }
 
 /** Somebody waits for a row that another has. */
@@ -302,18 +302,29 @@ describe('a replay', () => {
     expect(await redis.llen('bull:relay-claim:wait')).toBe(1);
   });
 
-  test('lets a job that is worked on be asked first, and takes a failed one away', async () => {
-    const [failed, busy] = someEvents(2) as [SampleEvent, SampleEvent];
-    await dead([failed, busy]);
-    await failedJob(failed.eventId);
+  test('lets a job that is worked on, or that remembers an append, be asked first', async () => {
+    const [appended, busy] = someEvents(2) as [SampleEvent, SampleEvent];
+    await dead([appended, busy]);
+    await failedJob(appended.eventId, await memoryOfAnAppend(appended));
     await failedJob(busy.eventId);
     await redis.set(`${publish.toKey(busy.eventId)}:lock`, 'token');
     await deadLetters.replay({ filter: {} }, BY);
-    expect(await readStates(pool)).toEqual(['fresh', 'due']);
-    expect(await publish.getJob(failed.eventId)).toBeUndefined();
+    expect(await readStates(pool)).toEqual(['due', 'due']);
     expect(await publish.getJobState(busy.eventId)).toBe('failed');
     // The dead letter of a job that may fail again is still the row's.
-    expect(await redis.xlen(DLQ)).toBe(1);
+    expect(await redis.xlen(DLQ)).toBe(2);
+    // The lease reaper finds by it that the event is published.
+    expect(await publish.getJobState(appended.eventId)).toBe('failed');
+  });
+
+  test('believes no memory of an entry that is lost, or is another event’s', async () => {
+    const [lost, other] = someEvents(2) as [SampleEvent, SampleEvent];
+    await dead([lost, other]);
+    await failedJob(lost.eventId, { 'relay:entry': 'older 1-1' });
+    await failedJob(other.eventId, await memoryOfAnAppend(anEvent()));
+    expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 2 });
+    expect(await readStates(pool)).toEqual(['fresh', 'fresh']);
+    for (const { eventId } of [lost, other]) expect(await publish.getJob(eventId)).toBeUndefined();
   });
 
   test('looks dead letters up before it holds rows, and takes one away that is written meanwhile', async () => {
@@ -358,18 +369,19 @@ describe('a replay', () => {
     expect(await readStates(pool)).toEqual(['fresh', 'contradictory', 'parked', 'fresh']);
   });
 
-  test('works where the relay may not touch the streams of the events', async () => {
-    const event = anEvent({ topic: 'payments.v1' });
-    await dead([event]);
+  test('works where the relay may not touch the streams of the events; a job that remembers an append stays', async () => {
+    const [event, appended] = [anEvent({ topic: 'payments.v1' }), anEvent({ topic: 'payments.v1' })];
+    await dead([event, appended]);
     await failedJob(event.eventId);
+    await failedJob(appended.eventId, await memoryOfAnAppend(appended));
     const rules = redisRules({ RELAY_ALLOWED_TOPICS: 'identity.*' });
     await redis.acl('SETUSER', RELAY_USER, 'reset', ...rules);
     try {
-      expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 1, refused: 0 });
+      expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 2, refused: 0 });
     } finally {
       await redis.acl('SETUSER', RELAY_USER, 'reset', ...redisRules());
     }
-    expect(await readStates(pool)).toEqual(['fresh']);
+    expect(await readStates(pool)).toEqual(['fresh', 'due']);
   });
 
   test('works where the dead letter was trimmed', async () => {
@@ -591,16 +603,15 @@ describe('a discard', () => {
     expect(await readStates(pool)).toEqual(['dead']);
   });
 
-  test('refuses an event whose append is remembered, however often; a replay finds its entry', async () => {
+  test('refuses an event whose job remembers an append, however often; a replay has its stream asked', async () => {
     const event = anEvent();
     await dead([event]);
-    await failedJob(event.eventId);
-    await rememberAppend(event);
+    await failedJob(event.eventId, await memoryOfAnAppend(event));
     for (let i = 0; i < 2; i++)
       expect(await deadLetters.discard({ filter: {} }, 'x', BY)).toMatchObject({ done: 0, refused: 1 });
     expect(await readStates(pool)).toEqual(['dead']);
     await deadLetters.replay({ filter: {} }, BY);
-    expect(await readStates(pool)).toEqual(['fresh']);
+    expect(await readStates(pool)).toEqual(['due']);
   });
 
   test('of an event whose row is gone takes its entries away', async () => {

@@ -144,6 +144,16 @@ describe('leases end', () => {
     expect(idsOf(await expired()).at(0)).toBe('4');
   });
 
+  test('within a transaction when that is committed', async () => {
+    await insertOf(USER, LEASED);
+    const ids = await eventIds(1);
+    await outbox.inEpoch(async (tx) => {
+      await outbox.expireLeases(tx, ids);
+      expect(await states()).toEqual(['leased']);
+    });
+    expect(await states()).toEqual(['due']);
+  });
+
   test('all of them, when Redis may have lost its jobs: the reaper asks about each', async () => {
     await insertOf(USER, LEASED, LEASED, EXPIRED, ...OTHER_STATES);
     expect(await outbox.expireAllLeases()).toBe(2);

@@ -137,7 +137,7 @@ describe.each([
     const events = await claimed(stage, 2);
     await anotherEpoch(stage);
     // As if its entry was lost: it is fresh again, and has no job.
-    await stage.context.queues.remove([events[0]?.eventId as string]);
+    await stage.context.queues.remove(events[0]?.eventId as string);
     await stage.pool.query('UPDATE identity.outbox SET next_attempt_at = NULL WHERE event_id = $1', [
       events[0]?.eventId,
     ]);

@@ -104,7 +104,7 @@ describe('a row whose lease has ended', () => {
 
   test('is fresh again when its job is gone, by itself or with everything', async () => {
     const [first] = (await expired(2)) as [LeasedEvent];
-    await queues.remove([first.eventId]);
+    await queues.remove(first.eventId);
     expect((await reap()).seen).toEqual({ alive: 1, failed: 0, missing: 1 });
     expect(await readStates(pool)).toEqual(['fresh', 'leased']);
     await redis.flushall();
@@ -120,7 +120,7 @@ describe('a row whose lease has ended', () => {
     const events = await stage.claim();
     const [, appended, , word] = events as [LeasedEvent, LeasedEvent, LeasedEvent, LeasedEvent];
     const entryIds = [await stage.append(appended), await stage.append(word)];
-    for (const event of events) await queues.remove([event.eventId]);
+    for (const event of events) await queues.remove(event.eventId);
     await expire();
     const { refills } = await reap();
     expect(await readRows(pool)).toMatchObject([
@@ -139,7 +139,7 @@ describe('a row whose lease has ended', () => {
     const broken = { ...outbox, markDead: () => Promise.reject(new Error('the pod died')) };
     const failing = createDeadLetters({ ...context, outbox: broken });
     await expect(reap({ deadLetters: failing })).rejects.toThrow('the pod died');
-    await queues.remove([event.eventId]);
+    await queues.remove(event.eventId);
     await expire();
     const { letters, refills } = await reap();
     const [[entryId] = []] = await redis.xrange(DLQ, '-', '+');
@@ -154,7 +154,7 @@ describe('a row whose lease has ended', () => {
     const [event] = (await expired(1)) as [LeasedEvent];
     await letFail('WRONGTYPE');
     await reap();
-    await queues.remove([event.eventId]);
+    await queues.remove(event.eventId);
     await pool.query(
       'UPDATE identity.outbox SET dead_lettered_at = NULL, attempts = 0, replayed_at = now(), next_attempt_at = now()',
     );
@@ -207,7 +207,7 @@ describe('a row whose lease has ended', () => {
     expect(await readRows(pool)).toMatchObject(expected);
     // A job that was made again goes on counting.
     const [first] = events as [LeasedEvent];
-    await queues.remove([first.eventId]);
+    await queues.remove(first.eventId);
     await queues.addPublishJobs([{ ...first, attempts: 1 }]);
     await stage.runJobs(() => Promise.reject(new Error('READONLY')));
     await expire();
@@ -233,7 +233,7 @@ describe('a row whose lease has ended', () => {
       const [first, second, third] = (await stage.claim()) as [LeasedEvent, LeasedEvent, LeasedEvent];
       const entryIds = [await stage.append(first), await stage.append(second)];
       await acknowledge(first, entryIds[0] as string);
-      for (const { eventId } of [second, third]) await queues.remove([eventId]);
+      for (const { eventId } of [second, third]) await queues.remove(eventId);
       await limitedTo(...OWN, `~${DLQ}`);
       for (const end of [async () => {}, endEpoch]) {
         await end();
@@ -257,7 +257,7 @@ describe('a row whose lease has ended', () => {
       const broken = { ...outbox, markDead: () => Promise.reject(new Error('the pod died')) };
       const failing = createDeadLetters({ ...context, outbox: broken });
       await expect(reap({ deadLetters: failing })).rejects.toThrow('the pod died');
-      for (const { eventId } of [dead, other]) await queues.remove([eventId]);
+      for (const { eventId } of [dead, other]) await queues.remove(eventId);
       await limitedTo(...OWN, `~${dead.topic}`);
       await expire();
       await reap();
@@ -270,7 +270,7 @@ describe('a row whose lease has ended', () => {
 
     test('does not wait for a stream in which the relay has no entries: the next attempt says why', async () => {
       const [event] = (await expired(1)) as [LeasedEvent];
-      await queues.remove([event.eventId]);
+      await queues.remove(event.eventId);
       await limitedTo(...OWN);
       await reap();
       expect(await readStates(pool)).toEqual(['fresh']);
@@ -279,7 +279,7 @@ describe('a row whose lease has ended', () => {
 
   test('is left alone when another pod asked meanwhile, and its job was made again', async () => {
     const [event] = (await expired(1)) as [LeasedEvent];
-    await queues.remove([event.eventId]);
+    await queues.remove(event.eventId);
     let before: unknown;
     const { seen } = await reap({
       lookup: {
@@ -300,7 +300,7 @@ describe('a row whose lease has ended', () => {
 
   test('is looked for without a transaction: a walk through a long stream takes seconds', async () => {
     const [event] = (await expired(1)) as [LeasedEvent];
-    await queues.remove([event.eventId]);
+    await queues.remove(event.eventId);
     let open: unknown[] = [];
     await reap({
       lookup: {
@@ -321,7 +321,7 @@ describe('a row whose lease has ended', () => {
     await insertEvents(pool, [...someEvents(150), ...someEvents(2, 150, { topic: 'dictionary.word.v1' })]);
     const events: LeasedEvent[] = [];
     while (events.length < 152) events.push(...(await stage.claim()));
-    for (const event of events) await queues.remove([event.eventId]);
+    for (const event of events) await queues.remove(event.eventId);
     await expire();
     const walks: string[] = [];
     await reap({
@@ -343,7 +343,7 @@ describe('a row whose lease has ended', () => {
     const broken = { ...queues, jobFate: () => Promise.reject(new Error('no Redis')) };
     await expect(reap({ queues: broken })).rejects.toThrow('no Redis');
     expect(await everything()).toEqual(before);
-    for (const event of await lookedUp()) await queues.remove([event.eventId]);
+    for (const event of await lookedUp()) await queues.remove(event.eventId);
     const blind = { ...lookup, find: () => Promise.reject(new Error('no Redis')) };
     await expect(reap({ lookup: blind })).rejects.toThrow('no Redis');
     expect(await everything()).toEqual(before);
@@ -360,7 +360,7 @@ describe('a row whose lease has ended', () => {
   test('stays as it is when the epoch is over before the commit: what was found may be lost', async () => {
     const [event] = (await expired(1)) as [LeasedEvent];
     await stage.append(event);
-    await queues.remove([event.eventId]);
+    await queues.remove(event.eventId);
     const before = await everything();
     const losing = {
       ...lookup,
@@ -388,7 +388,7 @@ describe('a dead row whose dead letter is lost', () => {
     [event] = (await expired(1)) as [LeasedEvent];
     await letFail('WRONGTYPE');
     await reap();
-    await queues.remove([event.eventId]);
+    await queues.remove(event.eventId);
     await pool.query('UPDATE identity.outbox SET stream_entry_id = NULL, next_attempt_at = now()');
   });
 
@@ -451,7 +451,7 @@ describe('a dead row whose dead letter is lost', () => {
 
 test('all rows whose lease has ended are asked about in one round, by several pods at once as well', async () => {
   const events = await expired(350);
-  for (const event of events.slice(0, 150)) await queues.remove([event.eventId]);
+  for (const event of events.slice(0, 150)) await queues.remove(event.eventId);
   await Promise.all([reap(), reap(), reap()]);
   const states = await readStates(pool);
   expect(states.filter((it) => it === 'fresh')).toHaveLength(150);

@@ -71,7 +71,7 @@ async function published(events = someEvents(4)): Promise<Appended[]> {
     const entryId = await stage.append(event);
     await outbox.inEpoch((tx) => outbox.markPublished(tx, [{ ...event, entryId }]));
     context.memory.forget([event.eventId]);
-    await context.queues.remove([event.eventId]);
+    await context.queues.remove(event.eventId);
     all.push({ ...event, entryId });
   }
   return all;
@@ -90,7 +90,7 @@ async function dead(): Promise<Appended> {
   await outbox.inEpoch((tx) =>
     outbox.markDead(tx, { id, eventId, attempts: 6, reason: 'WRONGTYPE', entryId }),
   );
-  await context.queues.remove([eventId]);
+  await context.queues.remove(eventId);
   return { ...event, entryId };
 }
 

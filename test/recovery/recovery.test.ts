@@ -16,7 +16,7 @@ beforeEach(() => stage.clear());
 async function failed(count: number): Promise<string[]> {
   await insertEvents(pool, someEvents(count));
   const events = await stage.claim();
-  for (const { eventId } of events) await queues.remove([eventId]);
+  for (const { eventId } of events) await queues.remove(eventId);
   for (const event of events) {
     // One after the other: BullMQ orders them by the time at which they failed.
     const now = Date.now();
