@@ -75,7 +75,7 @@ const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
 ];
 
 let admin: AdminPool;
-/** One connection: plans are kept by each. */
+/** One connection, which stays while the table is filled: plans are kept by each. */
 let relay: pg.Pool;
 const touched = new Map<string, number>();
 /** Pages of the table and its indexes, by statement. */
@@ -84,7 +84,7 @@ const pages = new Map<string, number>();
 beforeAll(async () => {
   const { url, adminUrl } = await createDatabase();
   admin = openAdminPool(adminUrl);
-  relay = openPool(url, { max: 1 });
+  relay = openPool(url, { max: 1, idleTimeoutMillis: 0 });
   await admin.query('ALTER TABLE identity.outbox SET (autovacuum_enabled = off)');
   const rows: number[] = [];
   const outbox = createOutbox(countingRows(relay, rows), { ...OUTBOX_OPTIONS, statementTimeoutMs: 20_000 });
