@@ -62,9 +62,6 @@ export default defineConfig(({ mode }) => ({
     globalSetup: ['test/support/global-setup.ts'],
     sequence: { sequencer: LongestFirst },
     pool: 'forks',
-    // Files share the modules of their worker, which saves a fifth of the quick part's CPU time: no test mocks a module.
-    isolate: false,
-    restoreMocks: true,
     // More than the two cores of a small CI machine: the tests wait for servers, too. The slow ones keep them busy.
     maxWorkers: mode === 'slow' ? 3 : 4,
     // Of the tests in one file that ask for it.

@@ -70,7 +70,7 @@ export function reasonOf(error: unknown): string {
     case '42703':
       return `identity.outbox was made for an older version: run "relay migrate" (${reason})`;
     case '42501':
-      return `${reason}: "relay grants" prints the rights that are needed`;
+      return `${reason}: "relay grants" prints which role needs which rights; dlq replay, dlq discard and prune need the operators’ role in RELAY_DATABASE_URL, migrate the owner’s`;
     default:
       return reason;
   }

@@ -267,7 +267,8 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
               { err: error, route: request.routeOptions.url },
               'a request to the HTTP API failed',
             );
-          return reply.code(status).send({ error: errorText(error) });
+          const text = errorText(error);
+          return reply.code(status).send({ error: isForbidden(error) ? `${text}: ${OPERATORS_ROLE}` : text });
         },
       );
       const limits = { viewer: createLimiter(LIMITS.viewer), operator: createLimiter(LIMITS.operator) };
@@ -305,11 +306,17 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
   );
 }
 
+/** PostgreSQL refuses the relay's role, not the user who asks. */
+const isForbidden = (error: Error): boolean => (error as { code?: string }).code === '42501';
+const OPERATORS_ROLE =
+  'replay and discard need the operators’ role in the RELAY_DATABASE_URL of the relay; "relay grants" prints its rights';
+
 function statusOf(error: Error & { statusCode?: number; validation?: unknown }): number {
   if (error.validation !== undefined || error instanceof CursorError) return 400;
   if (error instanceof NotReadyError || error instanceof BusyError) return 503;
   // It has the format but is out of range, such as a year that PostgreSQL does not have.
   if (UNREADABLE.has((error as { code?: string }).code ?? '')) return 400;
+  if (isForbidden(error)) return 403;
   return error.statusCode !== undefined && error.statusCode < 500 ? error.statusCode : 500;
 }
 

@@ -115,6 +115,8 @@ export function createDeadLetters(deps: {
   async function replayRows(batch: readonly DeadRow[]): Promise<number> {
     const entryIds = await entries.idsOf(eventIdsOf(batch));
     const { locked, closed } = await rows.transaction(async (tx) => {
+      // Who has not the right is refused here, before any job is removed.
+      await rows.revive(tx, [], []);
       const held = await rows.lock(tx, idsOf(batch));
       if (held.length === 0) return { locked: held, closed: [] };
       // The rows of jobs that were left expire: the lease reaper asks what became of these.
@@ -142,6 +144,7 @@ export function createDeadLetters(deps: {
   ): Promise<number> {
     const entryIds = await entries.idsOf(eventIdsOf(batch));
     const { gone, closed, unclear } = await rows.transaction(async (tx) => {
+      await rows.discard(tx, [], reason, by);
       const held = await rows.lock(tx, idsOf(batch));
       const left = await removeJobs(held);
       const clear = held.filter((row) => !left.has(row.eventId));

@@ -1,5 +1,5 @@
 import { Queue } from 'bullmq';
-import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import { beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import { loadConfig } from '../../src/config/load-config.ts';
 import type { Pool } from '../../src/connections/database.ts';
 import { CursorError, toCursor } from '../../src/operations/cursor.ts';
@@ -35,9 +35,13 @@ let redis: AdminRedis;
 let operators: Pool;
 let publish: Queue;
 let deadLetters: DeadLetters;
+let relayUrl: string;
+let redisUrl: string;
 
 beforeAll(async () => {
   const [database, server] = await Promise.all([createDatabase(), createRedis()]);
+  relayUrl = database.url;
+  redisUrl = server.url;
   pool = openAdminPool(database.adminUrl);
   redis = openAdminRedis(server.adminUrl);
   operators = openPool(asRelay(database.url, OPERATOR_ROLE), { max: 4 });
@@ -325,6 +329,23 @@ describe('a replay', () => {
     expect(await deadLetters.replay({ filter: {} }, BY)).toMatchObject({ done: 2 });
     expect(await readStates(pool)).toEqual(['fresh', 'fresh']);
     for (const { eventId } of [lost, other]) expect(await publish.getJob(eventId)).toBeUndefined();
+  });
+
+  test('and a discard by a role that may do neither take no job away', async () => {
+    const event = anEvent();
+    await dead([event]);
+    await failedJob(event.eventId);
+    const pods = openPool(relayUrl);
+    const config = loadConfig({ RELAY_DATABASE_URL: relayUrl, RELAY_REDIS_URL: redisUrl });
+    const connection = openRedis(redisUrl, QUEUE_CONNECTION);
+    const unable = openOperations(config, {
+      ...{ pool: pods, redis: connection, streamRedis: connection, logger: silent },
+    });
+    onTestFinished(unable.close);
+    await expect(unable.deadLetters.replay({ filter: {} }, BY)).rejects.toThrow('permission denied');
+    await expect(unable.deadLetters.discard({ filter: {} }, 'x', BY)).rejects.toThrow('permission denied');
+    expect(await publish.getJobState(event.eventId)).toBe('failed');
+    expect(await readStates(pool)).toEqual(['dead']);
   });
 
   test('looks dead letters up before it holds rows, and takes one away that is written meanwhile', async () => {
