@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { allowing } from '../../src/config/topics.ts';
+import { allowing, createTopicCheck } from '../../src/config/topics.ts';
 
 test.each([
   ['*', ['a', 'identity.user.v1', '🦊'], []],
@@ -20,4 +20,25 @@ test('a pattern of many stars takes no time that anybody would notice', () => {
   const before = performance.now();
   expect(isAllowed('a'.repeat(512))).toBe(false);
   expect(performance.now() - before).toBeLessThan(5_000);
+});
+
+test.each([
+  ['identity.user.v1', null],
+  ['', 'topic is empty'],
+  ['identity.user.v1.dlq', 'topic is the dead-letter stream'],
+  ['bull:relay-publish:wait', 'topic begins with bull:, where BullMQ keeps its keys'],
+  [
+    'identity.user v1',
+    'topic is not 1 to 512 printable characters without white space; it has 16: "identity.user v1"',
+  ],
+  ['billing.v1', 'topic is none that RELAY_ALLOWED_TOPICS allows: "billing.v1"'],
+])('the topic %j: %s', (topic, problem) => {
+  const check = createTopicCheck({
+    ...{
+      dlqStreamName: 'identity.user.v1.dlq',
+      queueKeyPrefix: 'bull:',
+      allowedTopics: 'identity.*, bull:*',
+    },
+  });
+  expect(check(topic)).toBe(problem);
 });

@@ -309,6 +309,19 @@ describe('an operator who ends the epoch', () => {
     expect(await admin.exists(`${KEY}:checker`)).toBe(0);
   });
 
+  test('of another database’s queue ends none', async () => {
+    const pod = startPod();
+    const name = await pod.found();
+    const losses: Loss[] = [];
+    const ending = endEpoch({
+      ...{ redis, key: KEY, timeoutMs: 15_000, database },
+      recover: async (loss) => void losses.push(loss),
+      assertOwner: () => Promise.reject(new Error('belongs to another')),
+    });
+    await expect(ending).rejects.toThrow('belongs to another');
+    expect([await admin.get(KEY), pod.current(), losses]).toEqual([name, name, []]);
+  });
+
   test('waits for another process that compares', async () => {
     const done = deferred();
     const pod = startPod({ recover: () => done.promise });
