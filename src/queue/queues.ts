@@ -173,8 +173,8 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     jobKey: (eventId: string): string => publishJobKey(options, eventId),
 
     /**
-     * Adds one publish job per event, which publish/publish.ts runs; one that is there already is left as it is. A large event that the server does
-     * not take gets a job without its payload, by which it is dead-lettered.
+     * Adds one publish job per event, which publish/publish.ts runs; one that is there already is left as it is. A large
+     * event that the server does not take gets a job without its payload, by which it is dead-lettered.
      * @throws when any of them could not be added (others may have been)
      */
     async addPublishJobs(events: readonly OutboxEvent[]): Promise<void> {

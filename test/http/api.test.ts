@@ -247,6 +247,11 @@ test('a bad cursor is the asker’s fault, a server that is away is not', async 
     status: 503,
     body: { error: 'Redis is away' },
   });
+  fail = Object.assign(new Error('permission denied for table outbox'), { code: '42501' });
+  expect(await call('POST', '/dlq/replay', { all: true })).toEqual({
+    status: 403,
+    body: { error: expect.stringMatching(/^permission denied for table outbox: .*operators’ role/) },
+  });
   fail = new Error('postgres://user:secret@host/db refused');
   const { status, body } = await call('GET', '/dlq');
   expect(status).toBe(500);
