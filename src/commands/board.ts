@@ -2,7 +2,9 @@ import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
 import { openBoard } from '../config/conflicts.ts';
 import { ConfigError } from '../config/load-config.ts';
-import { transaction } from '../connections/database.ts';
+import { asking, transaction } from '../connections/database.ts';
+import { whyNoOperator } from '../connections/database-requirements.ts';
+import { assertOurs } from '../connections/ownership.ts';
 import { inspectRedis, requireTable, waitForServers } from '../connections/preflight.ts';
 import { openServers } from '../connections/servers.ts';
 import { openDashboard } from '../http/dashboard-options.ts';
@@ -34,6 +36,7 @@ const STOP_TIMEOUT_MS = 5_000;
  * The dashboard in a process of its own. It has the connections of a pod and no workers.
  * @throws {ConfigError} when everybody could use it
  * @throws {NotReadyError} when a server cannot be reached in time, or the port is taken
+ * @throws {RequirementError} when the queue belongs to another database
  */
 async function serve(config: RelayConfig): Promise<number> {
   const problems = openBoard(config);
@@ -52,6 +55,10 @@ async function serve(config: RelayConfig): Promise<number> {
       ...{ timeoutMs: startupTimeoutMs, logger },
     });
     await requireTable(pool);
+    for (const it of new Set([queueRedis, streamRedis])) await assertOurs(pool, it, config);
+    const problem = await whyNoOperator(asking(pool, STATEMENT_TIMEOUT_MS), config);
+    if (problem !== undefined)
+      logger.warn({ advice: problem }, 'the dashboard works, but not as well as it could');
     const backlog = createBacklog(servers.httpPool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });
     web = createWebServer({
       host: config.httpHost,

@@ -4,6 +4,7 @@ import type { RelayConfig } from '../config/config.ts';
 import { ConfigError, loadConfig } from '../config/load-config.ts';
 import { unknownVariables } from '../config/unknown-variables.ts';
 import type { Pool } from '../connections/database.ts';
+import { assertOurs } from '../connections/ownership.ts';
 import { createPool } from '../connections/pool.ts';
 import { healthyPool } from '../connections/pool-health.ts';
 import { requireTable, waitForServers } from '../connections/preflight.ts';
@@ -77,20 +78,29 @@ export function reasonOf(error: unknown): string {
 }
 
 const POOL_SIZE = 2;
+/** A person waits. Whatever takes longer is tried again by hand. */
+const ANSWER_WITHIN_MS = 5_000;
 
-/** One connection to each Redis and two to PostgreSQL, for as long as a command of an operator runs. Logs to stderr. */
+/**
+ * One connection to each Redis and two to PostgreSQL, for as long as a command of an operator runs. Logs to stderr.
+ * @throws {NotReadyError} when a server cannot be reached, or the table is not ready
+ * @throws {RequirementError} when the queue belongs to another database, unless `anyOwner`
+ */
 export async function withServers<T>(
   config: RelayConfig,
   command: string,
   work: (servers: { pool: Pool; redis: Redis; streamRedis: Redis; logger: Logger }) => Promise<T>,
+  { anyOwner = false } = {},
 ): Promise<T> {
   const logger = createLogger('warn', process.stderr);
-  const { publishTimeoutMs: commandTimeout, startupTimeoutMs: timeoutMs } = config;
-  const options = { pool: { max: POOL_SIZE }, redis: { ...APPEND_CONNECTION, commandTimeout } };
+  const timeoutMs = Math.min(config.startupTimeoutMs, ANSWER_WITHIN_MS);
+  const redisSettings = { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs };
+  const options = { pool: { max: POOL_SIZE }, redis: redisSettings };
   return withConnections(config, command, options, async ({ pool: ownPool, redis, streamRedis }) => {
     const pool = healthyPool(ownPool, { size: POOL_SIZE, logger });
     await waitForServers({ pool, redis: [redis], streamRedis: [streamRedis], timeoutMs, logger });
     await requireTable(pool);
+    if (!anyOwner) for (const it of new Set([redis, streamRedis])) await assertOurs(pool, it, config);
     return work({ pool, redis, streamRedis, logger });
   });
 }

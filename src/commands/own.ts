@@ -1,13 +1,13 @@
 import type { Command } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
-import { asking } from '../connections/database.ts';
+import { asking, type Pool } from '../connections/database.ts';
 import { describeOwner, isSame, ownerKey, ownerOf } from '../connections/ownership.ts';
 import { readOwner } from '../outbox/owner.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import { forgetEpoch } from '../streams/epoch.ts';
 import { confirmed } from './act.ts';
-import { EXIT, withConfig, withServers } from './command.ts';
+import { type Connections, EXIT, withConfig, withServers } from './command.ts';
 import { print, text } from './terminal.ts';
 
 export function add(command: Command): void {
@@ -29,31 +29,37 @@ export function add(command: Command): void {
 }
 
 const own = (config: RelayConfig, yes: boolean): Promise<number> =>
-  withServers(config, 'relay-own', async ({ pool, redis, streamRedis }) => {
-    const mine = await readOwner(asking(pool, config.publishTimeoutMs));
-    const servers = new Map<Redis, string>([
-      [redis, 'RELAY_REDIS_URL'],
-      ...(streamRedis === redis ? [] : ([[streamRedis, 'RELAY_STREAM_REDIS_URL']] as const)),
-    ]);
-    print(text`This database: ${describeOwner(mine)}.`);
-    for (const [server, variable] of servers) {
-      const there = await ownerOf(server, config);
-      const whose = there === null ? 'nobody' : isSame(mine, there) ? 'this database' : describeOwner(there);
-      print(
-        text`Queue "${config.queueName}" (prefix "${config.queuePrefix}") at ${variable}: belongs to ${whose}.`,
-      );
-    }
-    if (
-      !(await confirmed(
-        text`Make it this database’s, and have every unpublished row looked up in its stream?`,
-        yes,
-      ))
-    )
-      return EXIT.failed;
-    for (const server of servers.keys()) await server.set(ownerKey(config), JSON.stringify(mine));
-    await forgetEpoch(streamRedis, streamOptionsOf(config).epochKey);
+  withServers(config, 'relay-own', (servers) => takeOver(config, yes, servers), { anyOwner: true });
+
+async function takeOver(
+  config: RelayConfig,
+  yes: boolean,
+  { pool, redis, streamRedis }: Pick<Connections, 'redis' | 'streamRedis'> & Readonly<{ pool: Pool }>,
+): Promise<number> {
+  const mine = await readOwner(asking(pool, config.publishTimeoutMs));
+  const servers = new Map<Redis, string>([
+    [redis, 'RELAY_REDIS_URL'],
+    ...(streamRedis === redis ? [] : ([[streamRedis, 'RELAY_STREAM_REDIS_URL']] as const)),
+  ]);
+  print(text`This database: ${describeOwner(mine)}.`);
+  for (const [server, variable] of servers) {
+    const there = await ownerOf(server, config);
+    const whose = there === null ? 'nobody' : isSame(mine, there) ? 'this database' : describeOwner(there);
     print(
-      text`It is this database’s. The pods of this relay go on by themselves; those of another one claim nothing more.`,
+      text`Queue "${config.queueName}" (prefix "${config.queuePrefix}") at ${variable}: belongs to ${whose}.`,
     );
-    return EXIT.done;
-  });
+  }
+  if (
+    !(await confirmed(
+      text`Make it this database’s, and have every unpublished row looked up in its stream?`,
+      yes,
+    ))
+  )
+    return EXIT.failed;
+  for (const server of servers.keys()) await server.set(ownerKey(config), JSON.stringify(mine));
+  await forgetEpoch(streamRedis, streamOptionsOf(config).epochKey);
+  print(
+    text`It is this database’s. The pods of this relay go on by themselves; those of another one claim nothing more.`,
+  );
+  return EXIT.done;
+}

@@ -4,6 +4,7 @@ import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { asking, type Pool } from '../connections/database.ts';
+import { assertOurs } from '../connections/ownership.ts';
 import { lastErrorOf } from '../connections/preflight.ts';
 import { counted } from '../event.ts';
 import { createFigures, entriesAtRisk } from '../operations/figures.ts';
@@ -42,7 +43,7 @@ export function add(command: Command): void {
   command
     .option('--watch [seconds]', `refresh in place, every ${WATCH_SECONDS} s if not told otherwise`, seconds)
     .option('--json', 'print JSON, one object for each look')
-    .addHelpText('after', '\nExits 0 if database and Redis have answered, else 1.')
+    .addHelpText('after', '\nExits 0 if database and Redis have answered and belong together, else 1.')
     .action((options: StatusOptions) => withConfig((config) => runStatus(config, options)));
 }
 
@@ -87,6 +88,10 @@ async function showStatus(
     oldest: backlog.oldest,
     rates: backlog.rates,
     jobState: (eventId) => whenThere(() => queues.jobState(eventId)),
+    assertOurs: () =>
+      whenThere(async () => {
+        for (const it of new Set([redis, streamRedis])) await assertOurs(pool, it, config);
+      }),
     maxInFlight: config.maxInFlight,
     deadlineMs: DEADLINE_MS,
   });
@@ -106,7 +111,8 @@ async function showStatus(
       if (!stop.signal.aborted) found = await status();
     }
   }
-  return found.problems.length === 0 ? EXIT.done : EXIT.failed;
+  const isGood = found.problems.length === 0 && found.wrongDatabase === undefined;
+  return isGood ? EXIT.done : EXIT.failed;
 }
 
 function watchConnection(redis: Redis) {
@@ -153,6 +159,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
     if (lines.length > 0) lines.push(text``);
     lines.push(paint.bold(title), ...rows.map((row) => text`  ${cut(row, width)}`));
   };
+  if (status.wrongDatabase) lines.push(paint.red(status.wrongDatabase));
   for (const problem of status.problems) lines.push(paint.red(`no answer: ${problem}`));
 
   if (backlog) {

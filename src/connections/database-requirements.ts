@@ -52,6 +52,7 @@ export const DATABASE_AT_START: readonly Requirement<OnDatabase>[] = [
   { subject: 'PREPARE TRANSACTION', check: letsPrepare },
   { subject: 'NOTIFY queue', check: hasRoomToNotify },
   { subject: 'producers', check: haveTheirColumns },
+  { subject: 'dashboard', check: dashboardMayAct },
 ];
 
 /** set_config knows all that a claim sets, and a claim uses what is in it. */
@@ -287,4 +288,25 @@ async function haveTheirColumns({ pool }: OnDatabase): Promise<Finding | undefin
   return advice(
     `may insert every column of identity.outbox, also what only the relay can know: ${roles.join(', ')}; run the SQL of "relay grants" again`,
   );
+}
+
+async function dashboardMayAct({ pool, config }: OnDatabase): Promise<Finding | undefined> {
+  const problem = config.board ? await whyNoOperator(pool, config) : undefined;
+  return problem === undefined ? undefined : advice(problem);
+}
+
+/** Why the dashboard could not do what its operators want; undefined where it can, or has viewers alone. */
+export async function whyNoOperator(
+  db: Queryable,
+  { boardUsers }: Pick<RelayConfig, 'boardUsers'>,
+): Promise<string | undefined> {
+  if (boardUsers.length > 0 && boardUsers.every(({ role }) => role === 'viewer')) return undefined;
+  const { rows } = await db.query<{ role: string; may: boolean }>(
+    `SELECT current_user AS role,
+            has_column_privilege('identity.outbox', 'replayed_at', 'UPDATE')
+            AND has_column_privilege('identity.outbox', 'replayed_at', 'INSERT')
+            AND has_column_privilege('identity.outbox', 'discarded_by', 'UPDATE') AS may`,
+  );
+  if (rows[0]?.may !== false) return undefined;
+  return `role ${rows[0].role} may neither replay nor discard, so the dashboard refuses both: let RELAY_DATABASE_URL name a role with the operators’ rights; "relay grants" prints them`;
 }

@@ -62,34 +62,45 @@ export const OWNER_REQUIREMENTS: readonly Requirement<OnBoth>[] = [{ subject: 'o
 
 /** Whether the queue on this Redis is free or belongs to this database. Changes nothing. */
 async function isOurs({ pool, redis, place: queue }: OnBoth): Promise<Finding> {
-  const [mine, there] = await Promise.all([readOwner(asking(pool, ASK_MS)), ownerOf(redis, queue)]);
-  const problem = there && problemOf(mine, there, queue);
+  const { mine, there, problem } = await compareOwners(pool, redis, queue);
   if (problem) return failed(problem);
   return ok(`queue "${queue.queueName}" ${there ? 'belongs to' : 'is free for'} ${describeOwner(mine)}`);
 }
 
 /**
- * Makes this database the owner of the queue on this Redis.
+ * For what works beside the relay. Changes nothing.
+ * @throws {RequirementError} if the queue on this Redis belongs to another database
+ */
+export async function assertOurs(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
+  const { problem } = await compareOwners(pool, redis, queue);
+  if (problem) throw new RequirementError(problem);
+}
+
+/**
+ * Makes this database the owner of the queue on this Redis, if it has none.
  * @throws {RequirementError} if it belongs to another database
  * @throws {NotReadyError} if a server does not answer
  */
 export async function claimQueue(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
-  const [mine, there] = await ownersOf(pool, redis, queue).catch((error) => {
+  const { problem } = await compareOwners(pool, redis, queue, async (mine) => {
+    await redis.set(ownerKey(queue), JSON.stringify(mine), 'NX');
+  }).catch((error) => {
     throw new NotReadyError(`PostgreSQL or Redis does not tell whose the queue is: ${errorText(error)}`, {
       cause: error,
     });
   });
-  const problem = there && problemOf(mine, there, queue);
   if (problem) throw new RequirementError(problem);
 }
 
-/** This database, and the owner of the queue, which is this database if there was none. */
-async function ownersOf(
+/** This database, the owner of the queue on this Redis, and why the queue cannot be used. */
+async function compareOwners(
   pool: Pool,
   redis: Redis,
   queue: QueueName,
-): Promise<[mine: Owner, there: Owner | null]> {
+  first = async (_mine: Owner): Promise<void> => {},
+) {
   const mine = await readOwner(asking(pool, ASK_MS));
-  await redis.set(ownerKey(queue), JSON.stringify(mine), 'NX');
-  return [mine, await ownerOf(redis, queue)];
+  await first(mine);
+  const there = await ownerOf(redis, queue);
+  return { mine, there, problem: there && problemOf(mine, there, queue) };
 }

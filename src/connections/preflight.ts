@@ -4,6 +4,7 @@ import { NotReadyError, pause, withDeadline } from '../lifecycle.ts';
 import { lacks, missingFromTable } from '../outbox/required.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type Pool, transaction } from './database.ts';
+import { sqlState } from './pool-health.ts';
 
 /** Waits for the servers, and asks whether they can do what the relay needs. */
 
@@ -31,10 +32,8 @@ export async function waitForServers(deps: {
   const asksDatabase = () => transaction(pool, LOOK_MS, 'repeatable', (tx) => tx.query('SELECT 1'));
   await Promise.all([
     waitFor('PostgreSQL', 'RELAY_DATABASE_URL', asksDatabase, endsAt, logger),
-    ...redis.map((it) => waitFor('Redis', 'RELAY_REDIS_URL', answers(it), endsAt, logger)),
-    ...streamRedis.map((it) =>
-      waitFor('Redis of the streams', 'RELAY_STREAM_REDIS_URL', answers(it), endsAt, logger),
-    ),
+    waitFor('Redis', 'RELAY_REDIS_URL', answers(redis), endsAt, logger),
+    waitFor('Redis of the streams', 'RELAY_STREAM_REDIS_URL', answers(streamRedis), endsAt, logger),
   ]);
 }
 
@@ -56,16 +55,19 @@ export function lastErrorOf(redis: Redis): () => Error | undefined {
   return () => last;
 }
 
-/** A probe for one connection. While it is not ready, the probe fails with the connection's last error. */
-function answers(redis: Redis): () => Promise<unknown> {
-  const reason = lastErrorOf(redis);
-  return async () => {
-    if (redis.status !== 'ready')
-      await once(redis, 'ready', { signal: AbortSignal.timeout(RETRY_MS) }).catch(() => {
-        throw reason() ?? new Error(`connection is ${redis.status}`);
-      });
-    await redis.ping();
-  };
+/** A probe for the connections to one server. While one is not ready, the probe fails with its last error. */
+function answers(connections: readonly Redis[]): () => Promise<unknown> {
+  const probes = connections.map((redis) => {
+    const reason = lastErrorOf(redis);
+    return async () => {
+      if (redis.status !== 'ready')
+        await once(redis, 'ready', { signal: AbortSignal.timeout(RETRY_MS) }).catch(() => {
+          throw reason() ?? new Error(`connection is ${redis.status}`);
+        });
+      await redis.ping();
+    };
+  });
+  return () => Promise.all(probes.map((probe) => probe()));
 }
 
 async function waitFor(
@@ -83,7 +85,8 @@ async function waitFor(
       return;
     } catch (error) {
       if (Date.now() >= endsAt) {
-        throw new NotReadyError(`${server} cannot be reached (see ${variable}): ${errorText(error)}`);
+        const what = isAnswer(error) ? 'does not let the relay in' : 'cannot be reached';
+        throw new NotReadyError(`${server} ${what} (see ${variable}): ${errorText(error)}`);
       }
       if (Date.now() - loggedAt >= LOG_EVERY_MS) {
         loggedAt = Date.now();
@@ -93,6 +96,10 @@ async function waitFor(
     }
   }
 }
+
+/** Whether the server itself said so, as it does where it refuses a password. */
+const isAnswer = (error: unknown): boolean =>
+  sqlState(error) !== undefined || (error as Error).name === 'ReplyError';
 
 /**
  * Connects a lazy client.

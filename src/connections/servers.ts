@@ -139,6 +139,9 @@ export function openServers(
   );
 
   const connections: Redis[] = [];
+  const streams = streamPlace(config);
+  /** The connections that are lost, by their role: an outage of a server is told once. */
+  const lost = new Map([config, streams].map((place) => [place, new Set<string>()]));
   const connect = (role: string, options: RedisOptions, place: RelayConfig = config): Redis => {
     const all: RedisOptions = {
       socketTimeout: ANSWER_TIMEOUT_MS,
@@ -153,25 +156,24 @@ export function openServers(
         ? deps.redis.duplicate({ ...withoutHabits(deps.redis.options), ...all })
         : openRedis(place, all);
     redis.on('connect', () => collectWrites(redis.stream));
-    let lost = false;
+    const lostThere = lost.get(place) as Set<string>;
     redis.on('error', (error) => {
-      if (!lost)
+      if (lostThere.size === 0)
         logger.warn(
           { err: error, connection: role },
           'no connection to Redis; trying again until it is back',
         );
-      lost = true;
+      lostThere.add(role);
     });
     redis.on('ready', () => {
-      if (lost) logger.warn({ connection: role }, 'the connection to Redis is back');
-      lost = false;
+      if (lostThere.delete(role) && lostThere.size === 0)
+        logger.warn({ connection: role }, 'the connection to Redis is back');
     });
     connections.push(redis);
     return redis;
   };
   const failingFast = { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS };
   const queueRedis = connect('queue', failingFast);
-  const streams = streamPlace(config);
   const pool = healthyPool(deps.pool ?? (ownPool as Pool), { size: config.databasePoolSize, logger });
   return {
     pool,

@@ -268,9 +268,11 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
               'a request to the HTTP API failed',
             );
           const text = errorText(error);
-          return reply.code(status).send({ error: isForbidden(error) ? `${text}: ${OPERATORS_ROLE}` : text });
+          const hint = isForbidden(error) ? OPERATORS_ROLE : status === 415 ? JSON_ALONE : undefined;
+          return reply.code(status).send({ error: hint === undefined ? text : `${text}: ${hint}` });
         },
       );
+      api.removeContentTypeParser('text/plain');
       const limits = { viewer: createLimiter(LIMITS.viewer), operator: createLimiter(LIMITS.operator) };
       for (const route of routesOf(deps)) {
         api.route<{
@@ -310,6 +312,9 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
 const isForbidden = (error: Error): boolean => (error as { code?: string }).code === '42501';
 const OPERATORS_ROLE =
   'replay and discard need the operators’ role in the RELAY_DATABASE_URL of the relay; "relay grants" prints its rights';
+
+/** Forms of other sites can send any other type without asking. */
+const JSON_ALONE = 'send the body as JSON, with Content-Type: application/json';
 
 function statusOf(error: Error & { statusCode?: number; validation?: unknown }): number {
   if (error.validation !== undefined || error instanceof CursorError) return 400;

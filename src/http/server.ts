@@ -77,6 +77,9 @@ export function createWebServer(deps: {
       const { createDashboard } = await import('./dashboard.ts');
       await createDashboard(await dashboard())(scope);
     });
+  } else {
+    for (const url of ['/', '/login', '/board', '/board/*', '/api/*'])
+      app.all(url, async (_request, reply) => reply.code(404).send({ error: NO_DASHBOARD }));
   }
 
   app.get('/livez', async (_request, reply) => {
@@ -132,6 +135,8 @@ export function createWebServer(deps: {
     },
   };
 }
+
+const NO_DASHBOARD = 'there is no dashboard and no API here: set RELAY_BOARD=true, or run "relay board"';
 
 /** Closes the connection: a client that asks again at once must open a new one. */
 const refuseForNow = (reply: FastifyReply, { message, statusCode, retryAfterSeconds }: BusyError) =>

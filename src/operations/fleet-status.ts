@@ -1,5 +1,6 @@
 import { withDeadline } from '../lifecycle.ts';
 import type { OldestRow, Rates } from '../outbox/backlog.ts';
+import { RequirementError } from '../requirement.ts';
 import { errorText } from '../telemetry/logger.ts';
 import type { Figures } from './figures.ts';
 import { type PodSeen, SILENT_AFTER_SECONDS } from './heartbeat.ts';
@@ -16,6 +17,8 @@ export type Status = Readonly<{
   maxInFlight: number;
   /** Since any pod last ran a tick of the claim schedule; null when none has. */
   lastTickSecondsAgo: number | null;
+  /** Where the queue belongs to another database: that it does, and what to do. */
+  wrongDatabase?: string;
   /** What was not answered, and why. */
   problems: readonly string[];
 }>;
@@ -26,6 +29,8 @@ export function createStatus(deps: {
   rates: () => Promise<Rates>;
   /** Where BullMQ has the event's job. */
   jobState: (eventId: string) => Promise<string>;
+  /** Rejects with a RequirementError where the queue belongs to another database. */
+  assertOurs: () => Promise<void>;
   maxInFlight: number;
   /** Longest time for each part. */
   deadlineMs: number;
@@ -38,6 +43,11 @@ export function createStatus(deps: {
         problems.push(`database: ${errorText(error)}`);
         return undefined;
       });
+    const wrongDatabase = withDeadline(deadlineMs, deps.assertOurs()).then(
+      () => undefined,
+      // Any other error is that of a server which does not answer the rest either.
+      (error) => (error instanceof RequirementError ? error.message : undefined),
+    );
     const [figures, rows, rates] = await Promise.all([
       deps.figures(),
       fromDatabase(deps.oldest()),
@@ -54,6 +64,7 @@ export function createStatus(deps: {
           return { ...row, waitsFor: whatFor(row, jobState, figures, maxInFlight) };
         }),
       ));
+    const foreign = await wrongDatabase;
     return {
       at: new Date().toISOString(),
       figures,
@@ -61,6 +72,7 @@ export function createStatus(deps: {
       ...(rates && { rates }),
       maxInFlight,
       lastTickSecondsAgo: lastTick(figures.fleet?.pods ?? []),
+      ...(foreign !== undefined && { wrongDatabase: foreign }),
       problems: [...new Set([...figures.problems, ...problems])],
     };
   };

@@ -10,9 +10,10 @@ import { checkRequirements } from '../../src/connections/requirements.ts';
 import { createRelay } from '../../src/relay.ts';
 import type { RequirementResult } from '../../src/requirement.ts';
 import { startPrivatePostgres } from '../demo/servers.ts';
+import { boardUsers } from '../support/board.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
-import { asRelay, grantLeast, RELAY_USER } from '../support/least-privilege.ts';
+import { asRelay, grantLeast, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
 import { startPod } from '../support/pods.ts';
 import {
   createDatabase,
@@ -269,6 +270,13 @@ describe('advice', () => {
       { RELAY_PUBLISHED_RETENTION: '8640000' },
     ],
     [
+      'a dashboard whose role may neither replay nor discard',
+      'SELECT',
+      'dashboard',
+      /role relay_pod may neither replay nor discard.*relay grants/,
+      { RELAY_BOARD: 'true', RELAY_HTTP_HOST: '127.0.0.1' },
+    ],
+    [
       'no trigger',
       'DROP TRIGGER relay_outbox_wakeup ON identity.outbox',
       'wake-up',
@@ -291,6 +299,15 @@ describe('advice', () => {
       ]);
     });
   }
+});
+
+test('a dashboard with the operators’ role, or with viewers alone, needs no advice', async () => {
+  const { url, adminUrl } = await goodDatabase();
+  const env = { RELAY_BOARD: 'true', RELAY_HTTP_HOST: '127.0.0.1' };
+  const operators = asRelay(adminUrl, OPERATOR_ROLE);
+  expect(await notOk({ ...env, RELAY_DATABASE_URL: operators })).toEqual([]);
+  const [RELAY_BOARD_USERS = ''] = (await boardUsers()).split(' ');
+  expect(await notOk({ ...env, RELAY_DATABASE_URL: url, RELAY_BOARD_USERS })).toEqual([]);
 });
 
 test('too few sessions to listen for notifications are worth advice: the relay works without them', async () => {

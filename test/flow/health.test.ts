@@ -52,6 +52,11 @@ test('the health endpoints of a healthy relay answer 200 and tell what they look
     },
   });
   expect((await fetch(`${pod.url}/nothing-here`)).status).toBe(404);
+  for (const path of ['/', '/board', '/board/queue/relay-publish', '/api/dlq'])
+    expect(await ask(`${pod.url}${path}`)).toMatchObject({
+      status: 404,
+      body: { error: expect.stringContaining('RELAY_BOARD=true') },
+    });
 });
 
 test('the backlog tells rows by state, and is degraded when an event that should be out waits too long', async () => {

@@ -113,6 +113,18 @@ test('a pod that starts while its servers are away waits for them, says so, and 
   expect((await stage.entries()).map(({ fields }) => fields.event_id)).toEqual([event.eventId]);
 });
 
+test('a command says in one line that Redis refuses the password, and does not wait as long as a pod', async () => {
+  const stage = await setStage({ env: { RELAY_STARTUP_TIMEOUT: '600' } });
+  const wrong = new URL(stage.server.url);
+  wrong.password = 'hunter2';
+  const { code, lines } = await stage.command(['dlq', 'list'], { RELAY_REDIS_URL: wrong.href });
+  expect([code, lines]).toEqual([
+    69,
+    [expect.stringMatching(/^relay: Redis does not let the relay in \(see RELAY_REDIS_URL\): WRONGPASS/)],
+  ]);
+  expect(lines.join()).not.toContain('hunter2');
+});
+
 for (const [server, variable] of [
   ['Redis', 'RELAY_REDIS_URL'],
   ['PostgreSQL', 'RELAY_DATABASE_URL'],

@@ -37,6 +37,14 @@ test('the relay of a second database is refused by start and check, and the firs
   const env = { RELAY_DATABASE_URL: second.url };
   expectRefused(await stage.command(['check'], env), 1);
   expectRefused(await stage.command(['start'], env), 78);
+  // So are the commands that would act on the rows of one and the jobs and entries of the other.
+  for (const command of [
+    ['dlq', 'replay', '--all', '--yes'],
+    ['verify', '--since', '1h', '--repair'],
+    ['board'],
+  ])
+    expectRefused(await stage.command(command, env), 78);
+  expectRefused(await stage.command(['status'], env), 1);
   await stage.rested();
   expect((await stage.expectPromisesHeld()).entries).toBe(30);
   // With a queue of its own it may share Redis, and the streams.

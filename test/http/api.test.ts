@@ -99,6 +99,20 @@ test('the list takes filters, a limit and a cursor', async () => {
   ]);
 });
 
+test('a body of another type is refused, and the answer tells which type to send', async () => {
+  for (const type of ['application/x-www-form-urlencoded', 'text/plain', undefined]) {
+    const reply = await app.inject({
+      ...{ method: 'POST', url: '/api/dlq/replay', payload: '{"all": true}' },
+      headers: { 'x-role': 'operator', ...(type && { 'content-type': type }) },
+    });
+    expect([reply.statusCode, reply.json().error]).toEqual([
+      415,
+      expect.stringContaining('Content-Type: application/json'),
+    ]);
+  }
+  expect(asked).toEqual([]);
+});
+
 test('the same groups are asked for once in a second, whoever asks', async () => {
   const answers = await Promise.all(
     Array.from({ length: 10 }, () => call('GET', '/dlq/groups?limit=7', undefined, 'viewer')),
