@@ -17,7 +17,7 @@ import { createClock, redisTime } from './queue/clock.ts';
 import { openQueues } from './queue/queues.ts';
 import { createRecovery } from './recovery/recovery.ts';
 import { createLogger, type Logger } from './telemetry/logger.ts';
-import { type Tracing, untraced } from './telemetry/tracing.ts';
+import { isTracerRegistered, type Tracing, untraced } from './telemetry/tracing.ts';
 import { VERSION } from './version.ts';
 
 /** What an embedding program may give. The relay never closes it. */
@@ -61,8 +61,9 @@ export type Relay = Readonly<{
   metrics(): Promise<string>;
 }>;
 
-/** Imports OpenTelemetry only when a relay may trace: the import is slow. */
+/** Imports OpenTelemetry only where there is a tracer: the import is slow. */
 async function tracingOf(config: RelayConfig): Promise<Tracing> {
+  if (!isTracerRegistered()) return untraced;
   const { createTracing } = await import('./telemetry/spans.ts');
   return createTracing(VERSION, config.dlqStreamName);
 }

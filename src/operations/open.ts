@@ -35,8 +35,6 @@ export function openOperations(
   const lookup = createLookup(streamRedis, streamOptions);
   const queues = servers.queues ?? createQueues(redis, config, logger);
   const { pollIntervalMs } = config;
-  /** Made when it is needed: compiling the schemas takes longer than most commands. */
-  let problemOf: ReturnType<typeof createProblemOf> | undefined;
   const tally = createTally(logger);
   return {
     deadLetters: createDeadLetters({
@@ -54,10 +52,7 @@ export function openOperations(
     }),
     republish: createRepublish({
       published: createPublished(pool, options),
-      problemOf(event) {
-        problemOf ??= createProblemOf(rulesOf(config, tally));
-        return problemOf(event);
-      },
+      problemOf: createProblemOf(rulesOf(config, tally)),
       republisher: createRepublisher(streamRedis, streamOptions),
       logger,
     }),

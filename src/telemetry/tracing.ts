@@ -43,3 +43,12 @@ export function tracesWanted(env: Readonly<Record<string, string | undefined>>):
   if (exporter !== '') return exporter !== 'none';
   return value('OTEL_EXPORTER_OTLP_ENDPOINT') !== '' || value('OTEL_EXPORTER_OTLP_TRACES_ENDPOINT') !== '';
 }
+
+/**
+ * Whether a program has registered a tracer. OpenTelemetry itself is not loaded for the question: its API keeps what is
+ * registered under this symbol, so that several copies of it share one.
+ */
+export function isTracerRegistered(): boolean {
+  const registered = (globalThis as Record<symbol, unknown>)[Symbol.for('opentelemetry.js.api.1')];
+  return (registered as { trace?: unknown } | undefined)?.trace !== undefined;
+}
