@@ -2,7 +2,7 @@
 import type { Command as Program } from 'commander';
 
 await import('./commands/signals.ts');
-const { Command } = await import('commander');
+const { Command, Help } = await import('commander');
 const { cleanLines, endWithTheReader } = await import('./commands/terminal.ts');
 const { VERSION } = await import('./version.ts');
 
@@ -43,6 +43,11 @@ const program = new Command('relay')
   .description('Outbox relay: publishes domain events from PostgreSQL to Redis Streams, by way of BullMQ.')
   .version(VERSION)
   .configureOutput({ outputError: (message, write) => write(cleanLines(message)) })
+  .configureHelp({
+    optionDescription: (option) =>
+      `${new Help().optionDescription(option)}${option.mandatory ? ' (required)' : ''}`,
+  })
+  .showHelpAfterError('See "relay --help" or "relay <command> --help".')
   .addHelpText(
     'after',
     `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready,\n            78 wrong configuration.`,
@@ -61,5 +66,16 @@ for (const [name, about] of Object.entries(COMMANDS)) {
   const command = program.command(name).description(about);
   if (name === named) (await LOAD[name as Name]()).add(command);
 }
+// That of commander takes one name: "relay help dlq replay" would print the help of dlq.
+program
+  .command('help')
+  .description('display help for command')
+  .argument('[command...]')
+  .action((names: string[]) => {
+    let at = program;
+    for (const name of names)
+      at = at.commands.find((it) => it.name() === name) ?? at.error(`error: unknown command '${name}'`);
+    at.help();
+  });
 
 await program.parseAsync();

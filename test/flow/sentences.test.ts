@@ -66,7 +66,12 @@ test('a sentence that helps, each', async () => {
     [['hash-password', 'alice'], 1, /--role viewer \(look\), or --role operator \(replay/],
     [['--version'], 0, new RegExp(`^${VERSION.replaceAll('.', '\\.')}$`, 'm')],
     [['help', 'verify'], 0, /--repair/],
-    [['verfy'], 1, /unknown command 'verfy'[\s\S]*Did you mean verify/],
+    [['help', 'dlq', 'replay'], 0, /^Usage: relay dlq replay /],
+    [['help', 'dlq', 'nonsense'], 1, /unknown command 'nonsense'[\s\S]*See "relay --help"/],
+    [['verfy'], 1, /unknown command 'verfy'[\s\S]*Did you mean verify[\s\S]*See "relay --help"/],
+    [['verify', '--help'], 0, /7d\) \(required\)\n +--until <when> +up to then \(default: now\)$/m],
+    [['dlq', 'discard', '--help'], 0, /--reason .*\(required\)/],
+    [['dlq', 'discard', '--all'], 1, /required option '--reason <text>' not specified\nSee "relay --help"/],
   ];
   for (const [args, code, said, env] of cases) {
     const result = await stage.command(args, env);
