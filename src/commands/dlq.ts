@@ -58,7 +58,11 @@ export const eventFilters = (command: Command): Command =>
 
 const filters = (command: Command): Command =>
   eventFilters(command)
-    .option('--error <text>', 'only errors that contain this, in any case')
+    .option(
+      '--error <text>',
+      'only errors that contain this, in any case; # stands for numbers and ids, as in list --group',
+      (given) => given.replace(/…$/, ''), // copied from a line that was cut
+    )
     .option('--since <when>', `given up from then on: ${WHEN}`, when)
     .option('--until <when>', 'given up to then', when)
     .option('--pruned', 'those whose row is gone, from the dead-letter stream, instead');

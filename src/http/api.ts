@@ -50,7 +50,7 @@ const flag = (description: string) => ({ type: 'boolean', default: false, descri
 const published = { eventType: text, topic: text, aggregateType: text, aggregateId: uuid };
 const filter = {
   ...published,
-  error: { ...text, description: 'part of the error, in any case' },
+  error: { ...text, description: 'part of the error, in any case; # stands for numbers and ids' },
   since: time,
   until: time,
 };

@@ -1,10 +1,11 @@
 import { counted, isUuid, type OutboxEvent } from '../event.ts';
-import type {
-  DeadLetter,
-  DeadLetterFilter,
-  DeadLetterPlace,
-  DeadRows,
-  RowState,
+import {
+  type DeadLetter,
+  type DeadLetterFilter,
+  type DeadLetterPlace,
+  type DeadRows,
+  NUMBERS_AND_IDS,
+  type RowState,
 } from '../outbox/dead-rows.ts';
 import type { JobView, Queues } from '../queue/queues.ts';
 import type { DeadEntries, DeadEntry } from '../streams/dead-entries.ts';
@@ -140,6 +141,8 @@ function inOrderOfTime(moments: readonly [string | null | undefined, string][]) 
     .toSorted((a, b) => (a.at < b.at ? -1 : a.at > b.at ? 1 : 0));
 }
 
+const NUMBERS = new RegExp(NUMBERS_AND_IDS, 'g');
+
 function matches(filter: DeadLetterFilter, entry: DeadEntry): boolean {
   const { eventType, topic, aggregateType, aggregateId, error, since, until } = filter;
   const failedAt = Date.parse(entry.failedAt);
@@ -148,7 +151,10 @@ function matches(filter: DeadLetterFilter, entry: DeadEntry): boolean {
     (topic === undefined || entry.topic === topic) &&
     (aggregateType === undefined || entry.aggregateType === aggregateType) &&
     (aggregateId === undefined || entry.aggregateId === aggregateId.toLowerCase()) &&
-    (error === undefined || entry.error.toLowerCase().includes(error.toLowerCase())) &&
+    (error === undefined ||
+      [entry.error, entry.error.replaceAll(NUMBERS, '#')].some((it) =>
+        it.toLowerCase().includes(error.toLowerCase()),
+      )) &&
     (since === undefined || failedAt >= Date.parse(since)) &&
     (until === undefined || failedAt <= Date.parse(until))
   );

@@ -16,7 +16,7 @@ export type DeadLetterFilter = Readonly<{
   aggregateType?: string;
   /** uuid */
   aggregateId?: string;
-  /** Part of the error message, in any case. */
+  /** Part of the error message, in any case; of that with `#` for numbers and ids as well, as groups have it. */
   error?: string;
   /** Given up at or after, and at or before; ISO 8601. */
   since?: string;
@@ -92,7 +92,9 @@ const ERROR_SHOWN = 300;
  */
 const MOST_CHARACTERS = 2_000;
 const cut = (text: string, characters = MOST_CHARACTERS) => `left((${text})::text, ${characters})`;
-const NUMBERS_AND_IDS = '[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9]+';
+/** In the language of both PostgreSQL and JavaScript. */
+export const NUMBERS_AND_IDS = '[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9]+';
+const folded = (text: string) => `regexp_replace(${text}, '${NUMBERS_AND_IDS}', '#', 'g')`;
 
 /** Asked of a row that is looked up by its id: no partial index shall seem to answer it. See STILL_LIVE in conditions.ts. */
 const STILL_DEAD = (row: string) =>
@@ -105,7 +107,8 @@ const isoOrNull = (time: string) => `CASE WHEN isfinite(${time}) THEN ${iso(time
 const MATCHING = `${DEAD('o')}
   AND ($2::text IS NULL OR o.event_type = $2) AND ($3::text IS NULL OR coalesce(o.topic, $1) = $3)
   AND ($4::text IS NULL OR o.aggregate_type = $4) AND ($5::uuid IS NULL OR o.aggregate_id = $5)
-  AND ($6::text IS NULL OR strpos(lower(${cut('o.error_message')}), lower($6)) > 0)
+  AND ($6::text IS NULL OR strpos(lower(${cut('o.error_message')}), lower($6)) > 0
+       OR strpos(lower(${folded(cut('o.error_message'))}), lower($6)) > 0)
   AND o.dead_lettered_at >= coalesce($7::timestamptz, '-infinity')
   AND o.dead_lettered_at <= coalesce($8::timestamptz, 'infinity')`;
 
@@ -193,7 +196,7 @@ export function createDeadRows(
       read(
         `SELECT g.error, g.count, ${iso('g.first')} AS "first", ${iso('g.last')} AS "last",
                 (SELECT event_id FROM identity.outbox WHERE id = g.example) AS "example", g.types AS "eventTypes"
-         FROM (SELECT left(regexp_replace(${cut("coalesce(o.error_message, '')")}, '${NUMBERS_AND_IDS}', '#', 'g'), ${ERROR_SHOWN}) AS error,
+         FROM (SELECT left(${folded(cut("coalesce(o.error_message, '')"))}, ${ERROR_SHOWN}) AS error,
                       count(*)::int AS count, min(o.dead_lettered_at) AS first, max(o.dead_lettered_at) AS last,
                       max(o.id) AS example,
                       (array_agg(DISTINCT ${printable(cut('o.event_type', 200))}))[1:${EVERY_TYPE_SHOWN}] AS types

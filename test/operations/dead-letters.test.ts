@@ -213,6 +213,16 @@ describe('the list', () => {
     ]);
     expect(await deadLetters.groups({}, 1)).toHaveLength(1);
     expect(await deadLetters.groups({ error: 'gone' })).toHaveLength(1);
+    // The text of a group finds all of its events.
+    const letters = async (error: string, pruned: boolean) =>
+      (await deadLetters.list({ error }, { pruned })).letters;
+    for (const pruned of [false, true]) {
+      if (pruned) await pool.query('DELETE FROM identity.outbox');
+      expect(await letters('event has # BYTES', pruned)).toHaveLength(3);
+      expect(await letters('event has 100 bytes', pruned)).toHaveLength(1);
+      expect(await letters('user # is gone', pruned)).toHaveLength(1);
+      expect(await letters('user 7 is gone', pruned)).toEqual([]);
+    }
   });
 });
 
