@@ -60,10 +60,14 @@ const PASSES =
   /\b(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED)\b/;
 const REFUSES = /\b(NOPERM|NOAUTH|WRONGPASS)\b|cluster support disabled/;
 
+/** Some answers of Redis end with a full stop. */
+const withRemedy = (error: unknown, remedy: string): string =>
+  `${errorText(error).replace(/\.$/, '')}: ${remedy}`;
+
 export function redisFinding(error: unknown): Finding {
   const { name, message } = error as Error;
   const remedy = REMEDIES.find(([answer]) => answer.test(message))?.[1];
-  const text = `${errorText(error)}${remedy === undefined ? '' : `: ${remedy}`}`;
+  const text = remedy === undefined ? errorText(error) : withRemedy(error, remedy);
   const isAnswer = name === 'ReplyError' || REFUSES.test(message);
   return isAnswer && !PASSES.test(message) ? failed(text) : failedFor('soon', text);
 }
@@ -73,7 +77,7 @@ const OTHERS = ['valkey', 'dragonfly', 'keydb', 'kvrocks', 'garnet', 'upstash', 
 
 async function isRecent({ redis, variable }: OnRedis): Promise<Finding> {
   await connected(redis, CONNECT_TIMEOUT_MS).catch((error: Error) => {
-    throw error.name === 'ReplyError' ? error : new Error(`${errorText(error)}: see ${variable}`);
+    throw error.name === 'ReplyError' ? error : new Error(withRemedy(error, `see ${variable}`));
   });
   const info = await infoOf(redis);
   if (info('redis_mode') === 'sentinel')

@@ -459,6 +459,15 @@ describe('a Redis that will not do fails', () => {
     await failsWith({ RELAY_REDIS_URL: redis.url }, 'streams', /identity\.user\.v1.*RELAY_STREAM_NAME/);
   });
 
+  test('one that refuses the password', async () => {
+    const { url } = await goodRedis();
+    await failsWith(
+      { RELAY_REDIS_URL: url.replace(/:[^:]*@/, ':wrong@') },
+      'Redis',
+      /WRONGPASS[^:]*\w: see user/,
+    );
+  });
+
   test('a user without its rights', async () => {
     const redis = await createRedis();
     await openAdminRedis(redis.adminUrl).call('ACL', 'SETUSER', RELAY_USER, '-xadd');
