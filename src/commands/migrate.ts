@@ -22,11 +22,18 @@ type MigrateOptions = Readonly<{ notify: boolean; grants?: boolean }>;
 
 const GRANTEES = { role: 'relay', operator: 'relay_operator', producer: 'producer' };
 
+const NOT_GRANTED =
+  'the table is migrated, but no rights were given: --grants needs the roles relay, relay_operator and producer ("relay grants" takes other names)';
+
 async function runMigration(config: RelayConfig, { notify, grants }: MigrateOptions): Promise<number> {
   const logger = createLogger(config.logLevel);
   await migrateDatabase(config, notify, logger, async (client) => {
     if (!grants) return;
-    await client.query(databaseGrants(config, GRANTEES));
+    try {
+      await client.query(databaseGrants(config, GRANTEES));
+    } catch (cause) {
+      throw new Error(NOT_GRANTED, { cause });
+    }
     logger.info(GRANTEES, 'the roles have their rights');
   });
   return EXIT.done;

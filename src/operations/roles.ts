@@ -49,6 +49,7 @@ export function databaseGrants(
   const [relay, operators, producers] = [identifier(role), identifier(operator), identifier(producer)];
   const deletes = config.publishedRetentionMs > 0;
   return [
+    `-- The roles ${relay}, ${operators} and ${producers} must exist; "relay grants --help" says how to name others.`,
     'BEGIN;',
     `REVOKE ALL ON identity.outbox FROM ${relay}, ${operators}, ${producers};`,
     `GRANT USAGE ON SCHEMA identity TO ${relay};`,

@@ -8,6 +8,7 @@ import { VERSION } from '../../src/version.ts';
 import { cleanEnvironment } from '../demo/pod.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { setStage } from '../support/flow.ts';
+import { startPod } from '../support/pods.ts';
 import { createDatabase } from '../support/servers.ts';
 
 /** What the command line says to somebody who asks for something that is not to be had. */
@@ -97,6 +98,15 @@ test('before relay migrate every command says what to do, and names no figure th
     expect(printed).toContain('run "relay migrate"');
     expect(printed).not.toMatch(/no answer/);
   }
+});
+
+test('relay migrate --grants says which roles to create, and what it has done without them', async () => {
+  const { adminUrl } = await createDatabase({ template: false });
+  const { exited, lines } = await startPod({ RELAY_DATABASE_URL: adminUrl }, ['migrate', '--grants']);
+  expect((await exited).code).toBe(1);
+  expect(lines.at(-1)).toMatch(
+    /^relay: the table is migrated, but no rights were given: --grants needs the roles relay, relay_operator and producer \("relay grants" takes other names\): role "\w+" does not exist$/,
+  );
 });
 
 test('progress that comes to its end says 100 %', async () => {
