@@ -1,8 +1,8 @@
 import { userInfo } from 'node:os';
-import { createInterface } from 'node:readline/promises';
+import { createInterface, type Interface } from 'node:readline/promises';
 import { Presets, SingleBar } from 'cli-progress';
 import { signalled } from './signals.ts';
-import { print, type Text, text } from './terminal.ts';
+import { print, printError, type Text, text } from './terminal.ts';
 
 /** What commands that change something share: who runs them, a question before, progress, and an orderly end. */
 
@@ -23,6 +23,14 @@ function systemUser(): string {
   }
 }
 
+/** At a question, readline takes Ctrl-C: it has to end the process as it does elsewhere. */
+export function endOnInterrupt(terminal: Interface): void {
+  terminal.on('SIGINT', () => {
+    printError(text``); // leaves the line of the question
+    process.emit('SIGINT', 'SIGINT');
+  });
+}
+
 /**
  * Asks in a terminal. Elsewhere nobody could answer: a script has to say `--yes`.
  * @throws where there is neither a terminal nor `--yes`
@@ -31,6 +39,7 @@ export async function confirmed(question: Text, yes: boolean): Promise<boolean> 
   if (yes) return true;
   if (!process.stdin.isTTY) throw new Error(`${question.value} There is no terminal to ask in: say --yes`);
   const terminal = createInterface({ input: process.stdin, output: process.stderr });
+  endOnInterrupt(terminal);
   try {
     const answer = await terminal.question(`${question.value} [y/N] `);
     if (/^y(es)?$/i.test(answer.trim())) return true;

@@ -5,6 +5,7 @@ import { type Command, InvalidArgumentError, Option } from 'commander';
 import { entryOf, ROLES, type Role, USER_NAME } from '../config/board-users.ts';
 import { counted } from '../event.ts';
 import { hashPassword } from '../http/passwords.ts';
+import { endOnInterrupt } from './act.ts';
 import { EXIT, fail } from './command.ts';
 import { print, text } from './terminal.ts';
 
@@ -52,16 +53,15 @@ function userName(name: string): string {
 async function ask(): Promise<string> {
   const unseen = new Writable({ write: (_chunk, _encoding, done) => done() });
   const terminal = createInterface({ input: process.stdin, output: unseen, terminal: true });
-  const onInterrupt = new AbortController();
-  terminal.on('SIGINT', () => onInterrupt.abort());
+  endOnInterrupt(terminal);
   const question = async (prompt: string): Promise<string> => {
     process.stderr.write(prompt);
-    const answer = await terminal.question('', { signal: onInterrupt.signal });
+    const answer = await terminal.question('');
     process.stderr.write('\n');
     return answer;
   };
   try {
-    const password = await question('Password: ');
+    const password = await question(`Password (at least ${MIN_CHARACTERS} characters): `);
     if ((await question('Again: ')) !== password) throw new Error('the two are not the same');
     return password;
   } finally {

@@ -1,8 +1,11 @@
+import { spawn } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
+import { once } from 'node:events';
 import { readdir, readFile } from 'node:fs/promises';
 import { userInfo } from 'node:os';
 import { join } from 'node:path';
-import { expect, inject, test } from 'vitest';
+import { expect, inject, onTestFinished, test } from 'vitest';
+import { cleanEnvironment } from '../demo/pod.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, setStage } from '../support/flow.ts';
 import { waitFor } from '../support/wait.ts';
@@ -211,4 +214,20 @@ test('what is listed fits the terminal, ids are whole, times have their zone; a 
     const { lines } = await stage.command(args);
     for (const it of [...short, ...whole]) expect(lines.join('\n')).toContain(it);
   }
+});
+
+test('a question says what it wants, and Ctrl-C at it ends the command without a word: exit 130', async () => {
+  const command = `"${process.execPath}" dist/cli.js hash-password alice --role viewer`;
+  const child = spawn('script', ['-qec', command, '/dev/null'], {
+    ...{ cwd: inject('root'), env: cleanEnvironment() },
+  });
+  onTestFinished(() => void child.kill('SIGKILL'));
+  const ended = once(child, 'close');
+  let output = '';
+  child.stdout.on('data', (chunk: Buffer) => (output += chunk.toString()));
+  await waitFor(() => output.includes('Password (at least 12 characters): '), { what: 'the question' });
+  child.stdin.write('\x03');
+  const [code] = await ended;
+  expect(output.trim()).toBe('Password (at least 12 characters):');
+  expect(code).toBe(130);
 });
