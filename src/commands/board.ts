@@ -95,5 +95,6 @@ async function serve(config: RelayConfig): Promise<number> {
     phase = 'stopping';
     await succeedsWithin(STOP_TIMEOUT_MS, web?.stop() ?? Promise.resolve());
     await succeedsWithin(STOP_TIMEOUT_MS, servers.close());
+    logger.info({}, 'stopped');
   }
 }

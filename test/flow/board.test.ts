@@ -297,6 +297,7 @@ test('the board alone asks nothing of another host, under a path of a proxy as w
   });
   expect(await stage.count('published OR next_attempt_at IS NOT NULL'), 'rows that it took').toBe(0);
   expect(await alone.kill('SIGTERM')).toMatchObject({ code: 0 });
+  expect(alone.logs().at(-1)).toMatchObject({ level: 'info', msg: 'stopped' });
 });
 
 test('the board does not start where everybody could use it', async () => {
