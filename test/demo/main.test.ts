@@ -166,11 +166,12 @@ test.concurrent('a long run says what to try, and that works; another event fail
   expect(await (await fetch(metrics ?? '')).text()).toContain('relay_');
   expect(await run('node dist/cli.js status')).toMatch(/running .*jobs in progress/);
   await says(demo, /dead .*#8 /);
-  const [, port, topic] = await says(demo, /redis-cli -p (\d+) DEL (\S+);/);
+  const [, port, topic, replay] = await says(demo, /mend #8 .* -p (\d+) DEL (\S+); (node .*)/);
   const redis = new Redis(Number(port), '127.0.0.1');
   expect(await redis.del(topic ?? '')).toBe(1);
-  expect(await run('node dist/cli.js dlq replay --all --yes')).toMatch(/replayed \d+ dead letters?\./);
+  expect(await run(`${replay} --yes`)).toMatch(/replayed 1 dead letter\./);
   await waitFor(() => redis.xlen(topic ?? ''), { what: 'the entry of what was mended' });
+  await says(demo, /replayed .*#8 .*its entry is in demo\.broken-8\.v1/);
   redis.disconnect();
   await says(demo, /dead [\s\S]*dead .*given up after 3 attempts/);
 
@@ -230,7 +231,7 @@ test.concurrent('without a Redis server it says in one line how to get one', asy
 test.concurrent('--help describes the options, and a wrong one is named', async () => {
   const help = await startDemo(['--help']);
   expect(await help.exited).toEqual({ code: 0 });
-  expect(help.output()).toMatch(/--events [\s\S]*--rate [\s\S]*--pods /);
+  expect(help.output()).toMatch(/--events [\s\S]*does\s+not say what to try[\s\S]*--rate [\s\S]*--pods /);
 
   const wrong = await startDemo(['--events', 'many']);
   expect(await wrong.exited).toEqual({ code: 1 });

@@ -11,7 +11,7 @@ import { gradeLedger } from './ledger.ts';
 import { TOPIC } from './sample.ts';
 import { createScreen, type Screen } from './screen.ts';
 import { DLQ_STREAM, type Stack, startStack } from './stack.ts';
-import { createTraffic } from './traffic.ts';
+import { brokenTopic, createTraffic, FIRST_FAILING } from './traffic.ts';
 
 const DEFAULT_EVENTS = 200;
 const WATCHING_RATE_PER_S = 6;
@@ -38,7 +38,7 @@ const options = new Command('npm run demo --')
   )
   .option(
     '--events <number>',
-    `stop after so many events (without a terminal: ${DEFAULT_EVENTS})`,
+    `stop after so many events (without a terminal: ${DEFAULT_EVENTS}); a run of up to ${WORTH_TRYING_S} s does not say what to try`,
     wholeNumber(10, 200_000),
   )
   .option(
@@ -136,6 +136,7 @@ async function run(stack: Stack, events: number, ratePerSecond: number, screen: 
 
 function suggest({ databaseUrl, redisUrl, httpUrl, operator }: Stack, screen: Screen): void {
   const redisCli = `redis-cli -p ${new URL(redisUrl).port}`;
+  const topic = brokenTopic(FIRST_FAILING);
   screen.toTry('Try, in another terminal, while this runs', [
     ['dashboard', `${httpUrl}/board  (name ${operator.name}, password ${operator.password})`],
     ['metrics', `curl ${httpUrl}/metrics`],
@@ -144,7 +145,8 @@ function suggest({ databaseUrl, redisUrl, httpUrl, operator }: Stack, screen: Sc
     ['the relay', `export RELAY_DATABASE_URL='${databaseUrl}' RELAY_REDIS_URL='${redisUrl}'`],
     ['', 'node dist/cli.js status'],
     ['', 'node dist/cli.js dlq list'],
-    ['mend', `${redisCli} DEL demo.broken-8.v1; node dist/cli.js dlq replay --all`],
+    [`mend #${FIRST_FAILING}`, `${redisCli} DEL ${topic}; node dist/cli.js dlq replay --topic ${topic}`],
+    ['mend others', 'likewise: each has a topic with its number'],
   ]);
 }
 

@@ -80,6 +80,8 @@ export function createScreen(out: NodeJS.WriteStream) {
       happening(
         `  ${red('dead     ')} ${event(shown)} ${red(`given up after ${attempts} attempts: now in ${stream}`)}`,
       ),
+    replayed: (shown: Shown, stream: string): void =>
+      happening(`  ${green('replayed ')} ${event(shown)} ${green(`its entry is in ${stream}`)}`),
     doubled: (shown: Shown): void => happening(`  ${red('DOUBLED  ')} ${event(shown)}`),
 
     /** Names and what to type, to be copied: never cut. */

@@ -10,7 +10,9 @@ import { type SampleEvent, sampleEvent, TOPIC } from './sample.ts';
 import type { Screen, Shown } from './screen.ts';
 
 /** The first event that fails; the next one is of the same user and has to wait for it. */
-const FIRST_FAILING = 8;
+export const FIRST_FAILING = 8;
+/** One of its own for each event that fails: whoever tries the relay may have mended the one before. */
+export const brokenTopic = (number: number): string => `demo.broken-${number}.v1`;
 /** So long after an event was given up another one fails. */
 const FAILS_AGAIN_MS = 15_000;
 /** So many events have lines of their own; after that, what was lately is summed up. */
@@ -65,6 +67,7 @@ export function createTraffic(options: TrafficOptions): Traffic {
   const isShown = ({ number }: Shown) => isReadable && number <= SHOWN_EVENTS;
   const tracked = new Map<string, Tracked>();
   const onTheirWay = new Map<string, Tracked>();
+  const dead = new Map<string, Tracked>();
   const latenciesMs: number[] = [];
   const users = createUsers();
   let written = 0;
@@ -96,8 +99,7 @@ export function createTraffic(options: TrafficOptions): Traffic {
     const event = part === 'plain' ? users.next() : users.nextOfUnlucky();
     const tracked = { number, part, event, eventType: event.eventType, who: whoIs(event) };
     if (part === 'fails') {
-      // One of its own each time: whoever tries the relay may mend the one before.
-      event.topic = `demo.broken-${number}.v1`;
+      event.topic = brokenTopic(number);
       failing = tracked;
       failingEndedAt = undefined;
     }
@@ -142,7 +144,7 @@ export function createTraffic(options: TrafficOptions): Traffic {
   }
 
   async function observe(stop: AbortSignal): Promise<void> {
-    await Promise.all([consume(stop), watchFailingRow(stop), watchProgress(stop)]);
+    await Promise.all([consume(stop), watchFailingRow(stop), watchReplays(stop), watchProgress(stop)]);
   }
 
   async function consume(stop: AbortSignal): Promise<void> {
@@ -216,6 +218,24 @@ export function createTraffic(options: TrafficOptions): Traffic {
     // The last failure and the dead letter come too close together to be seen on the row one after the other.
     screen.attemptFailed(item, Number(attempts), field(fields, 'error_message'), undefined);
     screen.deadLetter(item, dlqStream, attempts);
+    dead.set(item.event.eventId, item);
+  }
+
+  /** Whoever tries the relay may mend and replay what is dead. */
+  async function watchReplays(stop: AbortSignal): Promise<void> {
+    while (!stop.aborted) {
+      const { rows } = await pool.query<{ event_id: string }>(
+        `SELECT event_id FROM identity.outbox
+          WHERE event_id = ANY ($1) AND published AND dead_lettered_at IS NULL`,
+        [[...dead.keys()]],
+      );
+      for (const { event_id: eventId } of rows) {
+        const item = dead.get(eventId);
+        if (item !== undefined) screen.replayed(item, item.event.topic ?? TOPIC);
+        dead.delete(eventId);
+      }
+      await delay(WATCH_MS);
+    }
   }
 
   /** Shows each failed attempt as the row tells it, as any operator could read it. */
