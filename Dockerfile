@@ -5,9 +5,9 @@ COPY package.json package-lock.json ./
 # No install scripts: what they would fetch (servers for the demo and the tests) is not needed here.
 FROM base AS build
 RUN npm ci --ignore-scripts --no-audit --no-fund
-COPY tsconfig.json ./
+COPY tsconfig.json .bundle.mjs ./
 COPY src ./src
-RUN npm run build -- --declaration false && chmod +x dist/cli.js
+RUN npm run build && find dist -name '*.d.ts' -delete
 
 FROM base AS dependencies
 # What no pod needs: the compiler, which comes along because a library names it as an optional peer, source maps, types.

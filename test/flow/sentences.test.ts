@@ -2,10 +2,12 @@ import { execFile } from 'node:child_process';
 import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { expect, inject, onTestFinished, test } from 'vitest';
 import { VERSION } from '../../src/version.ts';
 import { cleanEnvironment } from '../demo/pod.ts';
+import { modulesIn } from '../support/bundle.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { setStage } from '../support/flow.ts';
 import { startPod } from '../support/pods.ts';
@@ -153,19 +155,14 @@ test('help and version load neither a client of a server nor a command', async (
     await promisify(execFile)(process.execPath, [cli, ...args], {
       env: { ...cleanEnvironment(), NODE_V8_COVERAGE: coverage },
     }).catch((error) => expect(error.code).toBe(1)); // no command: help, on stderr
-  const loaded = new Set<string>();
+  const files = new Set<string>();
   for (const file of await readdir(coverage)) {
     const { result } = JSON.parse(await readFile(join(coverage, file), 'utf8'));
-    for (const { url } of result)
-      if (url.startsWith('file:')) loaded.add(url.replace(/.*\/(dist|node_modules)\//, ''));
+    for (const { url } of result) if (url.startsWith('file:')) files.add(fileURLToPath(url));
   }
-  expect(loaded).toContain('cli.js');
-  expect(
-    [...loaded].filter(
-      (it) =>
-        !/^(commander\/|cli\.js|version\.js|commands\/(terminal|signals)\.js|config\/printable\.js|picocolors\/)/.test(
-          it,
-        ),
-    ),
-  ).toEqual([]);
+  const loaded = new Set((await Promise.all([...files].map(modulesIn))).flat());
+  expect([...loaded].toSorted()).toEqual([
+    ...['commander', 'picocolors', 'src/cli.ts', 'src/commands/signals.ts', 'src/commands/terminal.ts'],
+    ...['src/config/printable.ts', 'src/version.ts'],
+  ]);
 });

@@ -3,8 +3,10 @@ import { once } from 'node:events';
 import { readFile, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
+import { fileURLToPath } from 'node:url';
 import { describe, expect, inject, onTestFinished, test } from 'vitest';
 import { cleanEnvironment } from '../demo/pod.ts';
+import { modulesIn } from '../support/bundle.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
@@ -109,8 +111,9 @@ describe('while it starts, a pod ends at once when it is told to', () => {
     process.kill(pod.pid, 'SIGTERM');
     expect(await pod.exited, pod.output()).toEqual([0, null]);
     const [before = ''] = pod.output().split(LISTENS);
-    const loaded = [...before.matchAll(/^loads .*\/(?:dist|node_modules)\/(.*)$/gm)].map(([, it]) => it);
-    expect(loaded).toEqual(['cli.js', 'commands/signals.js']);
+    const files = [...before.matchAll(/^loads (file:.*)$/gm)].map(([, url = '']) => fileURLToPath(url));
+    const loaded = (await Promise.all(files.map(modulesIn))).flat();
+    expect(loaded).toEqual(['src/cli.ts', 'src/commands/signals.ts']);
   });
 
   test.each([
