@@ -65,10 +65,7 @@ export function createContext(
   const heartbeat = createHeartbeat({ redis: queueRedis, prefix: keyPrefix, logger });
   const metrics = createMetrics({ ...config, prefixed: config.metricsPrefix, version: VERSION });
   const generation = createGeneration();
-  const outbox = createOutbox(
-    { connect: pool.connect, ...(pool.leaving && { leaving: pool.leaving }), generation },
-    { ...config, statementTimeoutMs },
-  );
+  const outbox = createOutbox({ ...pool, generation }, { ...config, statementTimeoutMs });
   // 100,000 rows are counted, for people and Prometheus.
   const backlog = createBacklog(servers.httpPool, { ...config, statementTimeoutMs });
   const { schedules, retired } = schedulesOf(config);

@@ -15,6 +15,8 @@ export type Pool = Readonly<{
   leaving?(others: number): Pool;
   /** The generation that transactions must belong to. */
   generation?: Generation;
+  /** The pool that this one is a view of. What transactions learn behind one view counts for all views of that pool. */
+  base?: object;
 }>;
 
 /**
@@ -73,11 +75,11 @@ const DURABLE =
   "CASE WHEN pg_catalog.current_setting('synchronous_commit') = 'off' THEN pg_catalog.set_config('synchronous_commit', 'on', true) END";
 
 /**
- * Whether statements have names. A named statement is planned once per connection: 0.5 ms less for each acknowledgement.
- * Behind a pooler that changes the connection with each transaction (PgBouncer before 1.21) a name may be unknown, or
- * taken: after the first such error the process uses no names any more.
+ * Pools whose statements have no names any more. A named statement is planned once per connection: 0.5 ms less for each
+ * acknowledgement. Behind a pooler that changes the connection with each transaction (PgBouncer before 1.21) a name may be
+ * unknown, or taken: the first such error puts the pool here.
  */
-let statementsKept = true;
+const withoutNames = new WeakSet<object>();
 
 /**
  * - `durable`: when it returns, a crash of PostgreSQL cannot undo it
@@ -130,6 +132,7 @@ export const asking = (
 ): Pool & Queryable => ({
   connect: () => pool.connect(),
   ...(pool.leaving && { leaving: pool.leaving }),
+  base: pool.base ?? pool,
   query: ((statement: string, values?: unknown[]) =>
     transaction(pool, deadlineMs, durability, (tx) => tx.query(statement, values))) as Queryable['query'],
 });
@@ -146,7 +149,7 @@ async function attemptTransaction<T>(
   options: TransactionOptions,
 ): Promise<Attempt<T>> {
   const { locks, generic = false, idleMs = deadlineMs + 1_000 } = options;
-  const { generation } = pool;
+  const { generation, base = pool } = pool;
   const client = await pool.connect();
   // A connection that breaks between two statements emits only this event. Without a listener it would end the process.
   client.on('error', nextStatementFails);
@@ -188,7 +191,7 @@ async function attemptTransaction<T>(
   let ownError: unknown;
   let isCommitting = false;
   async function ask({ name, ...query }: pg.QueryConfig, answerMs = deadlineMs): Promise<pg.QueryResult> {
-    const kept = name !== undefined && statementsKept;
+    const kept = name !== undefined && !withoutNames.has(base);
     try {
       return await client.query({
         ...query,
@@ -227,7 +230,7 @@ async function attemptTransaction<T>(
     giveBack(ownError !== undefined && isSick(ownError) ? (ownError as Error) : null);
     return { kind: 'done', result };
   } catch (error) {
-    if (STATEMENT_FORGOTTEN.has(sqlState(ownError) ?? '')) statementsKept = false;
+    if (STATEMENT_FORGOTTEN.has(sqlState(ownError) ?? '')) withoutNames.add(base);
     const isSessionSick = ownError !== undefined && isSick(ownError);
     if (error instanceof OtherGenerationError && error.isBehind) giveBack(error);
     else giveBack(isSessionSick ? (ownError as Error) : await rollBack());

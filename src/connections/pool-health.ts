@@ -72,6 +72,7 @@ export class TooFewSessionsError extends Error {
 
 export type HealthyPool = Pool &
   Readonly<{
+    base: object;
     /** How many sessions the pool may have, and how many PostgreSQL gives it. */
     sessions(): Readonly<{ size: number; granted: number }>;
   }>;
@@ -93,13 +94,14 @@ type Waiter = { others: number; admit: () => void };
 
 /**
  * Wraps `pool`: at most `size` sessions are in use at a time, and none that is likely to be sick.
- * @param size of it and the pool's own limit, the smaller one counts
+ * @param options.size of it and the pool's own limit, the smaller one counts
+ * @param options.base of another pool that leads to the same database: what is learned by one counts for both
  */
 export function healthyPool(
   pool: Pool & Readonly<{ options?: Readonly<{ max?: number }>; on?: (...args: never[]) => unknown }>,
-  options: Readonly<{ size: number; logger: Logger }>,
+  options: Readonly<{ size: number; logger: Logger; base?: object }>,
 ): HealthyPool {
-  const { logger } = options;
+  const { logger, base = pool.base ?? pool } = options;
   const size = Math.min(options.size, pool.options?.max ?? options.size);
 
   const heardAt = new WeakMap<pg.PoolClient, number>();
@@ -252,6 +254,7 @@ export function healthyPool(
   const leaving = (others: number): HealthyPool => ({
     connect: () => checkOut(others),
     leaving,
+    base,
     sessions: () => ({ size, granted }),
   });
   return leaving(0);

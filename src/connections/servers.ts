@@ -187,7 +187,11 @@ export function openServers(
     workerRedis: connect('worker', WORKER_CONNECTION),
     httpPool: deps.pool
       ? (pool.leaving?.(Math.floor(config.databasePoolSize / 2)) ?? pool)
-      : healthyPool(openPool(HTTP_POOL_SIZE, 'relay-service http'), { size: HTTP_POOL_SIZE, logger }),
+      : healthyPool(openPool(HTTP_POOL_SIZE, 'relay-service http'), {
+          size: HTTP_POOL_SIZE,
+          logger,
+          base: pool.base,
+        }),
     openHttpRedis() {
       const redis = connect('http', failingFast);
       return {

@@ -74,10 +74,16 @@ type Session = Readonly<{ pid: number; application: string; role: string; addres
 type Holder = Session & Readonly<{ isHeldThroughout: boolean }>;
 
 /** By table: the transaction that held its lock at the last check, and since when this pod has seen it hold the lock. */
-const lastHolders = new Map<string, Readonly<{ transaction: string; since: number }>>();
+type LastHolders = Map<string, Readonly<{ transaction: string; since: number }>>;
+
+/** Of each pool: an embedding program may run relays on several databases. */
+const lastHoldersOf = new WeakMap<object, LastHolders>();
 
 /** When this transaction was first seen to hold the lock, by `performance.now()`. */
-function seenSince(table: string, transaction: string): number {
+function seenSince(pool: Pool, table: string, transaction: string): number {
+  const { base = pool } = pool;
+  const lastHolders: LastHolders = lastHoldersOf.get(base) ?? new Map();
+  lastHoldersOf.set(base, lastHolders);
   const last = lastHolders.get(table);
   if (last?.transaction === transaction) return last.since;
   const since = performance.now();
@@ -107,7 +113,7 @@ async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise
   );
   const [holder] = rows;
   if (holder === undefined) return undefined;
-  const seenMs = performance.now() - seenSince(table, holder.transaction);
+  const seenMs = performance.now() - seenSince(pool, table, holder.transaction);
   return { ...holder, isHeldThroughout: holder.isOld ?? seenMs >= waitMs };
 }
 

@@ -1,9 +1,10 @@
 import { expect, onTestFinished, test } from 'vitest';
 import { loadConfig } from '../../src/config/load-config.ts';
-import { transaction } from '../../src/connections/database.ts';
+import { asking, type Pool, transaction } from '../../src/connections/database.ts';
 import { createPool } from '../../src/connections/pool.ts';
 import { type HealthyPool, healthyPool, TooFewSessionsError } from '../../src/connections/pool-health.ts';
 import { openServers } from '../../src/connections/servers.ts';
+import { withSession } from '../../src/connections/session.ts';
 import type { Logger } from '../../src/telemetry/logger.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { asRelay } from '../support/least-privilege.ts';
@@ -42,7 +43,15 @@ const pidOf = async (pool: HealthyPool): Promise<number> =>
 const ask = (pool: HealthyPool, deadlineMs: number, text = 'SELECT 1 AS one') =>
   transaction(pool, deadlineMs, 'durable', async (tx) => (await tx.query(text)).rows);
 
-const write = (pool: HealthyPool) =>
+/** How many statements the session has that the pool hands out next. */
+const keptBy = async (pool: Pool): Promise<number> => {
+  const { rows } = await withSession(pool, (client) =>
+    client.query<{ n: number }>('SELECT count(*)::int AS n FROM pg_prepared_statements'),
+  );
+  return rows[0]?.n ?? Number.NaN;
+};
+
+const write = (pool: Pool) =>
   transaction(pool, 5_000, 'durable', async (tx) => {
     const { rowCount } = await tx.query({
       name: 'a-statement-that-is-kept',
@@ -218,13 +227,34 @@ test('a pod has as many sessions as RELAY_DATABASE_POOL_SIZE says', async () => 
   for (const client of clients) client.release();
 });
 
-// The last one: no statement of this process is kept after it.
-test('a session that has forgotten its kept statements costs no transaction', async () => {
+test('a session that has forgotten its kept statements costs no transaction; its pool keeps none from then on, others do', async () => {
   const { healthy } = await usedPool(url, 1);
+  const { healthy: other } = await usedPool(url, 1);
   const [rows] = (await admin.query('SELECT count(*)::int AS n FROM identity.outbox')).rows;
   expect(await write(healthy)).toBe(rows.n);
+  expect(await keptBy(healthy)).toBe(1);
   const client = await healthy.connect();
   await client.query('DISCARD ALL');
   client.release();
   expect(await write(healthy)).toBe(rows.n);
+  const views: Pool[] = [healthy, asking(healthy, 5_000), healthy.leaving?.(0) ?? healthy];
+  for (const view of views) {
+    expect(await write(view)).toBe(rows.n);
+    expect(await keptBy(healthy)).toBe(0);
+  }
+  expect(await write(other)).toBe(rows.n);
+  expect(await keptBy(other)).toBe(1);
+});
+
+test('behind a pooler both pools of a relay find out at once that no statement is kept', async () => {
+  const { pool, httpPool, close } = openServers(loadConfig({ RELAY_DATABASE_URL: url }), {}, silent);
+  onTestFinished(close);
+  await write(pool);
+  expect(await keptBy(pool)).toBe(1);
+  const client = await pool.connect();
+  await client.query('DISCARD ALL');
+  client.release();
+  await write(pool);
+  await write(httpPool);
+  expect(await keptBy(httpPool)).toBe(0);
 });

@@ -18,7 +18,8 @@ import {
   PUBLISHED,
   times,
 } from '../support/outbox-table.ts';
-import { openPool } from '../support/stages.ts';
+import { createDatabase } from '../support/servers.ts';
+import { openAdminPool, openPool } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const table = await openOutboxTable();
@@ -398,17 +399,20 @@ describe('the claim lock', () => {
     holder.release(true);
     await take();
     await assertNoLockHeldTooLong(table.relay);
-    // The same one for ten seconds.
-    await waitFor(
-      () =>
-        assertNoLockHeldTooLong(table.relay).then(
-          () => false,
-          (error) => error instanceof LockHeldError,
-        ),
-      {
-        what: 'the holder to be told',
-      },
-    );
+    const elsewhere = await createDatabase();
+    const holderElsewhere = await openAdminPool(elsewhere.adminUrl).connect();
+    onTestFinished(() => holderElsewhere.release(true));
+    await holderElsewhere.query('BEGIN; LOCK TABLE identity.relay_claim_lock IN EXCLUSIVE MODE');
+    // The same one for ten seconds, on both databases of a process that runs two relays.
+    const relays: Pool[] = [table.relay, openPool(elsewhere.url)];
+    const isTold = (relay: Pool) =>
+      assertNoLockHeldTooLong(relay).then(
+        () => false,
+        (error) => error instanceof LockHeldError,
+      );
+    await waitFor(async () => (await Promise.all(relays.map(isTold))).every((told) => told), {
+      what: 'both holders to be told',
+    });
   });
 
   test('does not make a claim by hand wait, nor keep it from the order', async () => {
