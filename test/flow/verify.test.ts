@@ -135,7 +135,7 @@ test('an interrupted repair leaves the rest of the time as it is, and a second o
   const holder = await stage.pool.connect();
   await holder.query('BEGIN; LOCK TABLE identity.outbox IN ACCESS EXCLUSIVE MODE');
   const command = await stage.spawn(['verify', '--since', '1h', '--json', '--repair']);
-  const waits = `SELECT FROM pg_locks WHERE NOT granted AND relation = 'identity.outbox'::regclass`;
+  const waits = `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'relation'`;
   await waitFor(async () => (await stage.pool.query(waits)).rowCount, { what: 'the first page' });
   const ended = command.kill('SIGINT');
   await holder.query('COMMIT');
@@ -170,7 +170,7 @@ test('a repair that is killed in the midst holds the relay up for some seconds o
   const holder = await stage.pool.connect();
   await holder.query('BEGIN; LOCK TABLE identity.relay_epoch_lock IN ROW SHARE MODE');
   const command = await stage.spawn(['verify', '--since', '1h', '--repair']);
-  const waits = `SELECT FROM pg_locks WHERE NOT granted AND relation = 'identity.relay_epoch_lock'::regclass`;
+  const waits = `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'relation'`;
   await waitFor(async () => (await stage.pool.query(waits)).rowCount, { what: 'the repair to wait' });
   await command.kill('SIGKILL');
   await holder.query('COMMIT');

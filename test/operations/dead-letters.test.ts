@@ -113,8 +113,8 @@ async function memoryOfAnAppend({ eventId, topic }: SampleEvent): Promise<Record
   return { 'relay:entry': `older ${entryId}` };
 }
 
-/** Somebody waits for a row that another has. */
-const WAITING = `SELECT FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'`;
+/** Somebody waits for a row that another has; other databases of the server are those of other test files. */
+const WAITING = `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'transactionid'`;
 /** Steps back through streams since the statistics were reset. */
 const lookUps = async () =>
   Number(/cmdstat_xrevrange:calls=(\d+)/.exec(await redis.info('commandstats'))?.[1] ?? 0);
