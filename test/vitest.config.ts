@@ -12,6 +12,7 @@ const SLOW = [
   'test/flow/!(configuration|costs|health|killing|metrics|order|payload|redis-loss|retries|status|stopping|wakeup).test.ts',
   'test/demo/main.test.ts',
   'test/outbox/held-snapshot.test.ts',
+  'test/support/cleanup.test.ts',
 ];
 
 const HANGS_AFTER_MS = 900_000;
@@ -60,8 +61,12 @@ export default defineConfig(({ mode }) => ({
     include: mode === 'slow' ? SLOW : ['test/**/*.test.ts'],
     exclude: [...configDefaults.exclude, ...(mode === 'quick' ? SLOW : [])],
     globalSetup: ['test/support/global-setup.ts'],
+    setupFiles: ['test/support/each-file.ts'],
     sequence: { sequencer: LongestFirst },
     pool: 'forks',
+    // A worker of the quick part loads each module once, not once for each file, which saves a fifth of the CPU time.
+    // Slow files gain little, since they run for minutes, and keep their isolation.
+    isolate: mode !== 'quick',
     // More than the two cores of a small CI machine: the tests wait for servers, too. The slow ones keep them busy.
     maxWorkers: mode === 'slow' ? 3 : 4,
     // Of the tests in one file that ask for it.

@@ -88,7 +88,10 @@ let folder: Promise<TemporaryFolder> | undefined;
 /** A temporary folder, removed after the test file. */
 export async function folderOfFile(): Promise<string> {
   folder ??= temporaryFolder('relay-test-').then((made) => {
-    atEndOfFile(made.remove);
+    atEndOfFile(() => {
+      folder = undefined;
+      return made.remove();
+    });
     return made;
   });
   return (await folder).path;
