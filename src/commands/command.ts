@@ -107,6 +107,9 @@ export async function withServers<T>(
 
 export type Connections = Readonly<{ pool: ReturnType<typeof createPool>; redis: Redis; streamRedis: Redis }>;
 
+/** ioredis waits so long for the end of a connection, also of one that never was: its default is 2 s. */
+const DISCONNECT_MS = 200;
+
 /** Connections for as long as `work` runs. */
 export async function withConnections<T>(
   config: RelayConfig,
@@ -115,7 +118,11 @@ export async function withConnections<T>(
   work: (on: Connections) => Promise<T>,
 ): Promise<T> {
   const pool = createPool(config.databaseUrl, { ...options.pool, application_name: name });
-  const [redis, streamRedis] = openBoth(config, { ...options.redis, connectionName: name });
+  const [redis, streamRedis] = openBoth(config, {
+    ...options.redis,
+    connectionName: name,
+    disconnectTimeout: DISCONNECT_MS,
+  });
   // The next query or command says so.
   pool.on('error', () => {});
   for (const it of [redis, streamRedis]) it.on('error', () => {});
