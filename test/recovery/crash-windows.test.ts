@@ -15,6 +15,7 @@ import { expectPromisesHeld } from '../support/ledger.ts';
 import { type Detail, dieAt, type Moment, startWatchedPod, type Watch } from '../support/mortal-pod.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
 import {
+  deferred,
   openAdminPool,
   openAdminRedis,
   openPool,
@@ -223,10 +224,12 @@ describe('a pod that releases a job, since the event before it has failed, and d
     const stage = await setStage({ topic: BROKEN_TOPIC }, LATE_RETRIES);
     let isPublished = false;
     let refills = 0;
+    const dies = deferred();
     await stage.diesAt(
       async (moment) => {
+        if (moment === 'before refill' && refills > 0) await dies.promise;
         if (moment === 'after commit of refill' && isPublished) refills++;
-        if (moment === 'before park') {
+        if (moment === 'before park' && !isPublished) {
           await stage.becomesLeased(2);
           await stage.obstacleIsGone();
           await stage.isPublished(0);
@@ -234,7 +237,12 @@ describe('a pod that releases a job, since the event before it has failed, and d
           // Nothing is parked yet for the refill that comes after the acknowledgement.
           await waitFor(() => refills > 0, { what: 'that refill' });
         }
-        return moment === 'after commit of park';
+        if (moment !== 'after commit of park') return false;
+        // The two behind it may be parked one after the other. A row without its job would wait for the end of its lease.
+        const [states, jobs] = await Promise.all([stage.states(), stage.jobs()]);
+        if (states.some((state, i) => state === 'leased' && jobs[i] === 0)) return false;
+        dies.resolve();
+        return true;
       },
       { ...NO_TICKS, RELAY_PUBLISH_TIMEOUT: '60', RELAY_CLAIM_LEASE: '300' },
     );
