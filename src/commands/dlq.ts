@@ -44,10 +44,16 @@ export function add(dlq: Command): void {
     );
 
   acting(dlq.command('discard').description('give dead events up for good; nothing waits for them any more'))
-    .requiredOption('--reason <text>', 'why; it is kept with the row')
+    .requiredOption('--reason <text>', 'why; it is kept with the row', words)
     .action((ids: string[], options: ActOptions & { reason: string }) =>
       run('relay-dlq-discard', (it, config) => act(it, config, 'discard', ids, options, options.reason)),
     );
+}
+
+/** Option parser: a text with something in it. */
+function words(given: string): string {
+  if (given.trim() === '') throw new InvalidArgumentError('Expected some words.');
+  return given;
 }
 
 export const eventFilters = (command: Command): Command =>
@@ -124,7 +130,7 @@ async function show(deadLetters: DeadLetters, id: string, options: { json?: bool
     ['topic', event.topic],
     ['state', state === 'pruned' ? 'pruned: the row is gone, this is its dead letter' : state],
     ['attempts', String(attempts)],
-    ['error', error ?? '–'],
+    [state === 'published' ? 'last error' : 'error', error ?? '–'],
     ['dead letter', dlqEntryId ?? 'none in the stream'],
     ['job', job === null ? 'none in BullMQ' : `${job.state}, ${counted(job.attempts, 'attempt')}`],
     ['payload', event.withheld ? `withheld: ${event.withheld}` : printableJson(event.payload)],

@@ -32,7 +32,7 @@ export async function ownerOf(redis: Redis, queue: QueueName): Promise<Owner | n
 }
 
 export const describeOwner = ({ database, system }: Owner): string =>
-  `database "${database}"${system && ` of PostgreSQL ${system}`}`;
+  `database "${database}"${system && ` (system_identifier ${system})`}`;
 
 /** An empty `system` matches any: the role may not read the identifier of its server. */
 export const isSame = (a: Owner, b: Owner): boolean =>
@@ -44,7 +44,7 @@ export const isSame = (a: Owner, b: Owner): boolean =>
 function problemOf(mine: Owner, there: Owner, queue: QueueName): string | null {
   if (isSame(mine, there)) return null;
   const which =
-    there.token === mine.token ? 'from which this one was restored, copied or renamed' : 'another one';
+    there.token === mine.token ? 'from which this one was restored, copied or renamed' : 'not to this one';
   return (
     `queue "${queue.queueName}" (prefix "${queue.queuePrefix}") on this Redis belongs to ${describeOwner(there)}, ${which}: ` +
     `RELAY_DATABASE_URL leads to ${describeOwner(mine)}. Give this relay a RELAY_QUEUE_NAME or RELAY_QUEUE_PREFIX of its own, ` +

@@ -1,41 +1,12 @@
-import { once } from 'node:events';
 import type { Redis } from 'ioredis';
-import { NotReadyError, pause, withDeadline } from '../lifecycle.ts';
+import { NotReadyError, withDeadline } from '../lifecycle.ts';
 import { lacks, missingFromTable } from '../outbox/required.ts';
-import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type Pool, transaction } from './database.ts';
-import { sqlState } from './pool-health.ts';
 
-/** Waits for the servers, and asks whether they can do what the relay needs. */
+/** Questions to the servers: whether they can do what the relay needs, and why there is no connection. */
 
-const RETRY_MS = 500;
-const LOG_EVERY_MS = 5_000;
 /** Deadline of one query here. */
 const LOOK_MS = 2_500;
-
-/**
- * Waits until database and Redis answer.
- * @throws {NotReadyError} when one does not answer within `timeoutMs`
- */
-export async function waitForServers(deps: {
-  pool: Pool;
-  redis: readonly Redis[];
-  /** For the streams, if they have a server of their own. */
-  streamRedis?: readonly Redis[];
-  timeoutMs: number;
-  logger: Logger;
-}): Promise<void> {
-  const { pool, redis, timeoutMs, logger } = deps;
-  const streamRedis = (deps.streamRedis ?? []).filter((it) => !redis.includes(it));
-  const endsAt = Date.now() + timeoutMs;
-  // In a transaction, which is run again if its session ends.
-  const asksDatabase = () => transaction(pool, LOOK_MS, 'repeatable', (tx) => tx.query('SELECT 1'));
-  await Promise.all([
-    waitFor('PostgreSQL', 'RELAY_DATABASE_URL', asksDatabase, endsAt, logger),
-    waitFor('Redis', 'RELAY_REDIS_URL', answers(redis), endsAt, logger),
-    waitFor('Redis of the streams', 'RELAY_STREAM_REDIS_URL', answers(streamRedis), endsAt, logger),
-  ]);
-}
 
 /** @throws {NotReadyError} when the table is not as it must be */
 export async function requireTable(pool: Pool): Promise<void> {
@@ -54,52 +25,6 @@ export function lastErrorOf(redis: Redis): () => Error | undefined {
   });
   return () => last;
 }
-
-/** A probe for the connections to one server. While one is not ready, the probe fails with its last error. */
-function answers(connections: readonly Redis[]): () => Promise<unknown> {
-  const probes = connections.map((redis) => {
-    const reason = lastErrorOf(redis);
-    return async () => {
-      if (redis.status !== 'ready')
-        await once(redis, 'ready', { signal: AbortSignal.timeout(RETRY_MS) }).catch(() => {
-          throw reason() ?? new Error(`connection is ${redis.status}`);
-        });
-      await redis.ping();
-    };
-  });
-  return () => Promise.all(probes.map((probe) => probe()));
-}
-
-async function waitFor(
-  server: string,
-  variable: string,
-  ask: () => Promise<unknown>,
-  endsAt: number,
-  logger: Logger,
-): Promise<void> {
-  let loggedAt = Date.now();
-  for (;;) {
-    try {
-      // The last question has time to find out why there is no connection.
-      await withDeadline(Math.max(endsAt - Date.now(), 3 * RETRY_MS), ask());
-      return;
-    } catch (error) {
-      if (Date.now() >= endsAt) {
-        const what = isAnswer(error) ? 'does not let the relay in' : 'cannot be reached';
-        throw new NotReadyError(`${server} ${what} (see ${variable}): ${errorText(error)}`);
-      }
-      if (Date.now() - loggedAt >= LOG_EVERY_MS) {
-        loggedAt = Date.now();
-        logger.warn({ err: error, server }, 'waiting for a server to answer');
-      }
-      await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)));
-    }
-  }
-}
-
-/** Whether the server itself said so, as it does where it refuses a password. */
-const isAnswer = (error: unknown): boolean =>
-  sqlState(error) !== undefined || (error as Error).name === 'ReplyError';
 
 /**
  * Connects a lazy client.

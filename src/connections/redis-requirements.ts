@@ -32,7 +32,6 @@ export const REDIS_REQUIREMENTS: readonly Requirement<OnRedis>[] = [
   { subject: 'Redis', check: isRecent },
   { subject: 'role', check: isMaster },
   { subject: 'cluster', check: isAnnounced },
-  { subject: 'database number', check: hasDatabase },
   { subject: 'AOF', check: keepsData },
   { subject: 'eviction policy', check: evictsNothing },
   { subject: 'writes', check: takesWrites },
@@ -46,27 +45,28 @@ const NO_RIGHT = /\bNOPERM\b|executing the script can't (run|access)/;
 /** What to do about what a server answers. */
 const REMEDIES: readonly (readonly [answer: RegExp, remedy: string])[] = [
   [NO_RIGHT, 'give the user its rights; "relay grants" prints them'],
-  [/\b(NOAUTH|WRONGPASS)\b/, 'see user and password in the URL'],
+  [/\b(NOAUTH|WRONGPASS)\b/, 'see user and password in {variable}'],
+  [/DB index|SELECT is not allowed/, 'change the number at the end of {variable}'],
   [/cluster support disabled/, 'it is in no cluster; unset RELAY_REDIS_CLUSTER, and name a single server'],
   [/unknown command/i, 'the relay needs this command; a server that renames or lacks it will not do'],
   [/\bOOM\b/, 'Redis is full; raise maxmemory, or trim streams'],
   [/\bMISCONF\b/, 'Redis cannot save; see its disk and its log'],
   [/\bNOREPLICAS\b/, 'too few replicas follow for its min-replicas-to-write'],
-  [/\bREADONLY\b/, 'let the URL lead to the master'],
+  [/\bREADONLY\b/, 'let {variable} lead to the master'],
 ];
 
 /** Errors of connections have no name of their own; refusals of the server are ReplyErrors. A script quotes its error. */
 const PASSES =
-  /\b(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED)\b/;
+  /max number of clients|\b(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED)\b/;
 const REFUSES = /\b(NOPERM|NOAUTH|WRONGPASS)\b|cluster support disabled/;
 
 /** Some answers of Redis end with a full stop. */
 const withRemedy = (error: unknown, remedy: string): string =>
   `${errorText(error).replace(/\.$/, '')}: ${remedy}`;
 
-export function redisFinding(error: unknown): Finding {
+export function redisFinding(error: unknown, variable = 'the URL'): Finding {
   const { name, message } = error as Error;
-  const remedy = REMEDIES.find(([answer]) => answer.test(message))?.[1];
+  const remedy = REMEDIES.find(([answer]) => answer.test(message))?.[1].replace('{variable}', variable);
   const text = remedy === undefined ? errorText(error) : withRemedy(error, remedy);
   const isAnswer = name === 'ReplyError' || REFUSES.test(message);
   return isAnswer && !PASSES.test(message) ? failed(text) : failedFor('soon', text);
@@ -123,22 +123,6 @@ async function isAnnounced({ redis, place, variable }: OnRedis): Promise<Finding
       ? 'set RELAY_REDIS_CLUSTER=true, or name several nodes in RELAY_REDIS_URL'
       : 'name several of its nodes in RELAY_STREAM_REDIS_URL';
   return failed(`this is a node of a Redis Cluster, which the configuration does not say: ${how}`);
-}
-
-/** A client goes on in database 0 when SELECT fails. */
-async function hasDatabase({ redis, variable }: OnRedis): Promise<Finding | undefined> {
-  const { db = 0 } = redis.options;
-  if (db === 0) return undefined;
-  try {
-    await redis.select(db);
-  } catch (error) {
-    const { name } = error as Error;
-    if (name !== 'ReplyError') throw error;
-    return failed(
-      `the server has no database ${db} (${errorText(error)}): change the number at the end of ${variable}`,
-    );
-  }
-  return ok(`${db}`);
 }
 
 async function keepsData({ redis }: OnRedis): Promise<Finding> {

@@ -42,10 +42,12 @@ export async function checkRequirements(
   };
   const ofPostgres = isRunning ? DATABASE_REQUIREMENTS : [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START];
   const onPostgres = { pool: asking(on.pool, ASK_MS), config, waitedMs: isRunning ? STANDS_STILL_MS : 0 };
+  const checkRedis = (server: OnRedis) =>
+    checkInTurn(REDIS_REQUIREMENTS, server, (error) => redisFinding(error, server.variable));
   const [database, ofQueues, ofStreams] = await Promise.all([
     checkInTurn(ofPostgres, onPostgres, databaseFinding),
-    checkInTurn(REDIS_REQUIREMENTS, queues, redisFinding),
-    isOne ? [] : checkInTurn(REDIS_REQUIREMENTS, streams, redisFinding),
+    checkRedis(queues),
+    isOne ? [] : checkRedis(streams),
   ]);
   const redis = [...ofQueues, ...ofStreams.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
   const servers = [...database, ...redis];

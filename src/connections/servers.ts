@@ -35,11 +35,20 @@ const SESSION_IDLE_MS = 3_000;
 
 /** A connection to one server: the only one, the master that the sentinels name, or the cluster node with our slot. */
 export function openRedis(place: QueuePlace, options: RedisOptions): Redis {
-  return new Redis({
-    ...redisOptions(place.redisUrl),
-    ...whereaboutsOf(place, options.enableOfflineQueue !== false),
-    ...options,
-  } as LegacyOptions);
+  return inItsDatabase(
+    new Redis({
+      ...redisOptions(place.redisUrl),
+      ...whereaboutsOf(place, options.enableOfflineQueue !== false),
+      ...options,
+    } as LegacyOptions),
+  );
+}
+
+/** Where SELECT fails, ioredis goes on in database 0, which may be another program's: no command may get there. */
+function inItsDatabase(redis: Redis): Redis {
+  return redis.on('error', (error: Error & { command?: { name: string } }) => {
+    if (error.command?.name === 'select') redis.stream.destroy();
+  });
 }
 
 /** ioredis' types require `replyMapping`, though this is the default. */
@@ -153,7 +162,7 @@ export function openServers(
     };
     const redis =
       deps.redis && place === config
-        ? deps.redis.duplicate({ ...withoutHabits(deps.redis.options), ...all })
+        ? inItsDatabase(deps.redis.duplicate({ ...withoutHabits(deps.redis.options), ...all }))
         : openRedis(place, all);
     redis.on('connect', () => collectWrites(redis.stream));
     const lostThere = lost.get(place) as Set<string>;

@@ -39,6 +39,7 @@ const LIMITS = {
 };
 
 const text = { type: 'string', minLength: 1, maxLength: 1_000, pattern: '^[^\\u0000]*$' };
+const words = { ...text, pattern: '^[^\\u0000]*[^\\u0000\\s][^\\u0000]*$' };
 /** `maxLength` excludes `urn:uuid:…`, which has this format, too, but which PostgreSQL does not read. */
 const uuid = { type: 'string', format: 'uuid', maxLength: 36 };
 const time = { type: 'string', format: 'date-time' };
@@ -165,7 +166,7 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
       ...{ method: 'POST', url: '/dlq/discard', role: 'operator' },
       summary: 'Gives dead events up for good; nothing waits for them any more',
       schema: {
-        body: object({ ...selection, reason: text }, ['reason']),
+        body: object({ ...selection, reason: words }, ['reason']),
         response: answer('what was done', result),
       },
       handle: async ({ body, by }) =>
@@ -272,7 +273,7 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
           return reply.code(status).send({ error: hint === undefined ? text : `${text}: ${hint}` });
         },
       );
-      api.removeContentTypeParser('text/plain');
+      api.removeContentTypeParser(['text/plain', 'application/x-www-form-urlencoded']);
       const limits = { viewer: createLimiter(LIMITS.viewer), operator: createLimiter(LIMITS.operator) };
       for (const route of routesOf(deps)) {
         api.route<{

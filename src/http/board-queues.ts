@@ -19,7 +19,7 @@ const DESCRIPTIONS: Readonly<Record<QueueKind, string>> = {
   claim:
     'Takes fresh rows of the outbox and makes publish jobs of them: a tick on schedule, a wake when rows are written.',
   publish:
-    'One job per event: appends it to its stream. A failed job is a dead letter; Retry publishes it after all.',
+    'A failed job is a dead letter; Retry publishes it after all. One job per event: it appends the event to its stream.',
 };
 
 /** How jobs are read; see queue/job-views.ts. */

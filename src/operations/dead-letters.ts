@@ -241,8 +241,9 @@ export function createDeadLetters(deps: {
       if (wanted.length > MOST_EVENT_IDS)
         throw new RangeError(`at most ${MOST_EVENT_IDS} events can be named`);
       const found = await rows.ofEvents(wanted);
-      const dead = found.filter((row) => row.dead);
-      for (const row of found) if (!row.dead) refuse(row.eventId, 'it is not dead');
+      const dead = found.filter(({ state }) => state === 'dead');
+      for (const { eventId, state } of found)
+        if (state !== 'dead') refuse(eventId, `it is not dead, but ${state}`);
       for (let i = 0; i < dead.length; i += BATCH) {
         if (options.stopped?.()) return result(null);
         const batch = dead.slice(i, i + BATCH);

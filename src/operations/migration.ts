@@ -1,8 +1,8 @@
 import type { RelayConfig } from '../config/config.ts';
 import type { Queryable } from '../connections/database.ts';
 import { createClient } from '../connections/pool.ts';
-import { NotReadyError } from '../lifecycle.ts';
-import { errorText, type Logger } from '../telemetry/logger.ts';
+import { failureOf, POSTGRES } from '../connections/wait-for-servers.ts';
+import type { Logger } from '../telemetry/logger.ts';
 
 /**
  * Makes or adopts `identity.outbox`, with the role of `config.databaseUrl`, on a connection of its own.
@@ -10,7 +10,7 @@ import { errorText, type Logger } from '../telemetry/logger.ts';
  * @param notify whether writers wake the relay up by a trigger; false removes it
  * @param then what is to be done on that connection afterwards
  * @throws {NotReadyError} when PostgreSQL cannot be reached
- * @throws {RequirementError} when there is a table that cannot be adopted: nothing was done
+ * @throws {RequirementError} when PostgreSQL refuses the role, or there is a table that cannot be adopted: nothing was done
  */
 export async function migrateDatabase(
   config: RelayConfig,
@@ -24,7 +24,7 @@ export async function migrateDatabase(
   try {
     await client.connect();
   } catch (error) {
-    throw new NotReadyError(`PostgreSQL cannot be reached (see RELAY_DATABASE_URL): ${errorText(error)}`);
+    throw failureOf(POSTGRES, error);
   }
   try {
     await migrate(client, notify, logger, config.streamName);

@@ -60,7 +60,15 @@ export type LockedRow = DeadRow & Readonly<{ topic: string; entryId: string | nu
 export type AggregatePlace = Pick<OutboxEvent, 'aggregateType' | 'aggregateId' | 'id'>;
 
 /** Where the row is that an event has; see table.ts. */
-export type RowState = 'fresh' | 'leased' | 'due' | 'parked' | 'published' | 'dead' | 'discarded';
+export type RowState =
+  | 'fresh'
+  | 'leased'
+  | 'retrying'
+  | 'due'
+  | 'parked'
+  | 'published'
+  | 'dead'
+  | 'discarded';
 
 /** A row in any state, with its event as consumers would get it. Times are ISO 8601. */
 export type RowDetails = Readonly<{
@@ -95,6 +103,16 @@ const cut = (text: string, characters = MOST_CHARACTERS) => `left((${text})::tex
 /** In the language of both PostgreSQL and JavaScript. */
 export const NUMBERS_AND_IDS = '[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9]+';
 const folded = (text: string) => `regexp_replace(${text}, '${NUMBERS_AND_IDS}', '#', 'g')`;
+
+/** What has become of a row, as RowState. */
+const STATE = (row: string) =>
+  `CASE WHEN ${row}.published AND ${row}.dead_lettered_at IS NOT NULL THEN 'discarded'
+        WHEN ${row}.published THEN 'published'
+        WHEN ${row}.dead_lettered_at IS NOT NULL THEN 'dead'
+        WHEN ${row}.next_attempt_at IS NULL THEN 'fresh'
+        WHEN ${row}.next_attempt_at = 'infinity' THEN 'parked'
+        WHEN ${row}.next_attempt_at <= now() THEN 'due'
+        WHEN ${row}.attempts > 0 THEN 'retrying' ELSE 'leased' END`;
 
 /** Asked of a row that is looked up by its id: no partial index shall seem to answer it. See STILL_LIVE in conditions.ts. */
 const STILL_DEAD = (row: string) =>
@@ -140,12 +158,7 @@ export function createDeadRows(
     const rows = await read<OutboxEvent & Omit<RowDetails, 'event'>>(
       `WITH wanted AS (SELECT * FROM identity.outbox WHERE event_id = $2::uuid)
          ${eventsOf('wanted', maxEventBytes, {
-           columns: `CASE WHEN o.published AND o.dead_lettered_at IS NOT NULL THEN 'discarded'
-                          WHEN o.published THEN 'published'
-                          WHEN o.dead_lettered_at IS NOT NULL THEN 'dead'
-                          WHEN o.next_attempt_at IS NULL THEN 'fresh'
-                          WHEN o.next_attempt_at = 'infinity' THEN 'parked'
-                          WHEN o.next_attempt_at <= now() THEN 'due' ELSE 'leased' END AS "state",
+           columns: `${STATE('o')} AS "state",
              ${cut('o.error_message')} AS "error", ${isoOrNull('o.next_attempt_at')} AS "nextAttemptAt",
              ${iso('o.dead_lettered_at')} AS "deadLetteredAt", ${iso('o.replayed_at')} AS "replayedAt",
              ${iso('o.published_at')} AS "publishedAt", ${ENTRY_ID('o')} AS "entryId",
@@ -234,9 +247,9 @@ export function createDeadRows(
     },
 
     /** The rows of these events in the order of their aggregates, each with its state. */
-    ofEvents: (eventIds: readonly string[]): Promise<(DeadRow & Readonly<{ dead: boolean }>)[]> =>
+    ofEvents: (eventIds: readonly string[]): Promise<(DeadRow & Readonly<{ state: RowState }>)[]> =>
       read(
-        `SELECT ${DEAD_ROW}, ${STILL_DEAD('o')} AS "dead" FROM identity.outbox o
+        `SELECT ${DEAD_ROW}, ${STATE('o')} AS "state" FROM identity.outbox o
          WHERE o.event_id = ANY ($1::uuid[]) ORDER BY o.aggregate_type, o.aggregate_id, o.id`,
         [eventIds],
       ),

@@ -61,10 +61,10 @@ export async function migrate(
     });
     await client.query('INSERT INTO identity.relay_owner DEFAULT VALUES ON CONFLICT DO NOTHING');
     const after = await applied(client);
-    logger.info({ applied: after - before, total: after }, 'migrations are up to date');
+    logger.info({ applied: after - before, total: after }, 'identity.outbox has all migrations');
     if (isNew && topic !== undefined) await setTopicByDefault(client, topic);
     const trigger = notify ? await installWakeup(client) : await removeWakeup(client);
-    logger.info({ trigger }, 'wake-up trigger');
+    logger.info({ trigger }, notify ? 'the wake-up trigger is there' : 'there is no wake-up trigger');
   } finally {
     await client.query(`SELECT pg_advisory_unlock(${MIGRATING})`);
   }

@@ -76,7 +76,7 @@ export async function missingFromTable(client: Queryable): Promise<string[]> {
 }
 
 export const lacks = (missing: readonly string[]): string =>
-  `the outbox lacks ${missing.join(', ')}: run "relay migrate" on this database first`;
+  `${missing.includes(NO_TABLE) ? 'this database' : 'the outbox'} lacks ${missing.join(', ')}: run "relay migrate" on this database first`;
 
 /** By `relkind`, what is no table of rows that can be locked and kept unique. */
 const KINDS: Readonly<Record<string, string>> = {

@@ -33,6 +33,7 @@ export function createScheduler(deps: {
   const schedules: readonly Schedule[] = [{ name: TICK, everyMs: deps.pollIntervalMs }, ...others];
   let retired = deps.retired ?? [];
   let lookedAt = Date.now();
+  let fails = false;
 
   async function heal(): Promise<void> {
     // While the queue is paused, each upsert would leave one more tick in it.
@@ -60,8 +61,11 @@ export function createScheduler(deps: {
   async function look(): Promise<void> {
     try {
       await heal();
+      fails = false;
     } catch (error) {
-      logger.warn({ err: error }, 'cannot uphold the claim schedule; trying again');
+      // Every 2 s, for as long as Redis is away: once will do.
+      logger[fails ? 'debug' : 'warn']({ err: error }, 'cannot uphold the claim schedule; trying again');
+      fails = true;
     }
     lookedAt = Date.now();
   }

@@ -449,8 +449,12 @@ describe('a Redis that will not do fails', () => {
   });
 
   test('a database number that it does not have', async () => {
-    const { url } = await goodRedis();
-    await failsWith({ RELAY_REDIS_URL: `${url}/16` }, 'database number', /no database 16.*RELAY_REDIS_URL/);
+    const { adminUrl } = await goodRedis();
+    await failsWith(
+      { RELAY_REDIS_URL: `${adminUrl}/16` },
+      'Redis',
+      /DB index is out of range.*RELAY_REDIS_URL/,
+    );
   });
 
   test('a key of the stream’s name that is none', async () => {

@@ -103,6 +103,12 @@ test('the API beside the board lists a dead letter and replays it, for whoever m
     letters: [{ eventId: event.eventId, topic }],
   });
   const replay = { eventIds: [event.eventId] };
+  // As curl -d sends it. The log-in page takes forms, the API does not.
+  const asForm = await fetch(`${pod.url}/api/dlq/replay`, {
+    ...{ method: 'POST', body: JSON.stringify(replay) },
+    headers: { authorization: basicOf('olga'), 'content-type': 'application/x-www-form-urlencoded' },
+  });
+  expect([asForm.status, await asForm.text()]).toEqual([415, expect.stringContaining('application/json')]);
   expect((await ask('/dlq/replay', 'vera', replay)).status).toBe(403);
   expect(await (await ask('/dlq/replay', 'olga', replay)).json()).toMatchObject({ done: 1, refused: 0 });
   await waitFor(() => isPublished(stage, event.eventId), { what: 'the event to be published' });

@@ -119,10 +119,30 @@ test('a command says in one line that Redis refuses the password, and does not w
   wrong.password = 'hunter2';
   const { code, lines } = await stage.command(['dlq', 'list'], { RELAY_REDIS_URL: wrong.href });
   expect([code, lines]).toEqual([
-    69,
+    78,
     [expect.stringMatching(/^relay: Redis does not let the relay in \(see RELAY_REDIS_URL\): WRONGPASS/)],
   ]);
   expect(lines.join()).not.toContain('hunter2');
+});
+
+test('with a database number that Redis does not have, nothing goes to database 0, which may be of others', async () => {
+  const stage = await setStage();
+  const env = { RELAY_REDIS_URL: `${stage.server.adminUrl}/99` };
+  for (const command of [
+    ['start'],
+    ['own', '--yes'],
+    ['dlq', 'list'],
+    ['board'],
+    ['verify', '--since', '1h'],
+  ]) {
+    const { code, lines } = await stage.command(command, env);
+    expect([command, code, lines.join('\n')]).toEqual([
+      ...[command, 78],
+      expect.stringMatching(/RELAY_REDIS_URL.*DB index is out of range/),
+    ]);
+  }
+  expect((await stage.command(['status'], env)).code).toBe(1);
+  expect(await stage.redis.keys('*')).toEqual([]);
 });
 
 for (const [server, variable] of [

@@ -128,7 +128,7 @@ test('a watch goes on until it is interrupted, and shows what has changed', asyn
 test('before the migration, status and check say in one sentence what to run', async () => {
   const stage = await setStage();
   await stage.pool.query('DROP SCHEMA identity CASCADE');
-  const sentence = 'the outbox lacks table identity.outbox: run "relay migrate" on this database first';
+  const sentence = 'this database lacks table identity.outbox: run "relay migrate" on this database first';
   const status = await stage.command(['status']);
   expect(status.code).toBe(1);
   expect(status.lines.filter((line) => line.includes('database'))).toEqual([`relay: ${sentence}`]);

@@ -493,7 +493,7 @@ describe('a replay', () => {
     const answer = {
       ...{ done: 1, refused: 2, next: null },
       refusals: [
-        { eventId: live.eventId, reason: 'it is not dead' },
+        { eventId: live.eventId, reason: 'it is not dead, but fresh' },
         { eventId: gone.eventId, reason: 'neither the table nor the dead-letter stream knows it' },
       ],
     };
