@@ -4,24 +4,16 @@ import { expect, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { setStage } from '../support/flow.ts';
 import { catchMidAppend } from '../support/mid-append.ts';
+import { redisHook } from '../support/redis-hook.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
 /** 30 s of consecutive looks, and some patience. */
 
 /** What the commands that ask for the next publish job begin with: the script, the number of its keys, the first one. */
-const SWALLOW_FETCHES = `
-import { createRequire } from 'node:module';
-import { existsSync } from 'node:fs';
-const { Redis } = createRequire(process.argv[1])('ioredis');
-const send = Redis.prototype.sendCommand;
-Redis.prototype.sendCommand = function (command, stream) {
-  const [, keys, first, second] = command.args;
-  const fetches = /^eval/.test(command.name) && Number(keys) === 11 && first === 'bull:relay-publish:wait' && second === 'bull:relay-publish:active';
-  if (fetches && existsSync(process.env.SWALLOW)) return new Promise(() => {});
-  return send.call(this, command, stream);
-};
-`;
+const SWALLOW_FETCHES = `const [, keys, first, second] = command.args;
+      const fetches = /^eval/.test(command.name) && Number(keys) === 11 && first === 'bull:relay-publish:wait' && second === 'bull:relay-publish:active';
+      return fetches && existsSync(process.env.SWALLOW) ? new Promise(() => {}) : send();`;
 
 async function livez(url: string): Promise<{ status: number; reasons: string[] }> {
   const response = await fetch(`${url}/livez`, { signal: AbortSignal.timeout(10_000) });
@@ -30,11 +22,9 @@ async function livez(url: string): Promise<{ status: number; reasons: string[] }
 }
 
 test('a pod whose worker no longer takes jobs says so, one with nothing to do and one with a paused queue are alive', async () => {
-  const folder = await folderOfFile();
-  const [preload, trigger] = [join(folder, 'swallow.mjs'), join(folder, 'swallow.now')];
-  await writeFile(preload, SWALLOW_FETCHES);
+  const trigger = join(await folderOfFile(), 'swallow.now');
   const [stage, idle, paused] = [await setStage(), await setStage(), await setStage()];
-  const hooked = { NODE_OPTIONS: `--import=${preload}`, SWALLOW: trigger };
+  const hooked = { NODE_OPTIONS: await redisHook('swallow', SWALLOW_FETCHES), SWALLOW: trigger };
   const stuckPod = await stage.pod(hooked);
   const idlePod = await idle.pod(hooked);
   // Its retry is a minute away, so its worker would like to wait for longer than a connection may be silent.

@@ -1,9 +1,7 @@
-import { writeFile } from 'node:fs/promises';
-import { join } from 'node:path';
 import { onTestFinished } from 'vitest';
 import type { Pod } from '../demo/pod.ts';
 import type { Stage } from './flow.ts';
-import { folderOfFile } from './servers.ts';
+import { redisHook } from './redis-hook.ts';
 
 /** In the payload of a poisonous event. */
 export const POISON = 'arsenic-7f3a';
@@ -13,22 +11,15 @@ export const POISON = 'arsenic-7f3a';
  * runs, no connection is closed in order. Its dead letter kills nobody.
  */
 export async function poisonable(): Promise<Record<string, string>> {
-  const file = join(await folderOfFile(), 'poison.mjs');
-  await writeFile(
-    file,
-    `import { createRequire } from 'node:module';
-const { Redis } = createRequire(process.argv[1])('ioredis');
-const send = Redis.prototype.sendCommand;
-Redis.prototype.sendCommand = function (command, stream) {
   // The entries of an append are the script's last argument (see append.ts).
-  const entries = command.args.at(-1);
-  if (/^eval/.test(command.name) && Buffer.isBuffer(entries) && entries.includes('${POISON}'))
-    process.kill(process.pid, 'SIGKILL');
-  return send.call(this, command, stream);
-};
-`,
+  const hook = await redisHook(
+    'poison',
+    `const entries = command.args.at(-1);
+      if (/^eval/.test(command.name) && Buffer.isBuffer(entries) && entries.includes('${POISON}'))
+        process.kill(process.pid, 'SIGKILL');
+      return send();`,
   );
-  return { NODE_OPTIONS: `--import=${file}` };
+  return { NODE_OPTIONS: hook };
 }
 
 /** Starts a pod, and another one each time it ends, until the test does. */
