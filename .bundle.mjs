@@ -27,13 +27,27 @@ for (const part of await readdir(PARTS))
   if (!(`${PARTS}/${part}` in metafile.outputs)) await rm(`${PARTS}/${part}`);
 
 /** Their licences ask for their texts wherever the code goes. */
-const libraries = new Set(
-  Object.keys(metafile.inputs).flatMap((path) => /^.*node_modules\/(?:@[^/]+\/)?[^/]+/.exec(path) ?? []),
+const libraries = await Promise.all(
+  [
+    ...new Set(
+      Object.keys(metafile.inputs).flatMap((path) => /^.*node_modules\/(?:@[^/]+\/)?[^/]+/.exec(path) ?? []),
+    ),
+  ]
+    .toSorted()
+    .map(async (folder) => {
+      const about = JSON.parse(await readFile(`${folder}/package.json`, 'utf8'));
+      const file = (await readdir(folder)).find((it) => /^(licen[cs]e|copying)/i.test(it));
+      return { ...about, text: file && (await readFile(`${folder}/${file}`, 'utf8')).trim() };
+    }),
 );
-const texts = [...libraries].toSorted().map(async (folder) => {
-  const { name, version, license } = JSON.parse(await readFile(`${folder}/package.json`, 'utf8'));
-  const file = (await readdir(folder)).find((it) => /^(licen[cs]e|copying)/i.test(it));
-  const text = file === undefined ? '' : await readFile(`${folder}/${file}`, 'utf8');
-  return `${name} ${version} (${license})\n\n${text.trim()}\n`;
-});
-await writeFile(`${PARTS}/LICENSES.txt`, (await Promise.all(texts)).join(`\n${'-'.repeat(80)}\n\n`));
+/** Some packages name their licence and leave out its text: it is that of another one, under the name of their authors. */
+function textOf({ name, license, author, contributors = [], text }) {
+  if (text) return text;
+  const same = libraries.find((it) => it.license === license && it.text)?.text;
+  if (same === undefined)
+    throw new Error(`${name} is bundled, and there is no text of its licence, ${license}`);
+  const by = [author, ...contributors].map((it) => it?.name ?? it).filter(Boolean);
+  return `Copyright (c) ${by.join(', ') || `the authors of ${name}`}\n\n${same.replaceAll(/^.*Copyright \(c\).*\n/gim, '')}`;
+}
+const texts = libraries.map((it) => `${it.name} ${it.version} (${it.license})\n\n${textOf(it)}\n`);
+await writeFile(`${PARTS}/LICENSES.txt`, texts.join(`\n${'-'.repeat(80)}\n\n`));

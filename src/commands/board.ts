@@ -57,7 +57,7 @@ async function serve(config: RelayConfig): Promise<number> {
     });
     await requireTable(pool);
     for (const it of new Set([queueRedis, streamRedis])) await assertOurs(pool, it, config);
-    const problem = await whyNoOperator(asking(pool, STATEMENT_TIMEOUT_MS), config);
+    const problem = await whyNoOperator(asking(pool, STATEMENT_TIMEOUT_MS), config).catch(() => undefined);
     if (problem !== undefined)
       logger.warn({ advice: problem }, 'the dashboard works, but not as well as it could');
     const backlog = createBacklog(servers.httpPool, { ...config, statementTimeoutMs: STATEMENT_TIMEOUT_MS });

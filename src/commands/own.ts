@@ -16,7 +16,7 @@ export function add(command: Command): void {
     .addHelpText(
       'after',
       '\nA queue belongs to one database: the first whose relay used it. A failover does\n' +
-        'not change that. relay start and relay check refuse a database that was created\n' +
+        'not change that. The relay and its commands refuse a database that was created\n' +
         'anew, copied, renamed or restored to another server, and a primary from before a\n' +
         'failover (a lower timeline), until this command is run with its\n' +
         'RELAY_DATABASE_URL.\n\n' +

@@ -88,10 +88,10 @@ async function showStatus(
     oldest: backlog.oldest,
     rates: backlog.rates,
     jobState: (eventId) => whenThere(() => queues.jobState(eventId)),
-    assertOurs: () =>
-      whenThere(async () => {
-        for (const it of new Set([redis, streamRedis])) await assertOurs(pool, it, config);
-      }),
+    async assertOurs() {
+      await whenThere(() => assertOurs(pool, redis, config));
+      if (streamRedis !== redis) await streams.whenThere(() => assertOurs(pool, streamRedis, config));
+    },
     maxInFlight: config.maxInFlight,
     deadlineMs: DEADLINE_MS,
   });

@@ -68,11 +68,21 @@ async function isOurs({ pool, redis, place: queue }: OnBoth): Promise<Finding> {
 }
 
 /**
- * For what works beside the relay. Changes nothing.
+ * Changes nothing, unless `first` does.
  * @throws {RequirementError} if the queue on this Redis belongs to another database
+ * @throws {NotReadyError} if a server does not answer
  */
-export async function assertOurs(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
-  const { problem } = await compareOwners(pool, redis, queue);
+export async function assertOurs(
+  pool: Pool,
+  redis: Redis,
+  queue: QueueName,
+  first?: (mine: Owner) => Promise<void>,
+): Promise<void> {
+  const { problem } = await compareOwners(pool, redis, queue, first).catch((error) => {
+    throw new NotReadyError(`PostgreSQL or Redis does not tell whose the queue is: ${errorText(error)}`, {
+      cause: error,
+    });
+  });
   if (problem) throw new RequirementError(problem);
 }
 
@@ -82,14 +92,9 @@ export async function assertOurs(pool: Pool, redis: Redis, queue: QueueName): Pr
  * @throws {NotReadyError} if a server does not answer
  */
 export async function claimQueue(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
-  const { problem } = await compareOwners(pool, redis, queue, async (mine) => {
+  await assertOurs(pool, redis, queue, async (mine) => {
     await redis.set(ownerKey(queue), JSON.stringify(mine), 'NX');
-  }).catch((error) => {
-    throw new NotReadyError(`PostgreSQL or Redis does not tell whose the queue is: ${errorText(error)}`, {
-      cause: error,
-    });
   });
-  if (problem) throw new RequirementError(problem);
 }
 
 /** This database, the owner of the queue on this Redis, and why the queue cannot be used. */

@@ -1,10 +1,12 @@
 import { once } from 'node:events';
+import { setTimeout as pause } from 'node:timers/promises';
 import type { Redis } from 'ioredis';
-import { NotReadyError, pause, withDeadline } from '../lifecycle.ts';
+import { NotReadyError, withDeadline } from '../lifecycle.ts';
 import { type Finding, RequirementError } from '../requirement.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type Pool, transaction } from './database.ts';
 import { databaseFinding } from './database-requirements.ts';
+import { sqlState } from './pool-health.ts';
 import { lastErrorOf } from './preflight.ts';
 import { redisFinding } from './redis-requirements.ts';
 
@@ -33,11 +35,17 @@ export async function waitForServers(deps: {
   const endsAt = Date.now() + timeoutMs;
   // In a transaction, which is run again if its session ends.
   const asksDatabase = () => transaction(pool, LOOK_MS, 'repeatable', (tx) => tx.query('SELECT 1'));
-  await Promise.all([
-    untilAnswered(POSTGRES, asksDatabase, endsAt, logger),
-    untilAnswered(REDIS, answers(redis), endsAt, logger),
-    untilAnswered(STREAM_REDIS, answers(streamRedis), endsAt, logger),
-  ]);
+  const stop = new AbortController();
+  const until = { endsAt, logger, signal: stop.signal };
+  try {
+    await Promise.all([
+      untilAnswered(POSTGRES, asksDatabase, until),
+      untilAnswered(REDIS, answers(redis), until),
+      untilAnswered(STREAM_REDIS, answers(streamRedis), until),
+    ]);
+  } finally {
+    stop.abort(); // the other waits, where one has failed
+  }
 }
 
 /** A probe for the connections to one server. While one is not ready, the probe fails with its last error. */
@@ -58,11 +66,10 @@ function answers(connections: readonly Redis[]): () => Promise<unknown> {
 async function untilAnswered(
   server: Server,
   ask: () => Promise<unknown>,
-  endsAt: number,
-  logger: Logger,
+  { endsAt, logger, signal }: Readonly<{ endsAt: number; logger: Logger; signal: AbortSignal }>,
 ): Promise<void> {
   let loggedAt = Date.now();
-  for (;;) {
+  while (!signal.aborted) {
     try {
       // The last question has time to find out why there is no connection.
       await withDeadline(Math.max(endsAt - Date.now(), 3 * RETRY_MS), ask());
@@ -74,24 +81,38 @@ async function untilAnswered(
         loggedAt = Date.now();
         logger.warn({ err: error, server: server.name }, 'waiting for a server to answer');
       }
-      await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)));
+      await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)), undefined, { signal }).catch(
+        () => {},
+      );
     }
   }
 }
 
-type Server = Readonly<{ name: string; variable: string; finding: (error: unknown) => Finding }>;
+const WRONG_PASSWORD = '28P01';
+
+type Server = Readonly<{
+  name: string;
+  variable: string;
+  /** Whether waiting does not help. Only where that is sure: much passes in a failover or a roll-out. */
+  refuses: (error: unknown) => boolean;
+  finding: (error: unknown, variable: string) => Finding;
+}>;
 export const POSTGRES: Server = {
   ...{ name: 'PostgreSQL', variable: 'RELAY_DATABASE_URL', finding: databaseFinding },
+  refuses: (error) => sqlState(error) === WRONG_PASSWORD || /statement pooling mode/.test(errorText(error)),
 };
-const REDIS: Server = { name: 'Redis', variable: 'RELAY_REDIS_URL', finding: redisFinding };
+const REDIS: Server = {
+  ...{ name: 'Redis', variable: 'RELAY_REDIS_URL', finding: redisFinding },
+  refuses: (error) => /^(WRONGPASS|NOAUTH|NOPERM)\b|DB index|SELECT is not allowed/.test(errorText(error)),
+};
 const STREAM_REDIS: Server = {
-  ...{ name: 'Redis of the streams', variable: 'RELAY_STREAM_REDIS_URL', finding: redisFinding },
+  ...REDIS,
+  ...{ name: 'Redis of the streams', variable: 'RELAY_STREAM_REDIS_URL' },
 };
 
 /** What it means for the relay that a server cannot be asked. */
-export function failureOf({ name, variable, finding }: Server, error: unknown): Error {
-  const reason = `(see ${variable}): ${errorText(error)}`;
-  return finding(error).mayPass === false
-    ? new RequirementError(`${name} does not let the relay in ${reason}`)
-    : new NotReadyError(`${name} cannot be reached ${reason}`);
+export function failureOf({ name, variable, refuses, finding }: Server, error: unknown): Error {
+  return refuses(error)
+    ? new RequirementError(`${name} does not let the relay in: ${finding(error, variable).finding}`)
+    : new NotReadyError(`${name} cannot be reached (see ${variable}): ${errorText(error)}`);
 }

@@ -43,10 +43,9 @@ export function createStatus(deps: {
         problems.push(`database: ${errorText(error)}`);
         return undefined;
       });
-    const wrongDatabase = withDeadline(deadlineMs, deps.assertOurs()).then(
+    const ownership = withDeadline(deadlineMs, deps.assertOurs()).then(
       () => undefined,
-      // Any other error is that of a server which does not answer the rest either.
-      (error) => (error instanceof RequirementError ? error.message : undefined),
+      (error) => error,
     );
     const [figures, rows, rates] = await Promise.all([
       deps.figures(),
@@ -64,7 +63,11 @@ export function createStatus(deps: {
           return { ...row, waitsFor: whatFor(row, jobState, figures, maxInFlight) };
         }),
       ));
-    const foreign = await wrongDatabase;
+    const foreign = await ownership;
+    const isForeign = foreign instanceof RequirementError;
+    // Where a server does not answer, it is named already.
+    if (foreign !== undefined && !isForeign && problems.length + figures.problems.length === 0)
+      problems.push(errorText(foreign));
     return {
       at: new Date().toISOString(),
       figures,
@@ -72,7 +75,7 @@ export function createStatus(deps: {
       ...(rates && { rates }),
       maxInFlight,
       lastTickSecondsAgo: lastTick(figures.fleet?.pods ?? []),
-      ...(foreign !== undefined && { wrongDatabase: foreign }),
+      ...(isForeign && { wrongDatabase: foreign.message }),
       problems: [...new Set([...figures.problems, ...problems])],
     };
   };

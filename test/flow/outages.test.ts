@@ -120,7 +120,7 @@ test('a command says in one line that Redis refuses the password, and does not w
   const { code, lines } = await stage.command(['dlq', 'list'], { RELAY_REDIS_URL: wrong.href });
   expect([code, lines]).toEqual([
     78,
-    [expect.stringMatching(/^relay: Redis does not let the relay in \(see RELAY_REDIS_URL\): WRONGPASS/)],
+    [expect.stringMatching(/^relay: Redis does not let the relay in: WRONGPASS.*RELAY_REDIS_URL/)],
   ]);
   expect(lines.join()).not.toContain('hunter2');
 });
@@ -138,7 +138,7 @@ test('with a database number that Redis does not have, nothing goes to database 
     const { code, lines } = await stage.command(command, env);
     expect([command, code, lines.join('\n')]).toEqual([
       ...[command, 78],
-      expect.stringMatching(/RELAY_REDIS_URL.*DB index is out of range/),
+      expect.stringMatching(/DB index is out of range.*RELAY_REDIS_URL/),
     ]);
   }
   expect((await stage.command(['status'], env)).code).toBe(1);
