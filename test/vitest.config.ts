@@ -68,7 +68,7 @@ export default defineConfig(({ mode }) => ({
     // Slow files gain little, since they run for minutes, and keep their isolation.
     isolate: mode !== 'quick',
     // More than the two cores of a small CI machine: the tests wait for servers, too. The slow ones keep them busy.
-    maxWorkers: mode === 'slow' ? 3 : 4,
+    maxWorkers: 4,
     // Of the tests in one file that ask for it.
     maxConcurrency: 3,
     // A test ends by its conditions (test/support/wait.ts); these end one that hangs.
