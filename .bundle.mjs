@@ -13,7 +13,7 @@ const { metafile } = await build({
   chunkNames: 'cli/[name]-[hash]',
   ...{ bundle: true, splitting: true, format: 'esm', platform: 'node', target: 'node20', metafile: true },
   // What is optional, finds its own files by their place, or has to be the same for every library that uses it.
-  external: ['@bull-board/*', '@opentelemetry/*', 'bullmq-otel', 'pg-native'],
+  external: ['@bull-board/*', '@opentelemetry/sdk-node', 'bullmq-otel', 'pg-native'],
   // Libraries in CommonJS call `require` for the modules of Node.js.
   banner: {
     js: "import { createRequire as createRequireOfBundle } from 'node:module'; const require = createRequireOfBundle(import.meta.url);",
