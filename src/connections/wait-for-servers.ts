@@ -103,7 +103,7 @@ export const POSTGRES: Server = {
 };
 const REDIS: Server = {
   ...{ name: 'Redis', variable: 'RELAY_REDIS_URL', finding: redisFinding },
-  refuses: (error) => /^(WRONGPASS|NOAUTH|NOPERM)\b|DB index|SELECT is not allowed/.test(errorText(error)),
+  refuses: (error) => /^(WRONGPASS|NOAUTH)\b|DB index|SELECT is not allowed/.test(errorText(error)),
 };
 const STREAM_REDIS: Server = {
   ...REDIS,
