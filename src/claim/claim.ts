@@ -99,7 +99,9 @@ export function createClaim(deps: {
     const events = await withoutAppended(tx, claimed.leased);
     if (events.length > 0)
       await deps.tracing.claim(
-        events.map(({ mayHaveJob: _, ...event }): OutboxEvent => ({ ...event, epoch: epochId(epoch) })),
+        events.map(
+          ({ mayHaveJob: _, knownEntry: __, ...event }): OutboxEvent => ({ ...event, epoch: epochId(epoch) }),
+        ),
         queues.addPublishJobs,
       );
     await epochs.confirm(epoch);
@@ -107,8 +109,8 @@ export function createClaim(deps: {
   }
 
   /**
-   * Removes earlier jobs of these events: BullMQ adds no job whose id is taken. A job that remembers an append stays, its
-   * row's lease ends, and the lease reaper decides.
+   * Removes earlier jobs of these events: BullMQ adds no job whose id is taken. A job that remembers an append, or a
+   * dead letter that its row does not know, stays; its row's lease ends, and the lease reaper decides.
    */
   async function withoutAppended(tx: Queryable, leased: readonly LeasedEvent[]): Promise<LeasedEvent[]> {
     const again = leased.filter((it) => it.mayHaveJob);

@@ -1,7 +1,7 @@
 import type { Queues } from '../queue/queues.ts';
 import type { Memory } from '../streams/memory.ts';
 
-/** Why a job was not removed: a worker has it, or it remembers that the event was appended. */
+/** Why a job was not removed: a worker has it, or it remembers an append of the event, or its dead letter. */
 export type JobLeft = 'busy' | 'appended';
 
 export type RemoveJobs = ReturnType<typeof createJobRemoval>;
@@ -12,22 +12,30 @@ export type RemoveJobs = ReturnType<typeof createJobRemoval>;
  */
 export function createJobRemoval(deps: {
   queues: Pick<Queues, 'withJobs' | 'remove'>;
-  memory: Pick<Memory, 'appendedOf'>;
+  memory: Pick<Memory, 'appendedOf' | 'unknownLettersOf'>;
 }) {
   /**
+   * @param events with `knownEntry` where a dead letter that the row does not name keeps the job
    * @returns the events whose jobs were left, and why
    * @throws when Redis does not answer
    */
   return async (
-    events: readonly Readonly<{ eventId: string; topic: string }>[],
+    events: readonly Readonly<{ eventId: string; topic: string; knownEntry?: string | null }>[],
   ): Promise<ReadonlyMap<string, JobLeft>> => {
     // Most events have no job: after Redis lost data, this runs for each event that is published again.
     const there = await deps.queues.withJobs(events.map((it) => it.eventId));
     const withJobs = events.filter((it) => there.has(it.eventId));
-    const appended = await deps.memory.appendedOf(withJobs);
+    const [appended, lettered] = await Promise.all([
+      deps.memory.appendedOf(withJobs),
+      deps.memory.unknownLettersOf(
+        withJobs.flatMap(({ eventId, knownEntry }) =>
+          knownEntry === undefined ? [] : [{ eventId, knownEntry }],
+        ),
+      ),
+    ]);
     const left = await Promise.all(
       withJobs.map(async ({ eventId }): Promise<[string, JobLeft][]> => {
-        if (appended.has(eventId)) return [[eventId, 'appended']];
+        if (appended.has(eventId) || lettered.has(eventId)) return [[eventId, 'appended']];
         return (await deps.queues.remove(eventId)) ? [] : [[eventId, 'busy']];
       }),
     );

@@ -3,7 +3,7 @@ import { isNoAnswer } from '../connections/pool-health.ts';
 import { CLAIM_LOCK, LockHeldError } from '../connections/table-lock.ts';
 import { type Aggregate, aggregateKey, byId, type OutboxEvent } from '../event.ts';
 import { errorText } from '../telemetry/logger.ts';
-import { MS, type OutboxOptions } from './conditions.ts';
+import { ENTRY_ID, MS, type OutboxOptions } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 import { orderOf } from './order.ts';
 
@@ -15,6 +15,8 @@ export type LeasedEvent = OutboxEvent &
     after: string | null;
     /** The event failed, was replayed or was published before: an earlier job of it may still be in Redis. */
     mayHaveJob: boolean;
+    /** The entry, or dead letter, that its row names. */
+    knownEntry: string | null;
   }>;
 
 export type Claim = Readonly<{
@@ -87,7 +89,8 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
        ) ${eventsOf('claimed', maxEventBytes, {
          columns: `o.parked, o.after, (SELECT count(*) FROM fresh)::int AS seen,
            (SELECT count(*) FROM leasable)::int AS leasable, (SELECT count(*) FROM leased)::int AS "leasedRows",
-           (o.attempts > 0 OR o.replayed_at IS NOT NULL OR o.published_at IS NOT NULL) AS "mayHaveJob",`,
+           (o.attempts > 0 OR o.replayed_at IS NOT NULL OR o.published_at IS NOT NULL) AS "mayHaveJob",
+           ${ENTRY_ID('o')} AS "knownEntry",`,
          ...(kind === 'withheld'
            ? { printed: 'false', otherwise: '$5::text' }
            : { printed: 'NOT o.parked', unasked: kind === 'unasked' }),

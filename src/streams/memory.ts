@@ -3,7 +3,7 @@ import { script } from '../connections/redis-script.ts';
 import { memoryKeyOf, type StreamOptions } from './append.ts';
 import { epochId } from './epoch.ts';
 import { keysOf } from './epoch-script.ts';
-import { RECALL } from './gate-script.ts';
+import { LETTER_FIELD, RECALL } from './gate-script.ts';
 
 export type Memory = ReturnType<typeof createMemory>;
 
@@ -42,6 +42,26 @@ export function createMemory(
         if (next === '0') return eventIds;
         cursor = next;
       }
+    },
+
+    /**
+     * Those of the events whose job remembers a dead letter that the row does not name: someone has set the row back before it
+     * was marked dead. Where the streams have a server of their own, nobody is asked.
+     * @throws when Redis does not answer
+     */
+    async unknownLettersOf(
+      events: readonly Readonly<{ eventId: string; knownEntry: string | null }>[],
+    ): Promise<ReadonlySet<string>> {
+      if (hasTwoServers) return new Set();
+      const letters = await Promise.all(
+        events.map(({ eventId }) => redis.hget(options.jobKey(eventId), LETTER_FIELD)),
+      );
+      const isUnknown = (letter: string, known: string | null) => letter.split(' ')[1] !== known;
+      return new Set(
+        events
+          .filter(({ knownEntry }, i) => letters[i] != null && isUnknown(letters[i], knownEntry))
+          .map(({ eventId }) => eventId),
+      );
     },
 
     /**

@@ -115,6 +115,7 @@ describe('a claim', () => {
     expect(second).toMatchObject({ id: '2', after: null, epoch });
     expect(third).toMatchObject({ id: '3', after: ids[0], epoch });
     expect(first).not.toHaveProperty('mayHaveJob');
+    expect(first).not.toHaveProperty('knownEntry');
     expect([counted, refilled]).toEqual([[3], []]);
     expect(await claim()).toEqual({ kind: 'all', events: 0 });
     expect(counted).toEqual([3]);

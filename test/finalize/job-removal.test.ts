@@ -3,7 +3,7 @@ import { beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { createJobRemoval } from '../../src/finalize/job-removal.ts';
 import type { LeasedEvent } from '../../src/outbox/outbox.ts';
 import { streamOptionsOf } from '../../src/stream-options.ts';
-import { createMemory, type Memory } from '../../src/streams/memory.ts';
+import { createMemory } from '../../src/streams/memory.ts';
 import { openContext, type TestContext } from '../support/context.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { deferred } from '../support/stages.ts';
@@ -92,7 +92,10 @@ describe.each([
 
   test('is left alone when it cannot be asked what it remembers', async () => {
     const [event] = (await claimed(1)) as [LeasedEvent];
-    const memory: Pick<Memory, 'appendedOf'> = { appendedOf: () => Promise.reject(new Error('no Redis')) };
+    const memory = {
+      ...stage.context.memory,
+      appendedOf: (): Promise<never> => Promise.reject(new Error('no Redis')),
+    };
     const removeJobs = createJobRemoval({ queues: stage.context.queues, memory });
     await expect(removeJobs([event])).rejects.toThrow('no Redis');
     expect(await stateOf(event)).toBe('waiting');
@@ -106,6 +109,7 @@ describe.each([
     const removeJobs = createJobRemoval({
       queues: stage.context.queues,
       memory: {
+        ...memory,
         async appendedOf(events) {
           const appended = await memory.appendedOf(events);
           run = stage.runJobs(async () => {

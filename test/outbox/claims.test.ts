@@ -72,7 +72,7 @@ describe('a claim', () => {
         payload: stored.text,
         occurredAt: '2026-01-02T01:04:05.678901Z',
         ...{ tenantId: 't', correlationId: 'c', attempts: 2, withheld: null, trace: null },
-        ...{ after: null, mayHaveJob: true },
+        ...{ after: null, mayHaveJob: true, knownEntry: null },
       },
     ]);
   });
