@@ -108,7 +108,7 @@ export async function withServers<T>(
 
 export type Connections = Readonly<{ pool: ReturnType<typeof createPool>; redis: Redis; streamRedis: Redis }>;
 
-/** ioredis waits so long for the end of a connection, also of one that never was: its default is 2 s. */
+/** Longest time for closing a connection. ioredis spends it in full, by default 2 s, where there never was one. */
 const DISCONNECT_MS = 200;
 
 /** Connections for as long as `work` runs. */

@@ -1,5 +1,6 @@
 import type { Redis } from 'ioredis';
 import { script } from '../connections/redis-script.ts';
+import { compareEntryIds } from '../event.ts';
 import { memoryKeyOf, type StreamOptions } from './append.ts';
 import { epochId } from './epoch.ts';
 import { keysOf } from './epoch-script.ts';
@@ -45,8 +46,8 @@ export function createMemory(
     },
 
     /**
-     * Those of the events whose job remembers a dead letter that the row does not name: someone has set the row back before it
-     * was marked dead. Where the streams have a server of their own, nobody is asked.
+     * Those of the events whose job remembers a dead letter, and the row names neither it nor a later one: someone has set the row
+     * back before it was marked dead. Where the streams have a server of their own, nobody is asked.
      * @throws when Redis does not answer
      */
     async unknownLettersOf(
@@ -56,7 +57,9 @@ export function createMemory(
       const letters = await Promise.all(
         events.map(({ eventId }) => redis.hget(options.jobKey(eventId), LETTER_FIELD)),
       );
-      const isUnknown = (letter: string, known: string | null) => letter.split(' ')[1] !== known;
+      // A later one stands in for it, where Redis had lost it.
+      const isUnknown = (letter: string, known: string | null) =>
+        known === null || compareEntryIds(letter.split(' ')[1] ?? '', known) > 0;
       return new Set(
         events
           .filter(({ knownEntry }, i) => letters[i] != null && isUnknown(letters[i], knownEntry))
