@@ -127,7 +127,7 @@ function assemble(context: Context, http: boolean): Running {
       name: 'epoch of the jobs',
       ...(context.hasTwoServers && { start: jobEpoch.start, stop: jobEpoch.stop }),
     },
-    { name: 'log of many events', stop: context.tally.stop },
+    { name: 'log of many events', stop: context.tally.flush },
     { name: 'refill', stop: context.refiller.stop },
     { name: 'acknowledgements', stop: context.acknowledger.drain },
     { name: 'publish workers', start: publishing.start, stop: publishing.stop },

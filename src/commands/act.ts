@@ -23,12 +23,24 @@ function systemUser(): string {
   }
 }
 
-/** At a question, readline takes Ctrl-C: it has to end the process as it does elsewhere. */
-export function endOnInterrupt(terminal: Interface): void {
-  terminal.on('SIGINT', () => {
+/**
+ * The answer to a question; null where the input ends first (Ctrl-D), for which readline would wait forever. readline also
+ * takes Ctrl-C: it has to end the process as it does elsewhere.
+ */
+export async function answerTo(terminal: Interface, prompt: string): Promise<string | null> {
+  const onInterrupt = () => {
     printError(text``); // leaves the line of the question
     process.emit('SIGINT', 'SIGINT');
-  });
+  };
+  terminal.once('SIGINT', onInterrupt);
+  try {
+    return await Promise.race([
+      terminal.question(prompt),
+      new Promise<null>((resolve) => terminal.once('close', () => resolve(null))),
+    ]);
+  } finally {
+    terminal.off('SIGINT', onInterrupt);
+  }
 }
 
 /**
@@ -39,10 +51,10 @@ export async function confirmed(question: Text, yes: boolean): Promise<boolean> 
   if (yes) return true;
   if (!process.stdin.isTTY) throw new Error(`${question.value} There is no terminal to ask in: say --yes`);
   const terminal = createInterface({ input: process.stdin, output: process.stderr });
-  endOnInterrupt(terminal);
   try {
-    const answer = await terminal.question(`${question.value} [y/N] `);
-    if (/^y(es)?$/i.test(answer.trim())) return true;
+    const answer = await answerTo(terminal, `${question.value} [y/N] `);
+    if (/^y(es)?$/i.test(answer?.trim() ?? '')) return true;
+    if (answer === null) printError(text``); // leaves the line of the question
     print(text`Nothing was done.`);
     return false;
   } finally {
@@ -64,7 +76,7 @@ export async function untilInterrupted<T>(
 /**
  * Runs `work` with a progress bar on stderr: in place in a terminal, otherwise a line now and then. The bar ends at 100 % if
  * `isDone`.
- * @param format may show numbers only: the bar does not clean texts
+ * @param format may show numbers only: the bar does not clean texts. With a bar in a terminal, the time left follows
  */
 export async function withProgress<T>(
   format: string,
@@ -75,9 +87,10 @@ export async function withProgress<T>(
     numbers = {},
   }: Readonly<{ isDone?: (result: T) => boolean; numbers?: Readonly<Record<string, number>> }> = {},
 ): Promise<T> {
+  const line = format.includes('{bar}') && process.stderr.isTTY ? `${format} | {eta_formatted} left` : format;
   const bar = new SingleBar(
     {
-      ...{ stream: process.stderr, format, noTTYOutput: true, notTTYSchedule: 5_000 },
+      ...{ stream: process.stderr, format: line, noTTYOutput: true, notTTYSchedule: 5_000 },
       ...{ barsize: 20, hideCursor: true, clearOnComplete: true },
     },
     Presets.shades_classic,

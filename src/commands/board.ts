@@ -22,13 +22,21 @@ import { describeVariables } from './variables.ts';
 
 export function add(command: Command): void {
   command
-    .addHelpText('after', () => `\nEnvironment:\n${describeVariables(helpColumns())}`)
+    .addHelpText(
+      'after',
+      () =>
+        '\nGive it the environment of the pods. These variables matter here (all: relay start\n' +
+        `--help):\n${describeVariables(helpColumns(), (name) => USED.test(name))}`,
+    )
     .action(async () => {
       await withConfig(serve, { logs: true });
       // What still waits for a server that is away must not keep the process.
       process.exit();
     });
 }
+
+const USED =
+  /^RELAY_(DATABASE_URL|(STREAM_)?REDIS_|QUEUE_|STREAM_NAME|DLQ_STREAM_NAME|HTTP_|BOARD_|TRUSTED_PROXIES|LOG_LEVEL|STARTUP_TIMEOUT)/;
 
 const STATEMENT_TIMEOUT_MS = 4_000;
 const STOP_TIMEOUT_MS = 5_000;

@@ -14,7 +14,13 @@ const TIMEOUT_MS = 10_000;
 const INDENT = 31;
 
 export function add(command: Command): void {
-  command.action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
+  command
+    .addHelpText(
+      'after',
+      '\nEach result is ok, advice or failed. Exits 0 if none has failed, 1 if one has, 78 if\n' +
+        'the configuration is wrong. "relay start" refuses to run with one that has failed.',
+    )
+    .action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
 }
 
 /**

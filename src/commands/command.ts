@@ -72,7 +72,7 @@ export function reasonOf(error: unknown): string {
     case '42703':
       return `identity.outbox was made for an older version: run "relay migrate" (${reason})`;
     case '42501':
-      return `${reason}: "relay grants" prints which role needs which rights; dlq replay, dlq discard and prune need the operators’ role in RELAY_DATABASE_URL, migrate the owner’s`;
+      return `the role in RELAY_DATABASE_URL lacks a right: ${reason}. "relay grants" prints which role needs which rights; dlq replay, dlq discard and prune need the operators’ role in RELAY_DATABASE_URL, migrate the owner’s`;
     default:
       return reason;
   }
@@ -155,7 +155,7 @@ export function time(given: string): Date {
 const UNIT_MS = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
 
 /** What `when` takes, for help texts. */
-export const WHEN = 'a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)';
+export const WHEN = 'a time (2026-01-31T12:00:00Z), how long ago (90s, 15m, 2h, 7d), or now';
 
 /** Option parser: a time, or how many ms ago. */
 export function when(given: string): Date | number {

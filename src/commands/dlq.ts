@@ -1,4 +1,4 @@
-import { type Command, InvalidArgumentError } from 'commander';
+import { type Command, InvalidArgumentError, Option } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
 import { printableJson } from '../config/printable.ts';
 import { counted, isUuid } from '../event.ts';
@@ -15,7 +15,7 @@ export type EventOptions = Readonly<{ type?: string; topic?: string; aggregate?:
 type FilterOptions = EventOptions &
   Readonly<{ error?: string; since?: Date | number; until?: Date | number; pruned?: boolean }>;
 type ListOptions = FilterOptions &
-  Readonly<{ limit: number; cursor?: string; group?: boolean; json?: boolean }>;
+  Readonly<{ limit: number; after?: string; cursor?: string; group?: boolean; json?: boolean }>;
 type ActOptions = FilterOptions & Readonly<{ all?: boolean; dryRun?: boolean; yes?: boolean }>;
 
 const MOST_LISTED = 10_000;
@@ -23,7 +23,8 @@ const MOST_LISTED = 10_000;
 export function add(dlq: Command): void {
   filters(dlq.command('list').description('dead letters, the latest first; never a payload'))
     .option('--limit <count>', `how many at most (1 to ${MOST_LISTED})`, count, 50)
-    .option('--cursor <cursor>', 'go on where an earlier list ended')
+    .option('--after <cursor>', 'go on where an earlier list ended')
+    .addOption(new Option('--cursor <cursor>').hideHelp()) // its name before --after
     .option('--group', 'count them by error instead')
     .option('--json', 'print JSON')
     .action((options: ListOptions) => run('relay-dlq-list', (it) => list(it, options)));
@@ -96,11 +97,11 @@ async function list(deadLetters: DeadLetters, options: ListOptions): Promise<num
     else printGroups(groups);
     return EXIT.done;
   }
-  const { limit, cursor, pruned = false } = options;
+  const { limit, cursor, after = cursor, pruned = false } = options;
   const page = await deadLetters.list(filter, {
     limit,
     pruned,
-    ...(cursor !== undefined && { after: cursor }),
+    ...(after !== undefined && { after }),
   });
   if (options.json) {
     printJson(page);
@@ -108,7 +109,7 @@ async function list(deadLetters: DeadLetters, options: ListOptions): Promise<num
   }
   if (page.letters.length === 0) print(text`No dead letters.`);
   for (const letter of page.letters) printLetter(letter);
-  if (page.next !== null) print(text`There are more: --cursor ${page.next}`);
+  if (page.next !== null) print(text`There are more: --after ${page.next}`);
   return EXIT.done;
 }
 
@@ -184,7 +185,7 @@ async function act(
   if (!(await confirmed(question, options.yes === true))) return EXIT.failed;
 
   const { result, interrupted } = await withProgress(
-    ' {percentage}% | {bar} | {value} of {total} | {eta_formatted} left',
+    ' {percentage}% | {bar} | {value} of {total}',
     would.done + would.refused,
     (update) => untilInterrupted((stopped) => perform({ stopped, onProgress: (seen) => update(seen) })),
     { isDone: (it) => !it.interrupted },

@@ -5,7 +5,7 @@ import { type Command, InvalidArgumentError, Option } from 'commander';
 import { entryOf, ROLES, type Role, USER_NAME } from '../config/board-users.ts';
 import { counted } from '../event.ts';
 import { hashPassword } from '../http/passwords.ts';
-import { endOnInterrupt } from './act.ts';
+import { answerTo } from './act.ts';
 import { EXIT, fail } from './command.ts';
 import { print, text } from './terminal.ts';
 
@@ -53,11 +53,11 @@ function userName(name: string): string {
 async function ask(): Promise<string> {
   const unseen = new Writable({ write: (_chunk, _encoding, done) => done() });
   const terminal = createInterface({ input: process.stdin, output: unseen, terminal: true });
-  endOnInterrupt(terminal);
   const question = async (prompt: string): Promise<string> => {
     process.stderr.write(prompt);
-    const answer = await terminal.question('');
+    const answer = await answerTo(terminal, '');
     process.stderr.write('\n');
+    if (answer === null) throw new Error('no password was given');
     return answer;
   };
   try {

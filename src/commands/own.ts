@@ -21,9 +21,9 @@ export function add(command: Command): void {
         'failover (a lower timeline), until this command is run with its\n' +
         'RELAY_DATABASE_URL.\n\n' +
         'Stop the relay of the other database first. This command writes the new owner to\n' +
-        'Redis and ends the epoch. It changes no row and no entry. Before they claim\n' +
-        'again, the pods look up every unpublished row in its stream. Jobs of events that\n' +
-        'have no row here end without effect.',
+        'Redis. It changes no row and no entry. Before they claim again, the pods look up\n' +
+        'every unpublished row in its stream. Jobs of events that have no row here end\n' +
+        'without effect.',
     )
     .action(({ yes = false }: { yes?: boolean }) => withConfig((config) => own(config, yes)));
 }
@@ -42,20 +42,20 @@ async function takeOver(
     ...(streamRedis === redis ? [] : ([[streamRedis, 'RELAY_STREAM_REDIS_URL']] as const)),
   ]);
   print(text`This database: ${describeOwner(mine)}.`);
+  let isOurs = true;
   for (const [server, variable] of servers) {
     const there = await ownerOf(server, config);
+    isOurs &&= there !== null && isSame(mine, there);
     const whose = there === null ? 'nobody' : isSame(mine, there) ? 'this database' : describeOwner(there);
     print(
       text`Queue "${config.queueName}" (prefix "${config.queuePrefix}") at ${variable}: belongs to ${whose}.`,
     );
   }
-  if (
-    !(await confirmed(
-      text`Make it this database’s, and have every unpublished row looked up in its stream?`,
-      yes,
-    ))
-  )
-    return EXIT.failed;
+  if (isOurs) print(text`There is nothing to take over, unless this is a primary from before a failover.`);
+  const question = isOurs
+    ? text`Have every unpublished row looked up in its stream all the same?`
+    : text`Make it this database’s, and have every unpublished row looked up in its stream?`;
+  if (!(await confirmed(question, yes))) return EXIT.failed;
   for (const server of servers.keys()) await server.set(ownerKey(config), JSON.stringify(mine));
   await forgetEpoch(streamRedis, streamOptionsOf(config).epochKey);
   print(

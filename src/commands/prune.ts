@@ -59,7 +59,7 @@ async function prune(config: RelayConfig, options: PruneOptions): Promise<number
     const question = text`Delete ${counted(found, 'row')} published before ${before}?`;
     if (!(await confirmed(question, options.yes === true))) return EXIT.failed;
     const startedAt = Date.now();
-    const format = ' deleting rows {percentage}% | {bar} | {value} of {total} | {eta_formatted} left';
+    const format = ' deleting rows {percentage}% | {bar} | {value} of {total}';
     const deleted = await sumOf(format, found, retention.byHand(ms, false));
     print(text`Deleted ${counted(deleted, 'row')} in ${((Date.now() - startedAt) / 1000).toFixed(1)} s.`);
     if (kept.length > 0) print(text`The database keeps ${counted(kept.length, 'row')} old enough to go:`);

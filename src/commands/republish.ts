@@ -69,7 +69,7 @@ async function run(
   };
   try {
     const { result, interrupted } = await withProgress(
-      ' {percentage}% | {bar} | {value} of {total} | {eta_formatted} left',
+      ' {percentage}% | {bar} | {value} of {total}',
       total,
       (update) =>
         untilInterrupted((stopped) =>

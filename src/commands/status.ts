@@ -42,7 +42,7 @@ const WATCH_SECONDS = 2;
 export function add(command: Command): void {
   command
     .option('--watch [seconds]', `refresh in place, every ${WATCH_SECONDS} s if not told otherwise`, seconds)
-    .option('--json', 'print JSON, one object for each look')
+    .option('--json', 'print JSON, one object for each refresh')
     .addHelpText('after', '\nExits 0 if database and Redis have answered and belong together, else 1.')
     .action((options: StatusOptions) => withConfig((config) => runStatus(config, options)));
 }
@@ -200,7 +200,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
   }
   if (rates) {
     const row = (name: string, rate: { lastMinute: number; lastFiveMinutes: number }) =>
-      `${name.padEnd(12)}${perSecond(rate.lastMinute)} in the last minute ${perSecond(rate.lastFiveMinutes)} in the last five`;
+      `${name.padEnd(12)}${events(60, rate.lastMinute)} in the last minute  ${events(300, rate.lastFiveMinutes)} in the last five`;
     paragraph('Rates', [row('published', rates.published), row('dead', rates.dead)]);
   }
   if (queues) {
@@ -262,7 +262,9 @@ function describe(status: Status, config: RelayConfig): Text[] {
 }
 
 const upTo = (limit: number, count: number) => (count >= limit ? `${limit}+` : String(count));
-const perSecond = (rate: number) => `${rate.toFixed(rate < 10 ? 1 : 0)}/s`.padStart(9);
+/** A few events are counted: "0.0/s" would hide them. */
+const events = (seconds: number, rate: number) =>
+  (rate < 10 ? String(Math.round(rate * seconds)) : `${Math.round(rate)}/s`).padStart(9);
 
 function duration(seconds: number): string {
   if (seconds < 1) return `${Math.round(seconds * 1_000)} ms`;

@@ -1,14 +1,16 @@
 import { Help } from 'commander';
 import { type Property, type RelayConfig, VARIABLES } from '../config/config.ts';
 
-/** Every variable with its default and meaning, for `--help`: two or three lines each, in `width` columns. */
-export function describeVariables(width: number): string {
-  return VARIABLES.map(({ name, default: defaultText, unit, description }) => {
-    const value = unit === undefined ? defaultText : `${defaultText} ${unit}`;
-    const fits = name.length + value.length + 6 <= width;
-    const about = [...(fits ? [] : [`(${value})`]), ...wrapped(description, width - 6)];
-    return [`  ${name}${fits ? `  (${value})` : ''}`, ...about.map((line) => `      ${line}`)].join('\n');
-  }).join('\n');
+/** Variables with default and meaning, for `--help`: two or three lines each, in `width` columns. */
+export function describeVariables(width: number, which: (name: string) => boolean = () => true): string {
+  return VARIABLES.filter(({ name }) => which(name))
+    .map(({ name, default: defaultText, unit, description }) => {
+      const value = unit === undefined ? defaultText : `${defaultText} ${unit}`;
+      const fits = name.length + value.length + 6 <= width;
+      const about = [...(fits ? [] : [`(${value})`]), ...wrapped(description, width - 6)];
+      return [`  ${name}${fits ? `  (${value})` : ''}`, ...about.map((line) => `      ${line}`)].join('\n');
+    })
+    .join('\n');
 }
 
 /** `text` in lines of at most `width` columns, if that is at least 40. */

@@ -107,7 +107,7 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
       // It advances by the time of the rows.
       const from = Date.parse(since);
       const { result: found, interrupted } = await withProgress(
-        ` {percentage}% | {bar} | rows: {rows}, missing: {lost}${options.repair ? ', to be published again: {unpublished}' : ''} | {eta_formatted} left`,
+        ` {percentage}% | {bar} | rows: {rows}, missing: {lost}${options.repair ? ', to be published again: {unpublished}' : ''}`,
         Math.max(1, Date.parse(until) - from),
         (update) =>
           untilInterrupted(async (stopped) => {

@@ -26,7 +26,7 @@ export function createDeadLetters(deps: {
   refiller: Pick<Refiller, 'request'>;
   metrics: Pick<Metrics, 'deadLettered'>;
   tracing: Pick<Tracing, 'deadLetter'>;
-  tally: Omit<Tally, 'stop'>;
+  tally: Tally;
   logger: Logger;
 }) {
   const { streams, outbox, queues, epoch: epochs, acknowledger, refiller, tally, logger } = deps;
@@ -48,6 +48,7 @@ export function createDeadLetters(deps: {
           await epochs.confirm(epoch);
         });
         if (outcome.status === 'appended') deps.metrics.deadLettered(event);
+        tally.flush(); // its failed attempts come first
         logger.warn({ ...about, reason, dlqEntryId: entryId }, 'event moved to the dead-letter stream');
         refiller.request([event]);
         return;

@@ -70,6 +70,9 @@ export function createWebServer(deps: {
     }
     return undefined;
   });
+  app.setNotFoundHandler(async ({ method, url }, reply) =>
+    reply.code(404).send({ error: `there is no ${method} ${url.split('?')[0]} here` }),
+  );
   const { dashboard } = deps;
   if (dashboard) {
     app.register(async (scope) => {

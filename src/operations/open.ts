@@ -58,7 +58,7 @@ export function openOperations(
     }),
     /** Closes what was opened here, not the connections. */
     close: async (): Promise<void> => {
-      tally.stop();
+      tally.flush();
       if (servers.queues === undefined) await queues.close();
     },
   };

@@ -75,7 +75,7 @@ export function createPublish(deps: {
   /** The event of this topic was published: for the heartbeat. */
   onPublished: (topic: string) => void;
   options: PublishOptions;
-  tally: Omit<Tally, 'stop'>;
+  tally: Tally;
   logger: Logger;
 }) {
   const { streams, epoch: epochs, outbox, guard, options, tally, logger } = deps;

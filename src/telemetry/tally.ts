@@ -44,7 +44,7 @@ export function createTally(logger: Logger) {
     info: counting('info'),
     warn: counting('warn'),
     error: counting('error'),
-    /** Writes the lines that wait. */
-    stop: flush,
+    /** Writes the lines that wait: before a line about an event that may be among them, and at the end. */
+    flush,
   };
 }

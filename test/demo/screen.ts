@@ -113,7 +113,10 @@ export function createScreen(out: NodeJS.WriteStream) {
       line(bold('  What the table and the streams say'));
       row('events in', String(grade.events), 'rows committed to identity.outbox');
       row('entries out', String(grade.entries), 'in the streams');
-      row('dead letters', String(grade.deadLetters), 'events that were given up');
+      // Where all is well, an event has an entry or a dead letter, and both only if it was replayed.
+      const replayed = Math.max(0, grade.entries + grade.deadLetters - grade.events);
+      const remark = replayed > 0 && wrong.length === 0 ? `; ${replayed} of them replayed since` : '';
+      row('dead letters', String(grade.deadLetters), `events that were given up${remark}`);
       mustBeZero('duplicates', grade.doubled + grade.doubledDeadLetters, 'events with more than one entry');
       mustBeZero('order violations', grade.outOfOrder, 'entries behind a later event of their aggregate');
       mustBeZero('lost', grade.lost, 'events with no entry and no dead letter');

@@ -46,7 +46,7 @@ test('1,000 dead letters of three kinds: one kind is replayed while new events f
   ]);
   const page = await json(stage, 'dlq', 'list', '--error', 'wrongtype', '--limit', '599');
   expect(page.letters).toHaveLength(599);
-  const rest = await json(stage, 'dlq', 'list', '--error', 'wrongtype', '--cursor', page.next);
+  const rest = await json(stage, 'dlq', 'list', '--error', 'wrongtype', '--after', page.next);
   expect([...idsOf(page.letters), ...idsOf(rest.letters)].toSorted()).toEqual(idsOf(broken).toSorted());
 
   // New events of the same aggregates come all the while.

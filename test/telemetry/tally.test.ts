@@ -18,7 +18,7 @@ test('what happens to many events within 3 s is one line, with their number and 
       ['error', 'something else', { events: 1, eventIds: ['e'] }],
     ]);
     tally.warn('last', {}, 'it happened');
-    tally.stop();
+    tally.flush();
     expect(lines.slice(2)).toEqual([['warn', 'it happened', { events: 1, eventIds: ['last'] }]]);
     vi.advanceTimersByTime(60_000);
     expect(lines).toHaveLength(3);
