@@ -25,8 +25,8 @@ export function add(command: Command): void {
     .addHelpText(
       'after',
       () =>
-        '\nGive it the environment of the pods. These variables matter here (all: relay start\n' +
-        `--help):\n${describeVariables(helpColumns(), (name) => USED.test(name))}`,
+        '\nGive it the environment of the pods. These variables matter here; "relay start\n' +
+        `--help" has all of them:\n${describeVariables(helpColumns(), (name) => USED.test(name))}`,
     )
     .action(async () => {
       await withConfig(serve, { logs: true });

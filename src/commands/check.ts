@@ -17,8 +17,8 @@ export function add(command: Command): void {
   command
     .addHelpText(
       'after',
-      '\nEach result is ok, advice or failed. Exits 0 if none has failed, 1 if one has, 78 if\n' +
-        'the configuration is wrong. "relay start" refuses to run with one that has failed.',
+      '\nEach result is ok, advice or failed. Exits 0 if none has failed, 1 if one has,\n' +
+        '78 if the configuration is wrong. Where one has failed, "relay start" refuses.',
     )
     .action(() => withConfig(async (config) => ((await runChecks(config)) ? EXIT.done : EXIT.failed)));
 }

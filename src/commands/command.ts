@@ -155,7 +155,7 @@ export function time(given: string): Date {
 const UNIT_MS = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
 
 /** What `when` takes, for help texts. */
-export const WHEN = 'a time (2026-01-31T12:00:00Z), how long ago (90s, 15m, 2h, 7d), or now';
+export const WHEN = 'a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)';
 
 /** Option parser: a time, or how many ms ago. */
 export function when(given: string): Date | number {

@@ -14,7 +14,7 @@ type RepublishOptions = EventOptions &
 export function add(command: Command): void {
   command
     .requiredOption('--since <when>', `published from then on: ${WHEN}`, when)
-    .requiredOption('--until <when>', 'published up to then', when);
+    .requiredOption('--until <when>', 'published up to then, or up to "now"', when);
   eventFilters(command)
     .option('--after <cursor>', 'go on where an earlier run was cut off, with the same times')
     .option('--dry-run', 'only say what would be appended')

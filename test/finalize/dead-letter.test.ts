@@ -5,9 +5,10 @@ import { createDeadLetters } from '../../src/finalize/dead-letter.ts';
 import type { LeasedEvent } from '../../src/outbox/outbox.ts';
 import type { FailedJob } from '../../src/queue/queues.ts';
 import { createLeaseReaper } from '../../src/recovery/lease-reaper.ts';
+import { createTally } from '../../src/telemetry/tally.ts';
 import { openContext, type TestContext } from '../support/context.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
-import { readRows, readStates, readStream } from '../support/stages.ts';
+import { readRows, readStates, readStream, silent } from '../support/stages.ts';
 
 const BROKEN = 'identity.broken.v1';
 const FAILED_AT = new Date('2026-01-02T03:04:05.678Z');
@@ -59,6 +60,15 @@ describe.each([
       writeAgain: async () => deadLetters.writeAgain(await failure()),
     };
   }
+
+  test('its line in the log comes after the collected ones of the attempts that failed', async () => {
+    const lines: string[] = [];
+    const logger = { ...silent, warn: (_: unknown, text: string) => void lines.push(text) };
+    const tally = createTally({ ...silent, info: (_: unknown, text: string) => void lines.push(text) });
+    tally.info(event.eventId, {}, 'publishing failed');
+    await createdWith({ logger, tally }).bury();
+    expect(lines).toEqual(['publishing failed', 'event moved to the dead-letter stream']);
+  });
 
   const letters = () => readStream(stage.streamRedis, dlq);
   const hasJob = async () => (await stage.redis.exists(stage.keyOf(event.eventId))) === 1;

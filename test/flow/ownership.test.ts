@@ -248,6 +248,8 @@ test('a database that was restored to another server is refused until an operato
   expect(own.code, own.lines.join('\n')).toBe(0);
   expect((await stage.command(['check'], env)).code).toBe(0);
   expectRefused(await stage.command(['check']), 1);
+  const again = (await stage.command(['own'], env)).lines.join('\n');
+  expect(again).toContain('There is nothing to take over');
   await stage.pod(env);
   await waitFor(
     async () => (await to.query('SELECT FROM identity.outbox WHERE NOT published')).rowCount === 0,

@@ -74,6 +74,9 @@ test('a sentence that helps, each', async () => {
     [['verfy'], 1, /unknown command 'verfy'[\s\S]*Did you mean verify[\s\S]*See "relay --help"/],
     [['verify', '--help'], 0, /7d\) \(required\)\n +--until <when> +up to then \(default: now\)$/m],
     [['dlq', 'discard', '--help'], 0, /--reason .*\(required\)/],
+    // Those that matter to it, not those of publishing.
+    [['board', '--help'], 0, /RELAY_BOARD_USERS(?![\s\S]*RELAY_BATCH_SIZE)/],
+    [['check', '--help'], 0, /Exits 0 if none has failed, 1 if one has,\n78/],
     [['dlq', 'discard', '--all'], 1, /required option '--reason <text>' not specified\nSee "relay --help"/],
   ];
   for (const [args, code, said, env] of cases) {
