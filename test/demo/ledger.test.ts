@@ -105,6 +105,26 @@ test('an event with two entries is doubled, and not out of order too', async () 
   });
 });
 
+test('an entry that an operator had republished is a copy where there may be copies, and one without the mark is doubled', async () => {
+  const [first, second] = someEvents(2, 1) as [SampleEvent, SampleEvent];
+  await insertEvents(pool, [first, second]);
+  await publish(first, second, second);
+  await redis.xadd(
+    'identity.user.v1',
+    '*',
+    'event_id',
+    first.eventId,
+    'replayed_at',
+    new Date().toISOString(),
+  );
+
+  expect(await gradeLedger({ ...options, mayHaveCopies: true })).toMatchObject({
+    ...CLEAN,
+    ...{ entries: 3, copies: 1, doubled: 1, samples: { doubled: [second.eventId] } },
+  });
+  expect(await gradeLedger(options)).toMatchObject({ ...CLEAN, doubled: 2, copies: 0 });
+});
+
 test('an entry behind a later event of its aggregate is out of order; among other aggregates order is free', async () => {
   const events = someEvents(4, 2) as [SampleEvent, SampleEvent, SampleEvent, SampleEvent];
   await insertEvents(pool, events);

@@ -18,6 +18,8 @@ export type LedgerOptions = {
   dlqStream: string;
   /** Ids of events to leave out, e.g. those that the old system had published. */
   ignore?: ReadonlySet<string>;
+  /** An operator may have had events republished: entries that are marked so are counted as copies, not as doubled. */
+  mayHaveCopies?: boolean;
   /** How many event ids of each kind of violation are named. Default: 5. */
   samples?: number;
 };
@@ -42,6 +44,8 @@ export type LedgerGrade = Readonly<
     events: number;
     entries: number;
     deadLetters: number;
+    /** Marked entries of events that had one already; 0 unless `mayHaveCopies`. */
+    copies: number;
   }
 >;
 
@@ -59,22 +63,28 @@ type Row = {
 /** Reads the whole table and every stream; meant for up to some 100,000 events, after the relay came to rest. */
 export async function gradeLedger(options: LedgerOptions): Promise<LedgerGrade> {
   const { pool, redis, defaultStream, dlqStream, ignore = new Set(), samples = SAMPLES } = options;
+  const { mayHaveCopies = false } = options;
   const found: Record<Violation, string[]> = {
     ...{ lost: [], doubled: [], outOfOrder: [], publishedWithoutEntry: [] },
     ...{ deadWithoutDlq: [], doubledDeadLetters: [], leftBehind: [], unknown: [] },
   };
   // Streams first: an event that is published between the two reads must not look like one that came from nowhere.
   const streams = await streamNames(pool, defaultStream);
-  const entriesOf = new Map<string, string[]>();
-  for (const stream of streams) entriesOf.set(stream, await eventIds(redis, stream, 'event_id'));
-  const deadLetters = await eventIds(redis, dlqStream, 'original_event_id');
+  const entriesOf = new Map<string, Entry[]>();
+  for (const stream of streams) entriesOf.set(stream, await readEntries(redis, stream, 'event_id'));
+  const deadLetters = await readEntries(redis, dlqStream, 'original_event_id');
   const rows = await readRows(pool, defaultStream);
 
   const entryCount = new Map<string, number>();
-  for (const [stream, ids] of entriesOf) {
+  let copies = 0;
+  for (const [stream, entries] of entriesOf) {
     const latest = new Map<string, bigint>();
-    for (const eventId of ids) {
+    for (const { eventId, isMarked } of entries) {
       const seen = entryCount.get(eventId) ?? 0;
+      if (mayHaveCopies && isMarked && seen > 0) {
+        copies++;
+        continue;
+      }
       entryCount.set(eventId, seen + 1);
       const row = rows.get(eventId);
       if (row === undefined || row.stream !== stream) found.unknown.push(eventId);
@@ -87,7 +97,7 @@ export async function gradeLedger(options: LedgerOptions): Promise<LedgerGrade> 
     }
   }
   const deadCount = new Map<string, number>();
-  for (const eventId of deadLetters) deadCount.set(eventId, (deadCount.get(eventId) ?? 0) + 1);
+  for (const { eventId } of deadLetters) deadCount.set(eventId, (deadCount.get(eventId) ?? 0) + 1);
 
   for (const [eventId, row] of rows) {
     if (ignore.has(eventId) || row.discarded) continue;
@@ -108,8 +118,9 @@ export async function gradeLedger(options: LedgerOptions): Promise<LedgerGrade> 
     ...pairs((violation) => found[violation].length),
     samples: pairs((violation) => found[violation].slice(0, samples)),
     events: rows.size,
-    entries: [...entriesOf.values()].reduce((sum, ids) => sum + ids.length, 0),
+    entries: [...entriesOf.values()].reduce((sum, entries) => sum + entries.length, 0) - copies,
     deadLetters: deadLetters.length,
+    copies,
   };
 }
 
@@ -148,18 +159,27 @@ async function readRows(pool: Table, defaultStream: string): Promise<Map<string,
   }
 }
 
-/** The event ids of a stream's entries, in its order. A key that is missing or no stream has none. */
-async function eventIds(redis: Streams, stream: string, field: string): Promise<string[]> {
+/** `isMarked`: an operator had the event replayed or republished. */
+type Entry = Readonly<{ eventId: string; isMarked: boolean }>;
+
+/** A stream's entries, in its order. A key that is missing or no stream has none. */
+async function readEntries(redis: Streams, stream: string, field: string): Promise<Entry[]> {
   if ((await redis.type(stream)) !== 'stream') return [];
-  const ids: string[] = [];
+  const all: Entry[] = [];
   for (let start = '-'; ; ) {
     const entries = await redis.xrange(stream, start, '+', 'COUNT', PAGE_ROWS);
     for (const [entryId, fields] of entries) {
-      const at = fields.findIndex((name, index) => index % 2 === 0 && name === field);
-      ids.push(at === -1 ? `entry ${entryId} without ${field}` : (fields[at + 1] ?? ''));
+      const fieldOf = (wanted: string) => {
+        const at = fields.findIndex((name, index) => index % 2 === 0 && name === wanted);
+        return at === -1 ? undefined : fields[at + 1];
+      };
+      all.push({
+        eventId: fieldOf(field) ?? `entry ${entryId} without ${field}`,
+        isMarked: fieldOf('replayed_at') !== undefined,
+      });
     }
     const last = entries.at(-1);
-    if (last === undefined || entries.length < PAGE_ROWS) return ids;
+    if (last === undefined || entries.length < PAGE_ROWS) return all;
     start = `(${last[0]}`;
   }
 }

@@ -117,6 +117,7 @@ export function createScreen(out: NodeJS.WriteStream) {
       const replayed = Math.max(0, grade.entries + grade.deadLetters - grade.events);
       const remark = replayed > 0 && wrong.length === 0 ? `; ${replayed} of them replayed since` : '';
       row('dead letters', String(grade.deadLetters), `events that were given up${remark}`);
+      if (grade.copies > 0) row('copies', String(grade.copies), 'marked entries that you had republished');
       mustBeZero('duplicates', grade.doubled + grade.doubledDeadLetters, 'events with more than one entry');
       mustBeZero('order violations', grade.outOfOrder, 'entries behind a later event of their aggregate');
       mustBeZero('lost', grade.lost, 'events with no entry and no dead letter');
