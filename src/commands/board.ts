@@ -25,8 +25,9 @@ export function add(command: Command): void {
     .addHelpText(
       'after',
       () =>
-        '\nGive it the environment of the pods. These variables matter here; "relay start\n' +
-        `--help" has all of them:\n${describeVariables(helpColumns(), (name) => USED.test(name))}`,
+        '\nGive it the environment of the pods ("relay start --help"), with a\n' +
+        'RELAY_DATABASE_URL whose role has the operators’ rights. Where it listens, and\n' +
+        `who may log in:\n${describeVariables(helpColumns(), (name) => SERVES.test(name))}`,
     )
     .action(async () => {
       await withConfig(serve, { logs: true });
@@ -35,8 +36,7 @@ export function add(command: Command): void {
     });
 }
 
-const USED =
-  /^RELAY_(DATABASE_URL|(STREAM_)?REDIS_|QUEUE_|STREAM_NAME|DLQ_STREAM_NAME|HTTP_|BOARD_|TRUSTED_PROXIES|LOG_LEVEL|STARTUP_TIMEOUT)/;
+const SERVES = /^RELAY_(HTTP_|BOARD_|TRUSTED_PROXIES)/;
 
 const STATEMENT_TIMEOUT_MS = 4_000;
 const STOP_TIMEOUT_MS = 5_000;

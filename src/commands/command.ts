@@ -96,7 +96,7 @@ export async function withServers<T>(
   const logger = createLogger('warn', process.stderr);
   const timeoutMs = Math.min(config.startupTimeoutMs, ANSWER_WITHIN_MS);
   const redisSettings = { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs };
-  const options = { pool: { max: POOL_SIZE }, redis: redisSettings };
+  const options = { pool: { max: POOL_SIZE, connectionTimeoutMillis: timeoutMs }, redis: redisSettings };
   return withConnections(config, command, options, async ({ pool: ownPool, redis, streamRedis }) => {
     const pool = healthyPool(ownPool, { size: POOL_SIZE, logger });
     await waitForServers({ pool, redis: [redis], streamRedis: [streamRedis], timeoutMs, logger });

@@ -38,7 +38,7 @@ async function run(
 ): Promise<number> {
   const { after } = options;
   const which = { ...times, filter: eventFilterOf(options) };
-  const { streams: counts } = await count(which);
+  const { streams: counts } = await count(which, after === undefined ? {} : { after });
   const total = [...counts.values()].reduce((sum, n) => sum + n, 0);
   print(text`Published from ${times.since} to ${times.until}:`);
   for (const [stream, n] of counts) {

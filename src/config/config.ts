@@ -215,7 +215,8 @@ export const TABLE = {
     description: 'Failed jobs kept in BullMQ for the dashboard',
   }),
   startupTimeoutMs: variable('RELAY_STARTUP_TIMEOUT', seconds(0.1, HOUR), '30', {
-    description: 'How long start-up waits for PostgreSQL and Redis; other commands wait for 5 s at most',
+    description:
+      'How long start-up waits for PostgreSQL and Redis; other commands give up after about 10 s at most',
   }),
 };
 

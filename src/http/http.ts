@@ -82,6 +82,7 @@ export function createHttp(
     epochIsKnown: () => epoch.current() !== undefined,
     isRunning: () => state.phase === 'running',
     ready: health.ready,
+    servers: ['database', 'redis', ...(context.hasTwoServers ? ['stream_redis'] : [])],
     figures: shareFigures({
       redis: queueRedis,
       key: `${context.keyPrefix}:figures`,

@@ -76,6 +76,13 @@ export function progressOf(cursor: string): Progress {
   };
 }
 
+/** The progress where a count goes on: by its own cursor, or by that of a run, whose rows are not counted again. */
+export function countedTo(cursor: string): Progress {
+  const place = fromCursor<FinalizedPlace & { readUs?: string }>(cursor, ['finalizedAt', 'id']);
+  if (place.readUs !== undefined) return progressOf(cursor);
+  return { ...noProgress(place.finalizedAt), readAfter: place };
+}
+
 export function isAppended(row: PublishedRow, { main, late }: Progress): boolean {
   if (!isReadAfter(row, main.read)) return !isEntryAfter(row, main.entry);
   return !isReadAfter(row, late.read) && !isEntryAfter(row, late.entry);

@@ -1,9 +1,10 @@
 import { inSteps, type OutboxEvent } from '../event.ts';
-import type { FinalizedPlace, Published, PublishedFilter } from '../outbox/published.ts';
+import type { Published, PublishedFilter } from '../outbox/published.ts';
 import { NotOurEpochError, type Republisher } from '../streams/copies.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
-import { fromCursor, toCursor } from './cursor.ts';
+import { toCursor } from './cursor.ts';
 import {
+  countedTo,
   cursorOf,
   type HeldRow,
   isAppended,
@@ -92,7 +93,7 @@ export function createRepublish(deps: {
 
   return {
     /**
-     * How many entries `run` would append, at most `limit` of them.
+     * How many entries `run` would append, at most `limit` of them; also with the `next` of a run that was cut off.
      * @throws {CursorError} when `after` is not what an earlier call answered
      */
     async count(
@@ -101,14 +102,13 @@ export function createRepublish(deps: {
     ): Promise<RepublishCount> {
       const { limit = Number.POSITIVE_INFINITY } = options;
       const streams = new Map<string, number>();
-      let after =
-        options.after === undefined
-          ? { finalizedAt: since, id: '-1' }
-          : fromCursor<FinalizedPlace>(options.after, ['finalizedAt', 'id']);
+      const began = options.after === undefined ? noProgress(since) : countedTo(options.after);
+      let after = began.readAfter;
       for (let left = limit; ; ) {
         const size = Math.min(PAGE_ROWS, left);
         const page = await published.publishedRows(filter, after, until, size);
-        for (const { topic } of page) streams.set(topic, (streams.get(topic) ?? 0) + 1);
+        for (const row of page)
+          if (!isAppended(row, began)) streams.set(row.topic, (streams.get(row.topic) ?? 0) + 1);
         const last = page.at(-1);
         if (last === undefined || page.length < size) return { streams, next: null };
         after = { finalizedAt: last.finalizedAt, id: last.id };

@@ -56,6 +56,8 @@ export type MetricsSources = Readonly<{
   epochIsKnown: () => boolean;
   isRunning: () => boolean;
   ready: () => Promise<Record<string, Check>>;
+  /** The checks of `ready` that are about servers. */
+  servers: readonly string[];
   figures: () => Promise<SharedFigures | undefined>;
 }>;
 
@@ -265,10 +267,11 @@ export function createMetrics(
   async function render(sources: MetricsSources): Promise<string> {
     const inTime = <T>(work: Promise<T>) => withDeadline(DEADLINE_MS, work).catch(() => undefined);
     const [figures, checks = {}] = await Promise.all([inTime(sources.figures()), inTime(sources.ready())]);
-    const { database, redis } = checks;
-    for (const [server, check] of Object.entries({ database, redis }))
+    for (const server of sources.servers) {
+      const check = checks[server];
       healthy.set({ server }, check !== undefined && check.status !== 'unhealthy' ? 1 : 0);
-    const isReady = sources.isRunning() && database !== undefined && overall(checks) !== 'unhealthy';
+    }
+    const isReady = sources.isRunning() && checks.database !== undefined && overall(checks) !== 'unhealthy';
     ready.set(isReady ? 1 : 0);
     epochKnown.set(sources.epochIsKnown() ? 1 : 0);
     tickAge.set(sources.tickSecondsAgo());

@@ -1,4 +1,6 @@
-import { expect, test } from 'vitest';
+import { once } from 'node:events';
+import { type AddressInfo, createServer } from 'node:net';
+import { expect, onTestFinished, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { startLoad } from '../support/load.ts';
@@ -123,6 +125,23 @@ test('a command says in one line that Redis refuses the password, and does not w
     [expect.stringMatching(/^relay: Redis does not let the relay in: WRONGPASS.*RELAY_REDIS_URL/)],
   ]);
   expect(lines.join()).not.toContain('hunter2');
+});
+
+test('commands do not wait for a PostgreSQL that takes the connection and never answers', async () => {
+  const stage = await setStage({ env: { RELAY_STARTUP_TIMEOUT: '600' } });
+  const mute = createServer(() => {}).listen(0, '127.0.0.1');
+  await once(mute, 'listening');
+  onTestFinished(() => void mute.close());
+  const { port } = mute.address() as AddressInfo;
+  const env = { RELAY_DATABASE_URL: `postgres://me:hunter2@127.0.0.1:${port}/db` };
+  await Promise.all(
+    [['dlq', 'list'], ['verify', '--since', '1h'], ['own'], ['status'], ['check']].map(async (args) => {
+      const { code, lines } = await stage.command(args, env);
+      const printed = lines.join('\n');
+      expect([1, 69], `${args.join(' ')}: ${printed}`).toContain(code);
+      expect(printed).toMatch(/PostgreSQL cannot be reached|no answer: database|failed +database/);
+    }),
+  );
 });
 
 test('with a database number that Redis does not have, nothing goes to database 0, which may be of others', async () => {

@@ -162,6 +162,14 @@ test('a count goes on where it ended, too', async () => {
   });
 });
 
+test('a count with the cursor of a run that was cut off counts the rest', async () => {
+  await published(someEvents(25, 5));
+  const { next } = await republish.run(ALL, { ...BY, limit: 7 });
+  expect(await republish.count(ALL, { after: next as string })).toEqual({
+    ...{ streams: new Map([[STREAM, 18]]), next: null },
+  });
+});
+
 /** Beside the table, with a stream that takes everything, or fails. */
 const besideTable = (append: (event: OutboxEvent) => Promise<null>) =>
   createRepublish({

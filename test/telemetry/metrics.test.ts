@@ -18,6 +18,7 @@ const SOURCES: MetricsSources = {
     isRunning: () => true,
   },
   ready: async () => ({ database: { status: 'healthy' }, redis: { status: 'degraded' } }),
+  servers: ['database', 'redis'],
   figures: async () => undefined,
 };
 
@@ -88,6 +89,24 @@ test('/metrics answers within 2 s although neither the servers nor the figures d
   expect(valueIn(families, 'relay_server_healthy', { server: 'redis' })).toBe(0);
   for (const name of ['relay_oldest_waiting_seconds', 'relay_backlog_events', 'relay_figures_age_seconds'])
     expect(families.get(name)?.samples).toEqual([]);
+});
+
+test('each server has its own series: with two, also the Redis of the streams, whether it answers or not', async () => {
+  const unhealthy = { status: 'unhealthy' } as const;
+  let checks: Record<string, { status: 'healthy' | 'unhealthy' }> = { stream_redis: unhealthy };
+  const metrics = metricsWith({
+    ready: async () => ({ database: { status: 'healthy' }, redis: { status: 'healthy' }, ...checks }),
+    servers: ['database', 'redis', 'stream_redis'],
+  });
+  const healthOf = async () => {
+    const families = familiesOf(await metrics.render());
+    return ['database', 'redis', 'stream_redis'].map((server) =>
+      valueIn(families, 'relay_server_healthy', { server }),
+    );
+  };
+  expect(await healthOf()).toEqual([1, 1, 0]);
+  checks = { stream_redis: { status: 'healthy' } };
+  expect(await healthOf()).toEqual([1, 1, 1]);
 });
 
 test('figures that were there and are not any more are left out again', async () => {
