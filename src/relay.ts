@@ -83,6 +83,7 @@ function assemble(context: Context, http: boolean): Running {
   const duties = createTask((goesOn) => recovery.maintain(goesOn));
   const claiming = createClaiming(context, () => {
     state.tickedAt = Date.now();
+    heartbeat.beat(); // "relay status" shows when the last tick was
     duties.begin();
   });
   const workers = { publish: publishing.workers, claim: claiming.workers };

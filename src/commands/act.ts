@@ -49,7 +49,7 @@ export async function answerTo(terminal: Interface, prompt: string): Promise<str
  */
 export async function confirmed(question: Text, yes: boolean): Promise<boolean> {
   if (yes) return true;
-  if (!process.stdin.isTTY) throw new Error(`${question.value} There is no terminal to ask in: say --yes`);
+  if (!process.stdin.isTTY) throw new Error(`there is no terminal to ask in: say --yes (${question.value})`);
   const terminal = createInterface({ input: process.stdin, output: process.stderr });
   try {
     const answer = await answerTo(terminal, `${question.value} [y/N] `);

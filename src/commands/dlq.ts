@@ -123,7 +123,7 @@ async function show(deadLetters: DeadLetters, id: string, options: { json?: bool
     printJson(details);
     return EXIT.done;
   }
-  const { event, state, error, attempts, timeline, dlqEntryId, job } = details;
+  const { event, state, error, attempts, timeline, entryId, dlqEntryId, job } = details;
   const rows: [string, string][] = [
     ['event', event.eventId],
     ['type', event.eventType],
@@ -132,7 +132,8 @@ async function show(deadLetters: DeadLetters, id: string, options: { json?: bool
     ['state', state === 'pruned' ? 'pruned: the row is gone, this is its dead letter' : state],
     ['attempts', String(attempts)],
     [state === 'published' ? 'last error' : 'error', error ?? '–'],
-    ['dead letter', dlqEntryId ?? 'none in the stream'],
+    ...(entryId === null ? [] : [['entry', entryId] as [string, string]]),
+    ['dead letter', dlqEntryId ?? (state === 'dead' ? 'none in the stream' : 'none')],
     ['job', job === null ? 'none in BullMQ' : `${job.state}, ${counted(job.attempts, 'attempt')}`],
     ['payload', event.withheld ? `withheld: ${event.withheld}` : printableJson(event.payload)],
   ];
@@ -193,7 +194,7 @@ async function act(
   print(text`${by} ${past} ${counted(result.done, 'dead letter')}.`);
   if (verb === 'replay' && result.done > 0)
     print(
-      text`They go out at once where a relay runs, else within ${config.pollIntervalMs / 1_000} s of its start.`,
+      text`${result.done === 1 ? 'It goes' : 'They go'} out at once where a relay runs, else within ${config.pollIntervalMs / 1_000} s of the relay’s start.`,
     );
   printRefusals(result);
   if (interrupted) print(text`Interrupted: run it again for the rest.`);

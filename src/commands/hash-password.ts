@@ -29,19 +29,22 @@ export function add(command: Command): void {
         const password = process.stdin.isTTY
           ? await ask()
           : (await readAll(process.stdin)).replace(/\r?\n$/, '');
-        const { length } = [...password];
-        if (length < MIN_CHARACTERS || length > MAX_CHARACTERS)
-          throw new Error(
-            `the password has ${counted(length, 'character')}; ${MIN_CHARACTERS} to ${MAX_CHARACTERS} are needed`,
-          );
-        if (/[\p{Cc}]/u.test(password))
-          throw new Error('the password has control characters, or several lines');
+        assertGood(password);
         print(text`${entryOf({ name, role, hash: await hashPassword(password) })}`);
         process.exitCode = EXIT.done;
       } catch (error) {
         fail(error);
       }
     });
+}
+
+function assertGood(password: string): void {
+  const { length } = [...password];
+  if (length < MIN_CHARACTERS || length > MAX_CHARACTERS)
+    throw new Error(
+      `the password has ${counted(length, 'character')}; ${MIN_CHARACTERS} to ${MAX_CHARACTERS} are needed`,
+    );
+  if (/[\p{Cc}]/u.test(password)) throw new Error('the password has control characters, or several lines');
 }
 
 function userName(name: string): string {
@@ -62,6 +65,7 @@ async function ask(): Promise<string> {
   };
   try {
     const password = await question(`Password (at least ${MIN_CHARACTERS} characters): `);
+    assertGood(password); // before it has to be typed again
     if ((await question('Again: ')) !== password) throw new Error('the two are not the same');
     return password;
   } finally {

@@ -85,7 +85,7 @@ async function run(
         ),
       { isDone: ({ result }) => result.next === null },
     );
-    print(text`${by} had ${counted(result.appended, 'event')} appended again.`);
+    print(text`${by} appended ${counted(result.appended, 'event')} again.`);
     if (result.refused > 0) print(text`${counted(result.refused, 'event')} refused: ${result.reason ?? ''}`);
     if (result.error !== null) printError(text`relay: ${result.error}`);
     if (interrupted || result.error !== null) goOn();

@@ -200,7 +200,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
   }
   if (rates) {
     const row = (name: string, rate: { lastMinute: number; lastFiveMinutes: number }) =>
-      `${name.padEnd(12)}${events(60, rate.lastMinute)} in the last minute  ${events(300, rate.lastFiveMinutes)} in the last five`;
+      `${name.padEnd(12)}${events(60, rate.lastMinute)} in the last minute ${events(300, rate.lastFiveMinutes)} in the last five`;
     paragraph('Rates', [row('published', rates.published), row('dead', rates.dead)]);
   }
   if (queues) {
@@ -208,6 +208,9 @@ function describe(status: Status, config: RelayConfig): Text[] {
       `${config.queueName}-${name}`,
       ...Object.entries(counts).map(([state, count]) => `${state} ${count}`),
       ...(isPaused ? [paint.yellow('PAUSED')] : []),
+      ...(name === 'claim' && counts.failed > 0
+        ? ['a failed tick needs nothing: the next one does its work']
+        : []),
     ]);
     paragraph('Queues', [
       ...table(rows, width),
@@ -221,13 +224,17 @@ function describe(status: Status, config: RelayConfig): Text[] {
         fleet.pods.map((pod) => [
           pod.pod,
           pod.version,
-          isSilent(pod) ? paint.red(`silent for ${duration(pod.heardSecondsAgo)}`) : pod.phase,
-          `up ${duration(pod.upSeconds)}`,
-          `${pod.inProgress} of ${counted(pod.concurrency, 'job')} in progress`,
+          ...(isSilent(pod)
+            ? [paint.red(`silent for ${duration(pod.heardSecondsAgo)}`)]
+            : [
+                pod.phase,
+                `up ${duration(pod.upSeconds + pod.heardSecondsAgo)}`,
+                `${pod.inProgress} of ${counted(pod.concurrency, 'job')} in progress`,
+              ]),
         ]),
         width,
       ),
-      ...(fleet.pods.length === 0 ? [paint.red('none was heard of in the last ten minutes')] : []),
+      ...(fleet.pods.length === 0 ? [paint.red('no pod is running')] : []),
       `last tick of the schedule: ${tick === null ? 'none was seen' : `${duration(tick)} ago`}, due every ${duration(config.pollIntervalMs / 1_000)}`,
     ]);
   }
@@ -262,9 +269,9 @@ function describe(status: Status, config: RelayConfig): Text[] {
 }
 
 const upTo = (limit: number, count: number) => (count >= limit ? `${limit}+` : String(count));
-/** A few events are counted: "0.0/s" would hide them. */
+/** Events in so many seconds, and how many a second where that says more. */
 const events = (seconds: number, rate: number) =>
-  (rate < 10 ? String(Math.round(rate * seconds)) : `${Math.round(rate)}/s`).padStart(9);
+  `${Math.round(rate * seconds)}${rate < 10 ? '' : ` (${Math.round(rate)}/s)`}`.padStart(9);
 
 function duration(seconds: number): string {
   if (seconds < 1) return `${Math.round(seconds * 1_000)} ms`;

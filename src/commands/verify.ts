@@ -54,7 +54,7 @@ export function add(command: Command): void {
  * @throws {NotReadyError} when a server cannot be reached
  */
 const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> => {
-  const times = options.until === undefined ? undefined : range(options.since, options.until);
+  const times = range(options.since, options.until ?? 0);
   return withServers(
     config,
     'relay-verify',
@@ -68,7 +68,7 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
         typeof options.since === 'number'
           ? await outbox.comparedFrom(options.since, null)
           : options.since.toISOString();
-      const until = times?.until ?? (await outbox.databaseTime());
+      const until = options.until === undefined ? await outbox.databaseTime() : times.until;
 
       /**
        * Ends the epoch, and makes the rows unpublished whose entries are still missing. The pods append nothing meanwhile,
@@ -139,8 +139,8 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
         const streams = Object.fromEntries(
           [...found].map(([stream, { unpublished: _, ...counts }]) => [stream, counts]),
         );
-        printJson({ since, until, streams, total: all, interrupted });
-      } else report(found, all, since, until, options.repair === true);
+        printJson({ since: iso(since), until: iso(until), streams, total: all, interrupted });
+      } else report(found, all, since, until, options);
       if (interrupted && !options.json) print(text`Interrupted: the rest of the time was not compared.`);
       return !interrupted && all.lost === unpublished && all.unreadable === 0;
     },
@@ -167,14 +167,14 @@ async function wakeRelay(config: RelayConfig, redis: Redis, logger: Logger): Pro
 }
 
 /** PostgreSQL has written it in its own form. */
-const isoSecond = (time: string): string => toSecond(new Date(time).toISOString());
+const iso = (time: string): string => new Date(time).toISOString();
 
 function report(
   found: ReadonlyMap<string, Found>,
   { rows, lost, unpublished, unreadable }: Found,
   since: string,
   until: string,
-  repair: boolean,
+  { repair = false, topic }: VerifyOptions,
 ): void {
   const lines = [
     ['rows', 'there', 'trimmed', 'missing', 'unreadable', 'stream'],
@@ -184,14 +184,15 @@ function report(
     }),
   ];
   const widest = (i: number) => Math.max(...lines.map((cells) => cells[i]?.length ?? 0));
-  print(text`Rows published or given up from ${isoSecond(since)} to ${isoSecond(until)}:`);
+  print(text`Rows published or given up from ${toSecond(iso(since))} to ${toSecond(iso(until))}:`);
   for (const line of table(lines.map((cells) => cells.map((it, i) => (i < 5 ? it.padStart(widest(i)) : it)))))
     print(line);
-  if (rows === 0) print(text`No row has an entry id in this time.`);
+  if (rows === 0)
+    print(text`No row${topic === undefined ? '' : ` with topic ${topic}`} has an entry id in this time.`);
   else if (lost === 0 && unreadable === 0) print(text`Nothing is missing.`);
   else if (!repair)
     print(
-      text`${counted(lost, 'entry is', 'entries are')} missing: "relay verify --repair" restores what is missing.`,
+      text`${counted(lost, 'entry is', 'entries are')} missing; the same command with --repair publishes again.`,
     );
   else
     print(

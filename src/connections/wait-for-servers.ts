@@ -57,7 +57,9 @@ function answers(connections: readonly Redis[]): () => Promise<unknown> {
         await once(redis, 'ready', { signal: AbortSignal.timeout(RETRY_MS) }).catch(() => {
           throw reason() ?? new Error(`connection is ${redis.status}`);
         });
-      await redis.ping();
+      await redis.ping().catch((error) => {
+        throw reason() ?? error; // what ioredis says without a connection tells nobody why there is none
+      });
     };
   });
   return () => Promise.all(probes.map((probe) => probe()));

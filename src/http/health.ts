@@ -5,13 +5,16 @@ import { errorText } from '../telemetry/logger.ts';
 
 export type Check = Readonly<{ status: 'healthy' | 'degraded' | 'unhealthy'; [detail: string]: unknown }>;
 
+/** Of the server, and whatever else is known of it. */
+type RedisFacts = Record<string, unknown> & { aofEnabled: boolean; maxmemoryPolicy: string };
+
 export type Probes = Readonly<{
   /** What has to be changed before the relay can work; empty when nothing has to be. */
   unmet?: () => string;
   database: () => Promise<Record<string, unknown>>;
-  redis: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
+  redis: () => Promise<RedisFacts>;
   /** Redis of the streams, if it is another server. */
-  streamRedis?: () => Promise<Record<string, unknown> & { aofEnabled: boolean }>;
+  streamRedis?: () => Promise<RedisFacts>;
   backlog: () => Promise<Record<string, unknown> & { oldestSeconds: { waiting: number | null } }>;
 }>;
 
@@ -32,9 +35,10 @@ export function createHealth(probes: Probes) {
 
   const database = () => check(probes.database, (details) => ({ status: 'healthy', ...details }));
   const redis = (probe = probes.redis) =>
-    check(probe, ({ aofEnabled, ...details }) => ({
+    check(probe, ({ aofEnabled, maxmemoryPolicy, ...details }) => ({
       status: aofEnabled ? 'healthy' : 'degraded',
       aof_enabled: aofEnabled,
+      maxmemory_policy: maxmemoryPolicy,
       ...details,
       ...(!aofEnabled && { warning: 'AOF is off: a restart of Redis loses the streams' }),
     }));

@@ -32,7 +32,9 @@ export type DeadLetterDetails = Readonly<{
   attempts: number;
   error: string | null;
   timeline: readonly Readonly<{ at: string; what: string }>[];
-  /** Id of its last entry in the dead-letter stream, if that is there. */
+  /** Id of its entry in the stream of its topic, of a published event. */
+  entryId: string | null;
+  /** Id of its last entry in the dead-letter stream, if that is there. Publishing after all, and discarding, take it away. */
   dlqEntryId: string | null;
   /** Its job in BullMQ, if that is there. */
   job: JobView | null;
@@ -121,7 +123,8 @@ export function createInspection(deps: {
         [row.publishedAt, state === 'discarded' ? discarded : 'published'],
         [row.nextAttemptAt, 'next look, or attempt'],
       ]);
-      return { event, state, attempts: event.attempts, error, timeline, dlqEntryId, job };
+      const entryId = state === 'published' ? row.entryId : null;
+      return { event, state, attempts: event.attempts, error, timeline, entryId, dlqEntryId, job };
     }
     if (entry === null) return null;
     const { attempts, error } = entry;
@@ -129,7 +132,16 @@ export function createInspection(deps: {
       [entry.occurredAt, 'created'],
       [entry.failedAt, `dead-lettered after ${counted(attempts, 'attempt')}`],
     ]);
-    return { event: eventOf(entry), state: 'pruned', attempts, error, timeline, dlqEntryId, job };
+    return {
+      event: eventOf(entry),
+      state: 'pruned',
+      attempts,
+      error,
+      timeline,
+      entryId: null,
+      dlqEntryId,
+      job,
+    };
   }
 
   return { list, show, prunedPages };

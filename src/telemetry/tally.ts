@@ -13,8 +13,7 @@ export type Tally = ReturnType<typeof createTally>;
 export function createTally(logger: Logger) {
   type Line = {
     level: 'info' | 'warn' | 'error';
-    events: number;
-    eventIds: string[];
+    eventIds: Set<string>;
     fields: Record<string, unknown>;
   };
   const lines = new Map<string, Line>();
@@ -25,17 +24,16 @@ export function createTally(logger: Logger) {
     timer = undefined;
     const all = [...lines];
     lines.clear();
-    for (const [text, { level, fields, events, eventIds }] of all)
-      logger[level]({ events, eventIds, ...fields }, text);
+    for (const [text, { level, fields, eventIds }] of all)
+      logger[level]({ events: eventIds.size, eventIds: [...eventIds].slice(0, NAMED), ...fields }, text);
   }
 
   const counting =
     (level: Line['level']) =>
     (eventId: string, fields: Record<string, unknown>, text: string): void => {
       logger.debug({ eventId, ...fields }, text);
-      const line = lines.get(text) ?? { level, events: 0, eventIds: [], fields };
-      line.events++;
-      if (line.eventIds.length < NAMED) line.eventIds.push(eventId);
+      const line = lines.get(text) ?? { level, eventIds: new Set(), fields };
+      line.eventIds.add(eventId);
       lines.set(text, line);
       timer ??= setTimeout(flush, COLLECT_MS);
     };

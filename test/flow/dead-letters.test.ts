@@ -245,7 +245,7 @@ test('relay republish appends what was published again, marked, in order, and ve
     expect(lines.join('\n')).toContain(reason);
   }
   expect(await stage.redis.xlen(STREAM)).toBe(60);
-  expect(await relay(stage, ...republish, '--yes')).toMatch(/\S+ had 60 events appended again\./);
+  expect(await relay(stage, ...republish, '--yes')).toMatch(/\S+ appended 60 events again\./);
   const entries = await stage.entries();
   expect(entries.map(({ fields }) => fields.event_id)).toEqual([...first, ...first]);
   expect(entries.map(({ fields }) => fields.replayed_at !== undefined)).toEqual(

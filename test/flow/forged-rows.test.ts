@@ -115,7 +115,7 @@ test('what must not be appended is not, by no road: the keys of BullMQ and the d
   );
   const before = { jobs: await dump(stage, JOBS), letters: await dump(stage, DLQ) };
   const republished = await stage.command(['republish', '--since', '1h', '--until', 'now', '--yes']);
-  expect(republished.lines.join('\n')).toContain('20 events appended again');
+  expect(republished.lines.join('\n')).toContain('appended 20 events again');
   expect(republished.lines.join('\n')).toContain(`${topics.length + 1} events refused: `);
   expect({ jobs: await dump(stage, JOBS), letters: await dump(stage, DLQ) }).toEqual(before);
   expect(await stage.redis.exists('payments.v1', 'bull:other')).toBe(0);

@@ -110,7 +110,7 @@ test('a server that is away is named, and what the other knows is shown', async 
   expect(code).toBe(1);
   expect(lines[0]).toMatch(/^no answer: database: .*ECONNREFUSED/);
   expect(lines.join('\n')).toMatch(/^Queues$/m);
-  expect(lines.join('\n')).toContain('none was heard of');
+  expect(lines.join('\n')).toContain('no pod is running');
   expect(lines.join('\n')).not.toContain('hunter2');
 });
 

@@ -36,7 +36,7 @@ beforeAll(async () => {
     ...{ host: '127.0.0.1', port: 0, version: '1.2.3', stuck: () => [], phase: () => 'running' },
     health: createHealth({
       database: async () => ({}),
-      redis: async () => ({ aofEnabled: true }),
+      redis: async () => ({ aofEnabled: true, maxmemoryPolicy: 'noeviction' }),
       backlog: backlog.count,
     }),
     dashboard: () =>

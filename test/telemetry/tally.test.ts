@@ -10,6 +10,7 @@ test('what happens to many events within 3 s is one line, with their number and 
   const tally = createTally({ ...silent, warn: line('warn'), error: line('error') });
   try {
     for (let i = 1; i <= 70; i++) tally.warn(`w${i}`, { reason: `r${i}` }, 'it happened');
+    tally.warn('w1', { reason: 'once more' }, 'it happened'); // still 70 events
     tally.error('e', {}, 'something else');
     expect(lines).toEqual([]);
     vi.advanceTimersByTime(3_000);
