@@ -192,7 +192,7 @@ function report(
   else if (lost === 0 && unreadable === 0) print(text`Nothing is missing.`);
   else if (!repair)
     print(
-      text`${counted(lost, 'entry is', 'entries are')} missing; the same command with --repair publishes again.`,
+      text`${counted(lost, 'entry is', 'entries are')} missing; the same command with --repair publishes ${lost === 1 ? 'it' : 'them'} again.`,
     );
   else
     print(
