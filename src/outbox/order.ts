@@ -82,11 +82,13 @@ export function orderOf(options: Pick<OutboxOptions, 'ordering' | 'deadLetterPol
       WHERE ${PARKED('w')} AND NOT w.blocked AND w.place <= ${refillPlace} ORDER BY w.place LIMIT 1`,
 
     /**
-     * Of `aggregate`: the first live row, `first_id`; `unclaimed_id`, the first that has no job; and `failed_id`, the
-     * first that waits for a retry, or is dead where dead rows hold their aggregate. Each null where there is none.
+     * Of `aggregate`: `live`, the event ids of the live rows in its window, in order; the first of these rows, `first_id`;
+     * `unclaimed_id`, the first that has no job; and `failed_id`, the first that waits for a retry, or is dead where dead
+     * rows hold their aggregate. Each null where there is none.
      */
     heads: (aggregate: string) => `
-      SELECT min(w.id) AS first_id, min(w.id) FILTER (WHERE ${FRESH('w')} OR ${PARKED('w')}) AS unclaimed_id,
+      SELECT array_agg(w.event_id ${BY_ID('w')}) AS live,
+        min(w.id) AS first_id, min(w.id) FILTER (WHERE ${FRESH('w')} OR ${PARKED('w')}) AS unclaimed_id,
         ${holds ? `least(${firstDead(aggregate)}, ` : ''}min(w.id) FILTER (WHERE ${WAITS_FOR_RETRY('w')})${holds ? ')' : ''}
           AS failed_id
       FROM (${walk(aggregate, () => 'false')}) w`,

@@ -14,7 +14,14 @@ import { orderOf } from './order.ts';
  * - `unclaimed`: one of them has none, or none that is committed
  * - `behind`: one of them waits for a retry, or is dead where dead rows hold their aggregate
  */
-export type Standing = 'over' | 'first' | 'early' | 'unclaimed' | 'behind';
+export type Standing = Readonly<{
+  kind: 'over' | 'first' | 'early' | 'unclaimed' | 'behind';
+  /** Of an early event: the `event_id` of the live row right before; null if the row is not in its window. */
+  after: string | null;
+}>;
+
+/** Of an event without a row. */
+export const OVER: Standing = { kind: 'over', after: null };
 
 export function createParked(pool: Pool, options: OutboxOptions) {
   const db = asking(pool, options.statementTimeoutMs);
@@ -66,7 +73,7 @@ export function createParked(pool: Pool, options: OutboxOptions) {
     async standingOf(
       events: readonly Readonly<{ eventId: string; before: string | null }>[],
     ): Promise<ReadonlyMap<string, Standing>> {
-      const { rows } = await db.query<{ eventId: string; standing: Standing }>({
+      const { rows } = await db.query<Standing & { eventId: string }>({
         name: `relay-standing-${options.ordering}-${variant}`,
         text: `WITH own AS MATERIALIZED (
              SELECT o.*, coalesce((
@@ -77,19 +84,20 @@ export function createParked(pool: Pool, options: OutboxOptions) {
                FROM identity.outbox o WHERE o.event_id = a.event_id LIMIT 1
              ) o
            ), heads AS MATERIALIZED (
-             SELECT a.aggregate_type, a.aggregate_id, h.first_id, h.unclaimed_id, h.failed_id
+             SELECT a.aggregate_type, a.aggregate_id, h.*
              FROM (SELECT DISTINCT aggregate_type, aggregate_id FROM own WHERE NOT published AND NOT is_next) a
-             CROSS JOIN LATERAL (${order.ordered ? order.heads('a') : 'SELECT NULL::bigint AS first_id, NULL::bigint AS unclaimed_id, NULL::bigint AS failed_id'}) h
+             CROSS JOIN LATERAL (${order.ordered ? order.heads('a') : 'SELECT NULL::uuid[] AS live, NULL::bigint AS first_id, NULL::bigint AS unclaimed_id, NULL::bigint AS failed_id'}) h
            )
            SELECT own.event_id AS "eventId",
              CASE WHEN own.published THEN 'over' WHEN own.is_next THEN 'first' WHEN h.failed_id < own.id THEN 'behind'
                   WHEN h.unclaimed_id < own.id THEN 'unclaimed' WHEN h.first_id < own.id THEN 'early'
-                  ELSE 'first' END AS "standing"
+                  ELSE 'first' END AS "kind",
+             h.live[array_position(h.live, own.event_id) - 1] AS "after"
            FROM own LEFT JOIN heads h ON h.aggregate_type = own.aggregate_type AND h.aggregate_id = own.aggregate_id`,
         values: [events.map((it) => it.eventId), events.map((it) => it.before)],
       });
-      const found = new Map(rows.map(({ eventId, standing }) => [eventId, standing]));
-      return new Map(events.map(({ eventId }) => [eventId, found.get(eventId) ?? 'over']));
+      const found = new Map(rows.map(({ eventId, ...standing }) => [eventId, standing]));
+      return new Map(events.map(({ eventId }) => [eventId, found.get(eventId) ?? OVER]));
     },
 
     /**

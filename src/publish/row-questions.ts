@@ -1,5 +1,5 @@
 import type { Outbox } from '../outbox/outbox.ts';
-import type { Standing } from '../outbox/parked.ts';
+import { OVER, type Standing } from '../outbox/parked.ts';
 import { inBatches } from './in-batches.ts';
 
 /** Events in one statement, at most. */
@@ -18,7 +18,7 @@ export function createRowQuestions(outbox: Pick<Outbox, 'standingOf'>) {
   const asked = inBatches<Question>(BATCH_MAX, async (batch) => {
     try {
       const standings = await outbox.standingOf(batch);
-      for (const { eventId, resolve } of batch) resolve(standings.get(eventId) ?? 'over');
+      for (const { eventId, resolve } of batch) resolve(standings.get(eventId) ?? OVER);
     } catch (error) {
       for (const { reject } of batch) reject(error as Error);
     }

@@ -100,6 +100,17 @@ describe('a row waits behind an earlier one of its aggregate', () => {
   });
 });
 
+test('of an early row the live one right before is named, and none where the row is beyond the window', async () => {
+  await insertOf(USER, LEASED, PUBLISHED, EXPIRED, DEAD, LEASED, LEASED);
+  const [first, third, fifth] = await eventIds(1, 3, 5);
+  expect(await standingOf(3)).toEqual({ kind: 'early', after: first });
+  expect(await standingOf(5)).toEqual({ kind: 'early', after: third });
+  expect(await standingOf(6)).toEqual({ kind: 'early', after: fifth });
+  const narrow = table.outboxOf({ maxInFlight: 8 });
+  expect(await standingOf(3, narrow)).toEqual({ kind: 'early', after: first });
+  expect(await standingOf(6, narrow)).toEqual({ kind: 'early', after: null });
+});
+
 describe('a row does not wait behind an earlier one', () => {
   test.each([
     ['is leased', LEASED],
@@ -197,7 +208,7 @@ describe('the rows say of an event', () => {
     await insertOf(randomUUID(), LEASED, LEASED);
     const ids = await eventIds(1, 2, 3, 4, 5, 6, 7);
     const found = await outbox.standingOf(ids.map((eventId) => ({ eventId, before: null })));
-    expect(ids.map((it) => found.get(it))).toEqual([
+    expect(ids.map((it) => found.get(it)?.kind)).toEqual([
       ...['first', 'early', 'early', 'behind'],
       ...['first', 'early', 'over'],
     ]);
@@ -238,10 +249,12 @@ describe('the rows say of an event', () => {
   });
 });
 
-async function standing(id: number, by: Outbox = outbox, before: string | null = null): Promise<Standing> {
+async function standingOf(id: number, by: Outbox = outbox, before: string | null = null): Promise<Standing> {
   const [eventId] = (await eventIds(id)) as [string];
   return (await by.standingOf([{ eventId, before }])).get(eventId) as Standing;
 }
+
+const standing = async (...of: Parameters<typeof standingOf>) => (await standingOf(...of)).kind;
 
 describe('of any table', () => {
   const { PROPERTY_SEED = '1', PROPERTY_RUNS = '80' } = process.env;
@@ -355,14 +368,16 @@ describe('of any table', () => {
           // What the claim leased, the gate lets pass in its turn.
           const gate = await by.standingOf(names.map((eventId) => ({ eventId, before: null })));
           for (const { row, after } of expected.leased)
-            expect(gate.get(names[row.id - 1] as string)).toBe(after === null ? 'first' : 'early');
+            expect(gate.get(names[row.id - 1] as string)).toEqual(
+              after === null ? { kind: 'first', after: null } : { kind: 'early', after: names[after - 1] },
+            );
           // What it parked within the window, the gate holds back.
           for (const aggregate of AGGREGATES.keys()) {
             const waiting = walk(rows, aggregate, holds, (it) => it.attempts > 0 || !hasJob(it));
             const failing = walk(rows, aggregate, holds, (it) => it.attempts > 0);
             for (const [i, { row, isBlocked }] of waiting.entries())
               if (expected.parked.includes(row))
-                expect([row.id, isBlocked, gate.get(names[row.id - 1] as string)]).toEqual([
+                expect([row.id, isBlocked, gate.get(names[row.id - 1] as string)?.kind]).toEqual([
                   ...[row.id, true, failing[i]?.isBlocked ? 'behind' : 'unclaimed'],
                 ]);
           }

@@ -167,7 +167,7 @@ describe('when Redis has lost their entries', () => {
     await outbox.unpublish(await finalized(1, 2));
     const [first, second, third] = (await rows()).map((it) => it.eventId);
     const gate = await outbox.standingOf([{ eventId: third as string, before: null }]);
-    expect(gate.get(third as string)).toBe('unclaimed');
+    expect(gate.get(third as string)?.kind).toBe('unclaimed');
     expect((await claim()).leased).toMatchObject([
       { id: '1', after: null },
       { id: '2', after: first },

@@ -50,13 +50,16 @@ function setUp(outcomes: readonly AppendOutcome[] = [APPENDED], deps: Partial<De
   const steps: string[] = [];
   const appendings: Appending[] = [];
   const questions: (readonly [eventId: string, before: string | null])[] = [];
-  const standings: Standing[] = [];
+  /** Kinds, or whole standings where it matters which event is right before. */
+  const standings: (Standing['kind'] | Standing)[] = [];
+  const placed: (string | null | undefined)[] = [];
   const recorded: Failure[] = [];
   const dead: FailedJob[] = [];
   const epoch = { name: EPOCH as string | undefined };
   const publish = createPublish({
     streams: {
-      async publish(_, appending) {
+      async publish({ after }, appending) {
+        placed.push(after);
         if (appendings.length >= APPENDS_MAX) throw new Error('it asks again and again');
         const outcome = outcomes[Math.min(appendings.length, outcomes.length - 1)] as AppendOutcome;
         appendings.push(appending);
@@ -76,7 +79,8 @@ function setUp(outcomes: readonly AppendOutcome[] = [APPENDED], deps: Partial<De
     rows: {
       async standingOf(...question) {
         questions.push(question);
-        return standings.shift() ?? 'first';
+        const next = standings.shift() ?? 'first';
+        return typeof next === 'string' ? { kind: next, after: null } : next;
       },
     },
     queues: {
@@ -112,7 +116,7 @@ function setUp(outcomes: readonly AppendOutcome[] = [APPENDED], deps: Partial<De
     ...{ tally: createTally(silent), logger: silent },
     ...deps,
   });
-  return { publish, steps, appendings, questions, standings, recorded, dead, epoch };
+  return { publish, steps, appendings, placed, questions, standings, recorded, dead, epoch };
 }
 
 /** An event whose job was made in this epoch, as far as nothing else is said. */
@@ -432,13 +436,13 @@ describe('the gate', () => {
     expect(appendings.map((it) => it.gate)).toEqual(['ask', 'open']);
   });
 
-  test.each<[Standing, string[], object, AppendOutcome[]]>([
+  test.each<[Standing['kind'], string[], object, AppendOutcome[]]>([
     ['first', ['after', 'open'], done, [ASK_ROWS, APPENDED]],
     ['over', ['after'], done, [ASK_ROWS]],
     ['early', ['after'], { kind: 'delayed', ms: 50 }, [ASK_ROWS]],
     ['unclaimed', ['after'], { kind: 'delayed', ms: 50 }, [ASK_ROWS]],
     [
-      ...(['behind', ['after', 'release']] as [Standing, string[]]),
+      ...(['behind', ['after', 'release']] as [Standing['kind'], string[]]),
       { kind: 'completed', result: { failedBefore: false } },
       [ASK_ROWS, { status: 'behind', failedBefore: false }],
     ],
@@ -450,6 +454,33 @@ describe('the gate', () => {
     expect(appendings.map((it) => it.gate)).toEqual(gates);
     // On its first run in its epoch the event before it is the one before it.
     expect(questions).toEqual([[event.eventId, before]]);
+  });
+
+  test.each([
+    ['a later run', { failures: 1 }, {}],
+    ['a run after a crash', { stalls: 1 }, {}],
+    ['a job of an earlier epoch', {}, { epoch: 'server/history:earlier' }],
+  ])('that is early according to the rows waits for the event that they name: %s', async (_, run, of) => {
+    const early: AppendOutcome = { status: 'early' };
+    const { publish, appendings, placed, standings } = setUp([ASK_ROWS, early, APPENDED]);
+    const now = aClaimedEvent().eventId;
+    standings.push({ kind: 'early', after: now });
+    const fate = await publish.process(aRun(anEvent({ after: before, ...of }), run));
+    // A run after a crash holds no place: it comes again soon.
+    const isStalled = 'stalls' in run;
+    expect(fate).toEqual(isStalled ? { kind: 'delayed', ms: 50 } : done);
+    expect(appendings.map((it) => it.gate)).toEqual(['ask', 'after', ...(isStalled ? [] : ['after'])]);
+    expect(placed).toEqual([null, now, ...(isStalled ? [] : [now])]);
+  });
+
+  test('asks the rows no further when the job of the event that they named is gone, too', async () => {
+    const { publish, appendings, questions, standings } = setUp([ASK_ROWS]);
+    const now = aClaimedEvent().eventId;
+    standings.push({ kind: 'early', after: now }, { kind: 'early', after: now });
+    const fate = await publish.process(aRun(anEvent({ after: before })));
+    expect(fate).toEqual({ kind: 'delayed', ms: 50 });
+    expect(appendings.map((it) => it.gate)).toEqual(['after', 'after']);
+    expect(questions).toHaveLength(2);
   });
 
   test('that was released answers the entry all the same, where there is one', async () => {
@@ -468,7 +499,7 @@ describe('the gate', () => {
         standingOf: async (...question) => {
           questions.push(question);
           epoch.name = 'server/history:next';
-          return 'first';
+          return { kind: 'first', after: null };
         },
       },
     });
@@ -490,7 +521,7 @@ describe('the gate', () => {
       rows: {
         standingOf: async () => {
           epoch.name = undefined;
-          return 'first';
+          return { kind: 'first', after: null };
         },
       },
     });

@@ -4,6 +4,9 @@ import { createRowQuestions } from '../../src/publish/row-questions.ts';
 import { deferred } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
+const FIRST: Standing = { kind: 'first', after: null };
+const OVER: Standing = { kind: 'over', after: null };
+
 type Question = Readonly<{ eventId: string; before: string | null }>;
 
 /** Statements that end when the test says so. */
@@ -34,12 +37,12 @@ test('what is asked in one turn of the loop is one statement, and each asker get
   ]);
   answer.resolve(
     new Map<string, Standing>([
-      ['b', 'early'],
-      ['a', 'first'],
+      ['b', { kind: 'early', after: 'a' }],
+      ['a', FIRST],
     ]),
   );
   // Of an event without an answer there is no row.
-  expect(await Promise.all(standings)).toEqual(['first', 'early', 'over']);
+  expect(await Promise.all(standings)).toEqual([FIRST, { kind: 'early', after: 'a' }, OVER]);
   expect(asked).toHaveLength(1);
 });
 
@@ -50,12 +53,12 @@ test('what is asked while a statement runs is the next one, of 500 events at mos
   const later = Promise.all(Array.from({ length: 501 }, (_, i) => rows.standingOf(`${i}`, null)));
   await new Promise(setImmediate);
   expect(asked).toHaveLength(1);
-  answer.resolve(new Map([['first', 'behind']]));
-  expect(await first).toBe('behind');
+  answer.resolve(new Map([['first', FIRST]]));
+  expect(await first).toEqual(FIRST);
   (await statement(2)).answer.resolve(new Map());
   (await statement(3)).answer.resolve(new Map());
   expect(asked.map(({ questions }) => questions.length)).toEqual([1, 500, 1]);
-  expect(new Set(await later)).toEqual(new Set(['over']));
+  expect(await later).toEqual(Array(501).fill(OVER));
 });
 
 test('when the database does not answer, its askers are told; the next ones are asked about again', async () => {
@@ -69,9 +72,9 @@ test('when the database does not answer, its askers are told; the next ones are 
     { status: 'rejected', reason: error },
     { status: 'rejected', reason: error },
   ]);
-  (await statement(2)).answer.resolve(new Map([['c', 'first']]));
-  expect(await next).toBe('first');
+  (await statement(2)).answer.resolve(new Map([['c', FIRST]]));
+  expect(await next).toEqual(FIRST);
   const last = rows.standingOf('d', null);
   (await statement(3)).answer.resolve(new Map());
-  expect(await last).toBe('over');
+  expect(await last).toEqual(OVER);
 });
