@@ -149,7 +149,7 @@ export function openServers(
 
   const connections: Redis[] = [];
   const streams = streamPlace(config);
-  /** The connections that are lost, by their role: an outage of a server is told once. */
+  /** The connections that are lost, by their role: an outage of a server, and its end, is told once. */
   const lost = new Map([config, streams].map((place) => [place, new Set<string>()]));
   const connect = (role: string, options: RedisOptions, place: RelayConfig = config): Redis => {
     const all: RedisOptions = {
@@ -166,17 +166,15 @@ export function openServers(
         : openRedis(place, all);
     redis.on('connect', () => collectWrites(redis.stream));
     const lostThere = lost.get(place) as Set<string>;
+    const server = place === config ? 'Redis' : 'Redis of the streams';
     redis.on('error', (error) => {
       if (lostThere.size === 0)
-        logger.warn(
-          { err: error, connection: role },
-          'no connection to Redis; trying again until it is back',
-        );
+        logger.warn({ err: error, server }, 'no connection to Redis; trying again until it is back');
       lostThere.add(role);
     });
     redis.on('ready', () => {
       if (lostThere.delete(role) && lostThere.size === 0)
-        logger.warn({ connection: role }, 'the connection to Redis is back');
+        logger.info({ server }, 'the connection to Redis is back');
     });
     connections.push(redis);
     return redis;

@@ -100,7 +100,8 @@ test('a pod that starts while its servers are away waits for them, says so, and 
   await Promise.all([stage.server.stop(), postgres.stop()]);
   const pod = await stage.spawn(['start']);
   for (const server of ['PostgreSQL', 'Redis']) {
-    await waitFor(() => pod.logs().some((line) => line.level === 'warn' && line.server === server), {
+    const msg = 'waiting for a server to answer';
+    await waitFor(() => pod.logs().some((line) => line.msg === msg && line.server === server), {
       what: `the pod to say that it waits for ${server}`,
     });
   }
