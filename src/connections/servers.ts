@@ -131,6 +131,8 @@ export function openServers(
       "the relay does not work with ioredis' client for a Redis Cluster: give it no client, and name several nodes in RELAY_REDIS_URL, or one and RELAY_REDIS_CLUSTER=true",
     );
   const pools: ReturnType<typeof createPool>[] = [];
+  /** When PostgreSQL stops, all idle sessions end at once: a warning of the first, until a session is opened again. */
+  let warnedOfIdle = false;
   const openPool = (max: number, name: string) => {
     const pool = createPool(config.databaseUrl, {
       maxLifetimeSeconds: SESSION_LIFETIME_S,
@@ -138,7 +140,13 @@ export function openServers(
       ...{ max, connectionTimeoutMillis: CONNECT_TIMEOUT_MS, keepAlive: true, pipeline: true },
       application_name: name,
     });
-    pool.on('error', (error) => logger.warn({ err: error }, 'lost an idle database connection'));
+    pool.on('error', (error) => {
+      logger[warnedOfIdle ? 'debug' : 'warn']({ err: error }, 'lost an idle database connection');
+      warnedOfIdle = true;
+    });
+    pool.on('connect', () => {
+      warnedOfIdle = false;
+    });
     pools.push(pool);
     return pool;
   };
