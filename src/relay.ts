@@ -167,6 +167,8 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
   const logger = deps.logger ?? createLogger(config.logLevel);
   let starting: Promise<void> | undefined;
   let stopping: Promise<void> | undefined;
+  /** If not, it is a failed start that closes what it opened: nothing stopped that had started. */
+  let stopCalled = false;
   let servers: Servers | undefined;
   let running: Running | undefined;
 
@@ -192,7 +194,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
     await running.lifecycle.start();
   }
 
-  async function stop(): Promise<void> {
+  async function close(): Promise<void> {
     running?.beginStop();
     const drainingMs = config.shutdownTimeoutMs * DRAINING_SHARE;
     const stopped = await running?.lifecycle.stop(drainingMs);
@@ -204,7 +206,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
       logger.warn({ parts: overran }, 'not everything ended in time; other pods take over what was left');
     }
     await succeedsWithin(CLOSE_TIMEOUT_MS, servers?.close() ?? Promise.resolve());
-    logger.info({}, 'stopped');
+    if (stopCalled) logger.info({}, 'stopped');
   }
 
   return {
@@ -216,14 +218,15 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
       try {
         await starting;
       } catch (error) {
-        stopping ??= stop();
+        stopping ??= close();
         await stopping;
         throw error;
       }
     },
     async stop() {
       if (starting === undefined) return;
-      stopping ??= stop();
+      stopCalled = true;
+      stopping ??= close();
       await stopping;
     },
     httpPort: () => running?.httpPort(),

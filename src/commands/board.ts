@@ -99,11 +99,11 @@ async function serve(config: RelayConfig): Promise<number> {
     }
     logger.info({ signal: await signal }, 'stopping');
     started.catch(() => {});
-    return EXIT.done;
   } finally {
     phase = 'stopping';
     await succeedsWithin(STOP_TIMEOUT_MS, web?.stop() ?? Promise.resolve());
     await succeedsWithin(STOP_TIMEOUT_MS, servers.close());
-    logger.info({}, 'stopped');
   }
+  logger.info({}, 'stopped');
+  return EXIT.done;
 }

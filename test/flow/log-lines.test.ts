@@ -3,7 +3,7 @@ import { existsSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { insertEvents, someEvents } from '../support/events.ts';
-import { setStage } from '../support/flow.ts';
+import { type Stage, setStage } from '../support/flow.ts';
 import { startPod } from '../support/pods.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
@@ -105,12 +105,26 @@ test('what libraries print, warnings and the error that ends a pod are lines of 
   expect(last[4]).toMatchObject({ err: { message: expect.stringContaining('nobody caught') } });
 });
 
-test('a pod that cannot start says why in a line of its log', async () => {
-  const stage = await setStage({
-    env: { RELAY_STARTUP_TIMEOUT: '1', RELAY_DATABASE_URL: 'postgresql://127.0.0.1:1/x' },
-  });
-  const pod = await stage.spawn(['start']);
-  expect((await pod.exited).code).toBe(69);
-  expect(pod.lines.filter(isNoJson)).toEqual([]);
-  expect(pod.logs().at(-1)).toMatchObject({ level: 'fatal', msg: 'the relay cannot start' });
-});
+test.each<[what: string, code: number, env: (stage: Stage) => Record<string, string>]>([
+  ['PostgreSQL is away', 69, () => ({ RELAY_DATABASE_URL: 'postgresql://127.0.0.1:1/x' })],
+  ['the port is taken', 69, ({ env }) => ({ RELAY_HTTP_PORT: new URL(env.RELAY_REDIS_URL).port })],
+  [
+    'Redis refuses the password',
+    78,
+    ({ env }) => ({ RELAY_REDIS_URL: Object.assign(new URL(env.RELAY_REDIS_URL), { password: 'x' }).href }),
+  ],
+])(
+  'a pod that cannot start says why in the last line of its log, without a stack: %s',
+  async (_, code, env) => {
+    const stage = await setStage({ env: { RELAY_STARTUP_TIMEOUT: '1' } });
+    const pod = await stage.spawn(['start'], env(stage));
+    expect((await pod.exited).code).toBe(code);
+    expect(pod.lines.filter(isNoJson)).toEqual([]);
+    const last = pod.logs().at(-1);
+    expect(last).toMatchObject({ level: 'fatal', msg: 'the relay cannot start' });
+    expect(last?.err).toMatchObject({ type: expect.stringMatching(/^(NotReady|Requirement)Error$/) });
+    expect(last?.err).not.toHaveProperty('stack');
+    // Nothing stopped that had not started.
+    expect(pod.logs().map(({ msg }) => msg)).not.toContain('stopped');
+  },
+);
