@@ -146,7 +146,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
       );
     else
       logger.info(
-        { known: found !== null },
+        {},
         `Redis is new here, or was restarted, replaced or emptied, or a stream was deleted: ${recovering}`,
       );
     deps.accept?.(here);
