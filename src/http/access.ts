@@ -88,7 +88,7 @@ export function createAccess(deps: {
     const taken: (() => void)[] = [];
     const tooMany = (retryInS: number, message: string): Checked => {
       for (const giveBack of taken) giveBack();
-      logger.warn({ address, operator: loggableName(name) }, message);
+      logger.warn({ address, user: loggableName(name) }, message);
       return { tooMany: true, retryInS };
     };
     for (const [tries, key] of [
@@ -112,7 +112,7 @@ export function createAccess(deps: {
       throw error;
     }
     await answerAt;
-    logger.warn({ address, operator: loggableName(name) }, 'wrong name or password');
+    logger.warn({ address, user: loggableName(name) }, 'wrong name or password');
     return { wrong: true };
   }
 
@@ -239,10 +239,7 @@ export function createAccess(deps: {
       if ('wrong' in checked) return html(reply.code(401)).send(again(WRONG));
       if ('tooMany' in checked) return html(refuseForNow(reply, checked.retryInS)).send(again(TOO_MANY));
       const { operator } = checked;
-      logger.info(
-        { operator: operator.name, role: operator.role, address: addressOf(request.ip) },
-        'logged in',
-      );
+      logger.info({ user: operator.name, role: operator.role, address: addressOf(request.ip) }, 'logged in');
       for (const [{ cookie: of, kind }, lifetimeMs] of [
         [SESSION, SESSION_MS],
         [KNOWN, KNOWN_MS],
@@ -258,8 +255,8 @@ export function createAccess(deps: {
     );
 
     app.post('/logout', async (request, reply) => {
-      const operator = (await bySession(request))?.name;
-      if (operator !== undefined) logger.info({ operator, address: addressOf(request.ip) }, 'logged out');
+      const user = (await bySession(request))?.name;
+      if (user !== undefined) logger.info({ user, address: addressOf(request.ip) }, 'logged out');
       return reply.clearCookie(SESSION.cookie, cookieOptions(request)).redirect(logIn, 303);
     });
   }

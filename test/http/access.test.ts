@@ -78,7 +78,7 @@ test('a log-in leads to where one was going, with a cookie that scripts and othe
   const cookie = String(set).split(';')[0] as string;
   const board = await app.inject({ url: '/board', headers: { cookie } });
   expect(board.json()).toEqual({ operator: { name: 'olga', role: 'operator' } });
-  expect(lines).toEqual([{ operator: 'olga', role: 'operator', address: '127.0.0.1', msg: 'logged in' }]);
+  expect(lines).toEqual([{ user: 'olga', role: 'operator', address: '127.0.0.1', msg: 'logged in' }]);
 });
 
 test('by https, told by a trusted proxy alone, the cookie is for https only', async () => {
@@ -150,7 +150,7 @@ test('a wrong password costs a second, for a name that nobody has as well, and s
     expect(ms).toBeGreaterThan(990);
   }
   // What was typed as a name may be a password.
-  expect(lines.map(({ operator }) => operator)).toEqual(expect.arrayContaining(['olga', null]));
+  expect(lines.map(({ user }) => user)).toEqual(expect.arrayContaining(['olga', null]));
   expect(JSON.stringify(lines)).not.toContain('my password');
 
   await Promise.all(Array.from({ length: 8 }, (_, i) => logIn(app, 'olga', `wrong password ${i}`)));
