@@ -59,7 +59,7 @@ export function createBoard(deps: {
 
   const server = new FastifyAdapter().setBasePath(`${basePath}${PREFIX}`);
   createBullBoard({
-    queues: adaptersOf(queues, mayAct, deps.backlog),
+    queues: adaptersOf(queues, mayAct, { mayRetry: mayAct, backlog: deps.backlog }),
     serverAdapter: server,
     options: {
       uiConfig: {

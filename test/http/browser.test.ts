@@ -29,7 +29,7 @@ async function openBrowser(): Promise<Browser> {
 
 /** A person with a browser window. Gathers all requests, those refused (`401 /login`) and the console's complaints. */
 async function person(browser: Browser, url: string) {
-  const page = await (await browser.newContext({ viewport: { width: 1400, height: 900 } })).newPage();
+  const page = await (await browser.newContext({ viewport: { width: 1280, height: 900 } })).newPage();
   page.setDefaultTimeout(20_000);
   const requests: string[] = [];
   const complaints: string[] = [];
@@ -162,7 +162,7 @@ test('an operator logs in, sees both queues, and retries a failed job: its event
   const title = olga.page.getByText(/DictionaryWordAdded · user .* · given up after 1 attempt/).first();
   await title.waitFor();
   await olga.page
-    .getByText(/0 events wait.* 1 dead/)
+    .getByText(/^Retry publishes a dead letter\. 0 events wait.* 1 dead/)
     .first()
     .waitFor();
   await shot(olga.page, '3-failed');
@@ -180,6 +180,10 @@ test('an operator logs in, sees both queues, and retries a failed job: its event
   await vera.page.getByText('hidden: it may hold personal data').waitFor();
   expect(await vera.page.getByText('Straße').count()).toBe(0);
   expect(await jobButtons(vera.page).count()).toBe(0);
+  await vera.page
+    .getByText(/^0 events wait.* 1 dead/)
+    .first()
+    .waitFor();
   await shot(vera.page, '4-viewer');
   const job = `/board/api/queues/relay-publish/${event.eventId}`;
   await vera.page.evaluate((url) => fetch(url, { method: 'PUT' }), `${job}/retry`);
