@@ -13,7 +13,7 @@ export type NewEvent = {
   aggregateId: string;
   /** Anything that JSON can say. `tenant_id` and `correlation_id`, when present, go into the envelope. */
   payload: unknown;
-  /** Key of the Redis stream. Default: `identity.user.v1`. */
+  /** Key of the Redis stream. Default: `RELAY_STREAM_NAME` of the relay; an adopted column keeps its default. */
   topic?: string;
   /** uuid; consumers deduplicate on it. Default: made by the database. */
   eventId?: string;
