@@ -45,6 +45,7 @@ export type Transaction = PgTransaction | DrizzleTransaction;
  * Order within an aggregate is the order of the rows' ids. Ids are given out at insert, so transactions on one
  * aggregate must not overlap (lock or update the aggregate's own row first, as most do anyway).
  *
+ * @param tx the client of the transaction, not the pool, which would insert outside of it without an error
  * @returns the row's id (the position in its aggregate's order) and its event id
  */
 export async function appendEvent(
