@@ -29,6 +29,26 @@ test('FLUSHALL under load: everything is there again, once and in order, without
   expect((await stage.rows()).every((row) => row.attempts === 0)).toBe(true);
 });
 
+test('a hot aggregate goes on at once when the epoch ends while its jobs wait', async () => {
+  const stage = await setStage();
+  await Promise.all([stage.pod(), stage.pod()]);
+  const publish = stage.queue('publish');
+  await publish.pause();
+  await insertEvents(stage.pool, someEvents(250, 1));
+  await waitFor(async () => (await publish.getWaitingCount()) === 250, { what: 'a job for each event' });
+  const epoch = await stage.redis.getdel('bull:relay:epoch');
+  await waitFor(async () => ![null, epoch].includes(await stage.redis.get('bull:relay:epoch')), {
+    what: 'another epoch',
+  });
+  await publish.resume();
+  // Two seconds where a call appends many; 250 where each try appends one.
+  await waitFor(async () => (await stage.count('NOT published')) === 0, {
+    what: 'all to be published',
+    timeoutMs: 60_000,
+  });
+  await stage.expectPromisesHeld();
+});
+
 test('FLUSHALL of an idle relay: what was published is there again, dead letters too, and later events arrive', async () => {
   const stage = await setStage({
     env: { RELAY_POLL_INTERVAL: '1', RELAY_RETRY_BASE_DELAY: '0.1', RELAY_MAX_RETRY_ATTEMPTS: '1' },
