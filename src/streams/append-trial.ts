@@ -70,7 +70,7 @@ async function tryEpoch(redis: Redis, key: string): Promise<string> {
   await redis.set(key, epoch, 'PX', TTL_MS);
   const stampEpoch = script<[number, string]>(redis, 'stampEpoch', STAMP, 3);
   const { checkpoint, lastEntries } = keysOf(key);
-  const [lasts] = await stampEpoch(key, checkpoint, lastEntries, epoch, '', '0');
+  const [lasts] = await stampEpoch(key, checkpoint, lastEntries, epoch, '', '0', 0);
   if (lasts !== 1)
     throw new Error('Redis is another server each time that it is asked (a proxy in front of several?)');
   return epoch;

@@ -1,5 +1,6 @@
 /** What an epoch is made of in Redis: its keys, the identity of the server in its name, and the scripts that keep it. */
 import type { Redis } from 'ioredis';
+import type { KeyTypes } from '../connections/key-types.ts';
 
 /** Redis key of the hash that has the last entry of each stream in the epoch. */
 export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
@@ -19,6 +20,15 @@ export const keysOf = (epochKey: string) => ({
   /** The hash of appended events; see gate-script.ts. */
   appended: epochKey + APPENDED_SUFFIX,
 });
+
+/** The types of `epochKey` and of the keys beside it. */
+export function epochKeyTypes(epochKey: string): KeyTypes {
+  const { lastEntries, appended, ...others } = keysOf(epochKey);
+  const strings = Object.fromEntries(
+    [epochKey, ...Object.values(others)].map((key) => [key, 'string'] as const),
+  );
+  return { ...strings, [lastEntries]: 'hash', [appended]: 'hash' };
+}
 
 /**
  * Identity of the server and of its history: a restart changes the first, a failover (also to and fro) the second. Null
@@ -48,15 +58,21 @@ local function fieldsOf(flat)
 end`;
 
 /**
- * A function for scripts: whether a stream that once had the entry `last` is lost. It is, if it has no entries now and all
- * ids that it ever gave are lower: a stream that was trimmed to nothing has a higher one.
+ * A function for scripts: whether a stream that once had the entry `last` is lost. It is, if all ids that it ever gave are
+ * lower: it was deleted, or another one, or an older copy, was put in its place. Trimming lowers no id.
  */
 export const IS_LOST_STREAM = `
 ${STREAM_FUNCTIONS}
 local function isLostStream(stream, last)
-  if redis.pcall('XLEN', stream) ~= 0 then return false end
-  return isBelow(fieldsOf(redis.pcall('XINFO', 'STREAM', stream))['last-generated-id'] or '0-0', last)
+  local info = redis.pcall('XINFO', 'STREAM', stream)
+  local greatest = not info.err and fieldsOf(info)['last-generated-id']
+  -- Of a key that is no stream, or must not be read, nothing is known.
+  if not greatest then return redis.pcall('XLEN', stream) == 0 end
+  return isBelow(greatest, last)
 end`;
+
+/** Streams with entries that one stamp examines, at most. */
+const INSPECTED_MAX = 10;
 
 /**
  * Answers whether the epoch lasts. If it does, it writes the checkpoint: as long as this is there, so is every entry that
@@ -64,7 +80,9 @@ end`;
  * would hide what is missing. It also examines some of the streams that have a last entry (see gate-script.ts): where
  * nothing is appended to a stream, nothing else notices that it is lost.
  *
- * KEYS: epoch, checkpoint, last entries. ARGV: epoch, database time ('' = no checkpoint), cursor into the last entries.
+ * KEYS: epoch, checkpoint, last entries. ARGV: epoch, database time ('' = no checkpoint), cursor into the last entries, number
+ * of the stamp: of streams that have entries it examines some, others at the next stamp. XINFO copies their first and last
+ * entry (200 streams with entries of 1 MB: 246 ms).
  * Answers 0 when another epoch or server is there, 1 when the epoch lasts, 2 when a stream is lost; and the next cursor.
  */
 export const STAMP = `
@@ -74,8 +92,11 @@ local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
 if string.find(ARGV[1], run .. '/' .. history .. ':', 1, true) ~= 1 then return {0, '0'} end
 local last_entries = redis.call('HSCAN', KEYS[3], ARGV[3], 'COUNT', 100)
+local step = math.ceil(#last_entries[2] / 2 / ${INSPECTED_MAX})
 for i = 1, #last_entries[2], 2 do
-  if isLostStream(last_entries[2][i], last_entries[2][i + 1]) then return {2, '0'} end
+  local stream = last_entries[2][i]
+  local isInspected = (i + 1) / 2 % step == tonumber(ARGV[4]) % step or redis.pcall('XLEN', stream) == 0
+  if isInspected and isLostStream(stream, last_entries[2][i + 1]) then return {2, '0'} end
 end
 if ARGV[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2]) end
 return {1, last_entries[1]}`;

@@ -20,6 +20,9 @@ const REPORT_INTERVAL_MS = 10_000;
 /** How long an append waits for the epoch before its event is postponed. */
 const KNOWN_TIMEOUT_MS = 2_000;
 
+/** Names of earlier epochs that a pod remembers, at most. */
+const EARLIER_KEPT = 1_000;
+
 const NOT_COMPARED = 'Redis may have lost entries, or PostgreSQL rows: they are looked for';
 
 type EpochDeps = RenewalDeps &
@@ -57,13 +60,22 @@ export function createEpoch(deps: EpochDeps): Epoch {
   let finding: Promise<void> | undefined;
   /** An epoch in which a stream was lost. It is still to be ended in Redis. */
   let ended: string | undefined;
+  /** The epoch that the pod took last, and earlier ones. If an earlier one is there again, so is older data (SWAPDB). */
+  let latest: string | undefined;
+  const earlier = new Set<string>();
   /** Where the next stamp goes on among the streams that have a last entry. */
   let cursor = '0';
+  let stampCount = 0;
   let wakeSleeper = (): void => {};
   const waiting = new Set<() => void>();
 
   function take(found: string, generation: string): void {
     epoch = found;
+    if (latest !== undefined && latest !== found) {
+      if (earlier.size >= EARLIER_KEPT) earlier.clear();
+      earlier.add(latest);
+    }
+    latest = found;
     restsOn = generation;
     reason = NOT_COMPARED;
     reportedAt = Number.NEGATIVE_INFINITY;
@@ -128,18 +140,19 @@ export function createEpoch(deps: EpochDeps): Epoch {
     const [found, lookedUp = null] = await redis.mget(key, keys.generation);
     const { generation: here } = await deps.database(lookedUp);
     if (connection !== mine) return;
-    const isOfServer = (name?: string | null): name is string => name?.startsWith(`${server}:`) === true;
-    if (isOfServer(found) && lookedUp === here) return take(found, here);
+    const isGood = (name?: string | null): name is string =>
+      name?.startsWith(`${server}:`) === true && !earlier.has(name);
+    if (isGood(found) && lookedUp === here) return take(found, here);
     const isChecker = await redis.set(keys.checker, randomUUID(), 'PX', CHECKER_TTL_MS, 'NX');
     if (!isChecker) return;
     // The previous holder of the checker's key may have begun the next epoch since.
     const [begun, lookedUpNow] = await redis.mget(key, keys.generation);
-    if (isOfServer(begun) && lookedUpNow === here) {
+    if (isGood(begun) && lookedUpNow === here) {
       await redis.del(keys.checker);
       if (connection === mine) take(begun, here);
       return;
     }
-    if (isOfServer(begun) && lookedUpNow)
+    if (isGood(begun) && lookedUpNow)
       logger.warn(
         { generation: here, before: lookedUpNow },
         `PostgreSQL was restarted, promoted, replaced or restored, or the table was emptied or rewritten: ${recovering}`,
@@ -167,7 +180,15 @@ export function createEpoch(deps: EpochDeps): Epoch {
       .catch(() => ({ now: '', generation: restsOn }));
     if (epoch !== known) return;
     if (generation !== restsOn) return forget();
-    const [found, next] = await stampEpoch(key, keys.checkpoint, keys.lastEntries, known, now, cursor);
+    const [found, next] = await stampEpoch(
+      key,
+      keys.checkpoint,
+      keys.lastEntries,
+      known,
+      now,
+      cursor,
+      stampCount++,
+    );
     cursor = next;
     if (found === 2) endFor(known);
     else if (found !== 1) forget();

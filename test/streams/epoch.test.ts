@@ -117,6 +117,18 @@ describe('an epoch', () => {
     expect(pods.flatMap((pod) => pod.losses)).toHaveLength(1);
   });
 
+  test('of before is not taken again, as after SWAPDB to and fro: everything since is compared', async () => {
+    const pod = startPod();
+    const first = await pod.found();
+    await admin.set(KEY, 'of another database');
+    await waitFor(() => pod.losses.length === 2, { what: 'the second comparison', ...NOTICED });
+    const second = await pod.found();
+    expect(second).not.toBe(first);
+    await admin.set(KEY, first);
+    await waitFor(() => pod.losses.length === 3, { what: 'the third comparison', ...NOTICED });
+    expect([first, second]).not.toContain(await pod.found());
+  });
+
   test('is not compared for again by a pod that saw it begin too late', async () => {
     const done = deferred();
     const first = startPod({ recover: () => done.promise });
@@ -224,6 +236,14 @@ describe('a stream that was noted in an epoch', () => {
         await admin.del(STREAM);
         await admin.xadd(STREAM, '1-9', 'n', '1');
         await admin.xtrim(STREAM, 'MAXLEN', 0);
+      },
+    ],
+    [
+      'was replaced by an older copy that has entries',
+      async () => {
+        await admin.xtrim(STREAM, 'MAXLEN', 1);
+        await admin.rename(STREAM, 'newer');
+        await admin.xadd(STREAM, '5-7', 'event_id', 'x');
       },
     ],
     [
