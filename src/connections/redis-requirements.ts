@@ -2,11 +2,13 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { isCluster } from '../config/redis-places.ts';
 import { quoted } from '../config/topics.ts';
-import { tryQueue } from '../queue/queue-trial.ts';
+import { queueKeyTypes, tryQueue } from '../queue/queue-trial.ts';
 import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../requirement.ts';
 import type { StreamOptions } from '../streams/append.ts';
 import { isNoStream, tryAppend } from '../streams/append-trial.ts';
+import { epochKeyTypes } from '../streams/epoch-script.ts';
 import { errorText } from '../telemetry/logger.ts';
+import { assertKeyTypes, KeyTypeError } from './key-types.ts';
 import { connected, infoOf, writeProbeKey } from './preflight.ts';
 
 /** What the relay needs of a Redis: that of the queues, and that of the streams where it is another one. */
@@ -35,6 +37,7 @@ export const REDIS_REQUIREMENTS: readonly Requirement<OnRedis>[] = [
   { subject: 'AOF', check: keepsData },
   { subject: 'eviction policy', check: evictsNothing },
   { subject: 'writes', check: takesWrites },
+  { subject: 'keys', check: ownKeysAreOurs },
   { subject: 'queues', check: addsJobs },
   { subject: 'streams', check: appends },
 ];
@@ -143,6 +146,22 @@ async function evictsNothing({ redis }: OnRedis): Promise<Finding> {
 async function takesWrites({ redis, place }: OnRedis): Promise<Finding | undefined> {
   await writeProbeKey(redis, `${place.queuePrefix}:${place.queueName}:probe`);
   return undefined;
+}
+
+async function ownKeysAreOurs({
+  redis,
+  place,
+  hasQueues,
+  streamOptions,
+}: OnRedis): Promise<Finding | undefined> {
+  const types = {
+    ...(hasQueues && queueKeyTypes(place)),
+    ...(streamOptions && epochKeyTypes(streamOptions.epochKey)),
+  };
+  return assertKeyTypes(redis, types).then(
+    () => undefined,
+    (error) => (error instanceof KeyTypeError ? failed(error.message) : redisFinding(error)),
+  );
 }
 
 async function addsJobs({ redis, place, hasQueues }: OnRedis): Promise<Finding | undefined> {

@@ -7,6 +7,8 @@ import type { Tally } from '../telemetry/tally.ts';
 
 /** What Redis answers to a user without the right: to a command, and from within a script. */
 const NO_PERMISSION = /NOPERM|ACL failure/;
+/** The event's topic is no stream, or a key of the relay is not what it should be: Redis does not say which. */
+const WRONG_TYPE = /WRONGTYPE/;
 
 export type EventCheck = ReturnType<typeof createEventCheck>;
 
@@ -56,15 +58,21 @@ export function createEventCheck(
   deps: Rules & {
     /** Rejects with the reason when Redis refuses the relay other keys too, not only the event's stream. */
     assertPermitted: (event: OutboxEvent) => Promise<unknown>;
+    /** Rejects with the name of a key of the relay's that has another type. */
+    assertKeyTypes: () => Promise<unknown>;
   },
 ) {
   return {
     problemOf: createProblemOf(deps),
 
-    /** Why Redis refuses the relay every key, or null when it refuses only this event's stream. */
+    /** Why Redis refuses every event, or null when it refuses only this event's stream. */
     async refusedEverything(event: OutboxEvent, reason: string): Promise<string | null> {
-      if (!NO_PERMISSION.test(reason)) return null;
-      return deps.assertPermitted(event).then(
+      const others = NO_PERMISSION.test(reason)
+        ? deps.assertPermitted(event)
+        : WRONG_TYPE.test(reason)
+          ? deps.assertKeyTypes()
+          : Promise.resolve();
+      return others.then(
         () => null,
         (error) => errorText(error),
       );

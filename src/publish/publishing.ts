@@ -1,8 +1,11 @@
+import { assertKeyTypes } from '../connections/key-types.ts';
 import type { Context } from '../context.ts';
 import type { OutboxEvent } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { publishQueueName } from '../queue/queues.ts';
 import { createWorkers } from '../queue/workers.ts';
+import { streamOptionsOf } from '../stream-options.ts';
+import { epochKeyTypes } from '../streams/epoch-script.ts';
 import { createEventCheck, rulesOf } from './event-check.ts';
 import { createParker } from './parker.ts';
 import { createPoisonGuard } from './poison-guard.ts';
@@ -24,6 +27,8 @@ export function createPublishing(context: Context) {
         context.streamsWritable(),
         servers.queueRedis.exists(queues.jobKey(eventId)),
       ]),
+    assertKeyTypes: () =>
+      assertKeyTypes(servers.streamRedis, epochKeyTypes(streamOptionsOf(config).epochKey)),
   });
   const guard = createPoisonGuard({
     redis: servers.queueRedis,

@@ -1,6 +1,8 @@
 import { randomUUID } from 'node:crypto';
-import { Queue } from 'bullmq';
+import { Queue, QueueKeys } from 'bullmq';
 import type { Redis } from 'ioredis';
+import type { KeyTypes } from '../connections/key-types.ts';
+import { claimQueueName, publishQueueName } from './queues.ts';
 
 /**
  * Adds a job and a schedule to a queue beside the real ones, in their slot and with the rights on them, and removes them.
@@ -24,4 +26,29 @@ export async function tryQueue(
     await queue.obliterate({ force: true }).catch(() => {});
     await queue.close();
   }
+}
+
+const TYPES: KeyTypes = {
+  ...{ wait: 'list', active: 'list', paused: 'list', stalled: 'set', meta: 'hash', events: 'stream' },
+  ...{
+    delayed: 'zset',
+    prioritized: 'zset',
+    completed: 'zset',
+    failed: 'zset',
+    marker: 'zset',
+    repeat: 'zset',
+  },
+};
+
+/** BullMQ's keys of both queues. */
+export function queueKeyTypes({
+  queuePrefix,
+  queueName,
+}: Readonly<{ queuePrefix: string; queueName: string }>): KeyTypes {
+  const keys = new QueueKeys(queuePrefix);
+  return Object.fromEntries(
+    [claimQueueName(queueName), publishQueueName(queueName)].flatMap((queue) =>
+      Object.entries(TYPES).map(([name, type]) => [keys.toKey(queue, name), type]),
+    ),
+  );
 }

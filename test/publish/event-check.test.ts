@@ -10,6 +10,7 @@ const createCheck = (deps: Partial<Deps> = {}) =>
     violations: () => [],
     strict: true,
     assertPermitted: async () => {},
+    assertKeyTypes: async () => {},
     tally: { warn: () => {} },
     ...deps,
   });
@@ -79,8 +80,16 @@ describe('a refusal', () => {
 
   test('for another reason is about the event: nothing more is asked', async () => {
     let asked = 0;
-    const reason = 'WRONGTYPE Operation against a key holding the wrong kind of value';
+    const reason = 'ERR The ID specified in XADD is equal or smaller than the target stream top item';
     const count = async () => void asked++;
     expect([await refused(reason, count), asked]).toEqual([null, 0]);
+  });
+
+  test('since a key has another type is about the event, unless it is one of the keys of the relay', async () => {
+    const reason = 'WRONGTYPE Operation against a key holding the wrong kind of value';
+    const event = aClaimedEvent();
+    const named = createCheck({ assertKeyTypes: () => Promise.reject(new Error('the key it is')) });
+    expect(await named.refusedEverything(event, reason)).toBe('the key it is');
+    expect(await createCheck().refusedEverything(event, reason)).toBeNull();
   });
 });
