@@ -63,10 +63,11 @@ const SCAN_MS = 2_000;
 const QUEUE_IS_FILLING = 0.01;
 
 /**
- * SQLSTATEs of what passes: connections (08), transactions that collide (40), no resources (53), states of objects (55),
- * an operator's intervention (57). Without one, nobody has answered.
+ * SQLSTATEs of what passes: connections (08), transactions that collide (40), no resources (53), locks (55P, 55006), an
+ * operator's intervention (57). Without one, nobody has answered. 55000 lasts: a publication has updates of a table that has
+ * no replica identity.
  */
-const PASSES = /^(08|40|53|55|57)/;
+const PASSES = /^(08|40|53|55P|55006|57)/;
 const NO_RIGHT = '42501';
 const READ_ONLY = '25006';
 /** SQLSTATEs of who may not log in (28), and of a database that is not there (3D). */

@@ -17,7 +17,7 @@ import { withSession } from './session.ts';
  * transactions of a session. The text must be the same in all sessions: PostgreSQL 13 prints a float as extra_float_digits
  * says, a numeric always alike.
  */
-const RUN_AND_FILE = `extract(epoch FROM pg_postmaster_start_time())::numeric::text || '.' || pg_relation_filenode('identity.outbox')`;
+const RUN_AND_FILE = `extract(epoch FROM pg_postmaster_start_time())::numeric::text || '.' || coalesce(pg_relation_filenode('identity.outbox'), 0)`;
 const TIMELINE = 'left(pg_walfile_name(pg_current_wal_lsn()), 8)';
 /** Pods keep it in Redis as text. The session's own settings for times are those of its role, database or owner. */
 const NOW = `to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US"+00"')`;

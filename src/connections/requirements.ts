@@ -98,8 +98,9 @@ export async function meetRequirements(
   }
 }
 
-/** Between two tries while the relay runs. */
-const AGAIN_MS = 15_000;
+/** Between two tries while the relay runs: 15 s, and 3 s while something is missing. */
+const ROUND_MS = 3_000;
+const ROUNDS = 5;
 
 export type RequirementsWatch = ReturnType<typeof watchRequirements>;
 
@@ -110,25 +111,23 @@ export type RequirementsWatch = ReturnType<typeof watchRequirements>;
 export function watchRequirements(config: RelayConfig, on: On, logger: Logger) {
   /** What has to be changed before the relay can work; empty when nothing has to be. */
   let unmet = '';
-  let isFirst = true;
+  let sinceLast = 0;
   let isStopped = false;
 
   const rounds = loop(async () => {
-    // `start` has just tried all of it.
-    if (isFirst) {
-      isFirst = false;
-      return;
-    }
+    // `start` has just tried all of it. What is missing is tried more often: it may be there again.
+    if (unmet === '' && sinceLast++ % ROUNDS !== ROUNDS - 1) return;
     const results = await checkRequirements(config, on, true);
     const failures = failuresAmong(results);
+    const lasting = failures.filter(({ mayPass }) => mayPass !== 'soon');
     // While a server is away, nobody knows. The health checks tell that it is.
-    if (isStopped || failures.some(({ mayPass }) => mayPass === 'soon')) return;
-    const text = listed(failures);
+    if (isStopped || (lasting.length === 0 && failures.length > 0)) return;
+    const text = listed(lasting);
     if (text !== '' && text !== unmet)
       logger.error({ failed: text }, 'the relay cannot work any more: something that it needs was changed');
     if (text === '' && unmet !== '') logger.info({}, 'the relay has everything that it needs again');
     unmet = text;
-  }, AGAIN_MS);
+  }, ROUND_MS);
 
   return {
     start: rounds.start,

@@ -71,7 +71,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
          ${isBatch ? weighed(`(SELECT * FROM leasable ORDER BY ${order.leasing} LIMIT $2)`, maxEventBytes) : 'SELECT id, after FROM leasable'}
        ), locked AS MATERIALIZED (
          -- A parked row that another transaction has locked stops no claim; what comes behind it waits at the gate.
-         -- IS TRUE, or IN becomes a join of each with each: 80 µs more for each event of a batch of 400.
+         -- IS TRUE, or IN becomes a join of each with each: 80 microseconds more for each event of a batch of 400.
          SELECT id, after FROM leased WHERE (id IN (SELECT id FROM fresh)) IS TRUE
          UNION ALL SELECT l.id, l.after FROM leased l CROSS JOIN LATERAL (
            SELECT p.id FROM identity.outbox p WHERE p.id = l.id FOR UPDATE SKIP LOCKED

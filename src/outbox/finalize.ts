@@ -1,4 +1,5 @@
 import { asking, type Pool, type Queryable } from '../connections/database.ts';
+import { sqlState } from '../connections/pool-health.ts';
 import type { OutboxEvent } from '../event.ts';
 import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
 
@@ -15,6 +16,13 @@ export type PublishedEvent = RowName & Readonly<{ entryId: string }>;
 
 /** An event that is given up. `entryId`: of its dead letter. */
 export type DeadEvent = RowName & Readonly<{ attempts: number; reason: string; entryId: string }>;
+
+/**
+ * Whether a statement on many rows may have failed by one of them: a constraint (SQLSTATE 23) or a trigger (P0, or what it
+ * runs into: 22, 38, 39, 44) refuses its change. Then the rows are changed in smaller batches, and the others go on.
+ */
+export const rowMayBeAtFault = (error: unknown): boolean =>
+  /^(22|23|38|39|44|P0)/.test(sqlState(error) ?? '');
 
 export function createFinalize(pool: Pool, options: OutboxOptions) {
   return {

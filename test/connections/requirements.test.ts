@@ -145,6 +145,29 @@ describe('what keeps the relay from its table', () => {
       'claim',
       /trigger BEFORE UPDATE.*RETURN NEW/i,
     ],
+    [
+      'a trigger that refuses a row that was published, while all rows are leased',
+      `${ROWS} ${ROWS} UPDATE identity.outbox SET next_attempt_at = now() + interval '1 minute';
+       CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'audit is full'; END $$;
+       CREATE TRIGGER no AFTER UPDATE ON identity.outbox FOR EACH ROW WHEN (NEW.published) EXECUTE FUNCTION no()`,
+      'claim',
+      /audit is full/,
+    ],
+    [
+      'a constraint that is deferred to the commit',
+      `${ROWS} CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not in this state'; END $$;
+       CREATE CONSTRAINT TRIGGER no AFTER UPDATE ON identity.outbox DEFERRABLE INITIALLY DEFERRED
+       FOR EACH ROW WHEN (NEW.published) EXECUTE FUNCTION no()`,
+      'claim',
+      /not in this state/,
+    ],
+    [
+      'a check of the entry id, while all rows wait for retries',
+      `${ROWS} ${ROWS} UPDATE identity.outbox SET next_attempt_at = now() + interval '1 minute', attempts = 1;
+       ${ALTER} ADD CONSTRAINT short CHECK (length(stream_entry_id) < 3)`,
+      'claim',
+      /check constraint "short"/,
+    ],
     ['a rule', 'CREATE RULE nope AS ON UPDATE TO identity.outbox DO INSTEAD NOTHING', 'table', /rule nope/],
     [
       'a publication without a replica identity',
@@ -214,6 +237,17 @@ describe('what keeps the relay from its table', () => {
       const { url } = await databaseWith(`${OPEN} CREATE POLICY relay ON identity.outbox ${policy}`);
       expect(await notOk({ RELAY_DATABASE_URL: url })).toEqual([]);
     }
+  });
+
+  test.each([1, 3])('a row of %i that refuses to be changed is no fault of the set-up', async (count) => {
+    const { url, adminUrl } = await databaseWith(
+      `${ROWS.repeat(count)} UPDATE identity.outbox SET next_attempt_at = now() - interval '1 s' * id`,
+    );
+    await openAdminPool(adminUrl).query(
+      `${ALTER} ADD CONSTRAINT never CHECK (id <> (1)) NOT VALID; ${ALTER} ADD CONSTRAINT nor CHECK (id <> ${count}) NOT VALID`,
+    );
+    // Of three, the first and the last refuse.
+    expect(await notOk({ RELAY_DATABASE_URL: url })).toEqual([]);
   });
 
   test('a row that cannot be printed is no fault of the set-up', async () => {
@@ -462,6 +496,23 @@ describe('a Redis that will not do fails', () => {
     await openAdminRedis(redis.adminUrl).rpush('identity.user.v1', 'x');
     await failsWith({ RELAY_REDIS_URL: redis.url }, 'streams', /identity\.user\.v1.*RELAY_STREAM_NAME/);
   });
+
+  for (const [key, type] of [
+    ['bull:relay:epoch', 'hash'],
+    ['bull:relay:epoch:appended', 'string'],
+    ['bull:relay:epoch:last-entries', 'string'],
+    ['bull:relay-publish:wait', 'string'],
+    ['bull:relay-publish:delayed', 'string'],
+    ['bull:relay-claim:meta', 'string'],
+  ] as const)
+    test(`${key}, a key of its own that is a ${type}`, async () => {
+      const redis = await createRedis();
+      const admin = openAdminRedis(redis.adminUrl);
+      if (type === 'hash') await admin.hset(key, 'a', 'b');
+      else await admin.set(key, 'x');
+      const cause = new RegExp(`the key ${key} holds a ${type}.*delete this key`);
+      await failsWith({ RELAY_REDIS_URL: redis.url }, 'keys', cause);
+    });
 
   test('one that refuses the password', async () => {
     const { url } = await goodRedis();

@@ -224,6 +224,26 @@ test('payloads nested as deep as PostgreSQL takes them are published, and judged
   );
 });
 
+test('in a database in LATIN2 events flow, and are dead-lettered', async () => {
+  const { adminUrl } = await createDatabase({ encoding: 'LATIN2' });
+  const stage = await setStage({ databaseUrl: adminUrl, env: { RELAY_MAX_RETRY_ATTEMPTS: '0' } });
+  await stage.redis.set('broken', 'no stream');
+  expect((await stage.command(['migrate'])).code).toBe(0);
+  await insertEvents(stage.pool, [...someEvents(20, 5), anEvent({ topic: 'broken' })]);
+  expect((await stage.command(['check'])).code).toBe(0);
+  await stage.pod();
+  await stage.rested();
+  expect(await stage.entries()).toHaveLength(20);
+  expect(await stage.entries(DLQ)).toHaveLength(1);
+  for (const command of [
+    ['status'],
+    ['dlq', 'list'],
+    ['verify', '--since', '1h'],
+    ['dlq', 'replay', '--all', '--yes'],
+  ])
+    expect((await stage.command(command)).code, command.join(' ')).toBe(0);
+});
+
 test('a database in SQL_ASCII holds bytes that are no UTF-8: their events are dead-lettered, the others arrive', async () => {
   const { adminUrl } = await createDatabase({ encoding: 'SQL_ASCII' });
   const stage = await setStage({ databaseUrl: adminUrl });
