@@ -1,5 +1,6 @@
 import { byId, type OutboxEvent } from '../event.ts';
 import { pause } from '../lifecycle.ts';
+import { rowMayBeAtFault } from '../outbox/finalize.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import { type Epoch, EpochOverError } from '../streams/epoch.ts';
 import type { Memory } from '../streams/memory.ts';
@@ -21,6 +22,11 @@ const UNDER_LOAD = 24;
 const FORGOTTEN_MAX = 500;
 /** Delays before the second and later tries of one batch. After the last try its jobs are postponed, and run again. */
 const RETRY_DELAYS_MS = [100, 400, 1_600, 3_000, 3_000];
+
+/** A batch is split to find the rows that are refused, until so many in a row were. */
+const REFUSALS_MAX = 8;
+/** Events whose rows were refused that are remembered, at most. */
+const REFUSED_KEPT = 1_000;
 
 /** An event that was appended in that epoch. */
 export type Appended = Readonly<{ event: OutboxEvent; entryId: string; epoch: string }>;
@@ -47,6 +53,8 @@ export function createAcknowledger(deps: {
   const onIdle: (() => void)[] = [];
   /** Events whose rows are marked, and whose appends Redis still remembers. */
   const marked: string[] = [];
+  /** Events whose rows the database refused to change. */
+  const refused = new Set<string>();
 
   const isIdle = () => running === 0 && pending.length === 0;
 
@@ -70,23 +78,45 @@ export function createAcknowledger(deps: {
     schedule();
   }
 
-  /** A batch has events of one epoch: if that epoch is over, the batch fails, and events of other epochs must not. */
+  /**
+   * A batch has events of one epoch: if that epoch is over, the batch fails, and events of other epochs must not. Rows that
+   * were refused come last, in batches of their own.
+   */
   function nextBatch(): Pending[] {
-    const epoch = pending[0]?.epoch;
+    const wasRefused = (it: Pending) => refused.size > 0 && refused.has(it.event.eventId);
+    const first = pending.find((it) => !wasRefused(it)) ?? pending[0];
+    const isRefused = first !== undefined && wasRefused(first);
     const batch: Pending[] = [];
     const later: Pending[] = [];
-    for (const it of pending) (batch.length < BATCH_MAX && it.epoch === epoch ? batch : later).push(it);
+    for (const it of pending) {
+      const fits = batch.length < BATCH_MAX && it.epoch === first?.epoch && wasRefused(it) === isRefused;
+      (fits ? batch : later).push(it);
+    }
     pending = later;
     return batch;
   }
 
-  async function acknowledge(batch: Pending[]): Promise<void> {
+  /** @param refusals rows in a row that were refused by themselves: after a few, the database refuses all */
+  async function acknowledge(batch: Pending[], refusals = { inARow: 0 }): Promise<void> {
     try {
       await persist(batch);
+      refusals.inARow = 0;
       for (const it of batch) it.resolve();
+      for (const { event } of batch) refused.delete(event.eventId);
       marked.push(...batch.map((it) => it.event.eventId));
       refiller.request(batch.map((it) => it.event));
     } catch (error) {
+      if (batch.length > 1 && rowMayBeAtFault(error) && refusals.inARow < REFUSALS_MAX) {
+        const half = Math.ceil(batch.length / 2);
+        await acknowledge(batch.slice(0, half), refusals);
+        await acknowledge(batch.slice(half), refusals);
+        return;
+      }
+      if (batch.length === 1 && rowMayBeAtFault(error)) {
+        refusals.inARow++;
+        if (refused.size >= REFUSED_KEPT) refused.clear();
+        refused.add((batch[0] as Pending).event.eventId);
+      }
       for (const it of batch) it.reject(error as Error);
     }
   }
@@ -105,7 +135,8 @@ export function createAcknowledger(deps: {
         return;
       } catch (error) {
         const delay = RETRY_DELAYS_MS[attempt];
-        if (delay === undefined || error instanceof EpochOverError) throw error;
+        // A row that refuses to be changed is left to its job, which is postponed: others must not wait for it.
+        if (delay === undefined || error instanceof EpochOverError || rowMayBeAtFault(error)) throw error;
         logger.warn(
           { err: error, events: batch.length, retryInMs: delay },
           'cannot mark events published; again',

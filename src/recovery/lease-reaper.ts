@@ -1,5 +1,6 @@
 import type { DeadLetters } from '../finalize/dead-letter.ts';
 import type { Refiller } from '../finalize/refiller.ts';
+import { rowMayBeAtFault } from '../outbox/finalize.ts';
 import type { ExpiredRow } from '../outbox/leases.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { JobFate, Queues } from '../queue/queues.ts';
@@ -9,6 +10,7 @@ import { type Lookup, UnreadableError } from '../streams/lookup.ts';
 import type { Memory } from '../streams/memory.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
+import type { Tally } from '../telemetry/tally.ts';
 
 /** Rows in one batch: each batch walks back through the streams of its rows. */
 const BATCH = 1_000;
@@ -16,6 +18,10 @@ const BATCH = 1_000;
 const BATCHES_MAX = 5;
 
 const idsOf = (rows: readonly ExpiredRow[]) => rows.map((row) => row.id);
+
+/** How long a row that the database refused to change is left alone, and how many are remembered. */
+const REFUSED_MS = 60_000;
+const REFUSED_KEPT = 5_000;
 
 type Judged = Readonly<{ row: ExpiredRow; fate: JobFate }>;
 
@@ -26,6 +32,9 @@ type Found = Readonly<{
   entries: ReadonlyMap<string, string>;
   letters: Awaited<ReturnType<Lookup['findDeadLetters']>>;
 }>;
+
+type Written = Readonly<{ judged: readonly Judged[]; found: number; unlettered: readonly ExpiredRow[] }>;
+const NOTHING: Written = { judged: [], found: 0, unlettered: [] };
 
 /**
  * Finds out what became of the jobs of rows whose lease has ended.
@@ -50,21 +59,29 @@ export function createLeaseReaper(deps: {
   refiller: Pick<Refiller, 'request'>;
   scheduler: Pick<Scheduler, 'wake'>;
   metrics: Pick<Metrics, 'leasesExpired'>;
+  tally: Pick<Tally, 'error'>;
   logger: Logger;
 }) {
-  const { outbox, queues, lookup, epoch: epochs, deadLetters, logger } = deps;
+  const { outbox, queues, lookup, epoch: epochs, deadLetters, tally, logger } = deps;
+  /** Events whose rows the database refused to change, since then. */
+  const refused = new Set<string>();
+  let refusedSince = 0;
 
   /** @param goesOn asked before each batch. If false, the reaper stops there. */
   return async function reap(goesOn: () => boolean = () => true): Promise<void> {
+    if (Date.now() - refusedSince > REFUSED_MS || refused.size >= REFUSED_KEPT) refused.clear();
     const seen = { alive: 0, failed: 0, missing: 0 };
     let found = 0;
     for (let batch = 0; batch < BATCHES_MAX && goesOn(); batch++) {
       const epoch = epochs.current();
       // Without an epoch Redis may have lost entries: the rows wait until table and streams were compared.
       if (epoch === undefined) break;
-      const rows = await outbox.expired(BATCH);
-      const written = await write(epoch, await findEntries(await Promise.all(rows.map(judge))));
+      const rows = (await outbox.expired(BATCH + refused.size)).filter(
+        ({ eventId }) => !refused.has(eventId),
+      );
+      const written = await writeAll(epoch, await findEntries(await Promise.all(rows.map(judge))));
       found += written.found;
+      if (written.unlettered.length > 0) await writeLetters(written.unlettered);
       for (const { row, fate } of written.judged) if (!row.isDead) seen[fate.state]++;
       await bury(written.judged.filter(({ fate }) => fate.state === 'failed').map(({ row }) => row));
       if (rows.length < BATCH || written.judged.length === 0) break;
@@ -125,9 +142,50 @@ export function createLeaseReaper(deps: {
     }
   }
 
-  /** Changes the rows in one transaction. After it, writes the dead letters that are lost. */
-  async function write(epoch: string, { judged: all, entries, letters }: Found) {
-    if (all.length === 0) return { judged: [], found: 0 };
+  /** Changes the rows together; where one of them refuses to be changed, in smaller batches. */
+  async function writeAll(epoch: string, found: Found): Promise<Written> {
+    try {
+      return await write(epoch, found);
+    } catch (error) {
+      if (!rowMayBeAtFault(error)) throw error;
+      const { judged } = found;
+      if (judged.length === 1) {
+        const [{ row }] = judged as [Judged];
+        refuse(row.eventId, error);
+        return NOTHING;
+      }
+      const half = Math.ceil(judged.length / 2);
+      const first = await writeAll(epoch, { ...found, judged: judged.slice(0, half) });
+      const second = await writeAll(epoch, { ...found, judged: judged.slice(half) });
+      return {
+        judged: [...first.judged, ...second.judged],
+        found: first.found + second.found,
+        unlettered: [...first.unlettered, ...second.unlettered],
+      };
+    }
+  }
+
+  /** Leaves a row out for a while: those that wait longest come first, and would be all that is ever asked about. */
+  function refuse(eventId: string, err: unknown): void {
+    if (refused.size === 0) refusedSince = Date.now();
+    refused.add(eventId);
+    tally.error(
+      eventId,
+      { err },
+      'the database refuses to change rows whose leases have ended; they are tried again in a minute',
+    );
+  }
+
+  async function unlessRefused(eventId: string, work: () => Promise<void>): Promise<void> {
+    await work().catch((error) => {
+      if (!rowMayBeAtFault(error)) throw error;
+      refuse(eventId, error);
+    });
+  }
+
+  /** Changes the rows in one transaction. `unlettered` are dead rows whose letters are to be written again. */
+  async function write(epoch: string, { judged: all, entries, letters }: Found): Promise<Written> {
+    if (all.length === 0) return NOTHING;
     const { judged, found, unlettered } = await outbox.inEpoch(
       async (tx) => {
         const locked = await outbox.lockExpired(
@@ -172,8 +230,7 @@ export function createLeaseReaper(deps: {
     );
     deps.memory.forget(found.map((row) => row.eventId));
     if (found.length > 0) deps.refiller.request(found);
-    if (unlettered.length > 0) await writeLetters(unlettered);
-    return { judged, found: found.length };
+    return { judged, found: found.length, unlettered };
   }
 
   async function bury(rows: readonly ExpiredRow[]): Promise<void> {
@@ -182,7 +239,7 @@ export function createLeaseReaper(deps: {
       idsOf(rows),
     )) {
       const job = await queues.failedJob(event);
-      if (job) await deadLetters.bury(job);
+      if (job) await unlessRefused(event.eventId, () => deadLetters.bury(job));
     }
   }
 
@@ -191,9 +248,8 @@ export function createLeaseReaper(deps: {
       const { errorMessage, deadLetteredAt, attempts } = event;
       if (deadLetteredAt === null) continue;
       const { errorMessage: _, deadLetteredAt: __, ...plain } = event;
-      await deadLetters.writeAgain({
-        ...{ event: plain, attempts, reason: errorMessage ?? '', failedAt: deadLetteredAt },
-      });
+      const failure = { event: plain, attempts, reason: errorMessage ?? '', failedAt: deadLetteredAt };
+      await unlessRefused(event.eventId, () => deadLetters.writeAgain(failure));
     }
   }
 }

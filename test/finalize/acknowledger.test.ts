@@ -94,6 +94,44 @@ describe('an acknowledgement', () => {
     expect(await readRows(pool)).toMatchObject([{ state: 'leased', streamEntryId: null }]);
   });
 
+  test('of a row that the database refuses to change keeps no other row from being marked', async () => {
+    const events = await claimed(40);
+    const bad = events[17] as OutboxEvent;
+    await pool.query(
+      `ALTER TABLE identity.outbox ADD CONSTRAINT never CHECK (NOT (published AND event_id = '${bad.eventId}'))`,
+    );
+    onTestFinished(async () => void (await pool.query('ALTER TABLE identity.outbox DROP CONSTRAINT never')));
+    const { acknowledge } = startAcknowledger();
+    const ended = await Promise.allSettled(
+      events.map((event, i) => acknowledge(event, `1700000000000-${i}`)),
+    );
+    expect(ended.filter(({ status }) => status === 'rejected')).toMatchObject([
+      { reason: { message: expect.stringContaining('"never"') } },
+    ]);
+    const states = (await readRows(pool)).filter(({ state }) => state === 'published');
+    expect(states).toHaveLength(39);
+  });
+
+  test('of rows that the database refuses to change, all of them, is given up after a few', async () => {
+    const events = await claimed(400);
+    await pool.query('ALTER TABLE identity.outbox ADD CONSTRAINT never CHECK (NOT published)');
+    onTestFinished(async () => void (await pool.query('ALTER TABLE identity.outbox DROP CONSTRAINT never')));
+    let tries = 0;
+    const { acknowledge } = startAcknowledger({
+      outbox: {
+        inEpoch: (...of) => {
+          tries++;
+          return outbox.inEpoch(...of);
+        },
+      },
+    });
+    const ended = await Promise.allSettled(
+      events.map((event, i) => acknowledge(event, `1700000000000-${i}`)),
+    );
+    expect(ended.every(({ status }) => status === 'rejected')).toBe(true);
+    expect(tries).toBeLessThan(40);
+  });
+
   test('makes Redis forget the append, but not before it is committed', async () => {
     const [event] = (await claimed(1)) as [OutboxEvent & LeasedEvent];
     const entryId = await stage.append(event);

@@ -77,6 +77,31 @@ async function endEpoch(): Promise<void> {
 const everything = async () => (await pool.query('SELECT * FROM identity.outbox ORDER BY id')).rows;
 const letFail = (reason: string) => stage.runJobs(() => Promise.reject(new UnrecoverableError(reason)));
 
+test('a row that the database refuses to change keeps the reaper from no other row', async () => {
+  const events = await expired(9);
+  const bad = events[4] as LeasedEvent;
+  await pool.query(
+    `ALTER TABLE identity.outbox ADD CONSTRAINT never CHECK (event_id <> '${bad.eventId}') NOT VALID`,
+  );
+  onTestFinished(async () => void (await pool.query('ALTER TABLE identity.outbox DROP CONSTRAINT never')));
+  const { seen } = await reap();
+  expect(seen).toMatchObject({ alive: 8 });
+  const { rows } = await pool.query('SELECT event_id FROM identity.outbox WHERE next_attempt_at <= now()');
+  expect(rows).toEqual([{ event_id: bad.eventId }]);
+});
+
+test('a row that refuses to be dead keeps no other failed job from its dead letter', async () => {
+  const events = await expired(4);
+  await letFail('broken');
+  const bad = events[0] as LeasedEvent;
+  await pool.query(
+    `ALTER TABLE identity.outbox ADD CONSTRAINT never CHECK (dead_lettered_at IS NULL OR event_id <> '${bad.eventId}')`,
+  );
+  onTestFinished(async () => void (await pool.query('ALTER TABLE identity.outbox DROP CONSTRAINT never')));
+  await reap();
+  expect((await readStates(pool)).toSorted()).toEqual(['dead', 'dead', 'dead', 'leased']);
+});
+
 describe('a row whose lease has ended', () => {
   test('gets another one when its job is alive: waiting, delayed, or in progress', async () => {
     const [delayed] = (await expired(1)) as [LeasedEvent];
