@@ -102,7 +102,7 @@ export type AppendOutcome =
    * The event before it waits for a retry, or for another one. The job is released: no run of it appends any more.
    * `failedBefore`: the event right before it has failed, which its row may not say yet.
    */
-  | { status: 'behind'; failedBefore: boolean }
+  | { status: 'behind'; failedBefore: boolean; after?: string | null }
   /** Redis refused this event (wrong type, no permission): it is retried. */
   | { status: 'refused'; reason: string }
   /** Redis takes nothing now (unreachable, loading, read-only, full): the attempt does not count. */
@@ -113,7 +113,7 @@ export type Attempt =
   /** Nothing is left to do for the job. */
   | { kind: 'done' }
   /** The job ends without an append, and then its row is parked. */
-  | { kind: 'release'; failedBefore: boolean }
+  | { kind: 'release'; failedBefore: boolean; after: string | null }
   /** The attempt failed: BullMQ's backoff, and after the last attempt the dead-letter stream. */
   | { kind: 'retry'; reason: string }
   /** No pod can publish now: the job runs again soon, and the attempt does not count. */

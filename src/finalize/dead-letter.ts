@@ -48,7 +48,7 @@ export function createDeadLetters(deps: {
           await epochs.confirm(epoch);
         });
         if (outcome.status === 'appended') deps.metrics.deadLettered(event);
-        tally.flush(); // its failed attempts come first
+        tally.flushFor(eventId); // its failed attempts come first
         logger.warn({ ...about, reason, dlqEntryId: entryId }, 'event moved to the dead-letter stream');
         refiller.request([event]);
         return;

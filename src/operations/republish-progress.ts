@@ -83,6 +83,10 @@ export function countedTo(cursor: string): Progress {
   return { ...noProgress(place.finalizedAt), readAfter: place };
 }
 
+/** Where a count goes on that began there. */
+export const countCursor = (began: Progress, readAfter: FinalizedPlace): string =>
+  began.main === NONE ? toCursor({ ...readAfter }) : cursorOf({ ...began, readAfter });
+
 export function isAppended(row: PublishedRow, { main, late }: Progress): boolean {
   if (!isReadAfter(row, main.read)) return !isEntryAfter(row, main.entry);
   return !isReadAfter(row, late.read) && !isEntryAfter(row, late.entry);

@@ -2,8 +2,8 @@ import { inSteps, type OutboxEvent } from '../event.ts';
 import type { Published, PublishedFilter } from '../outbox/published.ts';
 import { NotOurEpochError, type Republisher } from '../streams/copies.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
-import { toCursor } from './cursor.ts';
 import {
+  countCursor,
   countedTo,
   cursorOf,
   type HeldRow,
@@ -113,7 +113,7 @@ export function createRepublish(deps: {
         if (last === undefined || page.length < size) return { streams, next: null };
         after = { finalizedAt: last.finalizedAt, id: last.id };
         left -= page.length;
-        if (left <= 0) return { streams, next: toCursor(after) };
+        if (left <= 0) return { streams, next: countCursor(began, after) };
       }
     },
 

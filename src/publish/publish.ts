@@ -43,7 +43,11 @@ const WRITTEN_AT_ONCE = 4;
 export type PublishOptions = Pick<RelayConfig, 'publishTimeoutMs' | 'maxInFlight'>;
 
 /** Result of a job that ended without an append: the row of its event is to be parked. */
-export type Released = Readonly<{ failedBefore: boolean }>;
+export type Released = Readonly<{
+  failedBefore: boolean;
+  /** The event that it was behind. Left out: the one that its job names. */
+  after?: string | null;
+}>;
 
 type PublishRun = Run<OutboxEvent>;
 
@@ -116,7 +120,7 @@ export function createPublish(deps: {
         return { kind: 'completed', result: null };
       case 'release':
         logger.debug(about, 'an earlier event of the aggregate waits; this one waits on its row');
-        return { kind: 'completed', result: { failedBefore: outcome.failedBefore } };
+        return { kind: 'completed', result: { failedBefore: outcome.failedBefore, after: outcome.after } };
       case 'wait':
         return { kind: 'delayed', ms: Math.min(POSTPONE_MS, EARLY_DELAY_MS * 2 ** (run.starts - 1)) };
       case 'postpone':
@@ -151,7 +155,7 @@ export function createPublish(deps: {
         });
         return { kind: 'done' };
       case 'behind':
-        return { kind: 'release', failedBefore: outcome.failedBefore };
+        return { kind: 'release', failedBefore: outcome.failedBefore, after: outcome.after ?? null };
       case 'early':
       case 'ask-rows':
         return { kind: 'wait' };
@@ -210,7 +214,7 @@ export function createPublish(deps: {
         asked = { epoch, gate: standing.kind === 'first' ? 'open' : 'release', after: null };
       } else if (outcome.status === 'early' && performance.now() < holdUntil) {
         await streams.untilAppended([event.eventId, after as string], EARLY_RETRY_MS);
-      } else return outcome;
+      } else return outcome.status === 'behind' ? { ...outcome, after } : outcome;
     }
   }
 
@@ -230,7 +234,9 @@ export function createPublish(deps: {
 
   /** This run has ended its job in Redis. Only now may the row be parked: a parked row may get another job. */
   function onCompleted(run: PublishRun, released: Released | null): void {
-    if (released !== null && run.data !== null) deps.parker.park(run.data, released.failedBefore);
+    if (released === null || run.data === null) return;
+    const { failedBefore, after = run.data.after } = released;
+    deps.parker.park({ ...run.data, after: after ?? null }, failedBefore);
   }
 
   /** BullMQ calls this after every failed attempt. It must not throw: that would end the process. */

@@ -42,7 +42,11 @@ export function createTally(logger: Logger) {
     info: counting('info'),
     warn: counting('warn'),
     error: counting('error'),
-    /** Writes the lines that wait: before a line about an event that may be among them, and at the end. */
+    /** Writes the lines that wait, at the end. */
     flush,
+    /** The same, if one of them is about this event: before a line of its own. */
+    flushFor(eventId: string): void {
+      if ([...lines.values()].some((line) => line.eventIds.has(eventId))) flush();
+    },
   };
 }

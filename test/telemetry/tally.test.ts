@@ -27,3 +27,13 @@ test('what happens to many events within 3 s is one line, with their number and 
     vi.useRealTimers();
   }
 });
+
+test('the lines that wait are written before a line about one of their events, and not before that of another', () => {
+  const lines: string[] = [];
+  const tally = createTally({ ...silent, info: (_, text) => void lines.push(text) });
+  tally.info('a', {}, 'it happened');
+  tally.flushFor('b');
+  expect(lines).toEqual([]);
+  tally.flushFor('a');
+  expect(lines).toEqual(['it happened']);
+});
