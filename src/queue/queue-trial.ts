@@ -35,7 +35,6 @@ const TYPES: KeyTypes = {
     prioritized: 'zset',
     completed: 'zset',
     failed: 'zset',
-    marker: 'zset',
     repeat: 'zset',
   },
 };
