@@ -216,7 +216,7 @@ export const TABLE = {
   }),
   startupTimeoutMs: variable('RELAY_STARTUP_TIMEOUT', seconds(0.1, HOUR), '30', {
     description:
-      'How long start-up waits for PostgreSQL and Redis; other commands give up after about 10 s at most',
+      'How long start-up waits for PostgreSQL and Redis, and migrate for an answer; other commands give up after about 10 s',
   }),
 };
 
