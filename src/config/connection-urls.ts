@@ -341,8 +341,3 @@ export function redactUrls(text: string): string {
     .replace(/\b(?!file:)([a-z][a-z0-9+.-]*:\/\/)[^\s'"<>]*@/gi, '$1***@')
     .replace(SECRET_PARAMETER, '$1***');
 }
-
-/** One URL for a log line: `postgresql://***@db:5432/app?sslmode=require`. Text that is not a URL becomes `***`. */
-export function redactUrl(url: string): string {
-  return /^[a-z][a-z0-9+.-]*:\/\//i.test(url) ? redactUrls(url.replaceAll(/\s/g, '')) : '***';
-}
