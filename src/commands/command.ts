@@ -8,11 +8,10 @@ import { assertOurs } from '../connections/ownership.ts';
 import { createPool } from '../connections/pool.ts';
 import { healthyPool } from '../connections/pool-health.ts';
 import { requireTable } from '../connections/preflight.ts';
-import { openBoth } from '../connections/servers.ts';
+import { FAILS_FAST, openBoth } from '../connections/servers.ts';
 import { waitForServers } from '../connections/wait-for-servers.ts';
 import { NotReadyError } from '../lifecycle.ts';
 import { RequirementError } from '../requirement.ts';
-import { APPEND_CONNECTION } from '../streams/append.ts';
 import { createLogger, errorText, type Logger } from '../telemetry/logger.ts';
 import { printError, text } from './terminal.ts';
 
@@ -95,7 +94,7 @@ export async function withServers<T>(
 ): Promise<T> {
   const logger = createLogger('warn', process.stderr);
   const timeoutMs = Math.min(config.startupTimeoutMs, ANSWER_WITHIN_MS);
-  const redisSettings = { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs };
+  const redisSettings = { ...FAILS_FAST, commandTimeout: config.publishTimeoutMs };
   const options = { pool: { max: POOL_SIZE, connectionTimeoutMillis: timeoutMs }, redis: redisSettings };
   return withConnections(config, command, options, async ({ pool: ownPool, redis, streamRedis }) => {
     const pool = healthyPool(ownPool, { size: POOL_SIZE, logger });

@@ -6,6 +6,7 @@ import type { RelayConfig } from '../config/config.ts';
 import { asking, type Pool } from '../connections/database.ts';
 import { assertOurs } from '../connections/ownership.ts';
 import { lastErrorOf } from '../connections/preflight.ts';
+import { FAILS_FAST } from '../connections/servers.ts';
 import { counted } from '../event.ts';
 import { createFigures, entriesAtRisk } from '../operations/figures.ts';
 import { createStatus, inFlight, isSilent, type Status } from '../operations/fleet-status.ts';
@@ -13,7 +14,6 @@ import { createFleetReader } from '../operations/heartbeat.ts';
 import { createBacklog } from '../outbox/backlog.ts';
 import { lacks, missingFromTable } from '../outbox/required.ts';
 import { createQueues } from '../queue/queues.ts';
-import { APPEND_CONNECTION } from '../streams/append.ts';
 import { createStreamInspector } from '../streams/inspect.ts';
 import { createLogger } from '../telemetry/logger.ts';
 import { type Connections, EXIT, withConfig, withConnections } from './command.ts';
@@ -58,7 +58,7 @@ const runStatus = (config: RelayConfig, options: StatusOptions): Promise<number>
   const timeouts = { connectTimeout: DEADLINE_MS, commandTimeout: DEADLINE_MS };
   const connections = {
     pool: { max: 3, connectionTimeoutMillis: DEADLINE_MS },
-    redis: { ...APPEND_CONNECTION, ...timeouts },
+    redis: { ...FAILS_FAST, ...timeouts },
   };
   return withConnections(config, 'relay-status', connections, (on) => showStatus(config, options, on));
 };

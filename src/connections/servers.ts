@@ -4,10 +4,8 @@ import type { RelayConfig } from '../config/config.ts';
 import { isCluster, type QueuePlace, streamPlace } from '../config/redis-places.ts';
 import { redisNodes, redisOptions, sentinelOptions } from '../config/redis-urls.ts';
 import { slotOf } from '../config/topics.ts';
-import { ANSWER_TIMEOUT_MS, QUEUE_CONNECTION } from '../queue/queues.ts';
 import { WORKER_CONNECTION } from '../queue/workers.ts';
 import { RequirementError } from '../requirement.ts';
-import { APPEND_CONNECTION } from '../streams/append.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Pool } from './database.ts';
 import { createPool } from './pool.ts';
@@ -16,6 +14,22 @@ import { inCluster } from './slot-connector.ts';
 
 /** Every connection of a pod, and its timeouts. */
 
+/**
+ * Options of all connections but those of BullMQ's workers. They neither queue nor resend commands across a reconnect, so
+ * no transaction stays open in an outage. An append whose answer was lost fails, and its job asks the script again: resent,
+ * it might overtake the append of a later event.
+ */
+export const FAILS_FAST: RedisOptions = {
+  enableOfflineQueue: false,
+  autoResendUnfulfilledCommands: false,
+  maxRetriesPerRequest: 0,
+};
+
+/**
+ * A connection that gets no answer within this time is replaced. TCP would take 15 minutes to notice that the network is
+ * half-open. Longer than any command blocks, and than a healthy Redis is busy with one thing.
+ */
+const ANSWER_TIMEOUT_MS = 4_000;
 /** A healthy server answers within this time. Commands that take longer fail, and are sent again. */
 const QUEUE_TIMEOUT_MS = 5_000;
 const CONNECT_TIMEOUT_MS = 3_000;
@@ -187,18 +201,14 @@ export function openServers(
     connections.push(redis);
     return redis;
   };
-  const failingFast = { ...QUEUE_CONNECTION, commandTimeout: QUEUE_TIMEOUT_MS };
+  const failingFast = { ...FAILS_FAST, commandTimeout: QUEUE_TIMEOUT_MS };
   const queueRedis = connect('queue', failingFast);
   const pool = healthyPool(deps.pool ?? (ownPool as Pool), { size: config.databasePoolSize, logger });
   return {
     pool,
     queueRedis,
     streamRedis: streams === config ? queueRedis : connect('streams', failingFast, streams),
-    appendRedis: connect(
-      'append',
-      { ...APPEND_CONNECTION, commandTimeout: config.publishTimeoutMs },
-      streams,
-    ),
+    appendRedis: connect('append', { ...FAILS_FAST, commandTimeout: config.publishTimeoutMs }, streams),
     workerRedis: connect('worker', WORKER_CONNECTION),
     httpPool: deps.pool
       ? (pool.leaving?.(Math.floor(config.databasePoolSize / 2)) ?? pool)

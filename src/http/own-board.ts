@@ -1,8 +1,8 @@
 import type { Redis } from 'ioredis';
 import type { RedisClient } from '../clients.ts';
 import type { QueuePlace } from '../config/redis-places.ts';
-import { openRedis } from '../connections/servers.ts';
-import { createQueues, QUEUE_CONNECTION } from '../queue/queues.ts';
+import { FAILS_FAST, openRedis } from '../connections/servers.ts';
+import { createQueues } from '../queue/queues.ts';
 
 /** Where the queues are: a configuration, or your Redis client and the names. */
 export type BoardQueuesFrom =
@@ -31,7 +31,7 @@ export async function createBoardQueues(
 ): Promise<BoardQueues> {
   const { adaptersOf, createGuard } = await import('./board-queues.ts');
   const { queuePrefix = 'bull', queueName = 'relay' } = from;
-  const own = 'redis' in from ? undefined : openRedis(from, QUEUE_CONNECTION);
+  const own = 'redis' in from ? undefined : openRedis(from, FAILS_FAST);
   // Bull Board shows that Redis is away.
   own?.on('error', () => {});
   const redis = own ?? (from as unknown as { redis: Redis }).redis;

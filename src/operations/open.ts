@@ -22,8 +22,7 @@ export type Operations = ReturnType<typeof openOperations>;
 
 /**
  * What operators can do, on connections that are there already: within a relay or beside it.
- * @param servers `redis` and `streamRedis`, which may be the same, neither queue nor resend commands
- * (QUEUE_CONNECTION, APPEND_CONNECTION)
+ * @param servers `redis` and `streamRedis`, which may be the same, neither queue nor resend commands (FAILS_FAST)
  */
 export function openOperations(
   config: RelayConfig,

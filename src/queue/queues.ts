@@ -1,5 +1,5 @@
 import { Queue, QueueKeys } from 'bullmq';
-import type { Redis, RedisOptions } from 'ioredis';
+import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import {
   closesConnection,
@@ -52,18 +52,6 @@ export type JobView = Readonly<{
 
 export type Queues = ReturnType<typeof createQueues>;
 
-/** Options of all connections to the queues but those of workers. They fail fast: no transaction stays open in an outage. */
-export const QUEUE_CONNECTION: RedisOptions = {
-  enableOfflineQueue: false,
-  autoResendUnfulfilledCommands: false,
-  maxRetriesPerRequest: 0,
-};
-
-/**
- * For every connection: one that gets no answer within this time is replaced. TCP would take 15 minutes to notice that the
- * network is half-open. Longer than any command blocks, and than a healthy Redis is busy with one thing.
- */
-export const ANSWER_TIMEOUT_MS = 4_000;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 

@@ -1,4 +1,4 @@
-import type { Redis, RedisOptions } from 'ioredis';
+import type { Redis } from 'ioredis';
 import { Packr } from 'msgpackr';
 import type { RelayConfig } from '../config/config.ts';
 import { script } from '../connections/redis-script.ts';
@@ -58,16 +58,6 @@ export const memoryKeyOf =
   ({ memoryPrefix }: Pick<StreamOptions, 'memoryPrefix'>) =>
   (eventId: string): string =>
     `${memoryPrefix}:entry:${eventId}`;
-
-/**
- * Options of the append connection. It neither queues nor resends commands across a reconnect: an append whose answer
- * was lost fails, and its job asks the script again. Resent, it might overtake the append of a later event.
- */
-export const APPEND_CONNECTION: RedisOptions = {
-  enableOfflineQueue: false,
-  autoResendUnfulfilledCommands: false,
-  maxRetriesPerRequest: 0,
-};
 
 /** How an event is to be appended. */
 export type Appending = Readonly<{

@@ -3,9 +3,8 @@ import { afterAll, beforeAll, expect, test } from 'vitest';
 import type { RelayConfig } from '../../src/config/config.ts';
 import { loadConfig } from '../../src/config/load-config.ts';
 import { slotOf } from '../../src/config/topics.ts';
-import { openRedis } from '../../src/connections/servers.ts';
+import { FAILS_FAST, openRedis } from '../../src/connections/servers.ts';
 import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
-import { APPEND_CONNECTION } from '../../src/streams/append.ts';
 import { outcomeOfError } from '../../src/streams/append-outcome.ts';
 import { createCluster, type TestCluster } from '../support/redis-cluster.ts';
 import { waitFor } from '../support/wait.ts';
@@ -44,7 +43,7 @@ const nobodysFault = (reason: RegExp) => ({ status: 'unavailable', reason: expec
 
 test('a connection is to the node that has the slot, and moves with it', async () => {
   const { redis: waiting } = await connection(WORKER_CONNECTION);
-  const { redis: append, closed } = await connection(APPEND_CONNECTION);
+  const { redis: append, closed } = await connection(FAILS_FAST);
   const from = await cluster.masterOf(SLOT);
   const to = await cluster.otherThan(from);
   expect(await runIdOf(append.info('server'))).toBe(await runIdOf(from.client.info('server')));

@@ -5,6 +5,7 @@ import pg from 'pg';
 import { expect, inject, onTestFinished, test } from 'vitest';
 import type { RelayConfig } from '../../src/config/config.ts';
 import { loadConfig } from '../../src/config/load-config.ts';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import { appendEvent, createRelay } from '../../src/index.ts';
 import { openOperations } from '../../src/operations/open.ts';
 import { databaseGrants } from '../../src/operations/roles.ts';
@@ -13,7 +14,6 @@ import type { RowName } from '../../src/outbox/finalize.ts';
 import { createOutbox } from '../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE } from '../../src/outbox/pruner.ts';
 import { createQueues } from '../../src/queue/queues.ts';
-import { APPEND_CONNECTION } from '../../src/streams/append.ts';
 import { createStreamInspector } from '../../src/streams/inspect.ts';
 import { createTrimmer } from '../../src/streams/trim.ts';
 import { anEvent, createOldTable, insertEvents, someEvents } from '../support/events.ts';
@@ -528,7 +528,7 @@ test('each right in Redis is needed', async () => {
 
   /** What operators do beside a relay, and what it does now and then. */
   async function operate(config: RelayConfig): Promise<void> {
-    const client = openRedis(server.url, APPEND_CONNECTION);
+    const client = openRedis(server.url, FAILS_FAST);
     await waitFor(() => client.status === 'ready', { what: 'the connection' });
     const queues = createQueues(client, config, silent);
     const { deadLetters, close } = openOperations(config, {

@@ -9,8 +9,9 @@
 import { Worker } from 'bullmq';
 import fc from 'fast-check';
 import { afterEach, beforeAll, expect, test, vi } from 'vitest';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import type { OutboxEvent } from '../../src/event.ts';
-import { createQueues, publishQueueName, QUEUE_CONNECTION } from '../../src/queue/queues.ts';
+import { createQueues, publishQueueName } from '../../src/queue/queues.ts';
 import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { asRelay, OPERATOR_ROLE } from '../support/least-privilege.ts';
@@ -44,7 +45,7 @@ beforeAll(async () => {
   const admin = openAdminPool(adminUrl);
   await admin.query(`ALTER DATABASE ${name} SET deadlock_timeout = '20ms'`);
   await admin.query(`ALTER DATABASE ${name} SET synchronous_commit = off`);
-  const redis = openRedis(redisUrl, QUEUE_CONNECTION);
+  const redis = openRedis(redisUrl, FAILS_FAST);
   await waitFor(() => redis.status === 'ready', { what: 'the connection to Redis' });
   const naming = { queuePrefix: 'bull', queueName: 'relay' };
   const queues = createQueues(

@@ -2,11 +2,11 @@ import { Queue } from 'bullmq';
 import { beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import { loadConfig } from '../../src/config/load-config.ts';
 import type { Pool } from '../../src/connections/database.ts';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import { CursorError, toCursor } from '../../src/operations/cursor.ts';
 import type { DeadLetters } from '../../src/operations/dead-letters.ts';
 import { openOperations } from '../../src/operations/open.ts';
 import { createBacklog } from '../../src/outbox/backlog.ts';
-import { QUEUE_CONNECTION } from '../../src/queue/queues.ts';
 import { deadLetterFields } from '../../src/streams/envelope.ts';
 import type { SampleEvent } from '../demo/sample.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
@@ -45,7 +45,7 @@ beforeAll(async () => {
   pool = openAdminPool(database.adminUrl);
   redis = openAdminRedis(server.adminUrl);
   operators = openPool(asRelay(database.url, OPERATOR_ROLE), { max: 4 });
-  const relayRedis = openRedis(server.url, QUEUE_CONNECTION);
+  const relayRedis = openRedis(server.url, FAILS_FAST);
   await waitFor(() => relayRedis.status === 'ready', { what: 'the connection' });
   const config = loadConfig({
     ...{ RELAY_DATABASE_URL: database.url, RELAY_REDIS_URL: server.url, RELAY_DEAD_LETTER_POLICY: 'hold' },
@@ -347,7 +347,7 @@ describe('a replay', () => {
     await failedJob(event.eventId);
     const pods = openPool(relayUrl);
     const config = loadConfig({ RELAY_DATABASE_URL: relayUrl, RELAY_REDIS_URL: redisUrl });
-    const connection = openRedis(redisUrl, QUEUE_CONNECTION);
+    const connection = openRedis(redisUrl, FAILS_FAST);
     const unable = openOperations(config, {
       ...{ pool: pods, redis: connection, streamRedis: connection, logger: silent },
     });

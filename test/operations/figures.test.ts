@@ -2,10 +2,11 @@ import type { Redis } from 'ioredis';
 import pg from 'pg';
 import { expect, test } from 'vitest';
 import type { Pool } from '../../src/connections/database.ts';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import { createFigures, entriesAtRisk, type Figures, shareFigures } from '../../src/operations/figures.ts';
 import { createFleetReader } from '../../src/operations/heartbeat.ts';
 import { createBacklog } from '../../src/outbox/backlog.ts';
-import { createQueues, QUEUE_CONNECTION } from '../../src/queue/queues.ts';
+import { createQueues } from '../../src/queue/queues.ts';
 import { createStreamInspector } from '../../src/streams/inspect.ts';
 import type { PrivateRedis } from '../demo/servers.ts';
 import { createDatabase, createRedis } from '../support/servers.ts';
@@ -57,7 +58,7 @@ function readerOn(pool: Pool, redis: Redis) {
 }
 
 const connection = (server: PrivateRedis): Promise<Redis> => {
-  const redis = openRedis(server.url, { ...QUEUE_CONNECTION, commandTimeout: 5_000 });
+  const redis = openRedis(server.url, { ...FAILS_FAST, commandTimeout: 5_000 });
   return new Promise((resolve) => redis.once('ready', () => resolve(redis)));
 };
 

@@ -1,12 +1,12 @@
 import { beforeAll, beforeEach, expect, test } from 'vitest';
 import { loadConfig } from '../../src/config/load-config.ts';
 import type { Pool } from '../../src/connections/database.ts';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import { CursorError, toCursor } from '../../src/operations/cursor.ts';
 import { openOperations } from '../../src/operations/open.ts';
 import { createRepublish, type Republish } from '../../src/operations/republishing.ts';
 import { createPublished } from '../../src/outbox/published.ts';
-import { APPEND_CONNECTION } from '../../src/streams/append.ts';
 import type { SampleEvent } from '../demo/sample.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
@@ -41,7 +41,7 @@ beforeAll(async () => {
   pool = openAdminPool(database.adminUrl);
   redis = openAdminRedis(server.adminUrl);
   relayPool = openPool(database.url, { max: 4 });
-  relayRedis = openRedis(server.url, APPEND_CONNECTION);
+  relayRedis = openRedis(server.url, FAILS_FAST);
   await waitFor(() => relayRedis.status === 'ready', { what: 'the connection' });
   const config = loadConfig({ RELAY_DATABASE_URL: database.url, RELAY_REDIS_URL: server.url });
   const operations = openOperations(config, {

@@ -1,5 +1,6 @@
 import { type Job, Worker } from 'bullmq';
 import { beforeAll, beforeEach, describe, expect, onTestFinished, test, vi } from 'vitest';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import {
@@ -7,7 +8,6 @@ import {
   openQueues,
   publishJobKey,
   publishQueueName,
-  QUEUE_CONNECTION,
   type Queues,
 } from '../../src/queue/queues.ts';
 import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
@@ -32,7 +32,7 @@ let queues: Queues;
 beforeAll(async () => {
   server = await createRedis();
   admin = openAdminRedis(server.adminUrl);
-  const redis = openRedis(server.url, QUEUE_CONNECTION);
+  const redis = openRedis(server.url, FAILS_FAST);
   await waitFor(() => redis.status === 'ready', { what: 'the connection' });
   queues = createQueues(redis, OPTIONS, silent);
 });
@@ -76,7 +76,7 @@ async function failed(event: OutboxEvent, reason = 'refused'): Promise<OutboxEve
 test('queues work although the connection breaks at the moment when they are made', async () => {
   const proxy = await startProxy(server.port);
   onTestFinished(proxy.close);
-  const redis = openRedis(through(proxy, server.url), QUEUE_CONNECTION);
+  const redis = openRedis(through(proxy, server.url), FAILS_FAST);
   await waitFor(() => redis.status === 'ready', { what: 'the connection' });
   // Nothing is answered any more: BullMQ's first question is on its way when the connection breaks.
   proxy.loseTrack();
@@ -133,7 +133,7 @@ describe('publish jobs', () => {
 
   test('that cannot be added are an error at once, not a wait', async () => {
     const fragile = await createRedis();
-    const redis = openRedis(fragile.url, { ...QUEUE_CONNECTION, commandTimeout: 2_000 });
+    const redis = openRedis(fragile.url, { ...FAILS_FAST, commandTimeout: 2_000 });
     await waitFor(() => redis.status === 'ready', { what: 'the connection' });
     const through = createQueues(redis, OPTIONS, silent);
     await through.addPublishJobs([aClaimedEvent()]);

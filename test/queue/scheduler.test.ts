@@ -1,7 +1,8 @@
 import { Queue, Worker } from 'bullmq';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
-import { claimQueueName, QUEUE_CONNECTION } from '../../src/queue/queues.ts';
+import { claimQueueName } from '../../src/queue/queues.ts';
 import { createScheduler, type Scheduler, TICK } from '../../src/queue/scheduler.ts';
 import { WORKER_CONNECTION } from '../../src/queue/workers.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
@@ -31,7 +32,7 @@ afterEach(async () => {
 });
 
 async function createOne(options: { pollIntervalMs?: number } = {}) {
-  const redis = openRedis(server.url, QUEUE_CONNECTION);
+  const redis = openRedis(server.url, FAILS_FAST);
   await waitFor(() => redis.status === 'ready', { what: 'the connection' });
   const scheduler = createScheduler({
     queue: new Queue(QUEUE, { connection: redis }),
@@ -170,7 +171,7 @@ describe('a wake-up', () => {
 
   test('is given up quietly while Redis is away', async () => {
     const fragile = await createRedis();
-    const redis = openRedis(fragile.url, QUEUE_CONNECTION);
+    const redis = openRedis(fragile.url, FAILS_FAST);
     await waitFor(() => redis.status === 'ready', { what: 'the connection' });
     const away = new Queue(QUEUE, { connection: redis });
     away.on('error', () => {});

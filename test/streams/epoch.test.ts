@@ -1,7 +1,7 @@
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import type { DatabaseState } from '../../src/event.ts';
 import { NotReadyError } from '../../src/lifecycle.ts';
-import { APPEND_CONNECTION } from '../../src/streams/append.ts';
 import {
   type Epoch,
   EpochOverError,
@@ -55,7 +55,7 @@ function startPod(
 ) {
   const losses: Loss[] = [];
   const accepted: string[] = [];
-  const redis = openRedis((options.on ?? server).url, { ...APPEND_CONNECTION, retryStrategy: () => 50 });
+  const redis = openRedis((options.on ?? server).url, { ...FAILS_FAST, retryStrategy: () => 50 });
   const set = redis.set.bind(redis) as (...args: unknown[]) => Promise<'OK' | null>;
   if (options.beforeChecking)
     redis.set = (async (...args: unknown[]) => {

@@ -1,15 +1,10 @@
 /** Streams as a pod has them, with the jobs of their events on the same Redis or on another one. */
 import { randomBytes } from 'node:crypto';
 import type { Redis } from 'ioredis';
+import { FAILS_FAST } from '../../src/connections/servers.ts';
 import type { AppendOutcome, OutboxEvent } from '../../src/event.ts';
-import { createQueues, publishJobKey, QUEUE_CONNECTION } from '../../src/queue/queues.ts';
-import {
-  APPEND_CONNECTION,
-  createStreams,
-  memoryKeyOf,
-  type StreamOptions,
-  type Streams,
-} from '../../src/streams/append.ts';
+import { createQueues, publishJobKey } from '../../src/queue/queues.ts';
+import { createStreams, memoryKeyOf, type StreamOptions, type Streams } from '../../src/streams/append.ts';
 import { type Epoch, epochId } from '../../src/streams/epoch.ts';
 import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
 import type { Gate } from '../../src/streams/gate-script.ts';
@@ -54,7 +49,7 @@ export type StreamStage = Awaited<ReturnType<typeof openStreams>>;
 
 /** As the relay connects, with time enough only for a healthy server. */
 export async function appendConnection(url: string): Promise<Redis> {
-  const redis = openRedis(url, { ...APPEND_CONNECTION, commandTimeout: 1_000, retryStrategy: () => 50 });
+  const redis = openRedis(url, { ...FAILS_FAST, commandTimeout: 1_000, retryStrategy: () => 50 });
   await waitFor(() => redis.status === 'ready', { what: 'the append connection' });
   return redis;
 }
@@ -85,7 +80,7 @@ export async function openStreams(side: Side) {
   };
 
   async function jobFactsOf(url: string) {
-    const connection = openRedis(url, QUEUE_CONNECTION);
+    const connection = openRedis(url, FAILS_FAST);
     await waitFor(() => connection.status === 'ready', { what: 'the connection to the queues' });
     const queues = createQueues(connection, QUEUES, silent);
     atEndOfFile(queues.close);
