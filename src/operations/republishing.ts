@@ -1,6 +1,6 @@
 import { inSteps, type OutboxEvent } from '../event.ts';
 import type { Published, PublishedFilter } from '../outbox/published.ts';
-import { NotOurEpochError, type Republisher } from '../streams/copies.ts';
+import type { Republisher } from '../streams/copies.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import {
   countCursor,
@@ -62,7 +62,6 @@ const HELD_ROWS = 5_000;
 /** Events read at once: not too many, nor too many stored bytes. */
 const STEP_ROWS = 200;
 const STEP_BYTES = 4 << 20;
-const EPOCH_TIMEOUT_MS = 15_000;
 
 export type Republish = ReturnType<typeof createRepublish>;
 
@@ -73,23 +72,7 @@ export function createRepublish(deps: {
   republisher: Republisher;
   logger: Logger;
 }) {
-  const { published, republisher, logger } = deps;
-
-  /** Appends in the epoch of now. Waits while table and streams are being compared. */
-  function createAppend(replayedAt: Date) {
-    let epoch: string | undefined;
-    return async (event: OutboxEvent): Promise<string | null> => {
-      for (;;) {
-        epoch ??= await republisher.epoch(EPOCH_TIMEOUT_MS);
-        try {
-          return await republisher.append(event, replayedAt, epoch);
-        } catch (error) {
-          if (!(error instanceof NotOurEpochError)) throw error;
-          epoch = undefined;
-        }
-      }
-    };
-  }
+  const { published, logger } = deps;
 
   return {
     /**
@@ -127,7 +110,7 @@ export function createRepublish(deps: {
     async run(range: RepublishRange, options: RepublishOptions): Promise<RepublishResult> {
       const { since, until, filter } = range;
       const { limit = Number.POSITIVE_INFINITY, stopped = () => false } = options;
-      const append = createAppend(new Date());
+      const append = deps.republisher(new Date());
       const began = options.after === undefined ? noProgress(since) : progressOf(options.after);
       let progress = began;
       let [appended, refused, seen] = [0, 0, 0];

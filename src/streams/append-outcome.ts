@@ -48,6 +48,17 @@ export function outcomeOfError(error: Error): AppendOutcome & { status: 'refused
   return { status: isRefusal(error) ? 'refused' : 'unavailable', reason: reasonOf(error) };
 }
 
+/** The reply, or why Redis refuses this request. Rejects when Redis takes no request now, or does not answer. */
+export async function orRefusal<T>(reply: Promise<T>): Promise<T | { status: 'refused'; reason: string }> {
+  try {
+    return await reply;
+  } catch (error) {
+    const outcome = outcomeOfError(error as Error);
+    if (outcome.status === 'refused') return outcome;
+    throw error;
+  }
+}
+
 /** The error that ioredis makes of an answer in which Redis refuses. */
 export const refusal = (message: string) => Object.assign(new Error(message), { name: 'ReplyError' });
 

@@ -2,7 +2,7 @@ import type { Redis } from 'ioredis';
 import { script } from '../connections/redis-script.ts';
 import { compareEntryIds, isEntryId } from '../event.ts';
 import type { StreamOptions } from './append.ts';
-import { outcomeOfError } from './append-outcome.ts';
+import { orRefusal } from './append-outcome.ts';
 import { lastEntriesKeyOf, STREAM_FUNCTIONS } from './epoch-script.ts';
 import { LAST_ENTRIES_MAX } from './gate-script.ts';
 
@@ -229,15 +229,4 @@ export function createLookup(
       return found;
     },
   };
-}
-
-/** The reply, or why Redis refuses this request. Rejects when Redis takes no request now, or does not answer. */
-async function orRefusal<T>(reply: Promise<T>): Promise<T | { status: 'refused'; reason: string }> {
-  try {
-    return await reply;
-  } catch (error) {
-    const outcome = outcomeOfError(error as Error);
-    if (outcome.status === 'refused') return outcome;
-    throw error;
-  }
 }

@@ -178,7 +178,7 @@ const besideTable = (append: (event: OutboxEvent) => Promise<null>) =>
       maxEventBytes: 1e6,
       statementTimeoutMs: 15_000,
     }),
-    republisher: { epoch: async () => epoch, append },
+    republisher: () => append,
     problemOf: () => null,
     logger: silent,
   });
