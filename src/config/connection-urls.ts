@@ -14,7 +14,7 @@ export class UrlError extends Error {
 }
 
 /** Options of node-postgres for a client or a pool, apart from `preferTls`. */
-export type PgOptions = Readonly<{
+type PgOptions = Readonly<{
   host?: string;
   port?: number;
   user?: string;
@@ -110,7 +110,7 @@ function percentDecode(text: string): string {
   }
 }
 
-export function portNumber(text: string): number {
+function portNumber(text: string): number {
   const port = Number(text);
   if (!Number.isInteger(port) || port < 1 || port > 65535)
     throw new UrlError('its port is not from 1 to 65535');

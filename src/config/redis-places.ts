@@ -5,7 +5,7 @@ import { redisNodes, redisOptions } from './redis-urls.ts';
 import { hashTagOf, patternsOf, quoted, slotOf } from './topics.ts';
 
 /** What of the configuration says where a Redis is. */
-export type RedisPlace = Partial<
+type RedisPlace = Partial<
   Pick<RelayConfig, 'redisUrl' | 'redisCluster' | 'redisSentinels' | 'redisSentinelName'>
 >;
 

@@ -79,7 +79,7 @@ function nodesOf({ host, port, others }: Pick<UrlParts, 'host' | 'port' | 'other
 const addressOf = ({ host, port }: RedisNode): string => `${isIPv6(host) ? `[${host}]` : host}:${port}`;
 
 /** What ioredis needs to ask sentinels where the master is. */
-export type SentinelOptions = Readonly<{
+type SentinelOptions = Readonly<{
   sentinels: RedisNode[];
   sentinelUsername?: string;
   sentinelPassword?: string;

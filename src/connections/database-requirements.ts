@@ -24,7 +24,7 @@ import { withSession } from './session.ts';
 
 /** What the relay needs of PostgreSQL, of the table and of its role there. */
 
-export type OnDatabase = Readonly<{
+type OnDatabase = Readonly<{
   pool: Pool & Queryable;
   config: RelayConfig;
   /** A claim is tried on a row that has waited for this long. */

@@ -87,7 +87,7 @@ const withoutNames = new WeakSet<object>();
  *   about 3 ms (measured). A claim must be durable: a crash could undo the lease of an event that was appended, and if its
  *   job had been removed, nothing would know of its entry.
  */
-export type Durability = 'durable' | 'repeatable';
+type Durability = 'durable' | 'repeatable';
 
 type TransactionOptions = Readonly<{
   /** Taken in this order at the beginning. The wait for each is as long as that for the first. */

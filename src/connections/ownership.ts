@@ -56,7 +56,7 @@ function problemOf(mine: Owner, there: Owner, queue: QueueName): string | null {
 /** Deadline of one query. */
 const ASK_MS = 5_000;
 
-export type OnBoth = Readonly<{ pool: Pool; redis: Redis; place: RelayConfig }>;
+type OnBoth = Readonly<{ pool: Pool; redis: Redis; place: RelayConfig }>;
 
 export const OWNER_REQUIREMENTS: readonly Requirement<OnBoth>[] = [{ subject: 'owner', check: isOurs }];
 

@@ -102,8 +102,6 @@ export async function meetRequirements(
 const ROUND_MS = 3_000;
 const ROUNDS = 5;
 
-export type RequirementsWatch = ReturnType<typeof watchRequirements>;
-
 /**
  * Tries again, while the relay runs, what it needs: rights, row level security, triggers and settings may change, and some
  * changes give no error, only an empty backlog.

@@ -8,7 +8,7 @@ const asNumber = (text: string) => Number(text);
 const asIs = (text: string) => text;
 
 /** Items of a one-dimensional array, as PostgreSQL prints it; none of ours has nulls. */
-export function arrayItems(text: string): string[] {
+function arrayItems(text: string): string[] {
   const items: string[] = [];
   for (const [, quoted, plain] of text.slice(1, -1).matchAll(/"((?:[^"\\]|\\.)*)"|([^,]+)/gs))
     items.push(quoted === undefined ? (plain as string) : quoted.replace(/\\(.)/gs, '$1'));

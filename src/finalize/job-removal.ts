@@ -2,7 +2,7 @@ import type { Queues } from '../queue/queues.ts';
 import type { Memory } from '../streams/memory.ts';
 
 /** Why a job was not removed: a worker has it, or it remembers an append of the event, or its dead letter. */
-export type JobLeft = 'busy' | 'appended';
+type JobLeft = 'busy' | 'appended';
 
 export type RemoveJobs = ReturnType<typeof createJobRemoval>;
 

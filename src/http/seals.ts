@@ -14,8 +14,6 @@ const SECRET_KEPT_MS = 5_000;
 /** Allowed difference between the clocks of pods. */
 const CLOCK_DIFFERENCE_MS = 60_000;
 
-export type Seals = ReturnType<typeof createSeals>;
-
 /** @param secret of the deployment; at least 32 random bytes */
 export function createSeals(secret: () => Promise<string>, users: readonly BoardUser[]) {
   const entries = users.map(entryOf).join('\n');

@@ -5,8 +5,6 @@ import { isIP, isIPv6 } from 'node:net';
 /** Most keys that are remembered. The oldest are forgotten first. */
 const MAX_KEYS = 10_000;
 
-export type Tries = ReturnType<typeof createTries>;
-
 /** At most `max` tries per key in a window. The window begins with the first try. */
 export function createTries({ max, windowMs }: Readonly<{ max: number; windowMs: number }>) {
   const tries = new Map<string, { count: number; until: number }>();

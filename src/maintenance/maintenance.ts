@@ -24,7 +24,7 @@ const TRIM_EVERY_MS = 5_000;
 const KEPT_SHOWN = 5;
 
 /** The key of the list of streams to trim. (`…:streams` belongs to the heartbeat.) */
-export const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${config.queueName}:trimmed`;
+const streamListKey = (config: RelayConfig) => `${config.queuePrefix}:${config.queueName}:trimmed`;
 
 export const createRetentionOf = (
   config: RelayConfig,

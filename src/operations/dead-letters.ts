@@ -29,7 +29,7 @@ export type Selection =
   | Readonly<{ eventIds: readonly string[] }>
   | Readonly<{ filter: DeadLetterFilter; pruned?: boolean }>;
 
-export type ActionOptions = Readonly<{
+type ActionOptions = Readonly<{
   /** Who does it; it is logged. */
   by: string;
   /** Only counts. */
@@ -44,7 +44,7 @@ export type ActionOptions = Readonly<{
   onProgress?: (seen: number) => void;
 }>;
 
-export type Refusal = Readonly<{ eventId: string; reason: string }>;
+type Refusal = Readonly<{ eventId: string; reason: string }>;
 
 export type ActionResult = Readonly<{
   /** Events replayed or discarded; in a dry run, that would be. */
@@ -63,7 +63,7 @@ const BATCH = 200;
 /** Entries of the dead-letter stream that are held at once, where events without rows are named. */
 const ENTRY_BATCH = 50;
 /** Events that may be named one by one. */
-export const MOST_EVENT_IDS = 10_000;
+const MOST_EVENT_IDS = 10_000;
 const MOST_REFUSALS = 100;
 /**
  * A replay waits until fewer rows than this are fresh: its events have low ids and are claimed first, so new events

@@ -125,8 +125,6 @@ export async function waitForOtherProtocols(deps: {
   deps.onWaiting(undefined);
 }
 
-export type Heartbeat = ReturnType<typeof createHeartbeat>;
-
 /**
  * Tells Redis every 5 s that this pod runs, and which streams it appends to. CLIENT LIST would also show the pods, but it is
  * in the ACL category @dangerous, which the relay's user does not have.

@@ -25,7 +25,7 @@ export type ListOptions = Readonly<{
 }>;
 
 /** Everything that is known of an event. Times are ISO 8601. */
-export type DeadLetterDetails = Readonly<{
+type DeadLetterDetails = Readonly<{
   event: OutboxEvent;
   /** `pruned`: the row is gone, the rest is from the dead-letter stream. */
   state: RowState | 'pruned';

@@ -21,7 +21,7 @@ import {
  * with `replayed_at`; rows stay as they are.
  */
 
-export type RepublishRange = Readonly<{
+type RepublishRange = Readonly<{
   /** Published from then to then: times of the database. */
   since: string;
   until: string;
@@ -41,7 +41,7 @@ export type RepublishOptions = Readonly<{
   onProgress?: (seen: number, next: string) => void;
 }>;
 
-export type RepublishResult = Readonly<{
+type RepublishResult = Readonly<{
   appended: number;
   /** Events that are left out: their topic or payload may not be published (any more), or Redis refuses them. */
   refused: number;
@@ -54,7 +54,7 @@ export type RepublishResult = Readonly<{
 }>;
 
 /** Number of events, by stream. */
-export type RepublishCount = Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>;
+type RepublishCount = Readonly<{ streams: ReadonlyMap<string, number>; next: string | null }>;
 
 const PAGE_ROWS = 1_000;
 /** Rows that wait to be appended in the order of their entries. A batch is appended when there are more. */

@@ -42,7 +42,7 @@ export type Backlog = Readonly<{
   limit: number;
 }>;
 
-export type WaitingState = 'fresh' | 'due' | 'leased' | 'retrying' | 'parked';
+type WaitingState = 'fresh' | 'due' | 'leased' | 'retrying' | 'parked';
 
 /** The oldest row of one state. */
 export type OldestRow = Pick<

@@ -71,7 +71,7 @@ export type RowState =
   | 'discarded';
 
 /** A row in any state, with its event as consumers would get it. Times are ISO 8601. */
-export type RowDetails = Readonly<{
+type RowDetails = Readonly<{
   event: OutboxEvent;
   state: RowState;
   error: string | null;
@@ -85,7 +85,7 @@ export type RowDetails = Readonly<{
 }>;
 
 /** An event whose row is gone, as its entry in the dead-letter stream tells it. */
-export type LostRow = Pick<
+type LostRow = Pick<
   OutboxEvent,
   'eventId' | 'eventType' | 'aggregateType' | 'aggregateId' | 'topic' | 'payload' | 'occurredAt'
 >;

@@ -11,11 +11,11 @@ import { FINALIZED_AT } from './conditions.ts';
  */
 
 /** `with-entry`: published by the relay. `without-entry`: published by another system before. */
-export type PrunableKind = 'with-entry' | 'without-entry';
+type PrunableKind = 'with-entry' | 'without-entry';
 export const PRUNABLE_KINDS: readonly PrunableKind[] = ['with-entry', 'without-entry'];
 
 /** A row's place in the order in which its kind is read. */
-export type PrunePlace = Readonly<{ at: string; id: string }>;
+type PrunePlace = Readonly<{ at: string; id: string }>;
 export const FIRST_PLACE: PrunePlace = { at: '-infinity', id: '0' };
 
 export type PruneStep = Readonly<{

@@ -31,8 +31,7 @@ export type PublishedRow = FinalizedRow &
   }>;
 
 /** The event of a published or dead row, with what the row says of its failure. */
-export type FinalizedEvent = OutboxEvent &
-  Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null }>;
+type FinalizedEvent = OutboxEvent & Readonly<{ errorMessage: string | null; deadLetteredAt: Date | null }>;
 
 /** Selects published events. A member that is left out selects all. */
 export type PublishedFilter = Pick<DeadLetterFilter, 'topic' | 'eventType' | 'aggregateType' | 'aggregateId'>;

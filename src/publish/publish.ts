@@ -40,7 +40,7 @@ const RETRIES_SHARE = 0.25;
 /** Failures written at the same time. Each takes a session of the pool; claims and acknowledgements need some too. */
 const WRITTEN_AT_ONCE = 4;
 
-export type PublishOptions = Pick<RelayConfig, 'publishTimeoutMs' | 'maxInFlight'>;
+type PublishOptions = Pick<RelayConfig, 'publishTimeoutMs' | 'maxInFlight'>;
 
 /** Result of a job that ended without an append: the row of its event is to be parked. */
 export type Released = Readonly<{

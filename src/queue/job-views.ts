@@ -20,7 +20,7 @@ const FIELDS = [
 ] as const;
 
 /** In place of data that was not read. */
-export type UnreadData = Readonly<{ unreadBytes: number }>;
+type UnreadData = Readonly<{ unreadBytes: number }>;
 
 /**
  * KEYS: jobs. ARGV: bytes of data in all, bytes of one field, the fields. Answers of each job its data ('' if not

@@ -14,10 +14,7 @@ import { NotReadyError, pause, succeedsWithin, withDeadline } from '../lifecycle
 import type { Logger } from '../telemetry/logger.ts';
 import { createJobViews } from './job-views.ts';
 
-export type QueueOptions = Pick<
-  RelayConfig,
-  'queuePrefix' | 'queueName' | 'maxRetryAttempts' | 'retryBaseDelayMs'
->;
+type QueueOptions = Pick<RelayConfig, 'queuePrefix' | 'queueName' | 'maxRetryAttempts' | 'retryBaseDelayMs'>;
 
 /** Jobs of one queue in Redis, by state. */
 type JobCounts = Readonly<Record<'waiting' | 'active' | 'delayed' | 'prioritized' | 'failed', number>>;

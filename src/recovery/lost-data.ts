@@ -51,7 +51,7 @@ export type ComparisonRange = Readonly<{
   stopped?: () => boolean;
 }>;
 
-export type Compare = ReturnType<typeof createCompare>;
+type Compare = ReturnType<typeof createCompare>;
 
 /** Looks for the entry of each published or dead row in its stream, page by page. */
 export function createCompare(deps: {

@@ -69,7 +69,7 @@ export const GATE = {
 export type Gate = keyof typeof GATE;
 
 /** Fields that the relay adds to a job's hash. BullMQ keeps and ignores them. */
-export const ENTRY_FIELD = 'relay:entry';
+const ENTRY_FIELD = 'relay:entry';
 const RELEASED_FIELD = 'relay:released';
 const NEXT_FIELD = 'relay:next';
 export const LETTER_FIELD = 'relay:dlq';
@@ -158,7 +158,7 @@ local function keptWith(key) return redis.call('GET', key .. ':next') end
 local function mayFollow(_, _, key, letterKey) return redis.call('EXISTS', key) == 0 and redis.call('EXISTS', letterKey) == 0 end`;
 
 /** Position in an entry from which on it has the arguments of XADD. */
-export const XADD_AT = 8;
+const XADD_AT = 8;
 
 /** @param hasTwoServers the jobs are on another server than the streams */
 export const gateScript = (hasTwoServers: boolean) => `

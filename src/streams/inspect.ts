@@ -14,7 +14,7 @@ export type StreamFigures = Readonly<{
   moreGroups: number;
 }>;
 
-export type GroupFigures = Readonly<{
+type GroupFigures = Readonly<{
   group: string;
   consumers: number;
   /** Entries that were delivered and not acknowledged. */

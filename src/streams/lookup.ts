@@ -72,10 +72,10 @@ export class UnreadableError extends Error {
 }
 
 /** An entry by its id and its event. */
-export type NamedEntry = Readonly<{ entryId: string; eventId: string }>;
+type NamedEntry = Readonly<{ entryId: string; eventId: string }>;
 
 /** Those of some entries that are not in their stream. */
-export type Absent<T> = Readonly<{
+type Absent<T> = Readonly<{
   /** Lost: they should be there. */
   lost: T[];
   /** Before the stream's first entry: trimmed on purpose. */

@@ -6,7 +6,7 @@ import { EVENT_SCHEMAS } from './event-schemas.ts';
  * Every way in which a payload breaks the schema of its event type, as `member: what is wrong`; none for a valid
  * payload and for an event type without a schema. Safe to log and to store: no value of the payload is in it.
  */
-export type Validate = (eventType: string, payloadJson: string) => string[];
+type Validate = (eventType: string, payloadJson: string) => string[];
 
 /** A payload of a thousand wrong members must not make a log line or a dead letter of a thousand lines. */
 const MAX_VIOLATIONS = 50;

@@ -77,7 +77,7 @@ const MAX_DEPTH = 4;
 const MAX_ERRORS = 5;
 
 /** The parts of an error that may be logged. */
-export type SerializedError = {
+type SerializedError = {
   type: string;
   message: string;
   stack?: string;
