@@ -2,7 +2,7 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { NotReadyError } from '../lifecycle.ts';
 import { type Owner, readOwner } from '../outbox/owner.ts';
-import { type Finding, failed, ok, type Requirement, RequirementError } from '../requirement.ts';
+import { type Finding, failed, ok, RequirementError } from '../requirement.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { asking, type Pool } from './database.ts';
 
@@ -56,29 +56,20 @@ function problemOf(mine: Owner, there: Owner, queue: QueueName): string | null {
 /** Deadline of one query. */
 const ASK_MS = 5_000;
 
-type OnBoth = Readonly<{ pool: Pool; redis: Redis; place: RelayConfig }>;
-
-export const OWNER_REQUIREMENTS: readonly Requirement<OnBoth>[] = [{ subject: 'owner', check: isOurs }];
-
 /** Whether the queue on this Redis is free or belongs to this database. Changes nothing. */
-async function isOurs({ pool, redis, place: queue }: OnBoth): Promise<Finding> {
+export async function isOurs(pool: Pool, redis: Redis, queue: QueueName): Promise<Finding> {
   const { mine, there, problem } = await compareOwners(pool, redis, queue);
   if (problem) return failed(problem);
   return ok(`queue "${queue.queueName}" ${there ? 'belongs to' : 'is free for'} ${describeOwner(mine)}`);
 }
 
 /**
- * Changes nothing, unless `first` does.
+ * @param claims whether this database becomes the owner where there is none
  * @throws {RequirementError} if the queue on this Redis belongs to another database
  * @throws {NotReadyError} if a server does not answer
  */
-export async function assertOurs(
-  pool: Pool,
-  redis: Redis,
-  queue: QueueName,
-  first?: (mine: Owner) => Promise<void>,
-): Promise<void> {
-  const { problem } = await compareOwners(pool, redis, queue, first).catch((error) => {
+export async function assertOurs(pool: Pool, redis: Redis, queue: QueueName, claims = false): Promise<void> {
+  const { problem } = await compareOwners(pool, redis, queue, claims).catch((error) => {
     throw new NotReadyError(`PostgreSQL or Redis does not tell whose the queue is: ${errorText(error)}`, {
       cause: error,
     });
@@ -91,21 +82,13 @@ export async function assertOurs(
  * @throws {RequirementError} if it belongs to another database
  * @throws {NotReadyError} if a server does not answer
  */
-export async function claimQueue(pool: Pool, redis: Redis, queue: QueueName): Promise<void> {
-  await assertOurs(pool, redis, queue, async (mine) => {
-    await redis.set(ownerKey(queue), JSON.stringify(mine), 'NX');
-  });
-}
+export const claimQueue = (pool: Pool, redis: Redis, queue: QueueName): Promise<void> =>
+  assertOurs(pool, redis, queue, true);
 
 /** This database, the owner of the queue on this Redis, and why the queue cannot be used. */
-async function compareOwners(
-  pool: Pool,
-  redis: Redis,
-  queue: QueueName,
-  first = async (_mine: Owner): Promise<void> => {},
-) {
+async function compareOwners(pool: Pool, redis: Redis, queue: QueueName, claims = false) {
   const mine = await readOwner(asking(pool, ASK_MS));
-  await first(mine);
+  if (claims) await redis.set(ownerKey(queue), JSON.stringify(mine), 'NX');
   const there = await ownerOf(redis, queue);
   return { mine, there, problem: there && problemOf(mine, there, queue) };
 }

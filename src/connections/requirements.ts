@@ -7,7 +7,7 @@ import { streamOptionsOf } from '../stream-options.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { asking, type Pool } from './database.ts';
 import { DATABASE_AT_START, DATABASE_REQUIREMENTS, databaseFinding } from './database-requirements.ts';
-import { OWNER_REQUIREMENTS } from './ownership.ts';
+import { isOurs } from './ownership.ts';
 import { type OnRedis, REDIS_REQUIREMENTS, redisFinding } from './redis-requirements.ts';
 
 /** The one list of what the relay needs: `relay check` prints it, `relay start` refuses to start without it. */
@@ -52,11 +52,12 @@ export async function checkRequirements(
   const redis = [...ofQueues, ...ofStreams.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
   const servers = [...database, ...redis];
   if (servers.some(({ result }) => result === 'failed')) return servers;
-  const owner = ({ redis: server, place: ofServer }: OnRedis) =>
-    checkInTurn(OWNER_REQUIREMENTS, { pool: on.pool, redis: server, place: ofServer }, redisFinding);
-  const owners = await owner(queues);
-  const ofStreamServer = isOne ? [] : await owner(streams);
-  return [...servers, ...owners, ...ofStreamServer.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
+  const owner = async (server: OnRedis, subject: string) => ({
+    ...(await isOurs(on.pool, server.redis, server.place).catch((error) => redisFinding(error))),
+    subject,
+  });
+  const owners = [await owner(queues, 'owner'), ...(isOne ? [] : [await owner(streams, 'stream owner')])];
+  return [...servers, ...owners];
 }
 
 const failuresAmong = (results: readonly RequirementResult[]) =>
