@@ -3,7 +3,6 @@ import {
   type Context,
   context,
   createTraceState,
-  ProxyTracerProvider,
   ROOT_CONTEXT,
   type Span,
   SpanKind,
@@ -14,13 +13,13 @@ import type { Telemetry } from 'bullmq';
 import { BullMQOtel } from 'bullmq-otel';
 import { type Attempt, brief, type OutboxEvent, type TraceContext } from '../event.ts';
 import { namedAfter } from './trace-ids.ts';
-import { type Tracing, untraced } from './tracing.ts';
+import type { Tracing } from './tracing.ts';
 
 const TRACER = 'relay-service';
 
 /**
  * Spans, by the tracer that is registered with OpenTelemetry in this process: that of the relay's own SDK
- * (tracing-sdk.ts), or of the program that embeds the relay. Without one there are no spans.
+ * (tracing-sdk.ts), or of the program that embeds the relay. The caller asks `isTracerRegistered` first.
  *
  * Names and attributes follow OpenTelemetry's conventions for messaging and contain no payload.
  *
@@ -28,9 +27,6 @@ const TRACER = 'relay-service';
  * @param dlqStreamName where dead letters go
  */
 export function createTracing(version: string, dlqStreamName: string): Tracing {
-  const provider = trace.getTracerProvider();
-  if (provider instanceof ProxyTracerProvider && provider.getDelegateTracer(TRACER) === undefined)
-    return untraced;
   const tracer = trace.getTracer(TRACER, version);
   /** Spans of this process, by the trace context that is handed on with the event. */
   const contexts = new WeakMap<TraceContext, Context>();
