@@ -1,4 +1,5 @@
 import type { Redis } from 'ioredis';
+import pLimit from 'p-limit';
 import { script } from '../connections/redis-script.ts';
 import { pause, succeedsWithin } from '../lifecycle.ts';
 
@@ -64,9 +65,9 @@ export function createPoisonGuard(deps: {
   /** How many appends run together, and the callback of an event that waits until none does. */
   let running = 0;
   let onNoneRunning = (): void => {};
-  /** How many events are published alone or wait for that; one is published after the other. */
+  /** How many events are published alone or wait for that. */
   let alone = 0;
-  let lastAlone: Promise<void> = Promise.resolve();
+  const oneByOne = pLimit(1);
 
   function assertInTime(expiresAt: number): void {
     if (Date.now() >= expiresAt) throw new Error('it could not begin alone in time');
@@ -89,29 +90,24 @@ export function createPoisonGuard(deps: {
   /** Runs `work` after the events that were to be published alone before, and after all appends that run together. */
   async function exclusively<T>(work: () => Promise<T>): Promise<T> {
     alone++;
-    const before = lastAlone;
-    let leave = (): void => {};
-    lastAlone = new Promise((resolve) => {
-      leave = resolve;
-    });
     try {
-      await before;
-      if (running > 0) {
-        await new Promise<void>((resolve) => {
-          onNoneRunning = resolve;
-        });
-      }
-      return await work();
+      return await oneByOne(async () => {
+        if (running > 0) {
+          await new Promise<void>((resolve) => {
+            onNoneRunning = resolve;
+          });
+        }
+        return work();
+      });
     } finally {
       alone--;
-      leave();
     }
   }
 
   return {
     /** Runs `append` beside others, after every event that is published alone or waits for that. */
     async together<T>(expiresAt: number, append: () => Promise<T>): Promise<T> {
-      while (alone > 0) await lastAlone;
+      while (alone > 0) await oneByOne(() => {}); // after those that wait already
       assertInTime(expiresAt);
       running++;
       try {
