@@ -38,7 +38,7 @@ export function openOperations(
   return {
     deadLetters: createDeadLetters({
       rows: createDeadRows(pool, options),
-      entries: createDeadEntries(streamRedis, config.dlqStreamName, lookup.findAll),
+      entries: createDeadEntries(streamRedis, config.dlqStreamName, lookup.findAllDeadLetters),
       queues,
       removeJobs: createJobRemoval({
         queues,

@@ -14,7 +14,7 @@ import {
 } from './append-outcome.ts';
 import { deadLetterFields, pushEnvelope } from './envelope.ts';
 import { type Epoch, epochId } from './epoch.ts';
-import { lastEntriesKeyOf } from './epoch-script.ts';
+import { keysOf } from './epoch-script.ts';
 import { GATE, type Gate, gateScript, letterScript, MEMORY_TTL_S } from './gate-script.ts';
 import { createKnownAppends } from './known-appends.ts';
 
@@ -103,7 +103,7 @@ export function createStreams(deps: {
   const appendInOrder = script<(string | string[])[]>(redis, 'appendInOrder', gateScript(hasTwoServers));
   const appendLetter = script<string>(redis, 'appendLetter', letterScript(hasTwoServers), 5);
   const memoryKey = hasTwoServers ? memoryKeyOf(options) : options.jobKey;
-  const lastEntriesKey = lastEntriesKeyOf(options.epochKey);
+  const { lastEntries } = keysOf(options.epochKey);
   const trimming = trimmedTo(options.streamMaxLen);
   const known = createKnownAppends();
   const letterKey = (eventId: string, madeAt: number): string =>
@@ -154,7 +154,7 @@ export function createStreams(deps: {
       const entries = packr.pack(some.map((it) => it.entry));
       const answers = await appendInOrder(
         2 + streams.length,
-        ...[options.epochKey, lastEntriesKey, ...streams],
+        ...[options.epochKey, lastEntries, ...streams],
         ...[epoch, epochId(epoch), options.dlqStreamName, memoryKey(''), entries],
       );
       const cascaded = answers[some.length] as string[];
@@ -216,7 +216,7 @@ export function createStreams(deps: {
       const [facts] = (await jobFacts?.([event.eventId])) ?? [];
       if (jobFacts !== undefined) assertLasts(epoch);
       const answer = await appendLetter(
-        ...[options.epochKey, lastEntriesKey, options.dlqStreamName],
+        ...[options.epochKey, lastEntries, options.dlqStreamName],
         ...[memoryKey(event.eventId), letterKey(event.eventId, madeAt ?? 0)],
         ...[epoch, epochId(epoch), event.eventId, event.topic, madeAt === null ? '0' : '1', String(madeAt)],
         packr.pack(facts ?? false),

@@ -26,11 +26,11 @@ const PAGE_LENGTH = 4 << 20;
 /** Of an error; the relay writes none that is longer. */
 const MOST_CHARACTERS = 2_000;
 
-/** @param findAll ids of the entries of these events in the stream, the last one first */
+/** @param findAll ids of the entries of these events, the last one first */
 export function createDeadEntries(
   redis: Redis,
   dlqStreamName: string,
-  findAll: (stream: string, eventIds: readonly string[]) => Promise<Map<string, string[]>>,
+  findAll: (eventIds: readonly string[]) => Promise<Map<string, string[]>>,
 ) {
   /** The entry of that id, or null. */
   async function get(entryId: string): Promise<DeadEntry | null> {
@@ -69,14 +69,14 @@ export function createDeadEntries(
 
     /** The event's last entry, or null. */
     async read(eventId: string): Promise<DeadEntry | null> {
-      const entryId = (await findAll(dlqStreamName, [eventId])).get(eventId)?.[0];
+      const entryId = (await findAll([eventId])).get(eventId)?.[0];
       return entryId === undefined ? null : get(entryId);
     },
 
     get,
 
     /** Ids of all entries that these events have, by event id, the last one first. Goes through the stream. */
-    idsOf: (eventIds: readonly string[]): Promise<Map<string, string[]>> => findAll(dlqStreamName, eventIds),
+    idsOf: findAll,
 
     async remove(entryIds: readonly string[]): Promise<void> {
       if (entryIds.length > 0) await redis.xdel(dlqStreamName, ...entryIds);

@@ -2,9 +2,6 @@
 import type { Redis } from 'ioredis';
 import type { KeyTypes } from '../connections/key-types.ts';
 
-/** Redis key of the hash that has the last entry of each stream in the epoch. */
-export const lastEntriesKeyOf = (epochKey: string): string => `${epochKey}:last-entries`;
-
 /** Follows the epoch's key in that of the hash of appended events: scripts make the one from the other. */
 export const APPENDED_SUFFIX = ':appended';
 
@@ -16,7 +13,8 @@ export const keysOf = (epochKey: string) => ({
   checker: `${epochKey}:checker`,
   /** The generation of the database whose rows were looked up in their streams. */
   generation: `${epochKey}:generation`,
-  lastEntries: lastEntriesKeyOf(epochKey),
+  /** The hash that has the last entry of each stream in the epoch. */
+  lastEntries: `${epochKey}:last-entries`,
   /** The hash of appended events; see gate-script.ts. */
   appended: epochKey + APPENDED_SUFFIX,
 });

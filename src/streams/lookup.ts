@@ -3,7 +3,7 @@ import { script } from '../connections/redis-script.ts';
 import { compareEntryIds, isEntryId } from '../event.ts';
 import type { StreamOptions } from './append.ts';
 import { orRefusal } from './append-outcome.ts';
-import { lastEntriesKeyOf, STREAM_FUNCTIONS } from './epoch-script.ts';
+import { keysOf, STREAM_FUNCTIONS } from './epoch-script.ts';
 import { LAST_ENTRIES_MAX } from './gate-script.ts';
 
 /** Finds entries in streams. It only reads, except that it remembers the last entry of a stream (gate-script.ts). */
@@ -92,7 +92,7 @@ export function createLookup(
 ) {
   const absentEntries = script<string[]>(redis, 'absentEntries', ABSENT, 2);
   const stepBack = script<string[]>(redis, 'stepBack', STEP_BACK, 2);
-  const lastEntries = lastEntriesKeyOf(options.epochKey);
+  const { lastEntries } = keysOf(options.epochKey);
 
   /** Rows can name any key. The relay does not read a key that can never be a stream of events. */
   const mayBeStream = (stream: string): boolean =>
@@ -203,14 +203,14 @@ export function createLookup(
       return { lost, trimmed: missing.length - lost.length, unreadable: false };
     },
 
-    /** The entries of each event, the last one first. */
-    async findAll(stream: string, eventIds: readonly string[]): Promise<Map<string, string[]>> {
+    /** The dead letters of each event, the last one first. */
+    async findAllDeadLetters(eventIds: readonly string[]): Promise<Map<string, string[]>> {
       const found = new Map<string, string[]>();
       const take = (eventId: string, entryId: string) => {
         found.set(eventId, [...(found.get(eventId) ?? []), entryId]);
         return true;
       };
-      if (eventIds.length > 0) await search(stream, eventIds, take);
+      if (eventIds.length > 0) await search(options.dlqStreamName, eventIds, take);
       return found;
     },
 

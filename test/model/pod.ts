@@ -95,7 +95,7 @@ export function createPod(deps: PodDeps, name: string) {
     (method, [of]) => `${LABELS[method]} ${[of].flat().map(eventName).join(' ')}`,
   );
   const lookup = gated(actor, 'lookup', createLookup(redis, streamOptions), {
-    gates: ['find', 'findAll', 'findDeadLetters', 'absent'],
+    gates: ['find', 'findAllDeadLetters', 'findDeadLetters', 'absent'],
   });
   const memory = gated(actor, 'memory', createMemory(redis, streamOptions, hasTwoServers), {
     gates: ['appendedOf', 'forget', 'remembered'],
@@ -196,7 +196,7 @@ export function createPod(deps: PodDeps, name: string) {
     rows: createDeadRows(poolOf(actor, 'operator', deps.operators), outboxOptions),
     entries: gated(
       ...([actor, 'dead entries'] as const),
-      createDeadEntries(redis, streamOptions.dlqStreamName, lookup.findAll),
+      createDeadEntries(redis, streamOptions.dlqStreamName, lookup.findAllDeadLetters),
       { gates: ['remove'], plain: ['idsOf'] },
     ),
     ...{ queues, removeJobs, lookup, outbox: refills, scheduler: NOTHING, logger },

@@ -9,7 +9,7 @@ import type { OutboxOptions } from '../../src/outbox/outbox.ts';
 import type { Queues } from '../../src/queue/queues.ts';
 import type { StreamOptions } from '../../src/streams/append.ts';
 import { EpochOverError } from '../../src/streams/epoch.ts';
-import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
+import { keysOf } from '../../src/streams/epoch-script.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import type { AdminPool, AdminRedis } from '../support/stages.ts';
 import { CutOffError, createInterleaving, type Step } from './interleaving.ts';
@@ -159,7 +159,7 @@ export async function createWorld(servers: Servers, settings: Settings) {
 
   /** A noted stream that is not there, or is another one. */
   async function lostStream(): Promise<string | undefined> {
-    for (const [stream, noted] of Object.entries(await adminRedis.hgetall(lastEntriesKeyOf(epochKey)))) {
+    for (const [stream, noted] of Object.entries(await adminRedis.hgetall(keysOf(epochKey).lastEntries))) {
       const info = (await adminRedis.xinfo('STREAM', stream).catch(() => [])) as unknown[];
       const latest = String(info[info.indexOf('last-generated-id') + 1] ?? '0-0');
       if (isBelow(latest, noted) && (await adminRedis.xlen(stream).catch(() => 0)) === 0) return stream;

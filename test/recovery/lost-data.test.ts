@@ -9,7 +9,7 @@ import {
   type Found,
   totals,
 } from '../../src/recovery/lost-data.ts';
-import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
+import { keysOf } from '../../src/streams/epoch-script.ts';
 import { openContext } from '../support/context.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { deferred, readRows, readStates, silent } from '../support/stages.ts';
@@ -17,7 +17,7 @@ import { waitFor } from '../support/wait.ts';
 
 const WORDS = 'dictionary.word.v1';
 const WINDOW_MS = 3_600_000;
-const NOTES = lastEntriesKeyOf('bull:relay:epoch');
+const NOTES = keysOf('bull:relay:epoch').lastEntries;
 const NOTHING: Found = { rows: 0, lost: 0, unpublished: 0, trimmed: 0, unreadable: 0 };
 
 const stage = await openContext({ RELAY_CLAIM_LEASE: '60' });

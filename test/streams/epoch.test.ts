@@ -11,7 +11,7 @@ import {
   isComparing,
   type Loss,
 } from '../../src/streams/epoch.ts';
-import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
+import { keysOf } from '../../src/streams/epoch-script.ts';
 import { createEpoch } from '../../src/streams/epoch-watch.ts';
 import { createLookup } from '../../src/streams/lookup.ts';
 import { createRedis, type TestRedis } from '../support/servers.ts';
@@ -265,7 +265,7 @@ describe('a stream that was noted in an epoch', () => {
     expect(pod.losses[1]).toMatchObject({ checkpoint: null, forgotten: false });
     expect(await pod.found()).not.toBe(name);
     // The next one has its own notes.
-    expect(await admin.exists(lastEntriesKeyOf(KEY))).toBe(0);
+    expect(await admin.exists(keysOf(KEY).lastEntries)).toBe(0);
     await looks();
     expect(pod.losses).toHaveLength(2);
   });
@@ -289,7 +289,7 @@ describe('a stream that was noted in an epoch', () => {
     await pod.found();
     const streams = Array.from({ length: 150 }, (_, i) => `${STREAM}.${i}`);
     for (const stream of streams) await noted(stream);
-    const [, seenFirst] = await admin.hscan(lastEntriesKeyOf(KEY), '0', 'COUNT', 100);
+    const [, seenFirst] = await admin.hscan(keysOf(KEY).lastEntries, '0', 'COUNT', 100);
     const later = streams.find((it) => !seenFirst.includes(it)) as string;
     expect(await admin.del(later)).toBe(1);
     await waitFor(() => pod.losses.length === 2, { what: 'the loss to be noticed' });
@@ -309,12 +309,12 @@ describe('an operator who ends the epoch', () => {
     const pods = [startPod(), startPod()];
     const names = await Promise.all(pods.map((pod) => pod.found()));
     const stamp = await waitFor(() => admin.get(`${KEY}:checkpoint`), { what: 'a stamp' });
-    await admin.hset(lastEntriesKeyOf(KEY), 'stream', '1-1');
+    await admin.hset(keysOf(KEY).lastEntries, 'stream', '1-1');
     const losses: Loss[] = [];
     await end(async (loss) => {
       losses.push(loss);
       expect(await isComparing(redis, KEY)).toBe(true);
-      expect(await admin.exists(lastEntriesKeyOf(KEY))).toBe(0);
+      expect(await admin.exists(keysOf(KEY).lastEntries)).toBe(0);
       for (const [i, pod] of pods.entries())
         await expect(pod.confirm(names[i] as string)).rejects.toThrow(EpochOverError);
       expect(pods.map((pod) => pod.current())).toEqual([undefined, undefined]);

@@ -1,5 +1,5 @@
 import { beforeEach, describe, expect, test } from 'vitest';
-import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
+import { keysOf } from '../../src/streams/epoch-script.ts';
 import { createLookup, UnreadableError } from '../../src/streams/lookup.ts';
 import { asRelay, redisRules } from '../support/least-privilege.ts';
 import { createRedis } from '../support/servers.ts';
@@ -21,7 +21,7 @@ beforeEach(async () => {
   await redis.flushall();
 });
 
-const notes = () => redis.hgetall(lastEntriesKeyOf(EPOCH_KEY));
+const notes = () => redis.hgetall(keysOf(EPOCH_KEY).lastEntries);
 
 /** Entries of the event `x`. */
 const add = async (...ids: string[]) => {
@@ -137,7 +137,7 @@ describe('the entry of an event', () => {
     await lookup.absent('forbidden', [], true);
     await expect(limited.find('forbidden', ['x'])).rejects.toThrow(UnreadableError);
     // A comparison that may not read it remembers that much.
-    await redis.del(lastEntriesKeyOf(EPOCH_KEY));
+    await redis.del(keysOf(EPOCH_KEY).lastEntries);
     await limited.absent('forbidden', [{ entryId: '5-1', eventId: 'x' }], true);
     await expect(limited.find('forbidden', ['x'])).rejects.toThrow('forbidden');
     expect(await lookup.find('forbidden', ['x'])).toEqual(new Map([['x', '5-1']]));
@@ -176,7 +176,7 @@ describe('the entry of an event', () => {
     for (const id of ['5-1', '5-3']) await redis.xadd(TOPIC, id, 'event_id', eventId);
     await lookup.find(TOPIC, [eventId]);
     expect(await notes()).toEqual({ [TOPIC]: '5-3' });
-    await redis.hset(lastEntriesKeyOf(EPOCH_KEY), TOPIC, '9-9');
+    await redis.hset(keysOf(EPOCH_KEY).lastEntries, TOPIC, '9-9');
     await lookup.find(TOPIC, [eventId]);
     expect(await notes()).toEqual({ [TOPIC]: '9-9' });
   });
@@ -191,12 +191,19 @@ describe('the entry of an event', () => {
     expect([...found.keys()]).toEqual(['oldest that is looked at']);
   });
 
-  test('is its last one where it has several; all of them are found where all are wanted', async () => {
+  test('is its last one where it has several; of dead letters all are found where all are wanted', async () => {
     await add('1-1', '1-2');
     await redis.xadd(TOPIC, '1-3', 'event_id', 'y');
     await add('1-4');
     expect(Object.fromEntries(await lookup.find(TOPIC, ['x', 'y', 'z']))).toEqual({ x: '1-4', y: '1-3' });
-    expect(Object.fromEntries(await lookup.findAll(TOPIC, ['x', 'y', 'z']))).toEqual({
+    for (const [id, eventId] of [
+      ['1-1', 'x'],
+      ['1-2', 'x'],
+      ['1-3', 'y'],
+      ['1-4', 'x'],
+    ] as const)
+      await redis.xadd(DLQ, id, 'event_id', eventId);
+    expect(Object.fromEntries(await lookup.findAllDeadLetters(['x', 'y', 'z']))).toEqual({
       x: ['1-4', '1-2', '1-1'],
       y: ['1-3'],
     });

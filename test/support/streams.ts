@@ -6,7 +6,7 @@ import type { AppendOutcome, OutboxEvent } from '../../src/event.ts';
 import { createQueues, publishJobKey } from '../../src/queue/queues.ts';
 import { createStreams, memoryKeyOf, type StreamOptions, type Streams } from '../../src/streams/append.ts';
 import { type Epoch, epochId } from '../../src/streams/epoch.ts';
-import { lastEntriesKeyOf } from '../../src/streams/epoch-script.ts';
+import { keysOf } from '../../src/streams/epoch-script.ts';
 import type { Gate } from '../../src/streams/gate-script.ts';
 import { atEndOfFile } from './cleanup.ts';
 import { asRelay, redisRules } from './least-privilege.ts';
@@ -17,7 +17,7 @@ import { waitFor } from './wait.ts';
 export const TOPIC = 'identity.user.v1';
 export const DLQ = 'identity.user.v1.dlq';
 export const EPOCH_KEY = 'bull:relay:epoch';
-export const NOTES_KEY = lastEntriesKeyOf(EPOCH_KEY);
+export const NOTES_KEY = keysOf(EPOCH_KEY).lastEntries;
 export const ENTRY_ID = /^\d+-\d+$/;
 /** When jobs were made, unless a test says otherwise. */
 export const MADE_AT = 1_700_000_000_000;
