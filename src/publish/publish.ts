@@ -42,12 +42,8 @@ const WRITTEN_AT_ONCE = 4;
 
 type PublishOptions = Pick<RelayConfig, 'publishTimeoutMs' | 'maxInFlight'>;
 
-/** Result of a job that ended without an append: the row of its event is to be parked. */
-export type Released = Readonly<{
-  failedBefore: boolean;
-  /** The event that it was behind. Left out: the one that its job names. */
-  after?: string | null;
-}>;
+/** Result of a job that ended without an append: the row of its event is to be parked, behind the event `after`. */
+export type Released = Readonly<{ failedBefore: boolean; after: string | null }>;
 
 type PublishRun = Run<OutboxEvent>;
 
@@ -235,8 +231,7 @@ export function createPublish(deps: {
   /** This run has ended its job in Redis. Only now may the row be parked: a parked row may get another job. */
   function onCompleted(run: PublishRun, released: Released | null): void {
     if (released === null || run.data === null) return;
-    const { failedBefore, after = run.data.after } = released;
-    deps.parker.park({ ...run.data, after: after ?? null }, failedBefore);
+    deps.parker.park({ ...run.data, after: released.after }, released.failedBefore);
   }
 
   /** BullMQ calls this after every failed attempt. It must not throw: that would end the process. */

@@ -200,7 +200,7 @@ describe('an attempt', () => {
   test('that published its event, or had none, parks nothing when its job has ended', () => {
     const { publish, steps } = setUp();
     publish.onCompleted(aRun(anEvent()), null);
-    publish.onCompleted({ ...aRun(anEvent()), data: null }, { failedBefore: false });
+    publish.onCompleted({ ...aRun(anEvent()), data: null }, { failedBefore: false, after: null });
     expect(steps).toEqual([]);
   });
 
