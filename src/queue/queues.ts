@@ -246,23 +246,18 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
       const excess = (await publish.getJobCountByTypes('failed')) - kept;
       if (excess <= 0) return [];
       const jobIds = await publish.getRanges(['failed'], kept, kept + Math.min(excess, limit) - 1);
-      const asked = redis.pipeline();
-      for (const jobId of jobIds) asked.hget(publish.toKey(jobId), 'data');
-      return ((await asked.exec()) ?? []).flatMap(([error, data]) => {
-        if (error) throw error;
+      const found = await Promise.all(jobIds.map((jobId) => redis.hget(publish.toKey(jobId), 'data')));
+      return found.flatMap((data) => {
         // A job without an event is another program's: it stays.
-        const event = eventOf(data as string | null);
+        const event = eventOf(data);
         return event ? [{ eventId: event.eventId, topic: event.topic }] : [];
       });
     },
 
     /** Of these events, those that have a job. */
     async withJobs(eventIds: readonly string[]): Promise<ReadonlySet<string>> {
-      const asked = redis.pipeline();
-      for (const eventId of eventIds) asked.exists(publish.toKey(eventId));
-      const replies = (await asked.exec()) ?? [];
-      for (const [error] of replies) if (error) throw error;
-      return new Set(eventIds.filter((_, i) => replies[i]?.[1] === 1));
+      const found = await Promise.all(eventIds.map((eventId) => redis.exists(publish.toKey(eventId))));
+      return new Set(eventIds.filter((_, i) => found[i] === 1));
     },
 
     /**
