@@ -1,5 +1,5 @@
 import { randomInt } from 'node:crypto';
-import type { QueryConfig } from 'pg';
+import { escapeLiteral, type QueryConfig } from 'pg';
 import type { RelayConfig } from '../config/config.ts';
 import { tryClaim } from '../outbox/claim-trial.ts';
 import {
@@ -239,11 +239,9 @@ async function topicIsOurs({ pool, config }: OnDatabase): Promise<Finding | unde
   const topic = await topicByDefault(pool);
   if (topic === undefined || topic === config.streamName) return undefined;
   return advice(
-    `rows that name no topic go to "${topic}", the default of the column topic, and not to RELAY_STREAM_NAME: ALTER TABLE identity.outbox ALTER COLUMN topic SET DEFAULT ${literal(config.streamName)}`,
+    `rows that name no topic go to "${topic}", the default of the column topic, and not to RELAY_STREAM_NAME: ALTER TABLE identity.outbox ALTER COLUMN topic SET DEFAULT ${escapeLiteral(config.streamName)}`,
   );
 }
-
-const literal = (text: string) => `'${text.replaceAll("'", "''")}'`;
 
 async function wakesUp({ pool, config }: OnDatabase): Promise<Finding | undefined> {
   if (!config.notify) return undefined;

@@ -143,8 +143,6 @@ export function createDeadRows(
   options: Pick<OutboxOptions, 'streamName' | 'maxEventBytes' | 'statementTimeoutMs'>,
 ) {
   const { streamName, maxEventBytes, statementTimeoutMs } = options;
-  const within = <T>(work: (tx: Queryable) => Promise<T>) =>
-    transaction(pool, statementTimeoutMs, 'durable', work);
   const db = asking(pool, statementTimeoutMs, 'durable');
   const read = async <T extends object>(text: string, values: unknown[]): Promise<T[]> =>
     (await db.query<T>(text, values)).rows;
@@ -177,7 +175,8 @@ export function createDeadRows(
 
   return {
     /** Runs `work` on rows that `lock` holds until it is committed: when it returns, no crash can undo it. */
-    transaction: within,
+    transaction: <T>(work: (tx: Queryable) => Promise<T>): Promise<T> =>
+      transaction(pool, statementTimeoutMs, 'durable', work),
 
     /** Dead letters that match, the latest first, from that place on. */
     page: (
