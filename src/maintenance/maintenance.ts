@@ -61,6 +61,8 @@ export function createMaintenance(deps: {
 }) {
   const { config, servers, logger } = deps;
   const tasks = new Map<string, Task>();
+  /** A pod leaves to the others what its own configuration has no schedule for. */
+  const scheduled = new Set(schedulesOf(config).schedules.map(({ name }) => name));
 
   const trimmer = createTrimmer(servers.appendRedis, {
     streamMaxLen: config.streamMaxLen,
@@ -69,30 +71,26 @@ export function createMaintenance(deps: {
     epoch: deps.epoch,
     logger,
   });
-  if (config.streamTrim === 'acknowledged') {
-    add(TRIM, async (goesOn) => {
-      const trimmed = await trimmer.run(goesOn);
-      if (trimmed > 0)
-        logger.debug({ entries: trimmed }, 'trimmed what every consumer group has acknowledged');
-    });
-  }
-  if (config.publishedRetentionMs > 0) {
-    let kept = { rows: 0, examples: [] as KeptRow[] };
-    const { pool, streamRedis } = servers;
-    const retention = createRetentionOf(config, pool, streamRedis, deps.statementTimeoutMs, (rows) => {
-      kept = { rows: kept.rows + rows.length, examples: [...kept.examples, ...rows].slice(0, KEPT_SHOWN) };
-    });
-    add(PRUNE, async (goesOn) => {
-      kept = { rows: 0, examples: [] };
-      const rows = await retention.run(config.publishedRetentionMs, goesOn);
-      if (rows > 0) logger.info({ rows }, 'deleted old published rows');
-      if (kept.rows > 0)
-        logger.warn(
-          kept,
-          'the database keeps old published rows that should be deleted; they are tried again in an hour, all others are deleted',
-        );
-    });
-  }
+  add(TRIM, async (goesOn) => {
+    const trimmed = await trimmer.run(goesOn);
+    if (trimmed > 0) logger.debug({ entries: trimmed }, 'trimmed what every consumer group has acknowledged');
+  });
+
+  let kept = { rows: 0, examples: [] as KeptRow[] };
+  const { pool, streamRedis } = servers;
+  const retention = createRetentionOf(config, pool, streamRedis, deps.statementTimeoutMs, (rows) => {
+    kept = { rows: kept.rows + rows.length, examples: [...kept.examples, ...rows].slice(0, KEPT_SHOWN) };
+  });
+  add(PRUNE, async (goesOn) => {
+    kept = { rows: 0, examples: [] };
+    const rows = await retention.run(config.publishedRetentionMs, goesOn);
+    if (rows > 0) logger.info({ rows }, 'deleted old published rows');
+    if (kept.rows > 0)
+      logger.warn(
+        kept,
+        'the database keeps old published rows that should be deleted; they are tried again in an hour, all others are deleted',
+      );
+  });
 
   function add(name: string, run: (goesOn: () => boolean) => Promise<void>): void {
     const task = createTask((goesOn) =>
@@ -106,14 +104,12 @@ export function createMaintenance(deps: {
   return {
     /** Starts the task of that name unless it is running. Returns false if there is no such task in any configuration. */
     begin(name: string): boolean {
-      const task = tasks.get(name);
-      task?.begin();
-      // A pod whose configuration has no such task leaves it to the others.
-      return task !== undefined || name === PRUNE || name === TRIM;
+      if (scheduled.has(name)) tasks.get(name)?.begin();
+      return tasks.has(name);
     },
     /** Called when this pod publishes to a stream for the first time that it knows of. */
     met(stream: string): void {
-      if (tasks.has(TRIM)) trimmer.remember(stream);
+      if (scheduled.has(TRIM)) trimmer.remember(stream);
     },
     async stop(): Promise<void> {
       await Promise.all([...tasks.values()].map((task) => task.stop()));
