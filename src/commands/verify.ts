@@ -65,10 +65,8 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
       const lookup = createLookup(redis, streamOptions);
       const compare = createCompare({ published: outbox, lookup, dlqStreamName });
       const since =
-        typeof options.since === 'number'
-          ? await outbox.comparedFrom(options.since, null)
-          : options.since.toISOString();
-      const until = options.until === undefined ? await outbox.databaseTime() : times.until;
+        typeof options.since === 'number' ? await outbox.ago(options.since) : options.since.toISOString();
+      const until = options.until === undefined ? await outbox.ago(0) : times.until;
 
       /**
        * Ends the epoch, and makes the rows unpublished whose entries are still missing. The pods append nothing meanwhile,

@@ -3,6 +3,7 @@ import type { Pool } from '../connections/database.ts';
 import type { Servers } from '../connections/servers.ts';
 import { createTask, type Task } from '../lifecycle.ts';
 import { createPruner, type KeptRow } from '../outbox/pruner.ts';
+import { createPublished } from '../outbox/published.ts';
 import type { Schedule } from '../queue/scheduler.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import { isComparing } from '../streams/epoch.ts';
@@ -34,7 +35,8 @@ export const createRetentionOf = (
   onKept: (rows: readonly KeptRow[]) => void,
 ) =>
   createRetention({
-    ...createPruner(pool, { statementTimeoutMs }),
+    step: createPruner(pool, { statementTimeoutMs }).step,
+    ago: createPublished(pool, { ...config, statementTimeoutMs }).ago,
     onKept,
     comparing: () => isComparing(redis, streamOptionsOf(config).epochKey),
     resyncWindowMs: config.resyncWindowMs,

@@ -1,5 +1,5 @@
 import type pg from 'pg';
-import { asking, type Pool, type Queryable, transaction } from '../connections/database.ts';
+import { type Pool, type Queryable, transaction } from '../connections/database.ts';
 import { LockHeldError, PRUNE_LOCK } from '../connections/table-lock.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { FINALIZED_AT } from './conditions.ts';
@@ -166,15 +166,6 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
       if (stayed === 'busy') return 'busy';
       keep(stayed);
       return { deleted: found.ids.length - stayed.length, kept: stayed, next: found.next };
-    },
-
-    /** The database's time `ms` ago. */
-    async ago(ms: number): Promise<string> {
-      const { rows } = await asking(pool, statementTimeoutMs).query<{ at: string }>(
-        `SELECT (now() - $1 * interval '1 millisecond')::text AS at`,
-        [ms],
-      );
-      return (rows[0] as { at: string }).at;
     },
   };
 }

@@ -84,10 +84,13 @@ export function createPublished(
   }
 
   return {
-    /** The database's time, to the microsecond. */
-    async databaseTime(): Promise<string> {
-      const { rows } = await db.query<{ now: string }>('SELECT clock_timestamp()::text AS now');
-      return (rows[0] as { now: string }).now;
+    /** The database's time `ms` ago, to the microsecond. */
+    async ago(ms: number): Promise<string> {
+      const { rows } = await db.query<{ at: string }>(
+        `SELECT (clock_timestamp() - $1 * interval '1 millisecond')::text AS at`,
+        [ms],
+      );
+      return (rows[0] as { at: string }).at;
     },
 
     /** Where a comparison begins: `windowMs` ago, or at `checkpoint` if that is later. */

@@ -1,6 +1,7 @@
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { createRetention } from '../../src/maintenance/retention.ts';
 import { createPruner, FIRST_PLACE, type KeptRow, PRUNABLE_KINDS } from '../../src/outbox/pruner.ts';
+import { createPublished } from '../../src/outbox/published.ts';
 import { asRelay, grantLeast, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
 import { createDatabase } from '../support/servers.ts';
 import { openAdminPool, openPool } from '../support/stages.ts';
@@ -12,9 +13,18 @@ await grantLeast(adminUrl, { RELAY_PUBLISHED_RETENTION: '86400' });
 const pool = openAdminPool(adminUrl);
 const prunerAs = (user: string) => createPruner(openPool(asRelay(url, user)), { statementTimeoutMs: 10_000 });
 const pruner = prunerAs(RELAY_USER);
+const { ago: timeAgo } = createPublished(openPool(asRelay(url, RELAY_USER)), {
+  ...{ streamName: 'identity.user.v1', maxEventBytes: 1e6, statementTimeoutMs: 10_000 },
+});
 const kept: KeptRow[] = [];
 const retentionWith = (comparing: () => Promise<boolean>, by = pruner) =>
-  createRetention({ ...by, comparing, onKept: (rows) => kept.push(...rows), resyncWindowMs: HOUR_MS });
+  createRetention({
+    ...by,
+    ago: timeAgo,
+    comparing,
+    onKept: (rows) => kept.push(...rows),
+    resyncWindowMs: HOUR_MS,
+  });
 const retention = retentionWith(async () => false);
 const operators = retentionWith(async () => false, prunerAs(OPERATOR_ROLE));
 
@@ -151,7 +161,7 @@ test('rows published by the relay do not enter the index of those that are not i
 
 test('each step says where the next one begins, and the last one that it is the last', async () => {
   await add('young', published(0));
-  const before = await pruner.ago(HOUR_MS);
+  const before = await timeAgo(HOUR_MS);
   for (const kind of PRUNABLE_KINDS) {
     expect(await pruner.step({ kind, after: FIRST_PLACE, before, limit: 10 })).toEqual({
       ...{ deleted: 0, kept: [] },
