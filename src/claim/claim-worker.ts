@@ -23,7 +23,7 @@ const PACE_MS = 10;
 const AGAIN_AFTER_MS = 1_000;
 /** Interval at which failures are logged: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
-export const FOREIGN_JOB = 'a job of the claim queue is none of the relay’s; ignored';
+const FOREIGN_JOB = 'a job of the claim queue is none of the relay’s; ignored';
 /** Longest time for a claim job. Its last claim may go on row by row. */
 export const CLAIM_JOB_DEADLINE_MS = 120_000;
 
@@ -44,6 +44,8 @@ export function createClaimWorker(deps: {
   arm: Wakeup['arm'];
   scheduler: Pick<Scheduler, 'wake'>;
   onRefused?: (reason: string) => void;
+  /** Removes a job that BullMQ cannot read; answers whether it was one. */
+  removeUnreadable?: (jobId: string) => Promise<boolean>;
   logger: Logger;
 }) {
   const { claim, scheduler, logger } = deps;
@@ -108,6 +110,9 @@ export function createClaimWorker(deps: {
     timeoutMs: CLAIM_JOB_DEADLINE_MS,
     process,
     ...(deps.onRefused && { onRefused: deps.onRefused }),
+    async onStalled(jobId) {
+      if (await deps.removeUnreadable?.(jobId).catch(() => false)) logger.warn({ job: jobId }, FOREIGN_JOB);
+    },
     onFailed({ error }) {
       // After a delay, not at once: BullMQ would give the new job to this pod, and this pod may be the only one that fails.
       clearTimeout(again);

@@ -1,7 +1,7 @@
 import type { Context } from '../context.ts';
 import { createWakeup } from '../outbox/wakeup.ts';
 import { createClaim } from './claim.ts';
-import { createClaimWorker, FOREIGN_JOB } from './claim-worker.ts';
+import { createClaimWorker } from './claim-worker.ts';
 
 /** The claim stage: its worker, and the wake-up. `onTick` starts what a tick does besides claiming. */
 export function createClaiming(context: Context, onTick: () => void) {
@@ -11,11 +11,8 @@ export function createClaiming(context: Context, onTick: () => void) {
     ...{ connection: servers.workerRedis, queuePrefix: config.queuePrefix, queueName: config.queueName },
     ...{ claim: createClaim({ ...context, options: config }), outbox: context.outbox, scheduler, logger },
     onRefused: context.metrics.refused,
+    removeUnreadable: (jobId) => queues.removeUnreadable(queues.claim, jobId),
     ...{ onTick, begin: maintenance.begin, arm: config.notify ? wakeup.arm : async () => 'deaf' as const },
-  });
-  claimWorker.workers.onStalled(async (jobId) => {
-    if (await queues.removeUnreadable(queues.claim, jobId).catch(() => false))
-      logger.warn({ job: jobId }, FOREIGN_JOB);
   });
   return {
     wakeup: config.notify ? wakeup : undefined,

@@ -49,12 +49,12 @@ export function createPublishing(context: Context) {
     onCompleted: publish.onCompleted,
     onFailed: publish.onFailed,
     onRefused: context.metrics.refused,
+    async onStalled(eventId) {
+      if (await queues.removeUnreadable(queues.publish, eventId).catch(() => false))
+        tally.warn(eventId, {}, 'publish jobs that nobody can read, and are not the relay’s, are removed');
+      else tally.warn(eventId, {}, 'took over events from a pod that stopped or hung');
+    },
     telemetry: context.tracing.jobs,
-  });
-  workers.onStalled(async (eventId) => {
-    if (await queues.removeUnreadable(queues.publish, eventId).catch(() => false))
-      tally.warn(eventId, {}, 'publish jobs that nobody can read, and are not the relay’s, are removed');
-    else tally.warn(eventId, {}, 'took over events from a pod that stopped or hung');
   });
 
   return {

@@ -74,6 +74,7 @@ export type Workers = ReturnType<typeof createWorkers>;
  *
  * @param deps.onCompleted told after the job has ended in Redis, if it was this worker that ended it
  * @param deps.onFailed told after each failed attempt; must not throw
+ * @param deps.onStalled told of a job that was found without its worker; must not reject
  * @param deps.onRefused told why, when Redis lets a worker take or end no job: then there are no attempts
  */
 export function createWorkers<T, R = void>(deps: {
@@ -85,6 +86,7 @@ export function createWorkers<T, R = void>(deps: {
   onCompleted?: (run: Run<T>, result: R) => void;
   onFailed?: (run: FailedRun<T>) => void;
   onRefused?: (reason: string) => void;
+  onStalled?: (jobId: string) => Promise<void>;
   telemetry?: Telemetry | undefined;
   /**
    * Time after which a job is given up. When one takes more than half of it, half as many are in progress at once from
@@ -104,7 +106,6 @@ export function createWorkers<T, R = void>(deps: {
   /** By kind: when it was last reported, and how many there were since. */
   const reported = new Map<string, { at: number; errors: number }>();
   const pauses = new Set<NodeJS.Timeout>();
-  const stalledListeners: ((jobId: string) => unknown)[] = [];
   /** None before the start: each connects as soon as it is made. */
   let workers: Worker<T, R>[] = [];
 
@@ -155,9 +156,7 @@ export function createWorkers<T, R = void>(deps: {
       deps.onRefused?.(error.message);
       pauseAWhile(worker);
     });
-    worker.on('stalled', (jobId) => {
-      for (const listener of stalledListeners) listener(jobId);
-    });
+    worker.on('stalled', (jobId) => void deps.onStalled?.(jobId));
     worker.on('completed', (job, result) => deps.onCompleted?.(runOf(job), result));
     worker.on('failed', (job, error) => {
       if (!job) return;
@@ -259,11 +258,6 @@ export function createWorkers<T, R = void>(deps: {
       // A Map keeps the order in which they were begun.
       for (const at of startedAt.values()) return at;
       return undefined;
-    },
-
-    /** `listener` must not throw. */
-    onStalled(listener: (jobId: string) => unknown): void {
-      stalledListeners.push(listener);
     },
   };
 }

@@ -260,16 +260,19 @@ describe('the fate of a job', () => {
     const completed: number[] = [];
     const runs: Run<number>[] = [];
     const stalled: string[] = [];
-    const workers = startWorkers(
+    startWorkers(
       async (run) => {
         runs.push(run);
         // As if this pod had hung for longer than its lock lasts.
         if (runs.length === 1) await admin.del(`${queue.toKey(run.id)}:lock`);
         return DONE;
       },
-      { concurrency: 1, onCompleted: (run) => completed.push(run.stalls) },
+      {
+        concurrency: 1,
+        onCompleted: (run) => completed.push(run.stalls),
+        onStalled: async (id) => void stalled.push(id),
+      },
     );
-    workers.onStalled((id) => stalled.push(id));
     await add({ attempts: 1 });
     await waitFor(() => completed.length > 0, { what: 'an end to be told', timeoutMs: TAKE_OVER_MS });
     await isDone();
@@ -350,11 +353,13 @@ describe('a job that is not ours', () => {
     await admin.hset(queue.toKey('one'), 'stc', 7);
     await admin.lmove(queue.toKey('wait'), queue.toKey('active'), 'RIGHT', 'LEFT');
     const runs: Run<number>[] = [];
-    const workers = startWorkers(async (run) => {
-      runs.push(run);
-      return DONE;
-    });
-    workers.onStalled((id) => stalled.push(id));
+    startWorkers(
+      async (run) => {
+        runs.push(run);
+        return DONE;
+      },
+      { onStalled: async (id) => void stalled.push(id) },
+    );
     await isDone(TAKE_OVER_MS);
     expect(runs).toMatchObject([{ id: 'one', data: 7, failures: 0, stalls: 8 }]);
     expect(stalled).toEqual(['one']);
