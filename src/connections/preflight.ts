@@ -33,14 +33,17 @@ export function lastErrorOf(redis: Redis): () => Error | undefined {
 export async function connected(redis: Redis, timeoutMs: number): Promise<void> {
   if (redis.status === 'ready') return;
   let reason: Error | undefined;
-  redis.on('error', (error) => {
+  const onError = (error: Error) => {
     reason ??= error;
-  });
+  };
+  redis.on('error', onError);
   try {
     const connecting: Promise<unknown> = redis.status === 'wait' ? redis.connect() : redis.ping();
     await withDeadline(timeoutMs, connecting);
   } catch (error) {
     throw reason ?? error;
+  } finally {
+    redis.off('error', onError);
   }
 }
 
