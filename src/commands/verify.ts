@@ -6,7 +6,7 @@ import { compareEntryIds, counted } from '../event.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import type { FinalizedRow } from '../outbox/published.ts';
 import { createQueues } from '../queue/queues.ts';
-import { createScheduler } from '../queue/scheduler.ts';
+import { createWake } from '../queue/scheduler.ts';
 import { type Comparison, createCompare, type Found, totals } from '../recovery/lost-data.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import { endEpoch } from '../streams/epoch.ts';
@@ -159,8 +159,7 @@ function byStream(rows: readonly FinalizedRow[], dlqStreamName: string): Map<str
 /** Asks for a claim now. Without it, the next tick would claim the rows. */
 async function wakeRelay(config: RelayConfig, redis: Redis, logger: Logger): Promise<void> {
   const queues = createQueues(redis, config, logger);
-  const { pollIntervalMs } = config;
-  await createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }).wake();
+  await createWake(queues.claim, logger)();
   await queues.close();
 }
 

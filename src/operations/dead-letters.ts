@@ -1,17 +1,9 @@
 import { isUuid } from '../event.ts';
 import type { RemoveJobs } from '../finalize/job-removal.ts';
 import { pause } from '../lifecycle.ts';
-import type {
-  AggregatePlace,
-  DeadLetterFilter,
-  DeadLetterGroup,
-  DeadRow,
-  DeadRows,
-  LockedRow,
-} from '../outbox/dead-rows.ts';
+import type { AggregatePlace, DeadLetterFilter, DeadRow, DeadRows, LockedRow } from '../outbox/dead-rows.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Queues } from '../queue/queues.ts';
-import type { Scheduler } from '../queue/scheduler.ts';
 import type { DeadEntries, DeadEntry } from '../streams/dead-entries.ts';
 import type { Lookup } from '../streams/lookup.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
@@ -83,10 +75,11 @@ export function createDeadLetters(deps: {
   removeJobs: RemoveJobs;
   lookup: Pick<Lookup, 'find'>;
   outbox: Pick<Outbox, 'refill'>;
-  scheduler: Pick<Scheduler, 'wake'>;
+  /** Asks for a claim. */
+  wake: () => Promise<void>;
   logger: Logger;
 }) {
-  const { rows, entries, removeJobs, scheduler, logger } = deps;
+  const { rows, entries, removeJobs, wake, logger } = deps;
   const inspection = createInspection(deps);
 
   /** What comes after a commit: it is done, whatever becomes of this. */
@@ -131,7 +124,7 @@ export function createDeadLetters(deps: {
       };
     });
     await afterwards(() => entries.remove(closed));
-    if (locked.length > 0) await scheduler.wake();
+    if (locked.length > 0) await wake();
     return locked.length;
   }
 
@@ -155,7 +148,7 @@ export function createDeadLetters(deps: {
     await afterwards(() => entries.remove(closed));
     if (gone.length > 0) {
       await afterwards(() => deps.outbox.refill(gone));
-      await scheduler.wake();
+      await wake();
     }
     return gone.length;
   }
@@ -317,9 +310,8 @@ export function createDeadLetters(deps: {
     /** Dead letters that match, the latest first (pruned ones: the oldest first), a page at a time. */
     list: inspection.list,
 
-    /** The same, counted by reason, the most frequent first; at most `limit` reasons, of the latest `look` that match. */
-    groups: (filter: DeadLetterFilter, limit = 100, look?: number): Promise<DeadLetterGroup[]> =>
-      rows.groups(filter, limit, look),
+    /** The same, counted by reason; see createDeadRows. */
+    groups: rows.groups,
 
     /** What is known of an event, dead or not; null when nothing is. */
     show: inspection.show,
@@ -333,7 +325,7 @@ export function createDeadLetters(deps: {
       const result = await through(selection, options, { rows: replayRows, entries: replayEntries });
       const { done, refused, next } = result;
       if (!options.dryRun) {
-        if (done > 0) await scheduler.wake();
+        if (done > 0) await wake();
         logger.info(
           { by: options.by, events: done, refused, more: next !== null },
           'dead letters were replayed',

@@ -7,7 +7,7 @@ import { createOutbox } from '../outbox/outbox.ts';
 import { createPublished } from '../outbox/published.ts';
 import { createProblemOf, rulesOf } from '../publish/event-check.ts';
 import { createQueues, type Queues } from '../queue/queues.ts';
-import { createScheduler } from '../queue/scheduler.ts';
+import { createWake } from '../queue/scheduler.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import { createRepublisher } from '../streams/copies.ts';
 import { createDeadEntries } from '../streams/dead-entries.ts';
@@ -33,7 +33,6 @@ export function openOperations(
   const streamOptions = streamOptionsOf(config);
   const lookup = createLookup(streamRedis, streamOptions);
   const queues = servers.queues ?? createQueues(redis, config, logger);
-  const { pollIntervalMs } = config;
   const tally = createTally(logger);
   return {
     deadLetters: createDeadLetters({
@@ -46,7 +45,7 @@ export function openOperations(
       }),
       lookup,
       outbox: createOutbox(pool, options),
-      scheduler: createScheduler({ queue: queues.claim, redis, pollIntervalMs, logger }),
+      wake: createWake(queues.claim, logger),
       logger,
     }),
     republish: createRepublish({

@@ -202,7 +202,7 @@ export function createDeadRows(
      */
     groups: (
       filter: DeadLetterFilter,
-      limit: number,
+      limit = 100,
       look = Number.MAX_SAFE_INTEGER,
     ): Promise<DeadLetterGroup[]> =>
       read(

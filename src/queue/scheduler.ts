@@ -72,25 +72,27 @@ export function createScheduler(deps: {
 
   return {
     ...loop(look, HEAL_INTERVAL_MS),
-    /** Asks for a claim now. Any number of calls during a claim make one more claim. Never throws. */
-    async wake(): Promise<void> {
-      try {
-        await queue.add(
-          WAKE,
-          {},
-          {
-            // The only mode of deduplication that keeps a job which is added during a claim.
-            deduplication: { id: WAKE, keepLastIfActive: true },
-            attempts: 1,
-            removeOnComplete: true,
-            removeOnFail: true,
-          },
-        );
-      } catch (error) {
-        logger.warn({ err: error }, 'cannot ask for a claim; the next tick will');
-      }
-    },
+    wake: createWake(queue, logger),
     /** When it last checked the schedules, with success or not; ms since 1970. */
     lastLookAt: (): number => lookedAt,
   };
 }
+
+/** Asks for a claim now. Any number of calls during a claim make one more claim. Never throws. */
+export const createWake = (queue: Queue, logger: Logger) => async (): Promise<void> => {
+  try {
+    await queue.add(
+      WAKE,
+      {},
+      {
+        // The only mode of deduplication that keeps a job which is added during a claim.
+        deduplication: { id: WAKE, keepLastIfActive: true },
+        attempts: 1,
+        removeOnComplete: true,
+        removeOnFail: true,
+      },
+    );
+  } catch (error) {
+    logger.warn({ err: error }, 'cannot ask for a claim; the next tick will');
+  }
+};

@@ -199,7 +199,7 @@ export function createPod(deps: PodDeps, name: string) {
       createDeadEntries(redis, streamOptions.dlqStreamName, lookup.findAllDeadLetters),
       { gates: ['remove'], plain: ['idsOf'] },
     ),
-    ...{ queues, removeJobs, lookup, outbox: refills, scheduler: NOTHING, logger },
+    ...{ queues, removeJobs, lookup, outbox: refills, wake: async () => {}, logger },
   });
 
   /** Jobs that the pod works on, by the token of each run. */
