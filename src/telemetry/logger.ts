@@ -25,8 +25,6 @@ export type Logger = {
   warn: LogMethod;
   error: LogMethod;
   fatal: LogMethod;
-  /** A logger that adds `fields` to each of its lines. */
-  child: (fields: Record<string, unknown>) => Logger;
 };
 
 export type LogLevel = RelayConfig['logLevel'];

@@ -89,7 +89,6 @@ async function inDatabase(url: string, work: (client: pg.Client) => Promise<unkn
 const nothing = () => {};
 export const silent: Logger = {
   ...{ trace: nothing, debug: nothing, info: nothing, warn: nothing, error: nothing, fatal: nothing },
-  child: () => silent,
 };
 
 export const pause = (ms: number): Promise<void> =>

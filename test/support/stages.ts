@@ -68,7 +68,6 @@ export const silent: Logger = {
   warn: () => {},
   error: () => {},
   fatal: () => {},
-  child: () => silent,
 };
 
 /** An event as the claim hands it on, without a row. Its job was made in no epoch: give it one where the gate asks. */

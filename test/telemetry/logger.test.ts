@@ -78,13 +78,6 @@ describe('a line', () => {
     }, 'warn');
     expect(lines.map(({ msg }) => msg)).toEqual(['loud']);
   });
-
-  test('of a child has its fields', () => {
-    const { lines } = logged((logger) =>
-      logger.child({ queue: 'relay-claim' }).debug({ count: 1 }, 'claimed'),
-    );
-    expect(lines).toMatchObject([{ queue: 'relay-claim', count: 1, msg: 'claimed' }]);
-  });
 });
 
 describe('an error', () => {
