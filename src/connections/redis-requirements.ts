@@ -8,7 +8,7 @@ import type { StreamOptions } from '../streams/append.ts';
 import { isNoStream, tryAppend } from '../streams/append-trial.ts';
 import { epochKeyTypes } from '../streams/epoch-script.ts';
 import { errorText } from '../telemetry/logger.ts';
-import { assertKeyTypes, KeyTypeError } from './key-types.ts';
+import { keyTypeProblem } from './key-types.ts';
 import { connected, infoOf, writeProbeKey } from './preflight.ts';
 
 /** What the relay needs of a Redis: that of the queues, and that of the streams where it is another one. */
@@ -158,10 +158,8 @@ async function ownKeysAreOurs({
     ...(hasQueues && queueKeyTypes(place)),
     ...(streamOptions && epochKeyTypes(streamOptions.epochKey)),
   };
-  return assertKeyTypes(redis, types).then(
-    () => undefined,
-    (error) => (error instanceof KeyTypeError ? failed(error.message) : redisFinding(error)),
-  );
+  const problem = await keyTypeProblem(redis, types);
+  return problem === undefined ? undefined : failed(problem);
 }
 
 async function addsJobs({ redis, place, hasQueues }: OnRedis): Promise<Finding | undefined> {

@@ -4,7 +4,6 @@ import type { Pool } from '../connections/database.ts';
 import { createJobRemoval } from '../finalize/job-removal.ts';
 import { createDeadRows } from '../outbox/dead-rows.ts';
 import { createOutbox } from '../outbox/outbox.ts';
-import { createPublished } from '../outbox/published.ts';
 import { createProblemOf, rulesOf } from '../publish/event-check.ts';
 import { createQueues, type Queues } from '../queue/queues.ts';
 import { createWake } from '../queue/scheduler.ts';
@@ -30,6 +29,7 @@ export function openOperations(
 ) {
   const { pool, redis, streamRedis, logger } = servers;
   const options = { ...config, statementTimeoutMs: config.publishTimeoutMs };
+  const outbox = createOutbox(pool, options);
   const streamOptions = streamOptionsOf(config);
   const lookup = createLookup(streamRedis, streamOptions);
   const queues = servers.queues ?? createQueues(redis, config, logger);
@@ -44,12 +44,12 @@ export function openOperations(
         memory: createMemory(streamRedis, streamOptions, streamRedis !== redis),
       }),
       lookup,
-      outbox: createOutbox(pool, options),
+      outbox,
       wake: createWake(queues.claim, logger),
       logger,
     }),
     republish: createRepublish({
-      published: createPublished(pool, options),
+      published: outbox,
       problemOf: createProblemOf(rulesOf(config, tally)),
       republisher: createRepublisher(streamRedis, streamOptions),
       logger,

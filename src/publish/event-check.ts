@@ -58,8 +58,8 @@ export function createEventCheck(
   deps: Rules & {
     /** Rejects with the reason when Redis refuses the relay other keys too, not only the event's stream. */
     assertPermitted: (event: OutboxEvent) => Promise<unknown>;
-    /** Rejects with the name of a key of the relay's that has another type. */
-    assertKeyTypes: () => Promise<unknown>;
+    /** Names a key of the relay's that has another type. */
+    keyTypeProblem: () => Promise<string | undefined>;
   },
 ) {
   return {
@@ -67,15 +67,13 @@ export function createEventCheck(
 
     /** Why Redis refuses every event, or null when it refuses only this event's stream. */
     async refusedEverything(event: OutboxEvent, reason: string): Promise<string | null> {
-      const others = NO_PERMISSION.test(reason)
-        ? deps.assertPermitted(event)
-        : WRONG_TYPE.test(reason)
-          ? deps.assertKeyTypes()
-          : Promise.resolve();
-      return others.then(
-        () => null,
-        (error) => errorText(error),
-      );
+      try {
+        if (NO_PERMISSION.test(reason)) await deps.assertPermitted(event);
+        else if (WRONG_TYPE.test(reason)) return (await deps.keyTypeProblem()) ?? null;
+        return null;
+      } catch (error) {
+        return errorText(error);
+      }
     },
   };
 }

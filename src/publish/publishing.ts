@@ -1,4 +1,4 @@
-import { assertKeyTypes } from '../connections/key-types.ts';
+import { keyTypeProblem } from '../connections/key-types.ts';
 import type { Context } from '../context.ts';
 import type { OutboxEvent } from '../event.ts';
 import { succeedsWithin } from '../lifecycle.ts';
@@ -27,8 +27,8 @@ export function createPublishing(context: Context) {
         context.streamsWritable(),
         servers.queueRedis.exists(queues.jobKey(eventId)),
       ]),
-    assertKeyTypes: () =>
-      assertKeyTypes(servers.streamRedis, epochKeyTypes(streamOptionsOf(config).epochKey)),
+    keyTypeProblem: () =>
+      keyTypeProblem(servers.streamRedis, epochKeyTypes(streamOptionsOf(config).epochKey)),
   });
   const guard = createPoisonGuard({
     redis: servers.queueRedis,

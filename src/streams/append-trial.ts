@@ -41,10 +41,7 @@ export async function tryAppend(redis: Redis, real: StreamOptions, hasTwoServers
     await redis.pexpire(job, TTL_MS);
     const streams = createStreams({
       redis,
-      epoch: {
-        ...{ start() {}, async stop() {}, current: () => epoch, known: async () => epoch },
-        ...{ async confirm() {}, invalidate() {}, endFor() {}, reason: () => '' },
-      },
+      epoch: { current: () => epoch, known: async () => epoch, invalidate() {}, endFor() {} },
       options,
       jobFacts: hasTwoServers ? async (ids) => ids.map(() => [String(madeAt), false, 0]) : undefined,
     });

@@ -91,7 +91,7 @@ export type Streams = ReturnType<typeof createStreams>;
 
 export function createStreams(deps: {
   redis: Redis;
-  epoch: Epoch;
+  epoch: Pick<Epoch, 'current' | 'known' | 'invalidate' | 'endFor'>;
   options: StreamOptions;
   /** Asks another server about the jobs of these events, where the jobs are on another server. */
   jobFacts?: ((eventIds: readonly string[]) => Promise<JobFacts[]>) | undefined;

@@ -10,7 +10,7 @@ const createCheck = (deps: Partial<Deps> = {}) =>
     violations: () => [],
     strict: true,
     assertPermitted: async () => {},
-    assertKeyTypes: async () => {},
+    keyTypeProblem: async () => undefined,
     tally: { warn: () => {} },
     ...deps,
   });
@@ -88,7 +88,7 @@ describe('a refusal', () => {
   test('since a key has another type is about the event, unless it is one of the keys of the relay', async () => {
     const reason = 'WRONGTYPE Operation against a key holding the wrong kind of value';
     const event = aClaimedEvent();
-    const named = createCheck({ assertKeyTypes: () => Promise.reject(new Error('the key it is')) });
+    const named = createCheck({ keyTypeProblem: async () => 'the key it is' });
     expect(await named.refusedEverything(event, reason)).toBe('the key it is');
     expect(await createCheck().refusedEverything(event, reason)).toBeNull();
   });
