@@ -42,7 +42,9 @@ const LOAD: Readonly<Record<Name, () => Promise<{ add: (command: Program) => voi
 const program = new Command('relay')
   .description('Outbox relay: publishes domain events from PostgreSQL to Redis Streams, by way of BullMQ.')
   .version(VERSION)
-  .configureOutput({ outputError: (message, write) => write(cleanLines(message)) })
+  .configureOutput({
+    outputError: (message, write) => write(cleanLines(message.replace(/^error: /, 'relay: '))),
+  })
   .configureHelp({
     optionDescription: (option) =>
       `${new Help().optionDescription(option)}${option.mandatory ? ' (required)' : ''}`,
@@ -74,7 +76,7 @@ program
   .action((names: string[]) => {
     let at = program;
     for (const name of names)
-      at = at.commands.find((it) => it.name() === name) ?? at.error(`error: unknown command '${name}'`);
+      at = at.commands.find((it) => it.name() === name) ?? at.error(`relay: unknown command '${name}'`);
     at.help();
   });
 

@@ -43,7 +43,7 @@ export async function withConfig(
 
 export function fail(error: unknown): void {
   if (error instanceof ConfigError) {
-    printError(text`The configuration is wrong:`);
+    printError(text`relay: the configuration is wrong:`);
     for (const { variable, problem } of error.problems) printError(text`  ${variable}: ${problem}`);
   } else {
     printError(text`relay: ${reasonOf(error)}`);

@@ -35,7 +35,7 @@ export function add(command: Command): void {
         for (const line of wanted.split('\n')) print(text`${line}`);
         if (options.only !== 'sql' && config.allowedTopics === '*')
           printError(
-            text`Every key, since RELAY_ALLOWED_TOPICS allows every topic: name those that you use.`,
+            text`relay: the Redis user may use every key, since RELAY_ALLOWED_TOPICS allows every topic; name those that you use`,
           );
         return EXIT.done;
       }),

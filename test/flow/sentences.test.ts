@@ -41,7 +41,7 @@ test('a sentence that helps, each', async () => {
     [
       ['verify', '--since', 'yesterday'],
       1,
-      /'yesterday' is invalid\. Expected how long ago \(90s, 15m, 2h, 7d\), "now", or a time with its zone \(2026-01-31T12:00:00Z\)/,
+      /^relay: .*'yesterday' is invalid\. Expected how long ago \(90s, 15m, 2h, 7d\), "now", or a time with its zone \(2026-01-31T12:00:00Z\)/,
     ],
     // What a guess would make another time of.
     [['verify', '--since', 'in 1 hour'], 1, /Expected how long ago/],
@@ -67,17 +67,29 @@ test('a sentence that helps, each', async () => {
       { RELAY_STREAM_NAM: 'x' },
     ],
     [['hash-password', 'alice'], 1, /--role viewer \(look\), or --role operator \(replay/],
+    [['status', '--nonsense'], 1, /^relay: unknown option '--nonsense'/],
+    [['dlq', 'show'], 1, /^relay: missing required argument 'event-id'/],
+    [
+      ['status'],
+      78,
+      /^relay: the configuration is wrong:\n {2}RELAY_BATCH_SIZE: /,
+      { RELAY_BATCH_SIZE: 'many' },
+    ],
     [['--version'], 0, new RegExp(`^${VERSION.replaceAll('.', '\\.')}$`, 'm')],
     [['help', 'verify'], 0, /--repair/],
     [['help', 'dlq', 'replay'], 0, /^Usage: relay dlq replay /],
-    [['help', 'dlq', 'nonsense'], 1, /unknown command 'nonsense'[\s\S]*See "relay --help"/],
-    [['verfy'], 1, /unknown command 'verfy'[\s\S]*Did you mean verify[\s\S]*See "relay --help"/],
+    [['help', 'dlq', 'nonsense'], 1, /^relay: unknown command 'nonsense'[\s\S]*See "relay --help"/],
+    [['verfy'], 1, /^relay: unknown command 'verfy'[\s\S]*Did you mean verify[\s\S]*See "relay --help"/],
     [['verify', '--help'], 0, /7d\) \(required\)\n +--until <when> +up to then \(default: now\)$/m],
     [['dlq', 'discard', '--help'], 0, /--reason .*\(required\)/],
     // Those that matter to it, not those of publishing.
     [['board', '--help'], 0, /RELAY_BOARD_USERS(?![\s\S]*RELAY_BATCH_SIZE)/],
     [['check', '--help'], 0, /Exits 0 if none has failed, 1 if one has,\n78/],
-    [['dlq', 'discard', '--all'], 1, /required option '--reason <text>' not specified\nSee "relay --help"/],
+    [
+      ['dlq', 'discard', '--all'],
+      1,
+      /^relay: required option '--reason <text>' not specified\nSee "relay --help"/,
+    ],
   ];
   for (const [args, code, said, env] of cases) {
     const result = await stage.command(args, env);
