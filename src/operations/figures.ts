@@ -40,9 +40,9 @@ export function createFigures(deps: {
 }): () => Promise<Figures> {
   return async () => {
     const problems = new Set<string>();
-    const part = <T>(server: string, work: Promise<T>): Promise<T | undefined> =>
+    const part = <T>(server: 'database' | 'Redis', work: Promise<T>): Promise<T | undefined> =>
       withDeadline(deps.deadlineMs, work).catch((error) => {
-        problems.add(`${server}: ${errorText(error)}`);
+        problems.add(problemOf(server, error, deps.deadlineMs));
         return undefined;
       });
     // Both clocks are compared with that of this process, which cancels out.
@@ -74,6 +74,15 @@ export function createFigures(deps: {
       problems: [...problems],
     };
   };
+}
+
+/** The timeouts of the deadline, the pool, the session and ioredis: a server that is mute may end each part by another. */
+const TIMEOUT = /no answer within|timed? ?out/i;
+
+/** Why a part is left out: the same text for every part that one outage concerns. */
+export function problemOf(server: 'database' | 'Redis', error: unknown, deadlineMs: number): string {
+  const reason = errorText(error);
+  return `${server}: ${TIMEOUT.test(reason) ? `timed out after ${deadlineMs / 1_000} s` : reason}`;
 }
 
 /** Entries that a group has not acknowledged, and that are trimmed when another tenth of the limit is appended. */

@@ -2,7 +2,7 @@ import { withDeadline } from '../lifecycle.ts';
 import type { OldestRow, Rates } from '../outbox/backlog.ts';
 import { RequirementError } from '../requirement.ts';
 import { errorText } from '../telemetry/logger.ts';
-import type { Figures } from './figures.ts';
+import { type Figures, problemOf } from './figures.ts';
 import { type PodSeen, SILENT_AFTER_SECONDS } from './heartbeat.ts';
 
 /** What the relay is doing, for the person on call; ages and times to go are seconds. */
@@ -40,7 +40,7 @@ export function createStatus(deps: {
     const problems: string[] = [];
     const fromDatabase = <T>(work: Promise<T>): Promise<T | undefined> =>
       withDeadline(deadlineMs, work).catch((error) => {
-        problems.push(`database: ${errorText(error)}`);
+        problems.push(problemOf('database', error, deadlineMs));
         return undefined;
       });
     const ownership = withDeadline(deadlineMs, deps.assertOurs()).then(
