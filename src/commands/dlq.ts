@@ -7,7 +7,7 @@ import type { ListedDeadLetter } from '../operations/inspection.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
 import { confirmed, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, instant, range, WHEN, when, withConfig } from './command.ts';
-import { cut, fitted, print, printError, printJson, text, toSecond } from './terminal.ts';
+import { cut, fitted, folded, print, printAll, printError, printJson, text, toSecond } from './terminal.ts';
 import { withOperations } from './with-operations.ts';
 
 /** Of `eventFilters`. */
@@ -211,17 +211,20 @@ function printRefusals({ refused, refusals }: ActionResult): void {
 /** Three lines for each: an event id and an aggregate's id leave no room for columns. Ids are whole. */
 function printLetter(it: ListedDeadLetter): void {
   const aggregateId = text`${it.aggregateId}`;
-  print(cut(text`${toSecond(it.deadLetteredAt)}  ${it.eventId}  after ${counted(it.attempts, 'attempt')}`));
-  print(fitted()`  ${it.eventType} of ${it.aggregateType}:${aggregateId} to ${it.topic}`);
-  print(cut(text`  ${it.error}`));
+  printAll([
+    ...folded(text`${toSecond(it.deadLetteredAt)}  ${it.eventId}  after ${counted(it.attempts, 'attempt')}`),
+    ...fitted()`  ${it.eventType} of ${it.aggregateType}:${aggregateId} to ${it.topic}`,
+    cut(text`  ${it.error}`),
+  ]);
 }
 
 function printGroups(groups: readonly DeadLetterGroup[]): void {
-  for (const it of groups) {
-    print(cut(text`${String(it.count).padStart(6)}  ${it.error}`));
-    print(fitted()`        ${it.eventTypes.join(', ')}, e.g. ${text`${it.example}`}`);
-    print(cut(text`        ${toSecond(it.first)} to ${toSecond(it.last)}`));
-  }
+  for (const it of groups)
+    printAll([
+      cut(text`${String(it.count).padStart(6)}  ${it.error}`),
+      ...fitted()`        ${it.eventTypes.join(', ')}, e.g. ${text`${it.example}`}`,
+      ...folded(text`        ${toSecond(it.first)} to ${toSecond(it.last)}`),
+    ]);
 }
 
 type Aggregate = Readonly<{ aggregateType?: string; aggregateId: string }>;

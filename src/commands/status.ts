@@ -23,9 +23,10 @@ import {
   columns,
   cut,
   fitted,
+  folded,
   isTerminal,
   type Printable,
-  print,
+  printAll,
   printInPlace,
   printJson,
   type Text,
@@ -144,7 +145,7 @@ function show(status: Status, config: RelayConfig, options: StatusOptions, isInP
   }
   const lines = describe(status, config);
   if (isInPlace) printInPlace(lines);
-  else for (const line of lines) print(line);
+  else printAll(lines);
 }
 
 /** The status as lines of text, a paragraph for each subject. */
@@ -157,7 +158,8 @@ function describe(status: Status, config: RelayConfig): Text[] {
   const fit = fitted(width);
   const paragraph = (title: string, rows: readonly Printable[]) => {
     if (lines.length > 0) lines.push(text``);
-    lines.push(paint.bold(title), ...rows.map((row) => text`  ${cut(row, width)}`));
+    const folds = rows.flatMap((row) => folded(row, width));
+    lines.push(paint.bold(title), ...folds.map((line) => text`  ${line}`));
   };
   if (status.wrongDatabase) lines.push(paint.red(status.wrongDatabase));
   for (const problem of status.problems) lines.push(paint.red(`no answer: ${problem}`));
@@ -193,8 +195,8 @@ function describe(status: Status, config: RelayConfig): Text[] {
         ? ['none waits']
         : status.oldest.flatMap((row) => [
             text`${row.state.padEnd(9)} ${row.eventId}${row.ageSeconds === null ? '' : `  ${duration(row.ageSeconds)} old`}`,
-            fit`${indent}${row.eventType} of ${row.aggregateType}:${text`${row.aggregateId}`} to ${row.topic}`,
-            text`${indent}waits ${row.waitsFor}`,
+            ...fit`${indent}${row.eventType} of ${row.aggregateType}:${text`${row.aggregateId}`} to ${row.topic}`,
+            text`${indent}waits ${cut(row.waitsFor, 2 * width)}`,
           ]),
     );
   }
@@ -205,15 +207,13 @@ function describe(status: Status, config: RelayConfig): Text[] {
   }
   if (queues) {
     const rows = Object.entries(queues).map(([name, { isPaused, ...counts }]) => [
-      `${config.queueName}-${name}`,
-      ...Object.entries(counts).map(([state, count]) => `${state} ${count}`),
+      text`${config.queueName}-${name}`,
+      ...Object.entries(counts).map(([state, count]) => text`${state} ${count}`),
       ...(isPaused ? [paint.yellow('PAUSED')] : []),
-      ...(name === 'claim' && counts.failed > 0
-        ? ['a failed tick needs nothing: the next one does its work']
-        : []),
     ]);
     paragraph('Queues', [
       ...table(rows, width),
+      ...(queues.claim.failed > 0 ? ['a failed tick needs nothing: the next one does its work'] : []),
       `${counted(inFlight(queues.publish), 'job')} in flight, of at most ${status.maxInFlight}`,
     ]);
   }
@@ -222,14 +222,14 @@ function describe(status: Status, config: RelayConfig): Text[] {
     paragraph('Pods', [
       ...table(
         fleet.pods.map((pod) => [
-          pod.pod,
-          pod.version,
+          text`${pod.pod}`,
+          text`${pod.version}`,
           ...(isSilent(pod)
             ? [paint.red(`silent for ${duration(pod.heardSecondsAgo)}`)]
             : [
                 pod.phase,
-                `up ${duration(pod.upSeconds + pod.heardSecondsAgo)}`,
-                `${pod.inProgress} of ${counted(pod.concurrency, 'job')} in progress`,
+                text`up ${duration(pod.upSeconds + pod.heardSecondsAgo)}`,
+                text`${pod.inProgress} of ${counted(pod.concurrency, 'job')} in progress`,
               ]),
         ]),
         width,
@@ -246,15 +246,15 @@ function describe(status: Status, config: RelayConfig): Text[] {
         : streams.flatMap(({ stream, length, groups, moreGroups }) => {
             const maxLength = stream === config.dlqStreamName ? config.dlqMaxLen : config.streamMaxLen;
             return [
-              fit`${stream}  ${counted(length, 'entry', 'entries')}${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`,
+              ...fit`${stream}  ${text`${counted(length, 'entry', 'entries')}${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`}`,
               ...table(
                 groups.map((it) => {
                   const atRisk = entriesAtRisk(it.unacknowledged, maxLength);
                   return [
-                    text`  ${it.group}`,
-                    counted(it.consumers, 'consumer'),
-                    `${it.isEstimate ? 'about ' : ''}${it.lag} to read`,
-                    `${it.pending} pending`,
+                    `  ${it.group}`,
+                    text`${counted(it.consumers, 'consumer')}`,
+                    text`${it.isEstimate ? 'about ' : ''}${it.lag} to read`,
+                    text`${it.pending} pending`,
                     ...(atRisk > 0 ? [paint.red(`${atRisk} about to be trimmed unread`)] : []),
                   ];
                 }),

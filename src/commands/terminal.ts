@@ -62,6 +62,10 @@ export function print(line: Text): void {
   process.stdout.write(`${line.value}\n`);
 }
 
+export function printAll(lines: readonly Text[]): void {
+  for (const line of lines) print(line);
+}
+
 export function printError(line: Text): void {
   process.stderr.write(`${line.value}\n`);
 }
@@ -100,6 +104,28 @@ export function cut(value: Printable, width = columns()): Text {
   return whole.with((it) => `${[...it.replaceAll(COLOURS, '')].slice(0, Math.max(1, width - 1)).join('')}…`);
 }
 
+/**
+ * The line, broken where it is longer than that: between cells, which have two blanks between them, else between words. No
+ * word is cut, so ids and numbers can be copied.
+ */
+export function folded(line: Printable, width = columns()): Text[] {
+  const whole = text`${line}`;
+  if (whole.length <= width) return [whole];
+  const indent = `${/^ */.exec(whole.value)?.[0]}  `;
+  const seen = (part: string) => whole.with(() => part).length;
+  const cells = whole.value.match(/ *[^ ]+(?: [^ ]+)*/g) ?? [];
+  const parts = cells.flatMap((cell) =>
+    seen(indent + cell.trimStart()) <= width ? [cell] : (cell.match(/ *[^ ]+/g) ?? []),
+  );
+  const lines = [''];
+  for (const part of parts) {
+    const longer = `${lines.at(-1)}${part}`;
+    if (longer === part || seen(longer) <= width) lines[lines.length - 1] = longer;
+    else lines.push(indent + part.trimStart());
+  }
+  return lines.map((it) => whole.with(() => it));
+}
+
 const SHORTEST = 8;
 
 /** The limit for each of these lengths with which all together are no more than `room`; no less than SHORTEST. */
@@ -110,29 +136,53 @@ function longest(lengths: readonly number[], room: number): number {
   return limit;
 }
 
-/** Template tag: a line in so many columns. The longest of its values are shortened; what is a Text stays whole. */
+/** Only a string may be shortened. */
+const shortened = (value: Printable, limit: number): Printable =>
+  typeof value === 'string' ? cut(value, limit) : value;
+
+/** Template tag: lines of so many columns, one if that will do. The longest strings are shortened; a number or Text stays whole. */
 export const fitted =
   (width = columns()) =>
-  (strings: TemplateStringsArray, ...values: readonly Printable[]): Text => {
-    const lengths = values.map((it) => (it instanceof Text ? 0 : text`${it}`.length));
+  (strings: TemplateStringsArray, ...values: readonly Printable[]): Text[] => {
+    const lengths = values.map((it) => (typeof it === 'string' ? text`${it}`.length : 0));
     const others = text(strings, ...values).length - lengths.reduce((sum, length) => sum + length, 0);
-    const limit = longest(lengths, width - others);
-    return cut(text(strings, ...values.map((it) => (it instanceof Text ? it : cut(it, limit)))), width);
+    const limited = (limit: number) => text(strings, ...values.map((it) => shortened(it, limit)));
+    const line = limited(longest(lengths, width - others));
+    return line.length <= width ? [line] : folded(limited(Math.floor(width / 2)), width);
   };
 
-/** Cells in columns, each as wide as its widest; where that is too wide, the widest are shortened. */
+/** Cells in columns, each as wide as its widest. Strings are shortened where that is too wide; what is still too wide is folded. */
 export function table(rows: readonly (readonly Printable[])[], width = columns()): Text[] {
   const widths: number[] = [];
+  const isWhole: boolean[] = [];
   for (const row of rows)
-    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, text`${cell}`.length);
-  const limit = longest(widths, width - 2 * (widths.length - 1));
+    for (const [i, cell] of row.entries()) {
+      widths[i] = Math.max(widths[i] ?? 0, text`${cell}`.length);
+      isWhole[i] ||= typeof cell !== 'string';
+    }
+  const sum = (all: readonly number[]) => all.reduce((total, it) => total + it, 2 * (widths.length - 1));
+  const limit = longest(
+    widths.filter((_, i) => !isWhole[i]),
+    width - sum(widths.filter((_, i) => isWhole[i])),
+  );
+  const shown = widths.map((it, i) => (isWhole[i] ? it : Math.min(it, limit)));
+  if (sum(shown) > width)
+    return rows.flatMap((row) =>
+      folded(
+        joined(
+          row.map((it) => shortened(it, Math.floor(width / 2))),
+          '  ',
+        ),
+        width,
+      ),
+    );
   return rows.map((row) => {
-    const cells = row.map((cell, i) => {
-      const shown = cut(cell, limit);
-      const padding = i === row.length - 1 ? 0 : Math.min(widths[i] ?? 0, limit) - shown.length;
-      return text`${shown}${' '.repeat(padding)}`;
+    const cells = row.map((it, i) => {
+      const cell = shortened(it, shown[i] ?? 0);
+      const padding = i === row.length - 1 ? 0 : (shown[i] ?? 0) - text`${cell}`.length;
+      return text`${cell}${' '.repeat(padding)}`;
     });
-    return cut(joined(cells, '  '), width);
+    return joined(cells, '  ');
   });
 }
 

@@ -199,16 +199,29 @@ test('what is listed fits the terminal, ids are whole, times have their zone; a 
     ],
     [['dlq', 'list', '--group'], [at, 'reason reason', '3  '], [long.eventType]],
     [['dlq', 'replay', '--all', '--dry-run'], [at, 'would be replayed'], [long.eventType]],
-    [['status'], ids(false), [long.eventType, long.topic, 'g'.repeat(300)]],
+    [
+      ['status'],
+      [
+        ...ids(false),
+        'relay-publish',
+        'prioritized 0',
+        ' 0 in the last five',
+        ', due every 500 ms',
+        '0 to read',
+      ],
+      [long.eventType, long.topic, 'g'.repeat(300)],
+    ],
     [['verify', ...hour], ['unreadable  stream', 'Z to '], [long.topic]],
     [['republish', ...hour, '--until', 'now', '--dry-run'], ['Z to ', '1  ttt'], [long.topic]],
     [['check'], ['tried, and rolled back'], []],
   ];
   for (const [args, short, whole] of cases) {
-    for (const COLUMNS of ['80', '100']) {
+    for (const COLUMNS of ['40', '60', '80', '100']) {
       const { lines } = await stage.command(args, { COLUMNS });
       const printed = lines.join('\n');
-      for (const line of lines) expect([...line].length, printed).toBeLessThanOrEqual(Number(COLUMNS));
+      // An id alone may be wider than a narrow terminal, which then breaks it; what is copied is whole.
+      if (Number(COLUMNS) >= 80)
+        for (const line of lines) expect([...line].length, printed).toBeLessThanOrEqual(Number(COLUMNS));
       for (const it of short) expect(printed.replaceAll(/\n +/g, ' ')).toContain(it);
     }
     const { lines } = await stage.command(args);
