@@ -91,7 +91,8 @@ test.concurrent('a run with --events shows rows, entries, retries and the dead l
   expect(output).toMatch(
     /order violations +0 [\s\S]*lost +0 [\s\S]*latency p50 +[\d.]+ ms[\s\S]*latency p99 +[\d.]+ ms/,
   );
-  expect(output).toContain('The promises held. 40 events: 39 entries, 1 dead letter; nothing lost');
+  expect(output).toMatch(/The promises held\. 40 events: 39 entries, 1 dead letter;\n +nothing lost/);
+  expect(output.split('\n').filter((line) => line.length > 80)).toEqual([]);
   expect(output).not.toContain('in another terminal');
   // biome-ignore lint/suspicious/noControlCharactersInRegex: that there is none is the point
   expect(output).not.toMatch(/\u001b/);
@@ -113,7 +114,7 @@ test.concurrent('a faster run shows its pulse instead of every row', async () =>
     .split('\n')
     .filter((line) => /^ +(row in|failed|dead|entry out|\d+ rows in) /.test(line));
   expect(happenings.length).toBeGreaterThan(5);
-  expect(Math.max(...happenings.map((line) => [...line].length))).toBe(80);
+  expect(happenings.filter((line) => [...line].length > 80 || line.includes('…'))).toEqual([]);
   expect(demo.output()).toContain('\u001b[32m');
   await expectNothingLeft(demo);
 });
@@ -149,12 +150,12 @@ test.concurrent('a signal ends the writing, what is on its way arrives, and the 
 
 test.concurrent('a long run says what to try, and that works; another event fails, and one that was mended has its entry', async () => {
   const demo = await startDemo(['--events', '100000', '--rate', '20']);
-  const [, board, name, password] = await says(
+  const [, name, password, board] = await says(
     demo,
-    /dashboard +(http\S+) {2}\(name (\S+), password (\S+)\)/,
+    /dashboard: name (\S+), password (\S+)\n {4}(http\S+)\n/,
   );
-  const [, metrics] = await says(demo, /curl (\S+)/);
-  const [, variables] = await says(demo, /(export .*)/);
+  const [, metrics] = await says(demo, /^ {4}curl (\S+)$/m);
+  const [, variables] = await says(demo, /^ {4}(export .*)$/m);
   const run = async (command: string) => {
     const shell = `${variables}; ${command}`;
     return (await promisify(execFile)('sh', ['-c', shell], { cwd: inject('root'), env: cleanEnvironment() }))
@@ -166,7 +167,7 @@ test.concurrent('a long run says what to try, and that works; another event fail
   expect(await (await fetch(metrics ?? '')).text()).toContain('relay_');
   expect(await run('node dist/cli.js status')).toMatch(/running .*jobs in progress/);
   await says(demo, /dead .*#8 /);
-  const [, port, topic, replay] = await says(demo, /mend #8 .* -p (\d+) DEL (\S+); (node .*)/);
+  const [, port, topic, replay] = await says(demo, /mend #8.*\n.* -p (\d+) DEL (\S+)\n {4}(node .*)\n/);
   const redis = new Redis(Number(port), '127.0.0.1');
   expect(await redis.del(topic ?? '')).toBe(1);
   expect(await run(`${replay} --yes`)).toMatch(/replayed 1 dead letter\./);

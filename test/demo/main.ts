@@ -138,16 +138,22 @@ async function run(stack: Stack, events: number, ratePerSecond: number, screen: 
 function suggest({ databaseUrl, redisUrl, httpUrl, operator }: Stack, screen: Screen): void {
   const redisCli = `redis-cli -p ${new URL(redisUrl).port}`;
   const topic = brokenTopic(FIRST_FAILING);
-  screen.toTry('Try, in another terminal, while this runs', [
-    ['dashboard', `${httpUrl}/board  (name ${operator.name}, password ${operator.password})`],
+  screen.toTry('Try, in another terminal, while this runs:', [
+    [`dashboard: name ${operator.name}, password ${operator.password}`, `${httpUrl}/board`],
     ['metrics', `curl ${httpUrl}/metrics`],
-    ['rows', `psql '${databaseUrl}' -c 'SELECT * FROM identity.outbox ORDER BY id DESC LIMIT 5'`],
     ['entries', `${redisCli} XREVRANGE ${TOPIC} + - COUNT 2`],
-    ['the relay', `export RELAY_DATABASE_URL='${databaseUrl}' RELAY_REDIS_URL='${redisUrl}'`],
-    ['', 'node dist/cli.js status'],
-    ['', 'node dist/cli.js dlq list'],
-    [`mend #${FIRST_FAILING}`, `${redisCli} DEL ${topic}; node dist/cli.js dlq replay --topic ${topic}`],
-    ['mend others', 'likewise: each has a topic with its number'],
+    [
+      'the relay',
+      `export RELAY_DATABASE_URL='${databaseUrl}' RELAY_REDIS_URL='${redisUrl}'`,
+      'node dist/cli.js status',
+      'node dist/cli.js dlq list',
+    ],
+    ['rows', `psql "$RELAY_DATABASE_URL" -xc 'SELECT * FROM identity.outbox ORDER BY id DESC LIMIT 2'`],
+    [
+      `mend #${FIRST_FAILING}; others likewise, each has a topic with its number`,
+      `${redisCli} DEL ${topic}`,
+      `node dist/cli.js dlq replay --topic ${topic}`,
+    ],
   ]);
 }
 

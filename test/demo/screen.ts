@@ -3,8 +3,6 @@ import { stripVTControlCharacters } from 'node:util';
 import picocolors from 'picocolors';
 import { type LedgerGrade, violationsOf } from './ledger.ts';
 
-const REASON_LENGTH = 75;
-
 export type Shown = Readonly<{ number: number; eventType: string; who: string }>;
 
 export type Pulse = Readonly<{
@@ -13,7 +11,6 @@ export type Pulse = Readonly<{
   /** Of the entries that came out since the last pulse. */
   latenciesMs: readonly number[];
   onTheirWay: number;
-  newest: Shown | undefined;
 }>;
 
 export type Summary = Readonly<{
@@ -38,8 +35,9 @@ export function createScreen(out: NodeJS.WriteStream) {
   const columns = (): number => out.columns || Number(process.env.COLUMNS) || Number.POSITIVE_INFINITY;
   /** What would be longer than the terminal is wide is cut: one line for each thing that happens. */
   const happening = (text: string): void => line(cut(text, columns()));
-  const event = ({ number, eventType, who }: Shown): string =>
-    `${`#${number}`.padStart(5)}  ${eventType.padEnd(12)} ${who.padEnd(18)}`;
+  const name = ({ number }: Shown): string => `#${number}`.padStart(5);
+  const event = (shown: Shown): string =>
+    `${name(shown)}  ${shown.eventType.padEnd(12)} ${shown.who.padEnd(18)}`;
 
   return {
     title(text: string): void {
@@ -56,39 +54,43 @@ export function createScreen(out: NodeJS.WriteStream) {
       happening(
         `  ${green('entry out')} ${event(shown)} ${green(milliseconds(latencyMs).padStart(9))}  ${dim(remark)}`,
       ),
-    pulse({ rowsIn, entriesOut, latenciesMs, onTheirWay, newest }: Pulse): void {
+    pulse({ rowsIn, entriesOut, latenciesMs, onTheirWay }: Pulse): void {
       const latency =
         latenciesMs.length === 0
           ? ''
           : `p50 ${milliseconds(percentile(latenciesMs, 50))}, max ${milliseconds(Math.max(...latenciesMs))}`;
       happening(
         `  ${cyan(`${String(rowsIn).padStart(4)} rows in`)}  ${green(`${String(entriesOut).padStart(4)} entries out`)}  ` +
-          `${String(onTheirWay).padStart(4)} on their way  ${green(latency.padEnd(26))}` +
-          dim(newest === undefined ? '' : `  last in: #${newest.number} ${newest.eventType} ${newest.who}`),
+          `${String(onTheirWay).padStart(4)} on their way  ${green(latency)}`,
       );
     },
     failing: (shown: Shown, why: string): void =>
       happening(`  ${yellow('row in   ')} ${event(shown)} ${yellow(why)}`),
+    // What was said with its row is not said again: the line has 80 columns.
     attemptFailed(shown: Shown, attempt: number, reason: string, nextInSeconds: number | undefined): void {
       const next =
         nextInSeconds === undefined ? 'no retry left' : `next try in ${nextInSeconds.toFixed(1)} s`;
       happening(
-        `  ${yellow('failed   ')} ${event(shown)} ${yellow(`attempt ${attempt}: ${next}`)}  ${dim(shorten(reason))}`,
+        `  ${yellow('failed   ')} ${name(shown)}  ${yellow(`attempt ${attempt}: ${next}`)}  ${dim(shorten(reason))}`,
       );
     },
     deadLetter: (shown: Shown, stream: string, attempts: string): void =>
       happening(
-        `  ${red('dead     ')} ${event(shown)} ${red(`given up after ${attempts} attempts: now in ${stream}`)}`,
+        `  ${red('dead     ')} ${name(shown)}  ${red(`given up after ${attempts} attempts: now in ${stream}`)}`,
       ),
     replayed: (shown: Shown, stream: string): void =>
-      happening(`  ${green('replayed ')} ${event(shown)} ${green(`its entry is in ${stream}`)}`),
+      happening(`  ${green('replayed ')} ${name(shown)}  ${green(`its entry is in ${stream}`)}`),
     doubled: (shown: Shown): void => happening(`  ${red('DOUBLED  ')} ${event(shown)}`),
 
-    /** Names and what to type, to be copied: never cut. */
-    toTry(title: string, what: readonly (readonly [name: string, command: string])[]): void {
+    /** What to type stands on a line of its own, to be copied: never cut. */
+    toTry(title: string, what: readonly (readonly [about: string, ...commands: string[]])[]): void {
       line();
       line(bold(`  ${title}`));
-      for (const [name, command] of what) line(`    ${name.padEnd(12)} ${cyan(command)}`);
+      for (const [about, ...commands] of what) {
+        line();
+        line(dim(`  ${about}`));
+        for (const command of commands) line(`    ${cyan(command)}`);
+      }
       line();
     },
 
@@ -116,22 +118,23 @@ export function createScreen(out: NodeJS.WriteStream) {
       // Where all is well, an event has an entry or a dead letter, and both only if it was replayed.
       const replayed = Math.max(0, grade.entries + grade.deadLetters - grade.events);
       const remark = replayed > 0 && wrong.length === 0 ? `; ${replayed} of them replayed since` : '';
-      row('dead letters', String(grade.deadLetters), `events that were given up${remark}`);
+      row('dead letters', String(grade.deadLetters), `given up${remark}`);
       if (grade.copies > 0) row('copies', String(grade.copies), 'marked entries that you had republished');
       mustBeZero('duplicates', grade.doubled + grade.doubledDeadLetters, 'events with more than one entry');
       mustBeZero('order violations', grade.outOfOrder, 'entries behind a later event of their aggregate');
       mustBeZero('lost', grade.lost, 'events with no entry and no dead letter');
       if (latenciesMs.length > 0) {
-        const behind = heldBack > 0 ? `, without the ${heldBack} that waited behind a failing one` : '';
-        row('latency p50', milliseconds(percentile(latenciesMs, 50)), `commit to reading the entry${behind}`);
-        row('latency p99', milliseconds(percentile(latenciesMs, 99)));
+        const behind = heldBack > 0 ? `both without the ${heldBack} held up by a failing one` : '';
+        row('latency p50', milliseconds(percentile(latenciesMs, 50)), 'from commit to reading the entry');
+        row('latency p99', milliseconds(percentile(latenciesMs, 99)), behind);
       }
       line();
       if (wrong.length === 0) {
         const { events, entries, deadLetters } = grade;
         line(
-          `  ${bold(green('✓ The promises held.'))} ${count(events, 'event')}: ${count(entries, 'entry', 'entries')}, ${count(deadLetters, 'dead letter')}; nothing lost, twice or out of order.`,
+          `  ${bold(green('✓ The promises held.'))} ${count(events, 'event')}: ${count(entries, 'entry', 'entries')}, ${count(deadLetters, 'dead letter')};`,
         );
+        line('    nothing lost, twice or out of order.');
       } else {
         line(`  ${bold(red('✗ The promises did not hold:'))}`);
         for (const text of wrong) line(`    ${red(text)}`);
@@ -163,11 +166,8 @@ export function percentile(values: readonly number[], percent: number): number {
   return sorted[Math.max(0, Math.ceil((percent / 100) * sorted.length) - 1)] ?? Number.NaN;
 }
 
-/** Without what Redis adds about the script: its hash and line. */
-function shorten(reason: string): string {
-  const said = reason.replace(/ script: .*$/, '');
-  return said.length <= REASON_LENGTH ? said : `${said.slice(0, REASON_LENGTH - 1)}…`;
-}
+/** Of an error of Redis its code. */
+const shorten = (reason: string): string => /^[A-Z]+\b/.exec(reason)?.[0] ?? reason;
 
 function milliseconds(value: number): string {
   return value < 100 ? `${value.toFixed(1)} ms` : `${Math.round(value)} ms`;

@@ -79,7 +79,6 @@ export function createTraffic(options: TrafficOptions): Traffic {
   const wronglyDead: string[] = [];
   let lastProgressAt = performance.now();
   let sincePulse = { rowsIn: 0, entriesOut: 0, latenciesMs: [] as number[] };
-  let newest: Shown | undefined;
 
   async function produce(stop: AbortSignal): Promise<void> {
     const startedAt = performance.now();
@@ -128,15 +127,13 @@ export function createTraffic(options: TrafficOptions): Traffic {
     const committedAt = performance.now();
     for (const item of batch) {
       item.committedAt = committedAt;
-      if (item.part === 'fails')
-        screen.failing(item, `made to fail: its topic ${item.event.topic} is no stream`);
-      else if (item.part === 'waits') screen.failing(item, 'same user: has to wait for the one before');
+      if (item.part === 'fails') screen.failing(item, 'fails: its topic is no stream');
+      else if (item.part === 'waits') screen.failing(item, `same user: waits for #${item.number - 1}`);
       else if (isShown(item)) screen.rowIn(item);
       else {
         if (!isQuiet) onQuiet();
         isQuiet = true;
         sincePulse.rowsIn++;
-        newest = item;
       }
       // The entry may be read before the answer to our COMMIT is.
       if (item.readAt !== undefined) arrived(item);
@@ -294,7 +291,7 @@ export function createTraffic(options: TrafficOptions): Traffic {
 
   function pulse(): void {
     if (sincePulse.rowsIn === 0 && sincePulse.entriesOut === 0) return;
-    screen.pulse({ ...sincePulse, onTheirWay: onTheirWay.size, newest });
+    screen.pulse({ ...sincePulse, onTheirWay: onTheirWay.size });
     sincePulse = { rowsIn: 0, entriesOut: 0, latenciesMs: [] };
   }
 
