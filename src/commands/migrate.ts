@@ -2,8 +2,9 @@ import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
 import { migrateDatabase } from '../operations/migration.ts';
 import { databaseGrants } from '../operations/roles.ts';
-import { createLogger } from '../telemetry/logger.ts';
+import { createLogger, type Logger } from '../telemetry/logger.ts';
 import { EXIT, withConfig } from './command.ts';
+import { isTerminal, print, text } from './terminal.ts';
 
 export function add(command: Command): void {
   command
@@ -26,7 +27,7 @@ const NOT_GRANTED =
   'the table is migrated, but no rights were given: --grants needs the roles relay, relay_operator and producer ("relay grants" takes other names)';
 
 async function runMigration(config: RelayConfig, { notify, grants }: MigrateOptions): Promise<number> {
-  const logger = createLogger(config.logLevel);
+  const logger = isTerminal() ? onTerminal : createLogger(config.logLevel);
   await migrateDatabase(config, notify, logger, async (client) => {
     if (!grants) return;
     try {
@@ -38,3 +39,16 @@ async function runMigration(config: RelayConfig, { notify, grants }: MigrateOpti
   });
   return EXIT.done;
 }
+
+/** A migration runs in a Job, whose lines are a log, or by hand. */
+const say = (fields: Record<string, unknown>, message: string): void =>
+  print(
+    text`${message} (${Object.entries(fields)
+      .map(([name, value]) => `${name}: ${value}`)
+      .join(', ')})`,
+  );
+const nothing = (): void => {};
+const onTerminal: Logger = {
+  ...{ trace: nothing, debug: nothing, info: say, warn: say, error: say, fatal: say },
+  child: () => onTerminal,
+};

@@ -1,13 +1,15 @@
-import { spawn } from 'node:child_process';
+import { execFile, spawn } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
 import { once } from 'node:events';
 import { readdir, readFile } from 'node:fs/promises';
 import { userInfo } from 'node:os';
 import { join } from 'node:path';
+import { promisify } from 'node:util';
 import { expect, inject, onTestFinished, test } from 'vitest';
 import { cleanEnvironment } from '../demo/pod.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, setStage } from '../support/flow.ts';
+import { createDatabase } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
 /** A title, the clipboard, a cleared screen, C1, a direction, what is not seen, and lines of its own. */
@@ -247,4 +249,28 @@ test.each([
   if (typeof shown === 'string') expect(output.trim()).toBe(shown);
   else expect(output.trim()).toMatch(shown);
   expect(code).toBe(exitCode);
+});
+
+test('relay migrate says in sentences what it has done where a person sees it, elsewhere it logs', async () => {
+  const { adminUrl } = await createDatabase({ template: false });
+  const env = { ...cleanEnvironment(), RELAY_DATABASE_URL: adminUrl };
+  const options = { cwd: inject('root'), env };
+  const [program, ...args] = [process.execPath, 'dist/cli.js', 'migrate'];
+  const { stdout } = await promisify(execFile)(
+    'script',
+    ['-qec', `"${program}" ${args.join(' ')}`, '/dev/null'],
+    options,
+  );
+  expect(stdout.split('\r\n')).toEqual([
+    expect.stringMatching(/^identity\.outbox has all migrations \(applied: (\d+), total: \1\)$/),
+    'the wake-up trigger is there (trigger: installed)',
+    '',
+  ]);
+  const log = await promisify(execFile)(program, args, options);
+  expect(
+    log.stdout
+      .trim()
+      .split('\n')
+      .map((line) => JSON.parse(line).msg),
+  ).toEqual(['identity.outbox has all migrations', 'the wake-up trigger is there']);
 });
