@@ -76,7 +76,8 @@ const answer = (description: string, properties: object) => ({
 });
 const next = { type: ['string', 'null'], description: 'where to go on; null at the end' };
 const result = {
-  done: { type: 'integer' },
+  done: { type: 'integer', description: 'how many events; of a dry run, how many it would be' },
+  dryRun: { type: 'boolean', description: 'nothing was done' },
   refused: { type: 'integer' },
   refusals: {
     type: 'array',
@@ -160,7 +161,10 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
       ...{ method: 'POST', url: '/dlq/replay', role: 'operator' },
       summary: 'Publishes dead events again, in the order of their aggregates',
       schema: { body: object(selection), response: answer('what was done', result) },
-      handle: async ({ body, by }) => deadLetters.replay(selectionOf(body), actionOf(body, by)),
+      handle: async ({ body, by }) => {
+        const options = actionOf(body, by);
+        return { ...(await deadLetters.replay(selectionOf(body), options)), dryRun: options.dryRun };
+      },
     },
     {
       ...{ method: 'POST', url: '/dlq/discard', role: 'operator' },
@@ -169,8 +173,10 @@ function routesOf({ deadLetters, republish, version }: ApiDeps): ApiRoute[] {
         body: object({ ...selection, reason: words }, ['reason']),
         response: answer('what was done', result),
       },
-      handle: async ({ body, by }) =>
-        deadLetters.discard(selectionOf(body), String(body.reason), actionOf(body, by)),
+      handle: async ({ body, by }) => {
+        const [options, reason] = [actionOf(body, by), String(body.reason)];
+        return { ...(await deadLetters.discard(selectionOf(body), reason, options)), dryRun: options.dryRun };
+      },
     },
     {
       ...{ method: 'POST', url: '/republish', role: 'operator' },

@@ -154,10 +154,12 @@ test('one event is shown, or not found', async () => {
 });
 
 test('who acts is passed on, with what and how much', async () => {
-  await call('POST', '/dlq/replay', { eventIds: [eventId], dryRun: true });
+  const wouldReplay = await call('POST', '/dlq/replay', { eventIds: [eventId], dryRun: true });
+  expect(wouldReplay.body).toMatchObject({ done: 1, dryRun: true });
   await call('POST', '/dlq/replay', { filter: { error: 'no' }, limit: 5, after: 'abc' });
   await call('POST', '/dlq/replay', { all: true });
-  await call('POST', '/dlq/discard', { filter: { topic: 'x' }, pruned: true, reason: 'obsolete' });
+  const discard = { filter: { topic: 'x' }, pruned: true, reason: 'obsolete' };
+  expect((await call('POST', '/dlq/discard', discard)).body).toMatchObject({ done: 1, dryRun: false });
   await call('POST', '/republish', { since: SINCE, until: SINCE, filter: { topic: 'x' } });
   const dry = await call('POST', '/republish', { since: SINCE, until: SINCE, dryRun: true });
   expect(dry.body).toMatchObject({ appended: 0, streams: { 'a.b': 3 }, next: 'abc' });
