@@ -129,7 +129,7 @@ const isEvent = (data: unknown): data is OutboxEvent =>
 function nameOf(job: QueueJobJson): string {
   const { data } = job;
   if (!isEvent(data)) return job.name;
-  const about = `${brief(data.eventType)} · ${brief(data.aggregateType)} ${data.aggregateId} · ${brief(data.topic)}`;
+  const about = `${brief(data.eventType)} · ${brief(data.aggregateType)}:${data.aggregateId} · ${brief(data.topic)}`;
   return `${about} · ${attemptOf(job, data.attempts ?? 0)}`;
 }
 
@@ -157,7 +157,7 @@ function dataOf(data: unknown, showsPayload: boolean): unknown {
     event_id: eventId,
     outbox_id: id,
     event_type: brief(eventType),
-    aggregate: `${brief(aggregateType)} ${aggregateId}`,
+    aggregate: `${brief(aggregateType)}:${aggregateId}`,
     topic: brief(topic),
     occurred_at: occurredAt,
     ...(withheld && { withheld }),

@@ -229,7 +229,7 @@ test('what harms the relay is refused with a reason; viewers see no buttons and 
       queues: { name: string; readOnlyMode: boolean; jobs: { name: string; data: object }[] }[];
     };
   const { payload: _, eventType, aggregateType, aggregateId } = event;
-  const name = `${eventType} · ${aggregateType} ${aggregateId} · ${topic} · given up after 1 attempt`;
+  const name = `${eventType} · ${aggregateType}:${aggregateId} · ${topic} · given up after 1 attempt`;
   const about = { event_id: event.eventId, event_type: eventType, topic };
   expect(await shown('olga')).toMatchObject({
     queues: [
@@ -353,7 +353,7 @@ test('a Bull Board of one’s own shows the relay’s queues readably, refuses w
     expect(queues.map(({ name }: { name: string }) => name)).toEqual(['own', 'relay-publish', 'relay-claim']);
     expect(queues[1].jobs).toMatchObject([
       {
-        name: `UserCreated · user ${data.aggregateId} · identity.user.v1 · attempt 1 of 1`,
+        name: `UserCreated · user:${data.aggregateId} · identity.user.v1 · attempt 1 of 1`,
         data: { event_id: data.eventId, payload: 'hidden: it may hold personal data' },
       },
     ]);

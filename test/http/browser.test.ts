@@ -159,7 +159,7 @@ test('an operator logs in, sees both queues, and retries a failed job: its event
   await shot(olga.page, '2-overview');
   const failed = `${pod.url}/board/queue/relay-publish?status=failed`;
   await olga.page.goto(failed);
-  const title = olga.page.getByText(/DictionaryWordAdded · user .* · given up after 1 attempt/).first();
+  const title = olga.page.getByText(/DictionaryWordAdded · user:.* · given up after 1 attempt/).first();
   await title.waitFor();
   await olga.page
     .getByText(/^Retry publishes a dead letter\. 0 events wait.* 1 dead/)
