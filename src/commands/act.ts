@@ -2,7 +2,7 @@ import { userInfo } from 'node:os';
 import { createInterface, type Interface } from 'node:readline/promises';
 import { Presets, SingleBar } from 'cli-progress';
 import { signalled } from './signals.ts';
-import { print, printError, type Text, text } from './terminal.ts';
+import { duration, print, printError, type Text, text } from './terminal.ts';
 
 /** What commands that change something share: who runs them, a question before, progress, and an orderly end. */
 
@@ -92,13 +92,21 @@ export async function withProgress<T>(
     {
       ...{ stream: process.stderr, format: line, noTTYOutput: true, notTTYSchedule: 5_000 },
       ...{ barsize: 20, hideCursor: true, clearOnComplete: true },
+      // It is no number before the first steps.
+      formatTime: (seconds: number) => (Number.isFinite(seconds) ? duration(seconds) : '?'),
     },
     Presets.shades_classic,
   );
-  bar.start(total, 0, numbers);
+  const update = (at: number, more = numbers): void => {
+    const value = Math.min(at, total);
+    if (bar.isActive) bar.update(value, more);
+    else bar.start(total, value, more);
+  };
+  // Elsewhere a line stays, also before the error of a first step that is refused.
+  if (process.stderr.isTTY) update(0);
   try {
-    const result = await work((at, more) => bar.update(Math.min(at, total), more));
-    if (isDone(result)) bar.update(total);
+    const result = await work(update);
+    if (bar.isActive && isDone(result)) bar.update(total);
     return result;
   } finally {
     bar.stop();

@@ -22,6 +22,7 @@ import {
   colours,
   columns,
   cut,
+  duration,
   fitted,
   folded,
   isTerminal,
@@ -272,10 +273,3 @@ const upTo = (limit: number, count: number) => (count >= limit ? `${limit}+` : S
 /** Events in so many seconds, and how many a second where that says more. */
 const events = (seconds: number, rate: number) =>
   `${Math.round(rate * seconds)}${rate < 10 ? '' : ` (${Math.round(rate)}/s)`}`.padStart(9);
-
-function duration(seconds: number): string {
-  if (seconds < 1) return `${Math.round(seconds * 1_000)} ms`;
-  if (seconds < 120) return `${Math.round(seconds)} s`;
-  if (seconds < 7_200) return `${Math.round(seconds / 60)} min`;
-  return seconds < 172_800 ? `${Math.round(seconds / 3_600)} h` : `${Math.round(seconds / 86_400)} d`;
-}

@@ -197,3 +197,11 @@ export function colours(): Record<Paint, (it: Printable) => Text> {
 
 /** A time with its zone, to the second. `iso`: in UTC. */
 export const toSecond = (iso: string): string => iso.replace(/\.\d+(?=Z$)/, '');
+
+/** In the largest unit that says enough. */
+export function duration(seconds: number): string {
+  if (seconds < 1) return `${Math.round(seconds * 1_000)} ms`;
+  if (seconds < 120) return `${Math.round(seconds)} s`;
+  if (seconds < 7_200) return `${Math.round(seconds / 60)} min`;
+  return seconds < 172_800 ? `${Math.round(seconds / 3_600)} h` : `${Math.round(seconds / 86_400)} d`;
+}

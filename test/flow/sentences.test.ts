@@ -140,6 +140,18 @@ test('progress that comes to its end says 100 %', async () => {
   }
 });
 
+test('a command whose role lacks a right says nothing but that, no progress', async () => {
+  const stage = await setStage();
+  await insertEvents(stage.pool, someEvents(3));
+  await stage.pool.query(
+    `UPDATE identity.outbox SET dead_lettered_at = now(), next_attempt_at = 'infinity', error_message = 'x'`,
+  );
+  const { RELAY_DATABASE_URL } = stage.env;
+  const args = ['dlq', 'replay', '--all', '--yes'];
+  const { code, lines } = await stage.command(args, { RELAY_DATABASE_URL });
+  expect([code, lines]).toEqual([1, [expect.stringMatching(/^relay: the role .* lacks a right/)]]);
+});
+
 test('every help fits a terminal of 80 columns', async () => {
   const cli = join(inject('root'), 'dist/cli.js');
   const help = async (...names: string[]): Promise<string[]> => {

@@ -274,3 +274,12 @@ test('relay migrate says in sentences what it has done where a person sees it, e
       .map((line) => JSON.parse(line).msg),
   ).toEqual(['identity.outbox has all migrations', 'the wake-up trigger is there']);
 });
+
+test('progress in a terminal names no time left before it knows one', async () => {
+  const { env: servers } = await setStage();
+  const options = { cwd: inject('root'), env: { ...cleanEnvironment(), ...servers } };
+  const command = `"${process.execPath}" dist/cli.js verify --since 1h`;
+  const { stdout } = await promisify(execFile)('script', ['-qec', command, '/dev/null'], options);
+  expect(stdout).toMatch(/ 0% \| .* \? left/);
+  expect(stdout).not.toMatch(/NF|NULL/);
+});
