@@ -27,7 +27,13 @@ export function add(dlq: Command): void {
     .addOption(new Option('--cursor <cursor>').hideHelp()) // its name before --after
     .option('--group', 'count them by error instead')
     .option('--json', 'print JSON')
-    .action((options: ListOptions) => run('relay-dlq-list', (it) => list(it, options)));
+    .action((options: ListOptions) =>
+      run(
+        'relay-dlq-list',
+        (it) => list(it, options),
+        () => listed(options),
+      ),
+    );
 
   dlq
     .command('show')
@@ -41,13 +47,21 @@ export function add(dlq: Command): void {
   acting(dlq.command('replay').description('publish dead events again, in the order of their aggregates'))
     .addHelpText('after', '\nAfter an interruption, run it again. Exits 1 if any event was refused.')
     .action((ids: string[], options: ActOptions) =>
-      run('relay-dlq-replay', (it, config) => act(it, config, 'replay', ids, options)),
+      run(
+        'relay-dlq-replay',
+        (it, config) => act(it, config, 'replay', ids, options),
+        () => selected(ids, options),
+      ),
     );
 
   acting(dlq.command('discard').description('give dead events up for good; nothing waits for them any more'))
     .requiredOption('--reason <text>', 'why; it is kept with the row', words)
     .action((ids: string[], options: ActOptions & { reason: string }) =>
-      run('relay-dlq-discard', (it, config) => act(it, config, 'discard', ids, options, options.reason)),
+      run(
+        'relay-dlq-discard',
+        (it, config) => act(it, config, 'discard', ids, options, options.reason),
+        () => selected(ids, options),
+      ),
     );
 }
 
@@ -80,17 +94,27 @@ const acting = (command: Command): Command =>
     .option('--dry-run', 'only say what would be done')
     .option('--yes', 'do not ask; needed where there is no terminal');
 
+/** @param check throws where the options contradict each other; no server is asked before */
 async function run(
   name: string,
   work: (deadLetters: DeadLetters, config: RelayConfig) => Promise<number>,
+  check: () => unknown = () => {},
 ): Promise<void> {
-  await withConfig((config) => withOperations(config, name, ({ deadLetters }) => work(deadLetters, config)));
+  await withConfig((config) => {
+    check();
+    return withOperations(config, name, ({ deadLetters }) => work(deadLetters, config));
+  });
+}
+
+/** @throws where the options contradict each other */
+function listed({ group, ...options }: ListOptions): DeadLetterFilter {
+  if (group && options.pruned) throw new Error('--group counts rows: it does not go with --pruned');
+  return filterOf(options);
 }
 
 async function list(deadLetters: DeadLetters, options: ListOptions): Promise<number> {
-  const filter = filterOf(options);
+  const filter = listed(options);
   if (options.group) {
-    if (options.pruned) throw new Error('--group counts rows: it does not go with --pruned');
     const groups = await deadLetters.groups(filter, options.limit);
     if (options.json) printJson({ groups });
     else if (groups.length === 0) print(text`No dead letters.`);
@@ -142,6 +166,18 @@ async function show(deadLetters: DeadLetters, id: string, options: { json?: bool
   return EXIT.done;
 }
 
+/** @throws where the options name nothing, or contradict each other */
+function selected(ids: readonly string[], options: ActOptions) {
+  const filter = filterOf(options);
+  const filtered = Object.keys(filter).length > 0 || options.pruned === true;
+  if (ids.length > 0 && (filtered || options.all)) throw new Error('name events, or use filters: not both');
+  if (ids.length === 0 && !filtered && !options.all)
+    throw new Error('name events, use filters, or say --all for every dead letter');
+  const selection: Selection =
+    ids.length > 0 ? { eventIds: ids } : { filter, ...(options.pruned && { pruned: true }) };
+  return { filter, filtered, selection };
+}
+
 async function act(
   deadLetters: DeadLetters,
   config: RelayConfig,
@@ -150,13 +186,7 @@ async function act(
   options: ActOptions,
   reason = '',
 ): Promise<number> {
-  const filter = filterOf(options);
-  const filtered = Object.keys(filter).length > 0 || options.pruned === true;
-  if (ids.length > 0 && (filtered || options.all)) throw new Error('name events, or use filters: not both');
-  if (ids.length === 0 && !filtered && !options.all)
-    throw new Error('name events, use filters, or say --all for every dead letter');
-  const selection: Selection =
-    ids.length > 0 ? { eventIds: ids } : { filter, ...(options.pruned && { pruned: true }) };
+  const { filter, filtered, selection } = selected(ids, options);
   const by = operator();
   const perform = (more: {
     dryRun?: boolean;

@@ -12,7 +12,7 @@ import { print, text } from './terminal.ts';
 
 export function add(command: Command): void {
   command
-    .option('--yes', 'do not ask')
+    .option('--yes', 'do not ask; needed where there is no terminal')
     .addHelpText(
       'after',
       '\nA queue belongs to one database: the first whose relay used it. A failover does\n' +

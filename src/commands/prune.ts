@@ -25,7 +25,7 @@ export function add(command: Command): void {
       when,
     )
     .option('--dry-run', 'count them, delete nothing')
-    .option('--yes', 'do not ask')
+    .option('--yes', 'do not ask; needed where there is no terminal')
     .addHelpText(
       'after',
       '\nDead and discarded rows stay, as do rows that a resync may need\n' +

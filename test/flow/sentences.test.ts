@@ -24,6 +24,7 @@ test('a command whose output nobody reads to its end stops without a word', asyn
 test('a sentence that helps, each', async () => {
   const stage = await setStage();
   const since = (...args: string[]) => ['republish', ...args];
+  const away = { RELAY_REDIS_URL: 'redis://127.0.0.1:9' };
   const cases: readonly [
     args: readonly string[],
     code: number,
@@ -37,7 +38,6 @@ test('a sentence that helps, each', async () => {
     ],
     [since('--since', '1h', '--until', '1h', '--dry-run'), 1, /--since must be earlier/],
     [['verify', '--since', '2h', '--until', '3h'], 1, /--since must be earlier/],
-    [['dlq', 'list', '--since', '2h', '--until', '3h'], 1, /--since must be earlier/],
     [
       ['verify', '--since', 'yesterday'],
       1,
@@ -59,6 +59,11 @@ test('a sentence that helps, each', async () => {
       0,
       /^There is nothing to replay: no dead letter matches\.$/m,
     ],
+    // Said before a server is asked.
+    [['dlq', 'replay'], 1, /^relay: name events, use filters, or say --all/, away],
+    [['dlq', 'discard', '--reason', 'x'], 1, /^relay: name events, use filters, or say --all/, away],
+    [['dlq', 'list', '--group', '--pruned'], 1, /^relay: --group counts rows/, away],
+    [['dlq', 'list', '--since', '2h', '--until', '3h'], 1, /^relay: --since must be earlier/, away],
     [['check'], 0, /^relay: RELAY_FOO is no variable of the relay and has no effect$/m, { RELAY_FOO: '1' }],
     [
       ['dlq', 'list'],
