@@ -95,6 +95,8 @@ type Found = Readonly<{
   rules: string[];
   columns: { name: string; type: string; length: number | null; isNullable: boolean; isGenerated: boolean }[];
   unique: string[];
+  /** Indexes of the relay's that are another table's, as where a copy has taken the place of the outbox. */
+  elsewhere: { index: string; owner: string }[];
 }>;
 
 /**
@@ -104,7 +106,7 @@ type Found = Readonly<{
 export async function unsuitableInTable(client: Queryable): Promise<string[]> {
   const found = await readTable(client);
   if (found === undefined) return [];
-  const { kind, children, rules, columns, unique } = found;
+  const { kind, children, rules, columns, unique, elsewhere } = found;
   const extension = await extensionOf(client, found);
   if (extension !== undefined)
     return [
@@ -135,6 +137,10 @@ export async function unsuitableInTable(client: Queryable): Promise<string[]> {
         `column ${name} has a limit of ${length} characters, and reasons may be longer: ${alter(name, 'text')}`,
       );
   }
+  for (const { index, owner } of elsewhere)
+    problems.push(
+      `index ${index} belongs to table ${owner}: ALTER INDEX identity.${index} RENAME TO former_${index}`,
+    );
   for (const name of ['id', 'event_id']) {
     if (columns.some((it) => it.name === name) && !unique.includes(name))
       problems.push(
@@ -170,7 +176,11 @@ async function readTable(client: Queryable): Promise<Found | undefined> {
             JOIN pg_type t ON t.oid = CASE own.typtype WHEN 'd' THEN own.typbasetype ELSE own.oid END
             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns,
       array(SELECT a.attname::text FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
-            WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1 AND i.indpred IS NULL) AS unique
+            WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1 AND i.indpred IS NULL) AS unique,
+      array(SELECT json_build_object('index', o.relname, 'owner', i.indrelid::regclass)
+            FROM pg_index i JOIN pg_class o ON o.oid = i.indexrelid
+            WHERE o.relnamespace = c.relnamespace AND i.indrelid <> c.oid
+              AND o.relname = ANY (ARRAY[${REQUIRED.indexes.map((it) => `'${it}'`).join()}])) AS elsewhere
     FROM pg_class c WHERE c.oid = to_regclass('identity.outbox')`);
   return rows[0];
 }

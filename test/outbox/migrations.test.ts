@@ -193,6 +193,20 @@ describe('a table that is there already', () => {
   });
 });
 
+test('a copy that has taken the place of the table is refused: the relay’s indexes are those of the former table', async () => {
+  const { url, pool } = await emptyDatabase();
+  await runMigration(url);
+  await pool.query(`
+    CREATE TABLE identity.copied (LIKE identity.outbox INCLUDING ALL);
+    ALTER TABLE identity.outbox RENAME TO former;
+    ALTER TABLE identity.copied RENAME TO outbox`);
+  const error = await runMigration(url).catch(({ message }) => message as string);
+  expect(error).toMatch(/index relay_outbox_fresh belongs to table identity\.former: ALTER INDEX/);
+  for (const remedy of error?.match(/ALTER INDEX [^;]+/g) ?? []) await pool.query(remedy);
+  await runMigration(url);
+  expect(await missingFromTable(pool)).toEqual([]);
+});
+
 test('several migrations at once all succeed, and do the work once', async () => {
   const [empty, old] = [await emptyDatabase(), await emptyDatabase()];
   await createOldTable(old.pool);
