@@ -207,10 +207,11 @@ function describe(status: Status, config: RelayConfig): Text[] {
     paragraph('Rates', [row('published', rates.published), row('dead', rates.dead)]);
   }
   if (queues) {
-    const rows = Object.entries(queues).map(([name, { isPaused, ...counts }]) => [
+    const rows = Object.entries(queues).map(([name, { isPaused, limits, ...counts }]) => [
       text`${config.queueName}-${name}`,
       ...Object.entries(counts).map(([state, count]) => text`${state} ${count}`),
       ...(isPaused ? [paint.yellow('PAUSED')] : []),
+      ...limits.map((limit) => paint.yellow(limit)),
     ]);
     paragraph('Queues', [
       ...table(rows, width),

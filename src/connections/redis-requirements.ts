@@ -2,7 +2,7 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { isCluster } from '../config/redis-places.ts';
 import { quoted } from '../config/topics.ts';
-import { queueKeyTypes, tryQueue } from '../queue/queue-trial.ts';
+import { queueKeyTypes, tryQueue, whatHoldsUp } from '../queue/queue-trial.ts';
 import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../requirement.ts';
 import type { StreamOptions } from '../streams/append.ts';
 import { isNoStream, tryAppend } from '../streams/append-trial.ts';
@@ -39,6 +39,7 @@ export const REDIS_REQUIREMENTS: readonly Requirement<OnRedis>[] = [
   { subject: 'writes', check: takesWrites },
   { subject: 'keys', check: ownKeysAreOurs },
   { subject: 'queues', check: addsJobs },
+  { subject: 'queue limits', check: takesJobs },
   { subject: 'streams', check: appends },
 ];
 
@@ -166,6 +167,11 @@ async function addsJobs({ redis, place, hasQueues }: OnRedis): Promise<Finding |
   if (!hasQueues) return undefined;
   await tryQueue(redis, place);
   return ok('BullMQ can add jobs and schedules (tried in a queue of its own)');
+}
+
+async function takesJobs({ redis, place, hasQueues }: OnRedis): Promise<Finding | undefined> {
+  const held = hasQueues ? await whatHoldsUp(redis, place) : [];
+  return held.length > 0 ? advice(held.join('; ')) : undefined;
 }
 
 async function appends({ redis, place, hasQueues, streamOptions }: OnRedis): Promise<Finding | undefined> {

@@ -126,6 +126,8 @@ function jobWords(jobState: string | undefined, { queues }: Figures): string {
   if (jobState === undefined) return '';
   if (jobState === 'unknown') return '; its job is lost, or not yet added';
   if (jobState !== 'active' && queues?.publish.isPaused) return '; the publish queue is paused';
+  const limit = queues?.publish.limits[0];
+  if (jobState !== 'active' && limit) return `; the publish queue takes ${limit}`;
   return `; its job is ${jobState}`;
 }
 

@@ -18,7 +18,12 @@ type QueueOptions = Pick<RelayConfig, 'queuePrefix' | 'queueName' | 'maxRetryAtt
 
 /** Jobs of one queue in Redis, by state. */
 type JobCounts = Readonly<Record<'waiting' | 'active' | 'delayed' | 'prioritized' | 'failed', number>>;
-export type QueueFigures = JobCounts & Readonly<{ isPaused: boolean }>;
+export type QueueFigures = JobCounts &
+  Readonly<{
+    isPaused: boolean;
+    /** What another program has set for the whole queue in BullMQ, in words. The relay sets none. */
+    limits: readonly string[];
+  }>;
 /** Publish jobs. `total` is without failed ones, which have ended. */
 export type InFlight = JobCounts & Readonly<{ total: number }>;
 
@@ -182,8 +187,8 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     async figures(): Promise<Record<'claim' | 'publish', QueueFigures>> {
       const [ofClaim, ofPublish] = await Promise.all(
         [claim, publish].map(async (queue): Promise<QueueFigures> => {
-          const [counts, isPaused] = await Promise.all([countsOf(queue), queue.isPaused()]);
-          return { ...counts, isPaused };
+          const [counts, held] = await Promise.all([countsOf(queue), heldUp(redis, queue.toKey('meta'))]);
+          return { ...counts, ...held };
         }),
       );
       return { claim: ofClaim as QueueFigures, publish: ofPublish as QueueFigures };
@@ -307,6 +312,21 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
     async close(): Promise<void> {
       await Promise.allSettled([claim.close(), publish.close()]);
     },
+  };
+}
+
+/** What keeps workers from the jobs of a queue, by its key `meta`. */
+export async function heldUp(
+  redis: Redis,
+  metaKey: string,
+): Promise<Pick<QueueFigures, 'isPaused' | 'limits'>> {
+  const [paused, jobs, max, ms] = await redis.hmget(metaKey, 'paused', 'concurrency', 'max', 'duration');
+  return {
+    isPaused: paused !== null,
+    limits: [
+      ...(jobs ? [`at most ${jobs} in progress (global concurrency)`] : []),
+      ...(max ? [`at most ${max} in ${ms} ms (global rate limit)`] : []),
+    ],
   };
 }
 

@@ -50,6 +50,13 @@ export async function tryAppend(redis: Redis, real: StreamOptions, hasTwoServers
     const failure = { event, attempts: 1, reason: 'trial', failedAt: new Date(madeAt) };
     const letter = await streams.deadLetter(failure, null);
     if (letter.status !== 'appended') throw refused(letter);
+    // What only a comparison of table and streams takes.
+    const asked = redis
+      .pipeline()
+      .xrange(stream, '-', '+')
+      .xrevrange(stream, '+', '-')
+      .xinfo('STREAM', stream);
+    for (const [error] of (await asked.exec()) ?? []) if (error) throw error;
   } finally {
     await redis.del(...keys);
   }

@@ -246,7 +246,7 @@ export function createMetrics(
     if (backlog)
       for (const state of ['fresh', 'leased', 'retrying', 'due', 'parked', 'dead'] as const)
         rows.set({ state }, backlog[state]);
-    for (const [queue, { isPaused, ...counts }] of Object.entries(queues ?? {})) {
+    for (const [queue, { isPaused, limits: _, ...counts }] of Object.entries(queues ?? {})) {
       paused.set({ queue }, isPaused ? 1 : 0);
       for (const [state, count] of Object.entries(counts)) jobs.set({ queue, state }, count);
     }

@@ -1,6 +1,7 @@
 import { writeFile } from 'node:fs/promises';
 import { createServer, connect as openSocket, type Server } from 'node:net';
 import { join } from 'node:path';
+import { Queue } from 'bullmq';
 import { Client } from 'pg';
 import { afterAll, describe, expect, test } from 'vitest';
 import { checkServers } from '../../src/commands/check.ts';
@@ -456,6 +457,23 @@ const goodDatabase = () => {
   return sharedDatabase;
 };
 
+test('queues that an operator has paused or limited in BullMQ are worth advice', async () => {
+  const redis = await createRedis();
+  const connection = { host: '127.0.0.1', port: redis.port };
+  const claim = new Queue('relay-claim', { connection });
+  const publish = new Queue('relay-publish', { connection });
+  await claim.pause();
+  await publish.setGlobalConcurrency(1);
+  await publish.setGlobalRateLimit(2, 3_000);
+  const env = { RELAY_DATABASE_URL: (await goodDatabase()).url, RELAY_REDIS_URL: redis.url };
+  const results = await notOk(env);
+  expect(results).toMatchObject([{ result: 'advice', subject: 'queue limits' }]);
+  expect(results[0]?.finding).toMatch(
+    /relay-claim is paused.*relay-publish takes at most 1 in progress.*removeGlobalConcurrency.*at most 2 in 3000 ms/,
+  );
+  await Promise.all([claim.close(), publish.close()]);
+});
+
 describe('a Redis that will not do fails', () => {
   const failsWith = async (env: Env, subject: string, cause: RegExp): Promise<void> => {
     const { url } = await goodDatabase();
@@ -530,6 +548,18 @@ describe('a Redis that will not do fails', () => {
     await openAdminRedis(redis.adminUrl).call('ACL', 'SETUSER', RELAY_USER, '-info');
     await failsWith({ RELAY_REDIS_URL: redis.url }, 'Redis', /info.*relay grants/);
   });
+
+  for (const [right, subject] of [
+    ['evalsha', 'queues'],
+    ['smembers', 'queues'],
+    ['xtrim', 'queues'],
+    ['xrevrange', 'streams'],
+  ] as const)
+    test(`a user without ${right}, which new events do not take, but retries or repairs`, async () => {
+      const redis = await createRedis();
+      await openAdminRedis(redis.adminUrl).call('ACL', 'SETUSER', RELAY_USER, `-${right}`);
+      await failsWith({ RELAY_REDIS_URL: redis.url }, subject, new RegExp(`${right}.*relay grants`));
+    });
 
   for (const [what, args, subject, cause] of [
     [

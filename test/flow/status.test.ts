@@ -78,6 +78,7 @@ test('the status tells what there is, and what the oldest event of each state wa
 
   // Nobody claims while the queue is paused.
   await stage.queue('claim').pause();
+  await stage.queue('publish').setGlobalConcurrency(7);
   const waiting = anEvent();
   await insertEvents(stage.pool, [waiting]);
   const { code, lines } = await stage.command(['status'], env);
@@ -90,6 +91,7 @@ test('the status tells what there is, and what the oldest event of each state wa
   expect(text).toContain(`fresh     ${waiting.eventId}`);
   expect(text).toContain('waits to be claimed, but the claim queue is paused');
   expect(text).toMatch(/relay-claim .*PAUSED/);
+  expect(text).toMatch(/relay-publish .*at most 7 in progress \(global concurrency\)/);
   expect(text).toMatch(/mailer +0 consumers +\d+ to read +0 pending +\d+ about to be trimmed unread/);
   expect(text).toMatch(/last tick of the schedule: .* ago, due every 5 s/);
 });
