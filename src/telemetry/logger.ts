@@ -29,11 +29,19 @@ export type Logger = {
 
 export type LogLevel = RelayConfig['logLevel'];
 
-/** @param destination default: stdout, written at once, so that no end of the process loses a line or changes the order */
-export function createLogger(
-  level: LogLevel,
-  destination: DestinationStream = pino.destination({ dest: 1, sync: true }),
-): Logger {
+/** Of lines that stdout does not take, the first are kept up to this size. */
+const KEPT_BYTES = 1024 * 1024;
+
+/** Written at once, so that no end of the process loses a line or changes the order. */
+function stdout(): DestinationStream {
+  const written = pino.destination({ dest: 1, sync: true, maxLength: KEPT_BYTES });
+  // The disk for logs is full: events go on, and the lines are written when there is room again. Unheard, it ends the process.
+  written.on('error', () => {});
+  return written;
+}
+
+/** @param destination default: stdout */
+export function createLogger(level: LogLevel, destination: DestinationStream = stdout()): Logger {
   return pino(
     {
       level,

@@ -1,6 +1,9 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
+import { existsSync } from 'node:fs';
+import { open } from 'node:fs/promises';
 import { hostname } from 'node:os';
+import type { Readable } from 'node:stream';
 import { text } from 'node:stream/consumers';
 import { describe, expect, inject, test } from 'vitest';
 import { createPool } from '../../src/connections/pool.ts';
@@ -197,4 +200,19 @@ test('a process that is killed has written every line before, in order', async (
     .split('\n')
     .map((line) => JSON.parse(line).n);
   expect(numbers).toEqual(Array.from({ length: 200 }, (_, n) => n));
+});
+
+test('a process whose disk for logs is full goes on', { skip: !existsSync('/dev/full') }, async () => {
+  const program = `
+    import { createLogger } from '${inject('root')}/dist/telemetry/logger.js';
+    const logger = createLogger('info');
+    for (let n = 0; n < 200; n++) logger.info({ n, text: 'x'.repeat(10_000) }, 'a line');
+    setTimeout(() => console.error('it goes on'), 10);`;
+  const full = await open('/dev/full', 'w');
+  const child = spawn(process.execPath, ['--input-type=module', '--eval', program], {
+    stdio: ['ignore', full.fd, 'pipe'],
+  });
+  const [said, [code]] = await Promise.all([text(child.stderr as Readable), once(child, 'close')]);
+  await full.close();
+  expect({ said, code }).toEqual({ said: 'it goes on\n', code: 0 });
 });
