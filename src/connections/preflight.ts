@@ -14,11 +14,19 @@ export async function requireTable(pool: Pool): Promise<void> {
   if (missing.length > 0) throw new NotReadyError(lacks(missing));
 }
 
+/** Redis answers a client too many with the reason and hangs up; what the client has sent by then costs it the answer. */
+const withLikelyReason = (error: Error): Error =>
+  /\b(EPIPE|ECONNRESET)\b/.test(error.message)
+    ? new Error(
+        `${error.message}: the connection ended at once, as when Redis has as many clients as its maxclients`,
+      )
+    : error;
+
 /** The last error of a connection while it is not ready: ioredis' own errors do not say why there is none. */
 export function lastErrorOf(redis: Redis): () => Error | undefined {
   let last: Error | undefined;
   redis.on('error', (error) => {
-    last = error;
+    last = withLikelyReason(error);
   });
   redis.on('ready', () => {
     last = undefined;
@@ -34,7 +42,7 @@ export async function connected(redis: Redis, timeoutMs: number): Promise<void> 
   if (redis.status === 'ready') return;
   let reason: Error | undefined;
   const onError = (error: Error) => {
-    reason ??= error;
+    reason ??= withLikelyReason(error);
   };
   redis.on('error', onError);
   try {

@@ -12,6 +12,7 @@ import {
 import { brief, type Failure, inSteps, isEvent, type OutboxEvent, type TraceContext } from '../event.ts';
 import { NotReadyError, pause, succeedsWithin, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
+import { redisTime } from './clock.ts';
 import { createJobViews } from './job-views.ts';
 
 type QueueOptions = Pick<RelayConfig, 'queuePrefix' | 'queueName' | 'maxRetryAttempts' | 'retryBaseDelayMs'>;
@@ -30,12 +31,13 @@ export type InFlight = JobCounts & Readonly<{ total: number }>;
 /**
  * What BullMQ knows of an event's job.
  * - `alive`: waiting, delayed, or active with a worker on it (or soon found to be stalled); with the failed
- *   attempts of the event so far, and why the last one failed
+ *   attempts of the event so far, and why the last one failed; `isKept`: a worker has had it for longer than any of the
+ *   relay's would
  * - `failed`: its retries are spent
  * - `missing`: there is no job; it has ended, or Redis lost it
  */
 export type JobFate =
-  | Readonly<{ state: 'alive'; attempts: number; reason: string }>
+  | Readonly<{ state: 'alive'; attempts: number; reason: string; isKept?: boolean }>
   | Readonly<{ state: 'failed' | 'missing' }>;
 
 /** A publish job whose retries are spent, as its dead letter needs it. `madeAt`: when the job was made, Unix time in ms. */
@@ -57,6 +59,8 @@ export type Queues = ReturnType<typeof createQueues>;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
+/** Far above what the relay's workers take for a job, be a server slow or away. */
+const KEPT_MS = 120_000;
 /** Approximate size of a job without its payload. */
 const JOB_BYTES = 800;
 /** Events that are remembered to be too large, at most. */
@@ -206,14 +210,22 @@ export function createQueues(redis: Redis, options: QueueOptions, logger: Pick<L
         await redis.del(key);
         return { state: 'missing' };
       }
-      const facts = await redis.hmget(key, 'timestamp', 'finishedOn', 'atm', 'failedReason');
-      const [madeAt, endedAt, failures, reason] = facts;
+      const facts = await redis.hmget(key, 'timestamp', 'finishedOn', 'atm', 'failedReason', 'processedOn');
+      const [madeAt, endedAt, failures, reason, begunAt] = facts;
       if (!madeAt) return { state: 'missing' };
       // Its last attempt has failed since we asked for its state.
       if (endedAt) return { state: 'failed' };
-      if (Number(failures ?? 0) === 0) return { state: 'alive', attempts: 0, reason: '' };
-      const before = eventOf(await redis.hget(key, 'data'))?.attempts ?? 0;
-      return { state: 'alive', attempts: before + Number(failures), reason: reason ?? '' };
+      const failed = Number(failures ?? 0);
+      const isKept = state === 'active' && (await redisTime(redis)) - Number(begunAt) > KEPT_MS;
+      const alive = (attempts: number, why: string) =>
+        ({ state: 'alive', attempts, reason: why, ...(isKept && { isKept }) }) as const;
+      if (failed === 0 && state !== 'delayed') return alive(0, '');
+      const event = eventOf(await redis.hget(key, 'data'));
+      if (failed > 0) return alive((event?.attempts ?? 0) + failed, reason ?? '');
+      if (event?.eventId === eventId) return alive(0, '');
+      // Another program's job under the event's id: it keeps the event's own out until it is due.
+      await publish.remove(eventId);
+      return { state: 'missing' };
     },
 
     /** What became of the event's job, if it has failed. The event is that of its row: another program may write to jobs. */

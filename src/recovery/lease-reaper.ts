@@ -71,6 +71,7 @@ export function createLeaseReaper(deps: {
   return async function reap(goesOn: () => boolean = () => true): Promise<void> {
     if (Date.now() - refusedSince > REFUSED_MS || refused.size >= REFUSED_KEPT) refused.clear();
     const seen = { alive: 0, failed: 0, missing: 0 };
+    const kept: string[] = [];
     let found = 0;
     for (let batch = 0; batch < BATCHES_MAX && goesOn(); batch++) {
       const epoch = epochs.current();
@@ -82,7 +83,10 @@ export function createLeaseReaper(deps: {
       const written = await writeAll(epoch, await findEntries(await Promise.all(rows.map(judge))));
       found += written.found;
       if (written.unlettered.length > 0) await writeLetters(written.unlettered);
-      for (const { row, fate } of written.judged) if (!row.isDead) seen[fate.state]++;
+      for (const { row, fate } of written.judged) {
+        if (!row.isDead) seen[fate.state]++;
+        if (fate.state === 'alive' && fate.isKept) kept.push(row.eventId);
+      }
       await bury(written.judged.filter(({ fate }) => fate.state === 'failed').map(({ row }) => row));
       if (rows.length < BATCH || written.judged.length === 0) break;
     }
@@ -95,6 +99,11 @@ export function createLeaseReaper(deps: {
       );
     if (seen.failed > 0)
       logger.warn({ events: seen.failed }, 'finished dead letters that had been left half done');
+    if (kept.length > 0)
+      logger.warn(
+        { events: kept.length, eventIds: kept.slice(0, 3) },
+        'a worker keeps publish jobs and does not end them; is it another program’s, on the relay’s queue?',
+      );
     if (seen.alive > 0) logger.debug({ events: seen.alive }, 'leases extended');
   };
 

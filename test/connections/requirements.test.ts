@@ -541,6 +541,21 @@ describe('a Redis that will not do fails', () => {
     );
   });
 
+  test('one that has as many clients as it may have', async () => {
+    const redis = await createRedis({ args: ['--maxclients', '1'] });
+    const only = openAdminRedis(redis.adminUrl);
+    await only.ping();
+    const { url } = await goodDatabase();
+    const results = await notOk({ RELAY_DATABASE_URL: url, RELAY_REDIS_URL: redis.url });
+    expect(results).toMatchObject([
+      {
+        result: 'failed',
+        subject: 'Redis',
+        finding: expect.stringMatching(/max number of clients|maxclients.*RELAY_REDIS_URL/),
+      },
+    ]);
+  });
+
   test('a user without its rights', async () => {
     const redis = await createRedis();
     await openAdminRedis(redis.adminUrl).call('ACL', 'SETUSER', RELAY_USER, '-xadd');

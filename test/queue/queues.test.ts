@@ -359,6 +359,21 @@ describe('the fate of a job', () => {
     }
   });
 
+  test('is missing where another program has a job of the event’s id that waits: it is put out of the way', async () => {
+    const event = aClaimedEvent();
+    await queues.publish.add('theirs', { not: 'an event' } as never, {
+      jobId: event.eventId,
+      delay: 86_400_000,
+    });
+    await queues.addPublishJobs([event]);
+    expect(await queues.jobFate(event.eventId)).toEqual({ state: 'missing' });
+    await queues.addPublishJobs([event]);
+    expect(await queues.jobFate(event.eventId)).toEqual(ALIVE);
+    await (await queues.publish.getJob(event.eventId))?.remove();
+    await queues.publish.add('ours', event, { jobId: event.eventId, delay: 86_400_000 });
+    expect(await queues.jobFate(event.eventId)).toEqual(ALIVE);
+  });
+
   test('is alive while the queue is paused', async () => {
     const event = aClaimedEvent();
     await queues.addPublishJobs([event]);

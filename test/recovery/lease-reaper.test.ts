@@ -127,6 +127,32 @@ describe('a row whose lease has ended', () => {
     for (const { msLeft } of rows) expect(msLeft).toBeGreaterThan(LEASE_MS / 2);
   });
 
+  test('is named when a worker has kept its job for minutes, as another program’s on this queue may', async () => {
+    const [kept] = (await expired(1)) as [LeasedEvent];
+    const [begun, end] = [deferred(), deferred()];
+    const run = stage.runJobs(async () => {
+      begun.resolve();
+      await end.promise;
+    });
+    await begun.promise;
+    const told: unknown[] = [];
+    const logger = {
+      ...context.logger,
+      warn: (fields: object, text: string) => void told.push({ ...fields, text }),
+    };
+    await reap({ logger });
+    expect(told).toEqual([]);
+    await redis.hset(queues.jobKey(kept.eventId), 'processedOn', Date.now() - 150_000);
+    await expire();
+    const { seen } = await reap({ logger });
+    end.resolve();
+    await run;
+    expect(seen).toMatchObject({ alive: 1 });
+    expect(told).toEqual([
+      { events: 1, eventIds: [kept.eventId], text: expect.stringContaining('a worker keeps publish jobs') },
+    ]);
+  });
+
   test('is fresh again when its job is gone, by itself or with everything', async () => {
     const [first] = (await expired(2)) as [LeasedEvent];
     await queues.remove(first.eventId);
