@@ -43,6 +43,7 @@ export const DATABASE_REQUIREMENTS: readonly Requirement<OnDatabase>[] = [
 
 /** Tried once, before the relay starts: what gives only advice, and what reads the table. */
 export const DATABASE_AT_START: readonly Requirement<OnDatabase>[] = [
+  { subject: 'persistence', check: survivesCrash },
   { subject: 'null columns', check: hasNoNulls },
   { subject: 'ids', check: idsAreInOrder },
   { subject: 'defaults', check: rowsBeginFresh },
@@ -57,6 +58,8 @@ export const DATABASE_AT_START: readonly Requirement<OnDatabase>[] = [
 
 /** set_config knows all that a claim sets, and a claim uses what is in it. */
 const MINIMUM_VERSION = 13;
+/** How long a COMMIT waits for a standby that is there, at most, be the network slow. */
+const SYNCHRONOUS_SECONDS = 5;
 /** Longest time to read a whole table. */
 const SCAN_MS = 2_000;
 /** The queue holds 8 GB unless it is set smaller; sessions that listen read at once. */
@@ -130,11 +133,20 @@ async function isPostgres({ pool }: OnDatabase): Promise<Finding> {
 }
 
 async function takesWrites({ pool }: OnDatabase): Promise<Finding> {
-  const { rows } = await pool.query<{ standby: boolean; readOnly: boolean; role: string }>(
+  const { rows } = await pool.query<{
+    standby: boolean;
+    readOnly: boolean;
+    role: string;
+    names: string;
+    waitsSeconds: number | null;
+  }>(
     `SELECT pg_is_in_recovery() AS standby, current_user AS role,
-            current_setting('default_transaction_read_only')::boolean AS "readOnly"`,
+            current_setting('default_transaction_read_only')::boolean AS "readOnly",
+            current_setting('synchronous_standby_names') AS names,
+            (SELECT extract(epoch FROM clock_timestamp() - min(query_start))::int FROM pg_stat_activity
+             WHERE datname = current_database() AND wait_event = 'SyncRep') AS "waitsSeconds"`,
   );
-  const { standby, readOnly, role } = rows[0] ?? {};
+  const { standby, readOnly, role, names, waitsSeconds } = rows[0] ?? {};
   if (standby)
     return failedFor(
       'soon',
@@ -144,6 +156,12 @@ async function takesWrites({ pool }: OnDatabase): Promise<Finding> {
     return failedFor(
       'soon',
       `sessions of ${role} are read only (default_transaction_read_only): let RELAY_DATABASE_URL lead to the primary, or ALTER ROLE or DATABASE … RESET default_transaction_read_only`,
+    );
+  // Other statements go on, also in the sessions of the health checks. A role sees the waits of its own sessions.
+  if (waitsSeconds && waitsSeconds >= SYNCHRONOUS_SECONDS)
+    return failedFor(
+      'later',
+      `a COMMIT has waited for ${waitsSeconds} s for a synchronous standby (synchronous_standby_names is ${JSON.stringify(names)}): start the standby, or take it out of synchronous_standby_names`,
     );
   return ok('the primary, and it takes writes');
 }
@@ -172,6 +190,16 @@ async function hasTable({ pool }: OnDatabase): Promise<Finding> {
   const missing = await missingFromTable(pool);
   if (missing.length > 0) return failedFor('later', lacks(missing));
   return ok('identity.outbox has its columns and indexes');
+}
+
+async function survivesCrash({ pool }: OnDatabase): Promise<Finding | undefined> {
+  const { rowCount } = await pool.query(
+    `SELECT FROM pg_class WHERE oid = to_regclass('identity.outbox') AND relpersistence <> 'p'`,
+  );
+  if (rowCount === 0) return undefined;
+  return advice(
+    'identity.outbox is UNLOGGED: a crash of PostgreSQL empties it, and a standby has none of its rows: ALTER TABLE identity.outbox SET LOGGED',
+  );
 }
 
 async function hasNoNulls({ pool }: OnDatabase): Promise<Finding | undefined> {

@@ -18,12 +18,14 @@ import { asRelay, grantLeast, OPERATOR_ROLE, RELAY_USER } from '../support/least
 import { startPod } from '../support/pods.ts';
 import {
   createDatabase,
+  createPostgres,
   createRedis,
   folderOfFile,
   type TestDatabase,
   type TestRedis,
 } from '../support/servers.ts';
 import { openAdminPool, openAdminRedis, openPool, openRedis, silent } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
 
 /** Each broken set-up has exactly one result that is no `ok`, and it names the cause. */
 
@@ -319,6 +321,13 @@ describe('advice', () => {
       {},
     ],
     [
+      'a table that a crash empties',
+      `${ALTER} SET UNLOGGED`,
+      'persistence',
+      /UNLOGGED.*crash.*SET LOGGED/,
+      {},
+    ],
+    [
       'a trigger that is off',
       `${ALTER} DISABLE TRIGGER relay_outbox_wakeup`,
       'wake-up',
@@ -472,6 +481,34 @@ test('queues that an operator has paused or limited in BullMQ are worth advice',
     /relay-claim is paused.*relay-publish takes at most 1 in progress.*removeGlobalConcurrency.*at most 2 in 3000 ms/,
   );
   await Promise.all([claim.close(), publish.close()]);
+});
+
+test('a COMMIT that waits for a synchronous standby fails', async () => {
+  const { adminUrl, url } = await createPostgres();
+  const admin = openAdminPool(adminUrl);
+  const setNames = async (names: string) => {
+    await admin.query(`ALTER SYSTEM SET synchronous_standby_names = '${names}'`);
+    await admin.query('SELECT pg_reload_conf()');
+  };
+  await setNames('away');
+  await waitFor(
+    async () =>
+      (await admin.query('SHOW synchronous_standby_names')).rows[0].synchronous_standby_names === 'away',
+    { what: 'the setting' },
+  );
+  const committed = openPool(url).query(`SELECT pg_logical_emit_message(true, 'a', 'b')`);
+  await waitFor(async () => (await notOk({ RELAY_DATABASE_URL: url })).length > 0, {
+    what: 'the wait to be noticed',
+  });
+  expect(await notOk({ RELAY_DATABASE_URL: url })).toMatchObject([
+    {
+      ...{ result: 'failed', subject: 'writable', mayPass: 'later' },
+      finding: expect.stringMatching(/COMMIT has waited for \d+ s.*synchronous_standby_names is "away"/),
+    },
+  ]);
+  await setNames('');
+  await committed;
+  expect(await notOk({ RELAY_DATABASE_URL: url })).toEqual([]);
 });
 
 describe('a Redis that will not do fails', () => {
