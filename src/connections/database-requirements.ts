@@ -86,6 +86,11 @@ export function databaseFinding(error: unknown): Finding {
   if (/statement pooling mode/.test(text)) return failed(STATEMENT_POOLING);
   if (code === NO_RIGHT) return failed(`${text}: give the role its rights; "relay grants" prints them`);
   if (NO_SUCH_LOGIN.test(code)) return failed(`${text}: see RELAY_DATABASE_URL`);
+  if (text === 'Query read timeout')
+    return failedFor(
+      'soon',
+      `${text}: the server hangs, or a pooler before it has no session to give: in session mode it needs as many as all pods together (RELAY_DATABASE_POOL_SIZE)`,
+    );
   if (code === '' && NOT_REACHED.test(text)) return failedFor('soon', `${text}: see RELAY_DATABASE_URL`);
   if (code === READ_ONLY) return failedFor('soon', `${text}: let RELAY_DATABASE_URL lead to the primary`);
   // What PostgreSQL has and this server has not, or what the table has in addition. A table that is altered now passes.

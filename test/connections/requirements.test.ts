@@ -369,6 +369,24 @@ test('too few sessions to listen for notifications are worth advice: the relay w
   ]);
 });
 
+test('a pooler that has no session to give is thought of where PostgreSQL does not answer', async () => {
+  const { url } = await goodDatabase();
+  const client = {
+    query: () => Promise.reject(new Error('Query read timeout')),
+    on() {},
+    off() {},
+    release() {},
+  };
+  const redis = openRedis((await goodRedis()).url);
+  const pool = { connect: async () => client as never };
+  const on = { pool, queueRedis: redis, streamRedis: redis };
+  const results = await checkRequirements(loadConfig({ RELAY_DATABASE_URL: url }), on);
+  expect(results[0]).toMatchObject({
+    ...{ result: 'failed', subject: 'database', mayPass: 'soon' },
+    finding: expect.stringMatching(/Query read timeout.*pooler.*RELAY_DATABASE_POOL_SIZE/),
+  });
+});
+
 test('what calls itself something else than PostgreSQL fails', async () => {
   const database = await databaseWith(
     `CREATE FUNCTION public.version() RETURNS text LANGUAGE sql AS $$ SELECT 'CockroachDB CCL v25.1.0' $$`,
