@@ -6,6 +6,7 @@ import {
   columnsWithNulls,
   idsOutOfOrder,
   lacks,
+  lockedRows,
   misleadingDefaults,
   missingFromTable,
   nullableColumns,
@@ -44,6 +45,7 @@ export const DATABASE_REQUIREMENTS: readonly Requirement<OnDatabase>[] = [
 /** Tried once, before the relay starts: what gives only advice, and what reads the table. */
 export const DATABASE_AT_START: readonly Requirement<OnDatabase>[] = [
   { subject: 'persistence', check: survivesCrash },
+  { subject: 'row locks', check: rowsAreFree },
   { subject: 'null columns', check: hasNoNulls },
   { subject: 'ids', check: idsAreInOrder },
   { subject: 'defaults', check: rowsBeginFresh },
@@ -204,6 +206,15 @@ async function survivesCrash({ pool }: OnDatabase): Promise<Finding | undefined>
   if (rowCount === 0) return undefined;
   return advice(
     'identity.outbox is UNLOGGED: a crash of PostgreSQL empties it, and a standby has none of its rows: ALTER TABLE identity.outbox SET LOGGED',
+  );
+}
+
+async function rowsAreFree({ pool }: OnDatabase): Promise<Finding | undefined> {
+  const locked = await lockedRows(pool);
+  if (locked === undefined) return undefined;
+  const { rows, pid, role } = locked;
+  return advice(
+    `session ${pid} (role ${role}) keeps at least ${rows} of the rows locked that have waited for a minute or longer, and no pod can take them: end its transaction, or SELECT pg_terminate_backend(${pid})`,
   );
 }
 

@@ -107,7 +107,8 @@ function whatFor(
         return 'to be claimed; many jobs are in Redis already, see RELAY_MAX_IN_FLIGHT';
       return 'to be claimed';
     case 'parked':
-      if (row.behind === null) return 'for the sweep of the next tick: nothing is before it any more';
+      if (row.behind === null)
+        return 'for the sweep of the next tick, or for a session that keeps its row locked: nothing is before it any more';
       return row.behind.isDead
         ? `for event ${row.behind.eventId} before it, which is dead and holds its aggregate`
         : `for event ${row.behind.eventId} before it`;

@@ -218,6 +218,21 @@ export async function columnsWithNulls(client: Queryable, columns: readonly stri
 export const nullsIn = (columns: readonly string[]): string =>
   `${columns.join(', ')} of identity.outbox ${columns.length > 1 ? 'are' : 'is'} null in some rows, which would never be published: give them a value, and SET NOT NULL`;
 
+/** Of the rows that no pod has and that have waited for a minute, those that a session of another role keeps locked. */
+export async function lockedRows(
+  client: Queryable,
+): Promise<Readonly<{ rows: number; pid: number; role: string }> | undefined> {
+  const first = (state: string) => `(SELECT xmax, created_at FROM identity.outbox
+     WHERE NOT published AND dead_lettered_at IS NULL AND next_attempt_at ${state} LIMIT 100)`;
+  const { rows } = await client.query<{ rows: number; pid: number; role: string }>(`
+    SELECT count(*)::int AS rows, a.pid, a.usename AS role
+    FROM (${first('IS NULL')} UNION ALL ${first(`= 'infinity'`)}) o
+    JOIN pg_locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = o.xmax
+    JOIN pg_stat_activity a ON a.pid = l.pid AND a.usename <> current_user
+    WHERE o.created_at < now() - interval '1 minute' GROUP BY a.pid, a.usename ORDER BY 1 DESC LIMIT 1`);
+  return rows[0];
+}
+
 /** Why the order of ids may not be the order in which rows are written; undefined where nothing is known. */
 export async function idsOutOfOrder(client: Queryable): Promise<string | undefined> {
   const { rows } = await client.query<{

@@ -501,6 +501,29 @@ test('queues that an operator has paused or limited in BullMQ are worth advice',
   await Promise.all([claim.close(), publish.close()]);
 });
 
+test('rows that another session keeps locked are worth advice: no pod can take them', async () => {
+  const database = await createDatabase();
+  const admin = openAdminPool(database.adminUrl);
+  await insertEvents(admin, [anEvent(), anEvent()]);
+  await admin.query(
+    `UPDATE identity.outbox SET created_at = now() - interval '2 minutes', next_attempt_at = CASE WHEN id % 2 = 0 THEN 'infinity'::timestamptz END`,
+  );
+  const client = await admin.connect();
+  await client.query('BEGIN');
+  await client.query('SELECT FROM identity.outbox FOR UPDATE');
+  const { rows } = await client.query('SELECT pg_backend_pid() AS pid, current_user AS role');
+  const { pid, role } = rows[0];
+  expect(await notOk({ RELAY_DATABASE_URL: database.url })).toMatchObject([
+    {
+      ...{ result: 'advice', subject: 'row locks' },
+      finding: expect.stringContaining(`session ${pid} (role ${role}) keeps at least 2 of the rows locked`),
+    },
+  ]);
+  await client.query('ROLLBACK');
+  client.release();
+  expect(await notOk({ RELAY_DATABASE_URL: database.url })).toEqual([]);
+});
+
 test('a COMMIT that waits for a synchronous standby fails', async () => {
   const { adminUrl, url } = await createPostgres();
   const admin = openAdminPool(adminUrl);
