@@ -83,7 +83,10 @@ afterAll(async () => {
 });
 
 test('an event is written twice, by its claim and by its acknowledgement', () => {
-  expect(rows.updated).toBe(2 * (WARM_EVENTS + EVENTS));
+  const updated = rows.updated - 2 * (WARM_EVENTS + EVENTS);
+  expect(updated).toBeGreaterThanOrEqual(0);
+  // On a machine so busy that rows wait for ten seconds, a claim is tried on a few of them, and rolled back.
+  expect(updated).toBeLessThanOrEqual(15);
   // By the benchmark, between warming up and counting.
   expect(rows.deleted).toBe(WARM_EVENTS);
 });
