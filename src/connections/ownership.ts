@@ -2,7 +2,8 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { NotReadyError } from '../lifecycle.ts';
 import { type Owner, readOwner } from '../outbox/owner.ts';
-import { type Finding, failed, ok, RequirementError } from '../requirement.ts';
+import { listeningPods } from '../outbox/wakeup.ts';
+import { type Finding, failed, failedFor, ok, RequirementError } from '../requirement.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { asking, type Pool } from './database.ts';
 
@@ -56,11 +57,21 @@ function problemOf(mine: Owner, there: Owner, queue: QueueName): string | null {
 /** Deadline of one query. */
 const ASK_MS = 5_000;
 
-/** Whether the queue on this Redis is free or belongs to this database. Changes nothing. */
+/**
+ * Whether the queue on this Redis belongs to this database, or is free and no pod works on the table: pods with another Redis
+ * or another queue would be a second relay for the same rows. Changes nothing.
+ */
 export async function isOurs(pool: Pool, redis: Redis, queue: QueueName): Promise<Finding> {
   const { mine, there, problem } = await compareOwners(pool, redis, queue);
   if (problem) return failed(problem);
-  return ok(`queue "${queue.queueName}" ${there ? 'belongs to' : 'is free for'} ${describeOwner(mine)}`);
+  if (there) return ok(`queue "${queue.queueName}" belongs to ${describeOwner(mine)}`);
+  const elsewhere = await listeningPods(asking(pool, ASK_MS));
+  if (elsewhere.length === 0) return ok(`queue "${queue.queueName}" is free for ${describeOwner(mine)}`);
+  // Soon, if Redis was emptied: those pods write their database to it again.
+  return failedFor(
+    'soon',
+    `pods are at work on this table (${[...new Set(elsewhere)].map((it) => it || 'local socket').join(', ')}), and queue "${queue.queueName}" (prefix "${queue.queuePrefix}") on this Redis is not theirs: all pods of a table need the same Redis and queue; see RELAY_REDIS_URL, RELAY_STREAM_REDIS_URL, RELAY_QUEUE_NAME and RELAY_QUEUE_PREFIX, or stop those pods first`,
+  );
 }
 
 /**

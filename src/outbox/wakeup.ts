@@ -20,6 +20,10 @@ const ARMED = '1919705465, 2002873189';
 
 const RECONNECT_DELAY_MS = 1_000;
 const HEARTBEAT_MS = 10_000;
+/** By this name others see that a pod is at work. */
+const LISTENER = 'relay-service wake-up';
+/** A session that was silent for longer is what is left of a machine that is gone. */
+const AT_WORK_SECONDS = (3 * HEARTBEAT_MS) / 1_000;
 const QUERY_TIMEOUT_MS = 5_000;
 
 export async function installWakeup(db: Queryable): Promise<'installed' | 'present'> {
@@ -43,6 +47,20 @@ export async function removeWakeup(db: Queryable): Promise<'removed' | 'absent'>
   await db.query('DROP TRIGGER relay_outbox_wakeup ON identity.outbox');
   await db.query('DROP FUNCTION IF EXISTS identity.relay_outbox_wakeup()');
   return 'removed';
+}
+
+/**
+ * Where the pods are that listen for new events of this database: addresses, '' for a local socket. Pods without wake-up
+ * are not among them, nor those of roles whose sessions this one may not see.
+ */
+export async function listeningPods(db: Queryable): Promise<string[]> {
+  const { rows } = await db.query<{ address: string }>(
+    `SELECT coalesce(host(client_addr), '') AS address FROM pg_stat_activity
+     WHERE datname = current_database() AND application_name = $1
+       AND state_change > clock_timestamp() - make_interval(secs => $2)`,
+    [LISTENER, AT_WORK_SECONDS],
+  );
+  return rows.map(({ address }) => address);
 }
 
 /** `tgenabled` of the trigger; undefined where there is none. */
@@ -166,6 +184,7 @@ export function createWakeup(deps: {
         await wait();
         return;
       }
+      await query(client, `SET application_name = '${LISTENER}'`);
       client.on('notification', onNotification(client));
       listener = client;
       if (isLost) logger.info({}, 'notifications of new events arrive again');

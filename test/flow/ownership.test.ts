@@ -165,6 +165,38 @@ test('Redis that was emptied gets its owner again, and the first pod that comes 
   expect((await stage.expectPromisesHeld()).entries).toBe(25);
 });
 
+test('a second relay for the same table, with another Redis or queue, is refused while the pods of the first are at work', async () => {
+  const stage = await setStage({ env: { RELAY_STARTUP_TIMEOUT: '1' } });
+  await stage.pod();
+  const listens = `SELECT FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name = 'relay-service wake-up'`;
+  await waitFor(async () => (await stage.pool.query(listens)).rowCount === 1, { what: 'the pod to listen' });
+  await insertEvents(stage.pool, someEvents(20));
+  const others = [{ RELAY_REDIS_URL: (await createRedis()).url }, { RELAY_QUEUE_NAME: 'second' }];
+  for (const env of others)
+    for (const [command, exit] of [
+      ['check', 1],
+      ['start', 69],
+    ] as const) {
+      const { code, lines } = await stage.command([command], env);
+      expect(code, lines.join('\n')).toBe(exit);
+      expect(lines.join('\n')).toMatch(/pods are at work on this table \(127\.0\.0\.1\)/);
+    }
+  // Pods of the first are welcome, also where its Redis was emptied.
+  await stage.redis.flushall();
+  await stage.pod({ RELAY_STARTUP_TIMEOUT: '60' });
+  await insertEvents(stage.pool, someEvents(20));
+  await stage.rested();
+  expect((await stage.expectPromisesHeld()).entries).toBe(40);
+});
+
+test('once the pods of the first have ended, another Redis takes its place', async () => {
+  const stage = await setStage();
+  const pod = await stage.pod();
+  await pod.kill('SIGTERM');
+  await stage.pod({ RELAY_REDIS_URL: (await createRedis()).url });
+});
+
 test('a build without owners has left none: its database has the queue without a word', async () => {
   const stage = await setStage();
   const pod = await stage.pod();
