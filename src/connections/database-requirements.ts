@@ -298,7 +298,8 @@ async function wakesUp({ pool, config }: OnDatabase): Promise<Finding | undefine
   try {
     if (await hearsNotifications(pool)) return ok('the trigger is there, and notifications arrive');
   } catch (error) {
-    if (error instanceof TooFewSessionsError) return advice(`${waits}: ${error.message}`);
+    if (error instanceof TooFewSessionsError || sqlState(error) === NO_RIGHT)
+      return advice(`${waits}: ${errorText(error)}`);
     throw error;
   }
   return advice(
@@ -317,7 +318,10 @@ async function letsPrepare({ pool }: OnDatabase): Promise<Finding | undefined> {
 }
 
 async function hasRoomToNotify({ pool }: OnDatabase): Promise<Finding | undefined> {
-  const { rows } = await pool.query<{ used: number }>('SELECT pg_notification_queue_usage() AS used');
+  // Some installations take the right to call it from roles.
+  const { rows } = await pool
+    .query<{ used: number }>('SELECT pg_notification_queue_usage() AS used')
+    .catch((error) => (sqlState(error) === NO_RIGHT ? { rows: [] } : Promise.reject(error)));
   const used = rows[0]?.used ?? 0;
   if (used < QUEUE_IS_FILLING) return undefined;
   return advice(

@@ -431,6 +431,15 @@ test('of a server: prepared transactions and a NOTIFY queue that fills are worth
   ]);
   deaf.on('error', () => {});
 
+  // Without these rights the relay works.
+  await openAdminPool(postgres.url).query(
+    'REVOKE EXECUTE ON FUNCTION pg_notify(text, text), pg_notification_queue_usage() FROM PUBLIC',
+  );
+  expect(await notOk(env)).toMatchObject([
+    { result: 'advice', subject: 'wake-up', finding: expect.stringMatching(/wait up to.*pg_notify/) },
+    { result: 'advice', subject: 'PREPARE TRANSACTION' },
+  ]);
+
   await postgres.stop();
   await writeFile(join(directory, 'data', 'standby.signal'), '');
   await postgres.restart();
