@@ -16,7 +16,7 @@ import {
   unsuitableInTable,
 } from '../outbox/required.ts';
 import { hiddenRows } from '../outbox/row-security.ts';
-import { hasWakeup, hearsNotifications, isWakeupOff } from '../outbox/wakeup.ts';
+import { hasWakeup, hearsNotifications, isWakeupOff, notifyQueueUsage } from '../outbox/wakeup.ts';
 import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../requirement.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { type Pool, type Queryable, transaction } from './database.ts';
@@ -318,11 +318,7 @@ async function letsPrepare({ pool }: OnDatabase): Promise<Finding | undefined> {
 }
 
 async function hasRoomToNotify({ pool }: OnDatabase): Promise<Finding | undefined> {
-  // Some installations take the right to call it from roles.
-  const { rows } = await pool
-    .query<{ used: number }>('SELECT pg_notification_queue_usage() AS used')
-    .catch((error) => (sqlState(error) === NO_RIGHT ? { rows: [] } : Promise.reject(error)));
-  const used = rows[0]?.used ?? 0;
+  const used = (await notifyQueueUsage(pool)) ?? 0;
   if (used < QUEUE_IS_FILLING) return undefined;
   return advice(
     `${Math.round(used * 100)} % full: a session that LISTENs in an open transaction does not read; when it is full, writers' commits fail. Look for an old xact_start in pg_stat_activity, and end that session`,

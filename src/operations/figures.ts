@@ -29,7 +29,7 @@ export function createFigures(deps: {
   backlog: () => Promise<Backlog>;
   /** Unix time in ms. */
   databaseTime: () => Promise<number>;
-  notifyQueueUsage: () => Promise<number>;
+  notifyQueueUsage: () => Promise<number | undefined>;
   queues: () => Promise<Record<'claim' | 'publish', QueueFigures>>;
   fleet: () => Promise<Fleet>;
   inspectStreams: (streams: readonly string[]) => Promise<StreamFigures[]>;

@@ -13,6 +13,7 @@ import {
 } from './conditions.ts';
 import { printable, printableType } from './event-of-row.ts';
 import { lacks, missingFromTable } from './required.ts';
+import { notifyQueueUsage } from './wakeup.ts';
 
 /** Figures about the table, for operators: how much waits, for how long, for what, and the rates. Changes nothing. */
 
@@ -150,14 +151,7 @@ export function createBacklog(
       return (rows[0] as { ms: number }).ms;
     },
 
-    /**
-     * How full the queue of NOTIFY is, of 1: the wake-up trigger, and so the commit of a producer, fails when it is full.
-     * It fills while a session listens and does not read.
-     */
-    async notifyQueueUsage(): Promise<number> {
-      const { rows } = await query<{ used: number }>('SELECT pg_notification_queue_usage() AS used');
-      return (rows[0] as { used: number }).used;
-    },
+    notifyQueueUsage: () => notifyQueueUsage(db),
 
     /** The oldest row of each state that has any, the oldest of all first. */
     async oldest(): Promise<OldestRow[]> {

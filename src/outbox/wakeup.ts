@@ -1,6 +1,11 @@
 import type pg from 'pg';
 import type { Pool, Queryable } from '../connections/database.ts';
-import { type HealthyPool, ReadOnlyError, TooFewSessionsError } from '../connections/pool-health.ts';
+import {
+  type HealthyPool,
+  ReadOnlyError,
+  sqlState,
+  TooFewSessionsError,
+} from '../connections/pool-health.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
@@ -25,6 +30,7 @@ const LISTENER = 'relay-service wake-up';
 /** A session that was silent for longer is what is left of a machine that is gone. */
 const AT_WORK_SECONDS = (3 * HEARTBEAT_MS) / 1_000;
 const QUERY_TIMEOUT_MS = 5_000;
+const NO_RIGHT = '42501';
 
 export async function installWakeup(db: Queryable): Promise<'installed' | 'present'> {
   await db.query(`
@@ -61,6 +67,20 @@ export async function listeningPods(db: Queryable): Promise<string[]> {
     [LISTENER, AT_WORK_SECONDS],
   );
   return rows.map(({ address }) => address);
+}
+
+/**
+ * How full the queue of NOTIFY is, of 1; undefined where the role may not ask. It fills while a session listens and does not
+ * read. When it is full, the wake-up trigger fails, and so does the commit of a producer.
+ */
+export async function notifyQueueUsage(db: Queryable): Promise<number | undefined> {
+  try {
+    const { rows } = await db.query<{ used: number }>('SELECT pg_notification_queue_usage() AS used');
+    return rows[0]?.used;
+  } catch (error) {
+    if (sqlState(error) === NO_RIGHT) return undefined;
+    throw error;
+  }
 }
 
 /** `tgenabled` of the trigger; undefined where there is none. */

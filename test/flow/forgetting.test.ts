@@ -170,8 +170,8 @@ test('a standby that lagged takes over while sessions to the old primary, which 
     await onServer(
       stage.primary,
       `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-       WHERE application_name = 'test' OR application_name = 'relay-service' AND pid % 3 = 0
-          OR pid = (SELECT min(pid) FROM pg_stat_activity WHERE application_name = 'relay-service')`,
+       WHERE application_name = 'test' OR application_name LIKE 'relay-service%' AND pid % 3 = 0
+          OR pid = (SELECT min(pid) FROM pg_stat_activity WHERE application_name LIKE 'relay-service%')`,
     );
   });
 });

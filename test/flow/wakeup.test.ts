@@ -129,7 +129,7 @@ test('the wake-up survives the loss of its database connection', async () => {
   await latencies(stage, 1);
   await stage.pool.query(
     `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-      WHERE datname = current_database() AND application_name = 'relay-service'`,
+      WHERE datname = current_database() AND application_name = 'relay-service wake-up'`,
   );
   // Whatever is written before it listens again is found when it does.
   const event = anEvent();

@@ -15,7 +15,8 @@ import { type AdminPool, openAdminPool, openPool, silent } from '../support/stag
 import { waitFor } from '../support/wait.ts';
 
 const CHANNEL = 'relay_outbox';
-const LISTENER = 'the listening relay';
+/** What the session that listens calls itself. */
+const LISTENER = 'relay-service wake-up';
 
 let pool: AdminPool;
 /** The trigger runs with the rights of whoever writes. */
@@ -39,10 +40,7 @@ afterEach(async () => {
 });
 
 /** A relay's wake-up at work; `wakes` counts how often it was woken. */
-async function startWakeup(
-  through: Pool = openPool(databaseUrl, { application_name: LISTENER }),
-  logger = silent,
-) {
+async function startWakeup(through: Pool = openPool(databaseUrl), logger = silent) {
   const heard = { wakes: 0 };
   const wakeup = createWakeup({ pool: through, logger, onWake: () => heard.wakes++ });
   wakeups.push(wakeup);
@@ -196,9 +194,12 @@ describe('arming', () => {
 
   test('ends with the connection: another pod is armed in its place', async () => {
     const dying = await startWakeup();
-    const other = await startWakeup(openPool(databaseUrl));
+    const other = await startWakeup();
     expect(await dying.arm()).toBe('armed');
-    await terminateListener();
+    await pool.query(
+      `SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'
+         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`,
+    );
     await waitFor(async () => (await other.arm()) === 'armed', { what: 'the other to be armed' });
     await insert();
     await waitFor(() => other.heard.wakes > 0, { what: 'the other to wake up' });
@@ -235,7 +236,7 @@ describe('arming', () => {
 
 describe('the listening connection', () => {
   test('is deaf before the start, and while it is lost; it comes back, and looks what it has missed', async () => {
-    const through = openPool(databaseUrl, { application_name: LISTENER });
+    const through = openPool(databaseUrl);
     const never = createWakeup({ pool: through, logger: silent, onWake: () => {} });
     expect(await never.arm()).toBe('deaf');
     const relay = await startWakeup(through);
