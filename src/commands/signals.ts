@@ -11,14 +11,20 @@ type Signal = 'SIGTERM' | 'SIGINT';
 let onSignal = (signal: Signal): void =>
   process.exit(process.argv[2] === 'start' ? 0 : 128 + constants.signals[signal]);
 
+/** Ctrl-C reaches every process of the terminal, and npm sends it on: within this time it is the same one again. */
+const SAME_MS = 1_000;
+
 for (const signal of ['SIGTERM', 'SIGINT'] as const) process.on(signal, () => onSignal(signal));
 
 /** The first of them; from now on it does not end the process by itself. */
 export const signalled = (): Promise<Signal> =>
   new Promise((resolve) => {
     onSignal = (signal) => {
+      const at = performance.now();
       // A second signal means: now. Nothing is lost by it, other pods take over what was left.
-      onSignal = () => process.exit(1);
+      onSignal = () => {
+        if (performance.now() - at > SAME_MS) process.exit(1);
+      };
       resolve(signal);
     };
   });

@@ -80,13 +80,32 @@ test('a second SIGTERM exits at once, and nothing is lost or doubled by it', asy
   const exited = pod.kill('SIGTERM');
   await waitFor(async () => (await status(`${pod.url}/readyz`)) === 503, { what: 'readiness to turn 503' });
   const signalledAt = Date.now();
-  await pod.kill('SIGTERM');
+  let hasEnded = false;
+  void exited.then(() => {
+    hasEnded = true;
+  });
+  // Within a second it is the first one again.
+  const again = async () => {
+    if (!hasEnded) process.kill(pod.pid, 'SIGTERM');
+    return hasEnded;
+  };
+  await waitFor(again, { what: 'the pod to end' });
   expect((await exited).code).toBe(1);
   expect(Date.now() - signalledAt).toBeLessThan(20_000);
   await release();
   await stage.pod();
   await stage.rested();
   await stage.expectPromisesHeld();
+});
+
+test('one Ctrl-C that arrives twice, from the terminal and from npm, ends the pod in order', async () => {
+  const stage = await setStage();
+  const { pod, release } = await catchMidAppend(stage);
+  const exited = pod.kill('SIGINT');
+  process.kill(pod.pid, 'SIGTERM');
+  await waitFor(async () => (await status(`${pod.url}/readyz`)) === 503, { what: 'readiness to turn 503' });
+  await release();
+  expect(await exited).toEqual({ code: 0, signal: null });
 });
 
 test('SIGTERM ends a pod that is still waiting for its servers', async () => {
