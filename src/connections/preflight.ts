@@ -16,7 +16,7 @@ export async function requireTable(pool: Pool): Promise<void> {
 
 /** Redis answers a client too many with the reason and hangs up; what the client has sent by then costs it the answer. */
 const withLikelyReason = (error: Error): Error =>
-  /\b(EPIPE|ECONNRESET)\b/.test(error.message)
+  /\b(EPIPE|ECONNRESET)\b|Connection is closed/.test(error.message)
     ? new Error(
         `${error.message}: the connection ended at once, as when Redis has as many clients as its maxclients`,
       )
@@ -49,7 +49,7 @@ export async function connected(redis: Redis, timeoutMs: number): Promise<void> 
     const connecting: Promise<unknown> = redis.status === 'wait' ? redis.connect() : redis.ping();
     await withDeadline(timeoutMs, connecting);
   } catch (error) {
-    throw reason ?? error;
+    throw reason ?? withLikelyReason(error as Error);
   } finally {
     redis.off('error', onError);
   }
