@@ -1,6 +1,7 @@
 """Reads a stream of the relay as a member of a consumer group, and handles each event once.
 
-- It records `event_id` in the transaction that handles the event, so an event that arrives twice is handled once.
+- It records its group and `event_id` in the transaction that handles the event, so an event that arrives twice is
+  handled once by each group.
 - It acknowledges after the commit. What it had not acknowledged when it died is handled by its next start (same
   CONSUMER) or by another member of the group, after CLAIM_IDLE_MS.
 - It makes its group again when Redis has lost it. The stream is then read from its first entry; the recorded ids keep
@@ -33,7 +34,8 @@ BATCH = 100
 TABLES = """
 CREATE SCHEMA IF NOT EXISTS mailer;
 CREATE TABLE IF NOT EXISTS mailer.handled_events (
-  event_id uuid PRIMARY KEY, handled_at timestamptz NOT NULL DEFAULT now());
+  consumer_group text, event_id uuid, handled_at timestamptz NOT NULL DEFAULT now(),
+  PRIMARY KEY (consumer_group, event_id));
 CREATE TABLE IF NOT EXISTS mailer.mails (
   id bigserial PRIMARY KEY, event_id uuid NOT NULL, user_id text NOT NULL, subject text NOT NULL);
 """
@@ -62,10 +64,10 @@ def handle(cursor, event):
 def handle_once(connection, event):
     """Returns whether the event was new."""
     with connection, connection.cursor() as cursor:  # commits at the end, or rolls back
-        # Waits while another consumer handles the same event, and then finds it handled.
+        # Waits while another consumer of the group handles the same event, and then finds it handled.
         cursor.execute(
-            "INSERT INTO mailer.handled_events (event_id) VALUES (%s) ON CONFLICT DO NOTHING",
-            (event["event_id"],),
+            "INSERT INTO mailer.handled_events (consumer_group, event_id) VALUES (%s, %s) ON CONFLICT DO NOTHING",
+            (GROUP, event["event_id"]),
         )
         is_new = cursor.rowcount == 1
         if is_new:

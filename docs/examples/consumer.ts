@@ -1,7 +1,8 @@
 /**
  * Reads a stream of the relay as a member of a consumer group, and handles each event once:
  *
- * - It records `event_id` in the transaction that handles the event, so an event that arrives twice is handled once.
+ * - It records its group and `event_id` in the transaction that handles the event, so an event that arrives twice is
+ *   handled once by each group.
  * - It acknowledges after the commit. What it had not acknowledged when it died is handled by its next start (same
  *   CONSUMER) or by another member of the group, after CLAIM_IDLE_MS.
  * - It makes its group again when Redis has lost it. The stream is then read from its first entry; the recorded ids
@@ -45,7 +46,8 @@ async function createTables(): Promise<void> {
   await pool.query(`
     CREATE SCHEMA IF NOT EXISTS mailer;
     CREATE TABLE IF NOT EXISTS mailer.handled_events (
-      event_id uuid PRIMARY KEY, handled_at timestamptz NOT NULL DEFAULT now());
+      consumer_group text, event_id uuid, handled_at timestamptz NOT NULL DEFAULT now(),
+      PRIMARY KEY (consumer_group, event_id));
     CREATE TABLE IF NOT EXISTS mailer.mails (
       id bigserial PRIMARY KEY, event_id uuid NOT NULL, user_id text NOT NULL, subject text NOT NULL)`);
 }
@@ -74,10 +76,10 @@ function eventOf(flat: string[]): Event {
 /** @returns whether the event was new */
 async function handleOnce(tx: pg.ClientBase, event: Event): Promise<boolean> {
   await tx.query('BEGIN');
-  // Waits while another consumer handles the same event, and then finds it handled.
+  // Waits while another consumer of the group handles the same event, and then finds it handled.
   const { rowCount } = await tx.query(
-    'INSERT INTO mailer.handled_events (event_id) VALUES ($1) ON CONFLICT DO NOTHING',
-    [event.eventId],
+    'INSERT INTO mailer.handled_events (consumer_group, event_id) VALUES ($1, $2) ON CONFLICT DO NOTHING',
+    [GROUP, event.eventId],
   );
   if (rowCount === 1) await handle(tx, event);
   await tx.query('COMMIT');

@@ -23,18 +23,18 @@ const typescript: Start = (env) =>
 const pythonic: Start = (env) =>
   startProgram(python ?? 'python3', [join(root, 'docs/examples/consumer.py')], env);
 
-function consumerOn(stage: Stage, start: Start): (name: string) => Program {
+function consumerOn(stage: Stage, start: Start, group = GROUP): (name: string) => Program {
   return (name) =>
     start({
       ...{ REDIS_URL: stage.server.adminUrl, DATABASE_URL: stage.databaseUrl },
-      ...{ STREAM, GROUP, CONSUMER: name, CLAIM_IDLE_MS: '1000' },
+      ...{ STREAM, GROUP: group, CONSUMER: name, CLAIM_IDLE_MS: '1000' },
     });
 }
 
 const patiently = (what: string) => ({ what });
 
-async function pending(stage: Stage): Promise<number> {
-  const [count] = (await stage.redis.xpending(STREAM, GROUP)) as [number];
+async function pending(stage: Stage, group = GROUP): Promise<number> {
+  const [count] = (await stage.redis.xpending(STREAM, group)) as [number];
   return count;
 }
 
@@ -116,6 +116,37 @@ async function survives(start: Start): Promise<void> {
   expect([...mails.keys()].toSorted()).toEqual(others.toSorted());
   expect(mails.has(lost ?? '')).toBe(false);
 }
+
+/** Two groups that keep what they have handled in one database. */
+async function handlesForEachGroup(start: Start): Promise<void> {
+  const stage = await setStage();
+  await stage.pod();
+  const events = someEvents(5, 2);
+  await insertEvents(stage.pool, events);
+  await stage.rested();
+  for (const [i, group] of [GROUP, 'welcome'].entries()) {
+    const consumer = consumerOn(stage, start, group)('one');
+    // It prints a line for each event once its transaction is committed.
+    const handled = () =>
+      events.every(({ eventId }) => consumer.lines.some((line) => line.includes(eventId)));
+    await waitFor(handled, patiently(`${group} to be through with ${events.length} events`));
+    await waitFor(async () => (await pending(stage, group)) === 0, patiently(`nothing pending for ${group}`));
+    expect((await consumer.kill('SIGTERM')).code).toBe(0);
+    const mails = await mailsPerEvent(stage);
+    expect([...mails.values()], `after ${group}`).toEqual(events.map(() => i + 1));
+  }
+}
+
+test('the TypeScript consumer handles each event for each group of a database', async () => {
+  await handlesForEachGroup(typescript);
+});
+
+test.skipIf(python === undefined && !process.env.CI)(
+  'the Python consumer handles each event for each group of a database',
+  async () => {
+    await handlesForEachGroup(pythonic);
+  },
+);
 
 test('the TypeScript consumer handles each event once, through kill -9, copies, restarts and a lost group', async () => {
   await survives(typescript);
