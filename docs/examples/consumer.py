@@ -10,6 +10,8 @@
 Needs redis and psycopg2 (Debian: python3-redis, python3-psycopg2).
 
     REDIS_URL=redis://localhost:6379 DATABASE_URL=postgresql://localhost/app python3 consumer.py
+
+Without REDIS_URL it is this one; without DATABASE_URL the variables of libpq count (PGHOST, PGDATABASE and so on).
 """
 
 import json
@@ -30,6 +32,8 @@ CONSUMER = os.environ.get("CONSUMER", socket.gethostname())
 CLAIM_IDLE_MS = int(os.environ.get("CLAIM_IDLE_MS", "60000"))
 BLOCK_MS = 2_000
 BATCH = 100
+REDIS_URL = os.environ.get("REDIS_URL", "redis://localhost:6379")
+DATABASE_URL = os.environ.get("DATABASE_URL", "")
 
 TABLES = """
 CREATE SCHEMA IF NOT EXISTS mailer;
@@ -137,11 +141,12 @@ def consume(streams, connection):
 def main():
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    print(f"reading {STREAM} as {GROUP}/{CONSUMER}", flush=True)
     while not stopping:
         connection = None
         try:
-            streams = redis.Redis.from_url(os.environ["REDIS_URL"], decode_responses=True)
-            connection = psycopg2.connect(os.environ["DATABASE_URL"])
+            streams = redis.Redis.from_url(REDIS_URL, decode_responses=True)
+            connection = psycopg2.connect(DATABASE_URL)
             with connection, connection.cursor() as cursor:
                 cursor.execute(TABLES)
             consume(streams, connection)

@@ -12,6 +12,8 @@
  *
  *     npm install ioredis pg tsx
  *     REDIS_URL=redis://localhost:6379 DATABASE_URL=postgresql://localhost/app node --import tsx consumer.ts
+ *
+ * Without REDIS_URL it is this one; without DATABASE_URL the variables of libpq count (PGHOST, PGDATABASE and so on).
  */
 import { hostname } from 'node:os';
 import { setTimeout as delay } from 'node:timers/promises';
@@ -155,6 +157,7 @@ async function consume(): Promise<void> {
   }
 }
 
+console.log(`reading ${STREAM} as ${GROUP}/${CONSUMER}`);
 while (!isStopping) {
   try {
     await createTables();

@@ -117,6 +117,16 @@ async function survives(start: Start): Promise<void> {
   expect(mails.has(lost ?? '')).toBe(false);
 }
 
+/** Where nobody set a URL. No PostgreSQL is at this port, so neither writes to a Redis of the machine. */
+async function startsWithoutUrls(start: Start): Promise<void> {
+  const consumer = start({ PGHOST: '127.0.0.1', PGPORT: '1', CONSUMER: 'host' });
+  const tries = () => consumer.lines.filter((line) => /127\.0\.0\.1(?::|", port )1\b/.test(line)).length > 1;
+  await waitFor(tries, patiently('a second try of the connection to PostgreSQL'));
+  expect(consumer.lines[0]).toBe('reading identity.user.v1 as mailer/host');
+  expect(consumer.lines.join('\n')).not.toContain('Traceback');
+  expect((await consumer.kill('SIGTERM')).code).toBe(0);
+}
+
 /** Two groups that keep what they have handled in one database. */
 async function handlesForEachGroup(start: Start): Promise<void> {
   const stage = await setStage();
@@ -145,6 +155,17 @@ test.skipIf(python === undefined && !process.env.CI)(
   'the Python consumer handles each event for each group of a database',
   async () => {
     await handlesForEachGroup(pythonic);
+  },
+);
+
+test('the TypeScript consumer says what it reads, and tries again while it finds no server', async () => {
+  await startsWithoutUrls(typescript);
+});
+
+test.skipIf(python === undefined && !process.env.CI)(
+  'the Python consumer says what it reads, and tries again while it finds no server',
+  async () => {
+    await startsWithoutUrls(pythonic);
   },
 );
 
