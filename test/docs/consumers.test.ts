@@ -1,6 +1,7 @@
-import { spawnSync } from 'node:child_process';
+import { exec, spawnSync } from 'node:child_process';
 import { symlink, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { promisify } from 'node:util';
 import { expect, inject, test } from 'vitest';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
@@ -187,12 +188,23 @@ test('the consumer in the README prints the event that the README inserts, and g
   const [sample = ''] = blocksUnder('README.md', 'Read events', 'ts');
   const folder = await folderOfFile();
   await symlink(join(root, 'node_modules'), join(folder, 'node_modules'));
-  await writeFile(join(folder, 'package.json'), '{ "type": "module" }');
   await writeFile(join(folder, 'consumer.ts'), sample);
-  const start = () =>
-    startProgram(process.execPath, ['--import', 'tsx', join(folder, 'consumer.ts')], {
-      ...{ REDIS_URL: stage.server.adminUrl, HOSTNAME: 'reader' },
-    });
+  // As the README says, but with the project's modules, and with the Redis of the test.
+  const [commands = ''] = blocksUnder('README.md', 'Read events', 'sh');
+  const [prepare = '', run = ''] = commands.split('\n');
+  const [withoutInstall = '', installed] = prepare.split(' && npm install ');
+  expect(installed).toBe('ioredis tsx');
+  await promisify(exec)(withoutInstall, { cwd: folder });
+  const command = run.replace(/^REDIS_URL=\S+ /, 'exec ');
+  const startWith = (env: Record<string, string>) =>
+    startProgram('sh', ['-c', `cd "$FOLDER" && ${command}`], { ...env, FOLDER: folder });
+  const start = () => startWith({ REDIS_URL: stage.server.adminUrl, HOSTNAME: 'reader' });
+
+  const without = startWith({});
+  await waitFor(
+    () => without.lines.some((line) => line.includes('REDIS_URL is not set')),
+    patiently('what is missing to be said'),
+  );
   const consumer = start();
   const printed = (program: Program, text: string) => () => program.lines.some((line) => line.includes(text));
   const [insert = ''] = blocksUnder('README.md', 'Run it', 'sql');
