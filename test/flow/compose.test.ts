@@ -1,16 +1,20 @@
 /** docker-compose.yml without Docker: its roles, users and addresses on servers of the test's own. */
+import { randomUUID } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
+import { Redis } from 'ioredis';
 import { Client } from 'pg';
 import { expect, inject, test } from 'vitest';
 import { parse } from 'yaml';
 import { loadConfig } from '../../src/config/load-config.ts';
 import { redisAcls } from '../../src/operations/roles.ts';
+import { appendEvent } from '../../src/outbox/producer.ts';
 import { startPrivatePostgres, startPrivateRedis } from '../demo/servers.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { startPod } from '../support/pods.ts';
+import { codeSpans, PAGES } from '../support/readme.ts';
 import { folderOfFile } from '../support/servers.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -26,6 +30,33 @@ test('no password is among the arguments of a process', () => {
   for (const { command } of Object.values(parse(source, { merge: true }).services) as { command?: unknown }[])
     expect(JSON.stringify(command ?? '')).not.toMatch(/PASSWORD/);
   expect(services.redis.command).toContain(services.redis.configs[0].target);
+});
+
+/** What the README says to programs on the host. */
+const urlsOnHost = codeSpans(PAGES.get('README.md') ?? '')
+  .filter((code) => /^\w+:\/\/\S+@127\.0\.0\.1:/.test(code))
+  .map((code) => new URL(code));
+
+test('what is published can be reached from the host alone, where the README says', () => {
+  const published = Object.entries(services as Record<string, { ports?: unknown[] }>).flatMap(
+    ([name, { ports = [] }]) => ports.map((port) => [name, port] as const),
+  );
+  for (const [name, port] of published)
+    expect(typeof port === 'string' ? port : (port as { host_ip?: string }).host_ip, name).toMatch(
+      /^127\.0\.0\.1(?::|$)/,
+    );
+  const [postgres, redis] = urlsOnHost;
+  expect(urlsOnHost).toHaveLength(2);
+  expect(services.postgres.ports).toEqual([`${postgres?.host}:5432`]);
+  expect(services.redis.ports).toEqual([`${redis?.host}:6379`]);
+  expect(postgres?.pathname).toBe(`/${services.postgres.environment.POSTGRES_DB}`);
+  // Of both, the server of the test asks for no password.
+  expect(configs['postgres-roles'].content).toContain(
+    `ROLE ${postgres?.username} LOGIN PASSWORD '${postgres?.password}';`,
+  );
+  expect(configs['redis-users'].content).toContain(
+    `user ${redis?.username || 'default'} on >${redis?.password} `,
+  );
 });
 
 test('the Redis user has the rights that the relay needs, and no others', () => {
@@ -77,6 +108,29 @@ test('pods run with these rights, from the migration on', async () => {
     `SELECT DISTINCT usename FROM pg_stat_activity WHERE application_name LIKE 'relay-service%'`,
   );
   expect(rows).toEqual([{ usename: 'relay' }]);
+
+  // A producer and a consumer on the host, as the README has them.
+  const onServer = (asked: URL | undefined, server: string): string => {
+    const url = new URL(server);
+    [url.username, url.password] = [asked?.username ?? '', asked?.password ?? ''];
+    return url.href;
+  };
+  const producer = new Client({ connectionString: onServer(urlsOnHost[0], postgres.url) });
+  await producer.connect();
+  atEndOfFile(() => producer.end());
+  const { eventId } = await appendEvent(producer, {
+    ...{ eventType: 'UserRenamed', aggregateId: randomUUID(), payload: { name: 'Ada' } },
+  });
+  const consumer = new Redis(onServer(urlsOnHost[1], redis.url));
+  atEndOfFile(() => consumer.quit());
+  const stream = 'identity.user.v1';
+  await consumer.xgroup('CREATE', stream, 'printer', '0', 'MKSTREAM');
+  const read = async () => {
+    const reply = await consumer.xreadgroup('GROUP', 'printer', 'one', 'STREAMS', stream, '>');
+    return JSON.stringify(reply).includes(eventId);
+  };
+  await waitFor(read, { what: 'the entry to be read' });
+
   const rights = await admin.query(
     `SELECT rolsuper, has_table_privilege('relay', 'identity.outbox', 'DELETE') AS deletes,
             has_any_column_privilege('producer', 'identity.outbox', 'INSERT') AS inserts
