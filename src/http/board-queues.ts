@@ -20,7 +20,6 @@ const DESCRIPTIONS: Readonly<Record<QueueKind, string>> = {
     'Takes fresh rows of the outbox and makes publish jobs of them: a tick on schedule, a wake when rows are written.',
   publish: 'One job per event: it appends the event to its stream. A failed job is a dead letter.',
 };
-/** Comes first: at 1280 px the line is cut after about 110 characters. */
 const RETRY = 'Retry publishes a dead letter.';
 
 /** How jobs are read; see queue/job-views.ts. */
@@ -59,8 +58,9 @@ class RelayQueueAdapter extends BullMQAdapter {
     return counts;
   }
 
+  /** At 1280 px it is cut after about 110 characters. */
   override getDescription(): string {
-    return [this.#hint(), this.#lastRemark, super.getDescription()].filter((it) => it !== '').join(' ');
+    return [this.#lastRemark, this.#hint(), super.getDescription()].filter((it) => it !== '').join(' ');
   }
 
   override getJob(id: string): Promise<Job | undefined> {

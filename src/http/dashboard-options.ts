@@ -43,10 +43,20 @@ export async function openDashboard(
   };
 }
 
-function inWords({ fresh, leased, due, retrying, parked, dead, oldestSeconds, limit }: Backlog): string {
-  const number = (count: number) => `${count.toLocaleString('en')}${count >= limit ? '+' : ''}`;
+/** `5 dead, 2 waiting (the oldest for 30 s), 1 waiting for a retry.`: the dashboard cuts what does not fit. */
+export function inWords(backlog: Backlog): string {
+  const { fresh, leased, due, retrying, parked, dead, oldestSeconds, limit } = backlog;
   const waiting = [fresh, leased, due].reduce((sum, count) => sum + count);
   const oldest =
-    oldestSeconds.waiting === null ? '' : `, the oldest for ${Math.round(oldestSeconds.waiting)} s`;
-  return `${number(waiting)} ${waiting === 1 ? 'event waits' : 'events wait'}${oldest}; ${number(retrying)} for a retry, ${number(parked)} behind an earlier event; ${number(dead)} dead.`;
+    oldestSeconds.waiting === null ? '' : ` (the oldest for ${Math.round(oldestSeconds.waiting)} s)`;
+  const parts = [
+    [dead, 'dead'],
+    [waiting, `waiting${oldest}`],
+    [retrying, 'waiting for a retry'],
+    [parked, 'behind an earlier event'],
+  ] as const;
+  const said = parts.flatMap(([count, what]) =>
+    count > 0 ? [`${count.toLocaleString('en')}${count >= limit ? '+' : ''} ${what}`] : [],
+  );
+  return `${said.join(', ') || 'No event waits'}.`;
 }

@@ -4,6 +4,7 @@ import { FastifyAdapter } from '@bull-board/fastify';
 import { Queue } from 'bullmq';
 import { type FastifyInstance, fastify } from 'fastify';
 import { beforeAll, expect, test } from 'vitest';
+import { inWords } from '../../src/http/dashboard-options.ts';
 import { createBoardQueues } from '../../src/index.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { createRedis } from '../support/servers.ts';
@@ -102,4 +103,15 @@ test('only jobs can be removed: no other key, though it has the name of one', as
   expect((await app.inject('/team/api/queues/relay-publish/failed')).statusCode).toBe(404);
   expect(await remove(id)).toBe(204);
   expect(await publish.getJobState(id)).toBe('unknown');
+});
+
+test('the summary of the publish queue begins with the dead letters, and says nothing of what is not there', () => {
+  const none = { fresh: 0, leased: 0, retrying: 0, due: 0, parked: 0, dead: 0, limit: 10_000 };
+  const oldestSeconds = { waiting: null, retrying: null, parked: null, dead: null };
+  expect(inWords({ ...none, oldestSeconds })).toBe('No event waits.');
+  expect(inWords({ ...none, dead: 5, oldestSeconds })).toBe('5 dead.');
+  const some = { fresh: 1, leased: 2, retrying: 3, due: 4, parked: 10_000, dead: 5 };
+  expect(inWords({ ...none, ...some, oldestSeconds: { ...oldestSeconds, waiting: 29.6 } })).toBe(
+    '5 dead, 7 waiting (the oldest for 30 s), 3 waiting for a retry, 10,000+ behind an earlier event.',
+  );
 });
