@@ -338,18 +338,24 @@ async function dashboardMayAct({ pool, config }: OnDatabase): Promise<Finding | 
   return problem === undefined ? undefined : advice(problem);
 }
 
-/** Why the dashboard could not do what its operators want; undefined where it can, or has viewers alone. */
+/**
+ * What of the dashboard's API the role is refused; undefined where that is nothing, or there are viewers alone. Retry, and
+ * what else the pages have, needs no right: it is done in Redis, and a pod publishes.
+ */
 export async function whyNoOperator(
   db: Queryable,
   { boardUsers }: Pick<RelayConfig, 'boardUsers'>,
 ): Promise<string | undefined> {
   if (boardUsers.length > 0 && boardUsers.every(({ role }) => role === 'viewer')) return undefined;
-  const { rows } = await db.query<{ role: string; may: boolean }>(
+  const { rows } = await db.query<{ role: string; replay: boolean; discard: boolean }>(
     `SELECT current_user AS role,
             has_column_privilege('identity.outbox', 'replayed_at', 'UPDATE')
-            AND has_column_privilege('identity.outbox', 'replayed_at', 'INSERT')
-            AND has_column_privilege('identity.outbox', 'discarded_by', 'UPDATE') AS may`,
+            AND has_column_privilege('identity.outbox', 'replayed_at', 'INSERT') AS replay,
+            has_column_privilege('identity.outbox', 'discarded_by', 'UPDATE') AS discard`,
   );
-  if (rows[0]?.may !== false) return undefined;
-  return `role ${rows[0].role} may neither replay nor discard, so the dashboard refuses both: let RELAY_DATABASE_URL name a role with the operators’ rights; "relay grants" prints them`;
+  const [may] = rows;
+  const refused = (['replay', 'discard'] as const).filter((it) => may?.[it] === false);
+  if (may === undefined || refused.length === 0) return undefined;
+  const paths = refused.map((it) => `POST /api/dlq/${it}`).join(' and ');
+  return `role ${may.role} may not ${refused.join(' or ')}: the API refuses ${paths}, while Retry in the dashboard works; let RELAY_DATABASE_URL name a role with the operators’ rights; "relay grants" prints them`;
 }

@@ -307,10 +307,17 @@ describe('advice', () => {
       { RELAY_PUBLISHED_RETENTION: '8640000' },
     ],
     [
-      'a dashboard whose role may neither replay nor discard',
+      'a dashboard whose role may not replay or discard',
       'SELECT',
       'dashboard',
-      /role relay_pod may neither replay nor discard.*relay grants/,
+      /^role relay_pod may not replay or discard: the API refuses POST \/api\/dlq\/replay and POST \/api\/dlq\/discard, while Retry in the dashboard works;.*relay grants/,
+      { RELAY_BOARD: 'true', RELAY_HTTP_HOST: '127.0.0.1' },
+    ],
+    [
+      'a dashboard whose role may discard, but not replay',
+      `GRANT UPDATE (discarded_by) ON identity.outbox TO ${RELAY_USER}`,
+      'dashboard',
+      /^role relay_pod may not replay: the API refuses POST \/api\/dlq\/replay, while Retry/,
       { RELAY_BOARD: 'true', RELAY_HTTP_HOST: '127.0.0.1' },
     ],
     [

@@ -17,16 +17,18 @@ import type { Pod } from '../demo/pod.ts';
 import { basicOf, boardApi, boardUsers, PASSWORD } from '../support/board.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
+import { asRelay, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
 import { aClaimedEvent, openRedis } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 type Board = Readonly<{ stage: Stage; pod: Pod; api: ReturnType<typeof boardApi> }>;
 
-/** A relay with a board, and its operator. */
-async function board(env: Readonly<Record<string, string>> = {}): Promise<Board> {
+/** A relay with a board, and its operator. The role of the pods is enough for every button, as the advice says. */
+async function board(env: Readonly<Record<string, string>> = {}, role = RELAY_USER): Promise<Board> {
   const stage = await setStage();
   const pod = await stage.pod({
     ...{ RELAY_BOARD: 'true', RELAY_BOARD_USERS: await boardUsers() },
+    RELAY_DATABASE_URL: asRelay(stage.databaseUrl, role),
     ...{ RELAY_POLL_INTERVAL: '0.2', RELAY_CLAIM_LEASE: '1', RELAY_MAX_RETRY_ATTEMPTS: '0' },
     ...env,
   });
@@ -63,6 +65,8 @@ test('Retry on a failed job publishes its event, closes its dead letter and lets
   expect(await eventIds(stage, DLQ)).toEqual([first.eventId]);
 
   await mend();
+  const advice = /may not replay or discard.*while Retry in the dashboard works/;
+  await waitFor(() => pod.lines.some((it) => advice.test(it)), { what: 'the advice on its role' });
   expect((await api('PUT', `/relay-publish/${first.eventId}/retry`)).status).toBe(204);
   await stage.rested();
   const [entry] = await stage.entries(topic);
@@ -84,7 +88,7 @@ test('Retry on a failed job publishes its event, closes its dead letter and lets
 });
 
 test('the API beside the board lists a dead letter and replays it, for whoever may, and says who did it', async () => {
-  const { stage, pod } = await board();
+  const { stage, pod } = await board({}, OPERATOR_ROLE);
   const { topic, mend } = await brokenTopic(stage);
   const event = anEvent({ topic });
   await insertEvents(stage.pool, [event]);
