@@ -8,7 +8,7 @@ import { assertOurs } from '../connections/ownership.ts';
 import { inspectRedis, requireTable } from '../connections/preflight.ts';
 import { openServers } from '../connections/servers.ts';
 import { waitForServers } from '../connections/wait-for-servers.ts';
-import { openDashboard } from '../http/dashboard-options.ts';
+import { boardUrl, openDashboard } from '../http/dashboard-options.ts';
 import { createHealth } from '../http/health.ts';
 import { createWebServer, type WebServer } from '../http/server.ts';
 import { succeedsWithin } from '../lifecycle.ts';
@@ -95,7 +95,8 @@ async function serve(config: RelayConfig): Promise<number> {
     const started = start();
     if ((await Promise.race([started, signal])) === 'started') {
       phase = 'running';
-      logger.info({ port: web?.port() }, 'dashboard started');
+      const port = web?.port() ?? config.httpPort;
+      logger.info({ port, url: boardUrl(config, port) }, 'dashboard started');
     }
     logger.info({ signal: await signal }, 'stopping');
     started.catch(() => {});

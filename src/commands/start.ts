@@ -1,6 +1,7 @@
 import { setFlagsFromString } from 'node:v8';
 import type { Command } from 'commander';
 import type { RelayConfig } from '../config/config.ts';
+import { boardUrl } from '../http/dashboard-options.ts';
 import { succeedsWithin } from '../lifecycle.ts';
 import { createRelay } from '../relay.ts';
 import { createLogger, type Logger, logWhatOthersPrint } from '../telemetry/logger.ts';
@@ -43,7 +44,11 @@ async function start(config: RelayConfig): Promise<never> {
   const started = relay.start().then(() => 'started' as const);
   try {
     const first = await Promise.race([started, signal]);
-    if (first === 'started') logger.info({ port: relay.httpPort(), ...settings(config) }, 'relay started');
+    if (first === 'started') {
+      const port = relay.httpPort() ?? config.httpPort;
+      const dashboard = config.board && { dashboard: boardUrl(config, port) };
+      logger.info({ port, ...dashboard, ...settings(config) }, 'relay started');
+    }
     logger.info({ signal: await signal }, 'stopping');
     stopBy = Date.now() + config.shutdownTimeoutMs;
     started.catch((error) => logger.warn({ err: error }, 'stopped while starting'));

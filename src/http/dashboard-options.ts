@@ -43,6 +43,16 @@ export async function openDashboard(
   };
 }
 
+/** What a person on the same machine opens; with a name or address that is configured, on others as well. */
+export function boardUrl(
+  { httpHost, boardBasePath }: Pick<RelayConfig, 'httpHost' | 'boardBasePath'>,
+  port: number,
+): string {
+  // 0.0.0.0 and :: are every address.
+  const host = /^[0.:]+$/.test(httpHost) ? 'localhost' : httpHost;
+  return `http://${host.includes(':') ? `[${host}]` : host}:${port}${boardBasePath}/board`;
+}
+
 /** `5 dead, 2 waiting (the oldest for 30 s), 1 waiting for a retry.`: the dashboard cuts what does not fit. */
 export function inWords(backlog: Backlog): string {
   const { fresh, leased, due, retrying, parked, dead, oldestSeconds, limit } = backlog;

@@ -55,6 +55,7 @@ test('Retry on a failed job publishes its event, closes its dead letter and lets
   await insertEvents(stage.pool, [first, second]);
   await waitFor(() => isDead(stage, first.eventId), { what: 'the dead letter' });
 
+  expect(pod.logs().find(({ msg }) => msg === 'relay started')?.dashboard).toBe(`${pod.url}/board`);
   // Too early: it fails again, and is as dead as before.
   const before = await stage.row(first.eventId);
   expect((await api('PUT', `/relay-publish/${first.eventId}/retry`)).status).toBe(204);
@@ -275,6 +276,8 @@ test('the board alone asks nothing of another host, under a path of a proxy as w
     ...{ RELAY_BOARD_USERS: await boardUsers(), RELAY_BOARD_BASE_PATH: '/ops/relay' },
   });
   await alone.waitReady();
+  const { url } = alone.logs().find(({ msg }) => msg === 'dashboard started') ?? {};
+  expect(url).toBe(`${alone.url}/ops/relay/board`);
   const get = (path: string, name?: string) =>
     fetch(alone.url + path, { redirect: 'manual', headers: name ? { authorization: basicOf(name) } : {} });
   expect((await get('/livez')).status).toBe(200);

@@ -4,7 +4,7 @@ import { FastifyAdapter } from '@bull-board/fastify';
 import { Queue } from 'bullmq';
 import { type FastifyInstance, fastify } from 'fastify';
 import { beforeAll, expect, test } from 'vitest';
-import { inWords } from '../../src/http/dashboard-options.ts';
+import { boardUrl, inWords } from '../../src/http/dashboard-options.ts';
 import { createBoardQueues } from '../../src/index.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { createRedis } from '../support/servers.ts';
@@ -114,4 +114,14 @@ test('the summary of the publish queue begins with the dead letters, and says no
   expect(inWords({ ...none, ...some, oldestSeconds: { ...oldestSeconds, waiting: 29.6 } })).toBe(
     '5 dead, 7 waiting (the oldest for 30 s), 3 waiting for a retry, 10,000+ behind an earlier event.',
   );
+});
+
+test.each([
+  ['0.0.0.0', 'http://localhost:8004/board'],
+  ['::', 'http://localhost:8004/board'],
+  ['::1', 'http://[::1]:8004/board'],
+  ['10.0.0.5', 'http://10.0.0.5:8004/board'],
+  ['relay.internal', 'http://relay.internal:8004/board'],
+])('a dashboard that listens on %s is opened as %s', (httpHost, url) => {
+  expect(boardUrl({ httpHost, boardBasePath: '' }, 8004)).toBe(url);
 });
