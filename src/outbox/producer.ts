@@ -28,6 +28,8 @@ export type NewEvent = {
 export type PgTransaction = {
   // biome-ignore lint/suspicious/noExplicitAny: each version of node-postgres has other types of its rows
   query(text: string, values: unknown[]): PromiseLike<{ rows: any[] }>;
+  /** Only a pool has it, and that inserts outside of the transaction. */
+  totalCount?: never;
 };
 
 /** A transaction of drizzle, of whatever version, on node-postgres or postgres.js. */
@@ -45,13 +47,18 @@ export type Transaction = PgTransaction | DrizzleTransaction;
  * Order within an aggregate is the order of the rows' ids. Ids are given out at insert, so transactions on one
  * aggregate must not overlap (lock or update the aggregate's own row first, as most do anyway).
  *
- * @param tx the client of the transaction, not the pool, which would insert outside of it without an error
+ * @param tx the client of the transaction, not the pool, which would insert outside of it
  * @returns the row's id (the position in its aggregate's order) and its event id
+ * @throws {TypeError} when `tx` is a pool of node-postgres, or a database of drizzle on one
  */
 export async function appendEvent(
   tx: Transaction,
   event: NewEvent,
 ): Promise<{ id: bigint; eventId: string }> {
+  if (isPool(tx) || ('$client' in tx && isPool(tx.$client)))
+    throw new TypeError(
+      'appendEvent was given a pool, which inserts outside of your transaction: pass the client that has begun it, or the tx of db.transaction()',
+    );
   const { payload, headers } = event;
   // Only columns with a value are named: the producer's role needs no right to the others.
   const columns: readonly (readonly [name: string, value: unknown])[] = [
@@ -74,6 +81,10 @@ export async function appendEvent(
   if (row === undefined) throw new Error('the INSERT into identity.outbox returned no row');
   return { id: BigInt(row.id), eventId: row.event_id };
 }
+
+// A database of drizzle on a single client may be within that client's transaction; `$client` tells.
+const isPool = (it: unknown): boolean =>
+  typeof it === 'object' && it !== null && typeof (it as { totalCount?: unknown }).totalCount === 'number';
 
 // A client of node-postgres has no `insert`. A transaction of drizzle has a `query` too, but it is something else.
 const isDrizzle = (tx: Transaction): tx is DrizzleTransaction => 'insert' in tx && 'execute' in tx;

@@ -225,6 +225,25 @@ test('an event that is appended in a drizzle transaction exists if and only if t
   expect(JSON.parse(entry?.fields.payload ?? '')).toEqual(event.payload);
 });
 
+test('a pool is refused, also below drizzle: it would insert outside of the transaction', async () => {
+  const stage = await setStage();
+  const pool = openPool(asRelay(stage.databaseUrl, PRODUCER_ROLE));
+  const event = { eventType: 'SomethingElse', aggregateId: randomUUID(), payload: {} };
+  // @ts-expect-error as a program without types, or with its own, would
+  await expect(appendEvent(pool, event)).rejects.toThrow(TypeError);
+  await expect(appendEvent(drizzle(pool), event)).rejects.toThrow(/pool.*outside of your transaction/);
+  const client = await pool.connect();
+  try {
+    await client.query('BEGIN');
+    await appendEvent(drizzle(client), event);
+    expect(await stage.count('true'), 'rows before the commit').toBe(0);
+  } finally {
+    client.release(true);
+  }
+  await drizzle(pool).transaction((tx) => tx.transaction((savepoint) => appendEvent(savepoint, event)));
+  expect(await stage.count('true')).toBe(1);
+});
+
 test('habits of the program around it do no harm: parsers of node-postgres, options of ioredis, settings of the role', async () => {
   const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '0.5' } });
   const pool = new Pool({

@@ -38,7 +38,7 @@ async function projectWith(name: string, packages: readonly string[]): Promise<s
 const PROGRAM = `
 import { drizzle } from 'drizzle-orm/node-postgres';
 import { Redis } from 'ioredis';
-import { Pool } from 'pg';
+import { Client, Pool } from 'pg';
 import { createBoardQueues, createRelay, loadConfig, type Relay } from 'relay-service';
 import { appendEvent } from 'relay-service/producer';
 
@@ -55,6 +55,13 @@ export async function byPg(): Promise<bigint> {
 }
 export const byDrizzle = (): Promise<string> =>
   drizzle(pool).transaction(async (tx) => (await appendEvent(tx, event)).eventId);
+// @ts-expect-error
+export const outside = () => appendEvent(pool, event);
+export async function byOneClient(): Promise<void> {
+  const client = new Client();
+  await appendEvent(client, event);
+  await appendEvent(drizzle(client), event);
+}
 `;
 
 const STRICT = {
