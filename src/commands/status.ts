@@ -221,6 +221,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
   }
   if (fleet) {
     const tick = status.lastTickSecondsAgo;
+    const noTick = fleet.pods.every(isSilent) ? 'unknown, since no pod runs' : 'none was seen';
     paragraph('Pods', [
       ...table(
         fleet.pods.map((pod) => [
@@ -237,7 +238,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
         width,
       ),
       ...(fleet.pods.length === 0 ? [paint.red('no pod is running')] : []),
-      `last tick of the schedule: ${tick === null ? 'none was seen' : `${duration(tick)} ago`}, due every ${duration(config.pollIntervalMs / 1_000)}`,
+      `last tick of the schedule: ${tick === null ? noTick : `${duration(tick)} ago`}, due every ${duration(config.pollIntervalMs / 1_000)}`,
     ]);
   }
   if (streams) {

@@ -15,7 +15,7 @@ export type Status = Readonly<{
   rates?: Rates;
   /** Jobs that may be in Redis at once. */
   maxInFlight: number;
-  /** Since any pod last ran a tick of the claim schedule; null when none has. */
+  /** Since a pod that runs last ran a tick of the claim schedule; null when none has, or no pod runs. */
   lastTickSecondsAgo: number | null;
   /** Where the queue belongs to another database: that it does, and what to do. */
   wrongDatabase?: string;
@@ -84,8 +84,9 @@ export function createStatus(deps: {
 export const isSilent = (pod: PodSeen): boolean => pod.heardSecondsAgo > SILENT_AFTER_SECONDS;
 
 function lastTick(pods: readonly PodSeen[]): number | null {
-  const ticks = pods.flatMap(({ tickSecondsAgo, heardSecondsAgo }) =>
-    tickSecondsAgo === null ? [] : [tickSecondsAgo + heardSecondsAgo],
+  const ticks = pods.flatMap((pod) =>
+    // A silent pod knows nothing of the ticks since then.
+    pod.tickSecondsAgo === null || isSilent(pod) ? [] : [pod.tickSecondsAgo + pod.heardSecondsAgo],
   );
   return ticks.length === 0 ? null : Math.min(...ticks);
 }
@@ -100,8 +101,7 @@ function whatFor(
   const { queues, fleet } = figures;
   switch (row.state) {
     case 'fresh':
-      if (fleet !== undefined && !fleet.pods.some((pod) => !isSilent(pod)))
-        return 'to be claimed, but no pod is there';
+      if (fleet?.pods.every(isSilent)) return 'to be claimed, but no pod is there';
       if (queues?.claim.isPaused) return 'to be claimed, but the claim queue is paused';
       if (queues !== undefined && inFlight(queues.publish) >= maxInFlight / 2)
         return 'to be claimed; many jobs are in Redis already, see RELAY_MAX_IN_FLIGHT';

@@ -116,6 +116,16 @@ test('a server that is away is named, and what the other knows is shown', async 
   expect(lines.join('\n')).not.toContain('hunter2');
 });
 
+test('the last tick of the schedule is not what a pod knew of that was killed long ago', async () => {
+  const stage = await setStage();
+  const killed = { pod: 'killed', version: '1.2.3', phase: 'running', upSeconds: 9, tickSecondsAgo: 1 };
+  const facts = JSON.stringify({ ...killed, inProgress: 0, concurrency: 1, protocol: 3 });
+  await stage.redis.hset('bull:relay:pods', 'killed', `${Date.now() - 540_000} ${facts}`);
+  const { lines } = await stage.command(['status']);
+  expect(lines).toContain('  last tick of the schedule: unknown, since no pod runs, due every 5 s');
+  expect((await statusOf(stage)).lastTickSecondsAgo).toBe(null);
+});
+
 test('a watch goes on until it is interrupted, and shows what has changed', async () => {
   const stage = await setStage();
   const watch = await stage.spawn(['status', '--json', '--watch', '0.1']);
