@@ -162,8 +162,8 @@ function describe(status: Status, config: RelayConfig): Text[] {
     const folds = rows.flatMap((row) => folded(row, width));
     lines.push(paint.bold(title), ...folds.map((line) => text`  ${line}`));
   };
-  if (status.wrongDatabase) lines.push(paint.red(status.wrongDatabase));
-  for (const problem of status.problems) lines.push(paint.red(`no answer: ${problem}`));
+  const wrong = [status.wrongDatabase ?? [], status.problems.map((it) => `no answer: ${it}`)].flat();
+  lines.push(...wrong.flatMap((it) => folded(it).map(paint.red)));
 
   if (backlog) {
     const { oldestSeconds: oldest, limit } = backlog;

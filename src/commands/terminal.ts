@@ -83,9 +83,17 @@ export const cleanLines = (lines: string): string =>
     .map(printable)
     .join('\n');
 
-/** Lines in place of those that were printed before. Home, and what is below erased: a cleared screen would flicker. */
+/**
+ * Lines in place of those that were printed before, as many as the terminal has rows for: more would scroll it. Home, and
+ * what is below erased: a cleared screen would flicker.
+ */
 export function printInPlace(lines: readonly Text[]): void {
-  process.stdout.write(`\x1b[H${lines.map((line) => `${line.value}\x1b[K\n`).join('')}\x1b[J`);
+  const room = (process.stdout.rows || Number.POSITIVE_INFINITY) - 1; // the last row is the cursor's
+  const isCut = lines.length > room;
+  const shown = lines.slice(0, isCut ? Math.max(0, room - 1) : undefined).map((line) => line.value);
+  // A colour may go on in what is cut.
+  if (isCut) shown.push(`\x1b[0m… ${lines.length - shown.length} more lines`);
+  process.stdout.write(`\x1b[H${shown.map((line) => `${line}\x1b[K\n`).join('')}\x1b[J`);
 }
 
 export const isTerminal = (): boolean => process.stdout.isTTY === true;

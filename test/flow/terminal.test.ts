@@ -231,6 +231,29 @@ test('what is listed fits the terminal, ids are whole, times have their zone; a 
   }
 });
 
+test('a watch keeps to the rows of the terminal and says what it leaves out; where it has room, that is nothing', async () => {
+  const stage = await setStage();
+  await insertEvents(stage.pool, someEvents(9));
+  const env = { ...cleanEnvironment(), ...stage.env, RELAY_REDIS_URL: 'redis://127.0.0.1:9' };
+  const watched = async (rows: number) => {
+    const command = `stty rows ${rows} cols 80; timeout -s INT 3 "${process.execPath}" dist/cli.js status --watch 0.2`;
+    const options = { cwd: inject('root'), env };
+    const { stdout } = await promisify(execFile)('script', ['-qc', command, '/dev/null'], options);
+    const [, first = ''] = stdout.split('\x1b[H');
+    // biome-ignore lint/suspicious/noControlCharactersInRegex: the terminal's own
+    return first.replaceAll(/\x1b\[\d*[A-Zm]/g, '').split('\r\n');
+  };
+  const all = await watched(100);
+  const some = await watched(12);
+  // The cursor has the last row.
+  expect(some).toHaveLength(12);
+  // Before the first age.
+  expect(some.slice(0, 9)).toEqual(all.slice(0, 9));
+  expect(some.slice(10)).toEqual([`… ${all.length - 11} more lines`, '']);
+  expect(all.join('\n')).not.toContain('more lines');
+  for (const line of all) expect(line.length).toBeLessThanOrEqual(80);
+});
+
 test.each([
   ['Ctrl-C at it ends the command without a word', '\x03', 'Password (at least 12 characters):', 130],
   ['Ctrl-D is no answer', '\x04', /characters\):\s+relay: no password was given$/, 1],
