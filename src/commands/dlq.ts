@@ -7,7 +7,18 @@ import type { ListedDeadLetter } from '../operations/inspection.ts';
 import type { DeadLetterFilter, DeadLetterGroup } from '../outbox/dead-rows.ts';
 import { confirmed, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, instant, range, WHEN, when, withConfig } from './command.ts';
-import { cut, fitted, folded, print, printAll, printError, printJson, text, toSecond } from './terminal.ts';
+import {
+  cut,
+  folded,
+  joined,
+  name,
+  print,
+  printAll,
+  printError,
+  printJson,
+  text,
+  toSecond,
+} from './terminal.ts';
 import { withOperations } from './with-operations.ts';
 
 /** Of `eventFilters`. */
@@ -238,12 +249,13 @@ function printRefusals({ refused, refusals }: ActionResult): void {
   if (refused > refusals.length) print(text`  … and ${refused - refusals.length} more`);
 }
 
-/** Three lines for each: an event id and an aggregate's id leave no room for columns. Ids are whole. */
+/** Three lines for each: an event id and an aggregate's id leave no room for columns. Ids and names are whole. */
 function printLetter(it: ListedDeadLetter): void {
-  const aggregateId = text`${it.aggregateId}`;
   printAll([
     ...folded(text`${toSecond(it.deadLetteredAt)}  ${it.eventId}  after ${counted(it.attempts, 'attempt')}`),
-    ...fitted()`  ${it.eventType} of ${it.aggregateType}:${aggregateId} to ${it.topic}`,
+    ...folded(
+      text`  ${name(it.eventType)} of ${name(it.aggregateType)}:${it.aggregateId} to ${name(it.topic)}`,
+    ),
     cut(text`  ${it.error}`),
   ]);
 }
@@ -252,7 +264,7 @@ function printGroups(groups: readonly DeadLetterGroup[]): void {
   for (const it of groups)
     printAll([
       cut(text`${String(it.count).padStart(6)}  ${it.error}`),
-      ...fitted()`        ${it.eventTypes.join(', ')}, e.g. ${text`${it.example}`}`,
+      ...folded(text`        ${joined(it.eventTypes.map(name), ', ')}, e.g. ${it.example}`),
       ...folded(text`        ${toSecond(it.first)} to ${toSecond(it.last)}`),
     ]);
 }

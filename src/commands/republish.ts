@@ -5,7 +5,7 @@ import type { Republish } from '../operations/republishing.ts';
 import { confirmed, operator, untilInterrupted, withProgress } from './act.ts';
 import { EXIT, range, WHEN, when, withConfig } from './command.ts';
 import { type EventOptions, eventFilterOf, eventFilters } from './dlq.ts';
-import { fitted, print, printAll, printError, text } from './terminal.ts';
+import { folded, name, print, printAll, printError, text } from './terminal.ts';
 import { withOperations } from './with-operations.ts';
 
 type RepublishOptions = EventOptions &
@@ -44,7 +44,9 @@ async function run(
   for (const [stream, n] of counts) {
     const tooMany = config.streamMaxLen > 0 && n > config.streamMaxLen;
     printAll(
-      fitted()`${text`${String(n).padStart(9)}`}  ${stream}${text`${tooMany ? '  more than RELAY_STREAM_MAXLEN: the first are trimmed' : ''}`}`,
+      folded(
+        text`${String(n).padStart(9)}  ${name(stream)}${tooMany ? '  more than RELAY_STREAM_MAXLEN: the first are trimmed' : ''}`,
+      ),
     );
   }
   if (options.dryRun || total === 0) {

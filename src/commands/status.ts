@@ -23,15 +23,16 @@ import {
   columns,
   cut,
   duration,
-  fitted,
   folded,
   isTerminal,
+  name,
   type Printable,
   printAll,
   printInPlace,
   printJson,
   type Text,
   table,
+  tableRows,
   text,
 } from './terminal.ts';
 
@@ -156,7 +157,6 @@ function describe(status: Status, config: RelayConfig): Text[] {
   const { backlog, queues, fleet, streams } = figures;
   const lines: Text[] = [];
   const width = columns() - 2;
-  const fit = fitted(width);
   const paragraph = (title: string, rows: readonly Printable[]) => {
     if (lines.length > 0) lines.push(text``);
     const folds = rows.flatMap((row) => folded(row, width));
@@ -196,7 +196,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
         ? ['none waits']
         : status.oldest.flatMap((row) => [
             text`${row.state.padEnd(9)} ${row.eventId}${row.ageSeconds === null ? '' : `  ${duration(row.ageSeconds)} old`}`,
-            ...fit`${indent}${row.eventType} of ${row.aggregateType}:${text`${row.aggregateId}`} to ${row.topic}`,
+            text`${indent}${name(row.eventType)} of ${name(row.aggregateType)}:${row.aggregateId} to ${name(row.topic)}`,
             text`${indent}waits ${cut(row.waitsFor, 2 * width)}`,
           ]),
     );
@@ -242,30 +242,37 @@ function describe(status: Status, config: RelayConfig): Text[] {
     ]);
   }
   if (streams) {
+    const limitOf = (stream: string) =>
+      stream === config.dlqStreamName ? config.dlqMaxLen : config.streamMaxLen;
+    const rows = tableRows(
+      streams.map(({ stream, length, groups }) => [
+        name(stream),
+        `${counted(length, 'entry', 'entries')}${limitOf(stream) === 0 ? '' : ` of about ${limitOf(stream)}`}`,
+        ...(groups.length === 0 ? ['no group'] : []),
+      ]),
+      width,
+    );
+    const groupsOf = ({ stream, groups, moreGroups }: (typeof streams)[number]) => [
+      ...table(
+        groups.map((it) => {
+          const atRisk = entriesAtRisk(it.unacknowledged, limitOf(stream));
+          return [
+            text`  ${name(it.group)}`,
+            counted(it.consumers, 'consumer'),
+            `${it.isEstimate ? 'about ' : ''}${it.lag} to read`,
+            `${it.pending} pending`,
+            ...(atRisk > 0 ? [paint.red(`${atRisk} about to be trimmed unread`)] : []),
+          ];
+        }),
+        width,
+      ),
+      ...(moreGroups > 0 ? [`  and ${counted(moreGroups, 'more group')}`] : []),
+    ];
     paragraph(
       'Streams',
       streams.length === 0
         ? ['none yet']
-        : streams.flatMap(({ stream, length, groups, moreGroups }) => {
-            const maxLength = stream === config.dlqStreamName ? config.dlqMaxLen : config.streamMaxLen;
-            return [
-              ...fit`${stream}  ${text`${counted(length, 'entry', 'entries')}${maxLength === 0 ? '' : ` of about ${maxLength}`}${groups.length === 0 ? ', no consumer group' : ''}`}`,
-              ...table(
-                groups.map((it) => {
-                  const atRisk = entriesAtRisk(it.unacknowledged, maxLength);
-                  return [
-                    `  ${it.group}`,
-                    text`${counted(it.consumers, 'consumer')}`,
-                    text`${it.isEstimate ? 'about ' : ''}${it.lag} to read`,
-                    text`${it.pending} pending`,
-                    ...(atRisk > 0 ? [paint.red(`${atRisk} about to be trimmed unread`)] : []),
-                  ];
-                }),
-                width,
-              ),
-              ...(moreGroups > 0 ? [`  and ${counted(moreGroups, 'more group')}`] : []),
-            ];
-          }),
+        : streams.flatMap((stream, i) => [...(rows[i] ?? []), ...groupsOf(stream)]),
     );
   }
   return lines;

@@ -90,7 +90,7 @@ export const cleanLines = (lines: string): string =>
 export function printInPlace(lines: readonly Text[]): void {
   const room = (process.stdout.rows || Number.POSITIVE_INFINITY) - 1; // the last row is the cursor's
   const isCut = lines.length > room;
-  const shown = lines.slice(0, isCut ? Math.max(0, room - 1) : undefined).map((line) => line.value);
+  const shown = lines.slice(0, isCut ? Math.max(0, room - 1) : undefined).map((line) => cut(line).value);
   // A colour may go on in what is cut.
   if (isCut) shown.push(`\x1b[0m… ${lines.length - shown.length} more lines`);
   process.stdout.write(`\x1b[H${shown.map((line) => `${line}\x1b[K\n`).join('')}\x1b[J`);
@@ -134,65 +134,27 @@ export function folded(line: Printable, width = columns()): Text[] {
   return lines.map((it) => whole.with(() => it));
 }
 
-const SHORTEST = 8;
+/** Names that one copies are whole, also where they are wider than the terminal, but for those that are absurd. */
+const NAME_COLUMNS = 100;
 
-/** The limit for each of these lengths with which all together are no more than `room`; no less than SHORTEST. */
-function longest(lengths: readonly number[], room: number): number {
-  const sum = (limit: number) => lengths.reduce((all, length) => all + Math.min(length, limit), 0);
-  let limit = Math.max(SHORTEST, ...lengths);
-  while (limit > SHORTEST && sum(limit) > room) limit--;
-  return limit;
-}
+export const name = (of: string): Text => cut(of, Math.max(columns(), NAME_COLUMNS));
 
-/** Only a string may be shortened. */
-const shortened = (value: Printable, limit: number): Printable =>
-  typeof value === 'string' ? cut(value, limit) : value;
-
-/** Template tag: lines of so many columns, one if that will do. The longest strings are shortened; a number or Text stays whole. */
-export const fitted =
-  (width = columns()) =>
-  (strings: TemplateStringsArray, ...values: readonly Printable[]): Text[] => {
-    const lengths = values.map((it) => (typeof it === 'string' ? text`${it}`.length : 0));
-    const others = text(strings, ...values).length - lengths.reduce((sum, length) => sum + length, 0);
-    const limited = (limit: number) => text(strings, ...values.map((it) => shortened(it, limit)));
-    const line = limited(longest(lengths, width - others));
-    return line.length <= width ? [line] : folded(limited(Math.floor(width / 2)), width);
-  };
-
-/** Cells in columns, each as wide as its widest. Strings are shortened where that is too wide; what is still too wide is folded. */
-export function table(rows: readonly (readonly Printable[])[], width = columns()): Text[] {
+/** The lines of each row: its cells in columns, each as wide as its widest. Where that is too wide, every row is folded. */
+export function tableRows(rows: readonly (readonly Printable[])[], width = columns()): Text[][] {
   const widths: number[] = [];
-  const isWhole: boolean[] = [];
   for (const row of rows)
-    for (const [i, cell] of row.entries()) {
-      widths[i] = Math.max(widths[i] ?? 0, text`${cell}`.length);
-      isWhole[i] ||= typeof cell !== 'string';
-    }
-  const sum = (all: readonly number[]) => all.reduce((total, it) => total + it, 2 * (widths.length - 1));
-  const limit = longest(
-    widths.filter((_, i) => !isWhole[i]),
-    width - sum(widths.filter((_, i) => isWhole[i])),
-  );
-  const shown = widths.map((it, i) => (isWhole[i] ? it : Math.min(it, limit)));
-  if (sum(shown) > width)
-    return rows.flatMap((row) =>
-      folded(
-        joined(
-          row.map((it) => shortened(it, Math.floor(width / 2))),
-          '  ',
-        ),
-        width,
-      ),
-    );
+    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, text`${cell}`.length);
+  const isTooWide = widths.reduce((sum, it) => sum + it, 2 * (widths.length - 1)) > width;
   return rows.map((row) => {
-    const cells = row.map((it, i) => {
-      const cell = shortened(it, shown[i] ?? 0);
-      const padding = i === row.length - 1 ? 0 : (shown[i] ?? 0) - text`${cell}`.length;
+    const cells = row.map((cell, i) => {
+      const padding = isTooWide || i === row.length - 1 ? 0 : (widths[i] ?? 0) - text`${cell}`.length;
       return text`${cell}${' '.repeat(padding)}`;
     });
-    return joined(cells, '  ');
+    return folded(joined(cells, '  '), width);
   });
 }
+
+export const table = (...given: Parameters<typeof tableRows>): Text[] => tableRows(...given).flat();
 
 type Paint = 'bold' | 'red' | 'yellow';
 

@@ -14,7 +14,7 @@ import { createLookup } from '../streams/lookup.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { untilInterrupted, withProgress } from './act.ts';
 import { EXIT, range, WHEN, when, withConfig, withServers } from './command.ts';
-import { print, printAll, printJson, table, text, toSecond } from './terminal.ts';
+import { name, print, printAll, printJson, table, text, toSecond } from './terminal.ts';
 
 type VerifyOptions = Readonly<{
   /** A time, or how long ago in ms. */
@@ -182,7 +182,7 @@ function report(
   ];
   const widest = (i: number) => Math.max(...lines.map((cells) => cells[i]?.length ?? 0));
   print(text`Rows published or given up from ${toSecond(iso(since))} to ${toSecond(iso(until))}:`);
-  printAll(table(lines.map((cells) => cells.map((it, i) => (i < 5 ? text`${it.padStart(widest(i))}` : it)))));
+  printAll(table(lines.map((cells) => cells.map((it, i) => (i < 5 ? it.padStart(widest(i)) : name(it))))));
   if (rows === 0)
     print(text`No row${topic === undefined ? '' : ` with topic ${topic}`} has an entry id in this time.`);
   else if (lost === 0 && unreadable === 0) print(text`Nothing is missing.`);

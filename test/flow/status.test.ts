@@ -93,6 +93,9 @@ test('the status tells what there is, and what the oldest event of each state wa
   expect(text).toMatch(/relay-claim .*PAUSED/);
   expect(text).toMatch(/relay-publish .*at most 7 in progress \(global concurrency\)/);
   expect(text).toMatch(/mailer +0 consumers +\d+ to read +0 pending +\d+ about to be trimmed unread/);
+  // Streams stand in columns.
+  expect(text).toMatch(/^ {2}identity\.user\.v1 {6}\d+ entries of about 10$/m);
+  expect(text).toMatch(/^ {2}identity\.user\.v1\.dlq {2}2 entries of about \d+ +no group$/m);
   expect(text).toMatch(/last tick of the schedule: .* ago, due every 5 s/);
 });
 
