@@ -86,6 +86,7 @@ async function showStatus(
       fleet: () => whenThere(fleet),
       inspectStreams: (names) => streams.whenThere(() => inspectStreams(names)),
       streams: [config.streamName, config.dlqStreamName],
+      ...(streamRedis !== redis && { streamServer: 'stream Redis' }),
       deadlineMs: DEADLINE_MS,
     }),
     oldest: backlog.oldest,
@@ -162,6 +163,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
     const folds = rows.flatMap((row) => folded(row, width));
     lines.push(paint.bold(title), ...folds.map((line) => text`  ${line}`));
   };
+  const unknown = (title: string, server: string) => paragraph(title, [`unknown: ${server} gives no answer`]);
   const wrong = [status.wrongDatabase ?? [], status.problems.map((it) => `no answer: ${it}`)].flat();
   lines.push(...wrong.flatMap((it) => folded(it).map(paint.red)));
 
@@ -187,7 +189,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
           : `the oldest that should be out already: ${duration(oldest.waiting)}`,
       ),
     ]);
-  }
+  } else unknown('Backlog', 'PostgreSQL');
   if (status.oldest) {
     const indent = text`${' '.repeat(10)}`;
     paragraph(
@@ -200,12 +202,12 @@ function describe(status: Status, config: RelayConfig): Text[] {
             text`${indent}waits ${cut(row.waitsFor, 2 * width)}`,
           ]),
     );
-  }
+  } else unknown('Oldest events', 'PostgreSQL');
   if (rates) {
     const row = (name: string, rate: { lastMinute: number; lastFiveMinutes: number }) =>
       `${name.padEnd(12)}${events(60, rate.lastMinute)} in the last minute ${events(300, rate.lastFiveMinutes)} in the last five`;
     paragraph('Rates', [row('published', rates.published), row('dead', rates.dead)]);
-  }
+  } else unknown('Rates', 'PostgreSQL');
   if (queues) {
     const rows = Object.entries(queues).map(([name, { isPaused, limits, ...counts }]) => [
       text`${config.queueName}-${name}`,
@@ -218,7 +220,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
       ...(queues.claim.failed > 0 ? ['a failed tick needs nothing: the next one does its work'] : []),
       `${counted(inFlight(queues.publish), 'job')} in flight, of at most ${status.maxInFlight}`,
     ]);
-  }
+  } else unknown('Queues', 'Redis');
   if (fleet) {
     const tick = status.lastTickSecondsAgo;
     const noTick = fleet.pods.every(isSilent) ? 'unknown, since no pod runs' : 'none was seen';
@@ -240,7 +242,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
       ...(fleet.pods.length === 0 ? [paint.red('no pod is running')] : []),
       `last tick of the schedule: ${tick === null ? noTick : `${duration(tick)} ago`}, due every ${duration(config.pollIntervalMs / 1_000)}`,
     ]);
-  }
+  } else unknown('Pods', 'Redis');
   if (streams) {
     const limitOf = (stream: string) =>
       stream === config.dlqStreamName ? config.dlqMaxLen : config.streamMaxLen;
@@ -274,7 +276,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
         ? ['none yet']
         : streams.flatMap((stream, i) => [...(rows[i] ?? []), ...groupsOf(stream)]),
     );
-  }
+  } else unknown('Streams', fleet ? 'its Redis' : 'Redis');
   return lines;
 }
 

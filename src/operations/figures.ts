@@ -35,12 +35,14 @@ export function createFigures(deps: {
   inspectStreams: (streams: readonly string[]) => Promise<StreamFigures[]>;
   /** Read besides those in the heartbeats, if they exist. */
   streams: readonly string[];
+  /** Where the streams are. Default: the Redis of the queue. */
+  streamServer?: Server;
   /** Timeout of each part. */
   deadlineMs: number;
 }): () => Promise<Figures> {
   return async () => {
     const problems = new Set<string>();
-    const part = <T>(server: 'database' | 'Redis', work: Promise<T>): Promise<T | undefined> =>
+    const part = <T>(server: Server, work: Promise<T>): Promise<T | undefined> =>
       withDeadline(deps.deadlineMs, work).catch((error) => {
         problems.add(problemOf(server, error, deps.deadlineMs));
         return undefined;
@@ -52,8 +54,8 @@ export function createFigures(deps: {
     };
     const heard = deps.fleet();
     const known = async () => {
-      const { streams } = await heard;
-      return deps.inspectStreams([...new Set([...deps.streams, ...streams])]);
+      const fleet = await heard.catch(() => undefined); // it is a problem of its own
+      return fleet && deps.inspectStreams([...new Set([...deps.streams, ...fleet.streams])]);
     };
     const [backlog, database, notifyQueueUsage, redis, queues, fleet, streams] = await Promise.all([
       part('database', deps.backlog()),
@@ -62,7 +64,7 @@ export function createFigures(deps: {
       part('Redis', offset(heard.then(({ redisTime }) => redisTime))),
       part('Redis', deps.queues()),
       part('Redis', heard),
-      part('Redis', known()),
+      part(deps.streamServer ?? 'Redis', known()),
     ]);
     return {
       ...(backlog && { backlog }),
@@ -79,10 +81,17 @@ export function createFigures(deps: {
 /** The timeouts of the deadline, the pool, the session and ioredis: a server that is mute may end each part by another. */
 const TIMEOUT = /no answer within|timed? ?out/i;
 
+const VARIABLES = {
+  database: 'RELAY_DATABASE_URL',
+  Redis: 'RELAY_REDIS_URL',
+  'stream Redis': 'RELAY_STREAM_REDIS_URL',
+};
+type Server = keyof typeof VARIABLES;
+
 /** Why a part is left out: the same text for every part that one outage concerns. */
-export function problemOf(server: 'database' | 'Redis', error: unknown, deadlineMs: number): string {
+export function problemOf(server: Server, error: unknown, deadlineMs: number): string {
   const reason = errorText(error);
-  return `${server}: ${TIMEOUT.test(reason) ? `timed out after ${deadlineMs / 1_000} s` : reason}`;
+  return `${server}: ${TIMEOUT.test(reason) ? `timed out after ${deadlineMs / 1_000} s` : reason} (see ${VARIABLES[server]})`;
 }
 
 /** Entries that a group has not acknowledged, and that are trimmed when another tenth of the limit is appended. */

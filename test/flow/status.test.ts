@@ -107,13 +107,31 @@ test('a server that is away is named, and what the other knows is shown', async 
   const status: Status = JSON.parse(away.lines.join('\n'));
   expect(status.figures.backlog).toMatchObject({ fresh: 1 });
   expect(status.figures.queues).toBeUndefined();
-  expect(status.problems).toEqual([expect.stringMatching(/^Redis: .*ECONNREFUSED/)]);
+  expect(status.problems).toEqual([
+    expect.stringMatching(/^Redis: .*ECONNREFUSED.* \(see RELAY_REDIS_URL\)$/),
+  ]);
+
+  // What is not known is not left out in silence.
+  const unknown = (lines: readonly string[]) =>
+    lines.flatMap((line, i) => (line.startsWith('  unknown: ') ? [`${lines[i - 1]}${line}`] : []));
+  const withoutRedis = await stage.command(['status'], { RELAY_REDIS_URL: 'redis://127.0.0.1:9' });
+  expect(unknown(withoutRedis.lines)).toEqual(
+    ['Queues', 'Pods', 'Streams'].map((it) => `${it}  unknown: Redis gives no answer`),
+  );
+  const withoutStreams = await stage.command(['status'], {
+    RELAY_STREAM_REDIS_URL: 'redis://127.0.0.1:9',
+  });
+  expect(withoutStreams.lines[0]).toMatch(/^no answer: stream Redis: .* \(see RELAY_STREAM_REDIS_URL\)$/);
+  expect(unknown(withoutStreams.lines)).toEqual(['Streams  unknown: its Redis gives no answer']);
 
   const { code, lines } = await stage.command(['status'], {
     RELAY_DATABASE_URL: 'postgres://me:hunter2@127.0.0.1:9/x',
   });
   expect(code).toBe(1);
-  expect(lines[0]).toMatch(/^no answer: database: .*ECONNREFUSED/);
+  expect(lines[0]).toMatch(/^no answer: database: .*ECONNREFUSED.* \(see RELAY_DATABASE_URL\)$/);
+  expect(unknown(lines)).toEqual(
+    ['Backlog', 'Oldest events', 'Rates'].map((it) => `${it}  unknown: PostgreSQL gives no answer`),
+  );
   expect(lines.join('\n')).toMatch(/^Queues$/m);
   expect(lines.join('\n')).toContain('no pod is running');
   expect(lines.join('\n')).not.toContain('hunter2');
