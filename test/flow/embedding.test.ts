@@ -181,6 +181,8 @@ test('an event that is appended in a pg transaction exists if and only if that c
     const two = await appendEvent(client, own);
     expect(two.eventId).toBe(own.eventId);
     expect(two.id).toBeGreaterThan(one.id);
+    // As the README warns.
+    expect(() => JSON.stringify(two)).toThrow('BigInt');
     expect(await stage.count('true'), 'rows before the commit').toBe(0);
     await client.query('COMMIT');
     await stage.rested();
