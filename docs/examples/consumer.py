@@ -150,8 +150,8 @@ def main():
             with connection, connection.cursor() as cursor:
                 cursor.execute(TABLES)
             consume(streams, connection)
-        except (psycopg2.OperationalError, psycopg2.InterfaceError, redis.RedisError) as error:
-            # A server is away, or the group is gone (NOGROUP): begin again.
+        except (psycopg2.Error, redis.RedisError) as error:
+            # A server is away, the group is gone (NOGROUP), or another one made the tables meanwhile: begin again.
             log(str(error))
             time.sleep(1)
         finally:
