@@ -28,18 +28,28 @@ export async function withConfig(
   }: Readonly<{ /** The command has a log, and reports unknown variables there. */ logs?: boolean }> = {},
 ): Promise<void> {
   try {
-    const config = loadConfig(process.env);
-    if (!logs) {
-      for (const { name, nearest } of unknownVariables(process.env))
-        printError(
-          text`relay: ${name} is no variable of the relay and has no effect${nearest === undefined ? '' : text`: is ${nearest} meant?`}`,
-        );
-    }
+    const config = configured();
+    if (!logs) for (const { variable, problem } of unknown()) printError(text`relay: ${variable} ${problem}`);
     process.exitCode = await run(config);
   } catch (error) {
     fail(error);
   }
 }
+
+/** @throws {ConfigError} which names unknown variables too: a misspelled one may be the reason for the rest */
+function configured(): RelayConfig {
+  try {
+    return loadConfig(process.env);
+  } catch (error) {
+    throw error instanceof ConfigError ? new ConfigError([...error.problems, ...unknown()]) : error;
+  }
+}
+
+const unknown = () =>
+  unknownVariables(process.env).map(({ name, nearest }) => ({
+    variable: name,
+    problem: `is no variable of the relay and has no effect${nearest === undefined ? '' : `: is ${nearest} meant?`}`,
+  }));
 
 export function fail(error: unknown): void {
   if (error instanceof ConfigError) {

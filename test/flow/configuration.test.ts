@@ -33,6 +33,16 @@ for (const command of ['start', 'migrate', 'check']) {
   });
 }
 
+test.each(['start', 'check'])('relay %s names a misspelled variable besides a wrong one', async (command) => {
+  const pod = await startPod({ RELAY_LOG_LEVEL: 'loud', RELAY_BATCH_SIZ: '10' }, [command]);
+  expect((await pod.exited).code).toBe(78);
+  expect(pod.lines).toEqual([
+    'relay: the configuration is wrong:',
+    expect.stringMatching(/^ {2}RELAY_LOG_LEVEL: /),
+    '  RELAY_BATCH_SIZ: is no variable of the relay and has no effect: is RELAY_BATCH_SIZE meant?',
+  ]);
+});
+
 test('good values that contradict each other are named too', async () => {
   const pod = await startPod(
     { RELAY_CLAIM_LEASE: '5', RELAY_PUBLISH_TIMEOUT: '5', RELAY_BATCH_SIZE: '50', RELAY_MAX_IN_FLIGHT: '10' },
