@@ -108,7 +108,9 @@ export async function withServers<T>(
   const options = { pool: { max: POOL_SIZE, connectionTimeoutMillis: timeoutMs }, redis: redisSettings };
   return withConnections(config, command, options, async ({ pool: ownPool, redis, streamRedis }) => {
     const pool = healthyPool(ownPool, { size: POOL_SIZE, logger });
-    await waitForServers({ pool, redis: [redis], streamRedis: [streamRedis], timeoutMs, logger });
+    // It is short, and a person reads the sentence at its end.
+    const quiet = createLogger('error', process.stderr);
+    await waitForServers({ pool, redis: [redis], streamRedis: [streamRedis], timeoutMs, logger: quiet });
     await requireTable(pool);
     if (!anyOwner) for (const it of new Set([redis, streamRedis])) await assertOurs(pool, it, config);
     return work({ pool, redis, streamRedis, logger });

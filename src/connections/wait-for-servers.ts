@@ -13,6 +13,7 @@ import { redisFinding } from './redis-requirements.ts';
 /** Waits until the servers answer. */
 
 const RETRY_MS = 500;
+const FIRST_LOG_MS = 1_000;
 const LOG_EVERY_MS = 5_000;
 /** Deadline of the question to PostgreSQL. */
 const LOOK_MS = 2_500;
@@ -70,23 +71,27 @@ async function untilAnswered(
   ask: () => Promise<unknown>,
   { endsAt, logger, signal }: Readonly<{ endsAt: number; logger: Logger; signal: AbortSignal }>,
 ): Promise<void> {
-  let loggedAt = Date.now();
-  while (!signal.aborted) {
-    try {
-      // The last question has time to find out why there is no connection.
-      await withDeadline(Math.max(endsAt - Date.now(), 3 * RETRY_MS), ask());
-      return;
-    } catch (error) {
-      const failure = failureOf(server, error);
-      if (failure instanceof RequirementError || Date.now() >= endsAt) throw failure;
-      if (Date.now() - loggedAt >= LOG_EVERY_MS) {
-        loggedAt = Date.now();
-        logger.warn({ err: error, server: server.name }, 'waiting for a server to answer');
+  let reason = 'no answer yet';
+  // Not after a try: the first may last longer. The reason is enough, a stack says nothing of the server.
+  const log = () => logger.warn({ server: server.name, reason }, 'waiting for a server to answer');
+  const timers = [setTimeout(log, FIRST_LOG_MS), setInterval(log, LOG_EVERY_MS)];
+  try {
+    while (!signal.aborted) {
+      try {
+        // The last question has time to find out why there is no connection.
+        await withDeadline(Math.max(endsAt - Date.now(), 3 * RETRY_MS), ask());
+        return;
+      } catch (error) {
+        const failure = failureOf(server, error);
+        if (failure instanceof RequirementError || Date.now() >= endsAt) throw failure;
+        reason = errorText(error);
+        await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)), undefined, { signal }).catch(
+          () => {},
+        );
       }
-      await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)), undefined, { signal }).catch(
-        () => {},
-      );
     }
+  } finally {
+    for (const timer of timers) clearTimeout(timer);
   }
 }
 
