@@ -11,7 +11,7 @@ Needs redis and psycopg2 (Debian: python3-redis, python3-psycopg2).
 
     REDIS_URL=redis://localhost:6379 DATABASE_URL=postgresql://localhost/app python3 consumer.py
 
-Without REDIS_URL it is this one; without DATABASE_URL the variables of libpq count (PGHOST, PGDATABASE and so on).
+Without REDIS_URL it reads redis://localhost:6379. Without DATABASE_URL the variables of libpq count (PGHOST and so on).
 """
 
 import json

@@ -13,7 +13,7 @@
  *     npm install ioredis pg tsx
  *     REDIS_URL=redis://localhost:6379 DATABASE_URL=postgresql://localhost/app node --import tsx consumer.ts
  *
- * Without REDIS_URL it is this one; without DATABASE_URL the variables of libpq count (PGHOST, PGDATABASE and so on).
+ * Without REDIS_URL it reads redis://localhost:6379. Without DATABASE_URL the variables of libpq count (PGHOST and so on).
  */
 import { hostname } from 'node:os';
 import { setTimeout as delay } from 'node:timers/promises';
