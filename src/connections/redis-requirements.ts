@@ -61,7 +61,7 @@ const REMEDIES: readonly (readonly [answer: RegExp, remedy: string])[] = [
 
 /** Errors of connections have no name of their own; refusals of the server are ReplyErrors. A script quotes its error. */
 const PASSES =
-  /max number of clients|\b(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED)\b/;
+  /max number of clients|Script attempted to access a non local key|\b(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED)\b/;
 const REFUSES = /\b(NOPERM|NOAUTH|WRONGPASS)\b|cluster support disabled/;
 
 /** Some answers of Redis end with a full stop. */

@@ -13,9 +13,9 @@ export const LARGE_BYTES = 64 * 1024;
 /** Time to wait for a connection before a request is made once more. */
 const RECONNECT_MS = 2_000;
 
-/** Replies by which Redis refuses everybody, whatever the request. */
+/** Replies by which Redis refuses everybody, whatever the request. A script finds keys of its slot gone while the slot moves. */
 const NOBODY_NOW =
-  /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED|NOAUTH|WRONGPASS)/;
+  /^(OOM|LOADING|READONLY|MASTERDOWN|CLUSTERDOWN|MOVED|ASK|TRYAGAIN|BUSY|NOREPLICAS|MISCONF|UNBLOCKED|NOAUTH|WRONGPASS)|Script attempted to access a non local key/;
 
 /** Redis says where in the script it refused: before the refusal up to version 6, after it since 7. */
 export const reasonOf = (error: Error): string =>

@@ -56,6 +56,13 @@ test('a connection is to the node that has the slot, and moves with it', async (
     expect(await refusalOf(append.set(`${TAG}:other`, 'x'))).toMatchObject(nobodysFault(/^ASK /));
     const both = append.mget(`${TAG}:new`, ...(await from.client.keys(`${TAG}:*`)));
     expect(await refusalOf(both)).toMatchObject(nobodysFault(/^(ASK|TRYAGAIN)\b/));
+    // A script that finds one key here, and another one gone.
+    const [here = ''] = await from.client.keys(`${TAG}:*`);
+    const script = `redis.call('GET', KEYS[1]) return redis.call('GET', ARGV[1])`;
+    const inScript = append.eval(script, 1, here, `${TAG}:new`);
+    expect(await refusalOf(inScript)).toMatchObject(
+      nobodysFault(/Script attempted to access a non local key/),
+    );
   });
   expect(await added).toBe('OK');
 
