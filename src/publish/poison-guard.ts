@@ -41,7 +41,7 @@ if starts < tonumber(ARGV[2]) then redis.call('HINCRBY', KEYS[1], ARGV[1], 1) en
 return starts`;
 
 /** Interval at which the guard tries to take a count back while Redis is away. */
-const FORGET_AGAIN_MS = 200;
+const FORGET_AGAIN_MS = 1_000;
 
 export type PoisonGuard = ReturnType<typeof createPoisonGuard>;
 
@@ -68,6 +68,8 @@ export function createPoisonGuard(deps: {
   /** How many events are published alone or wait for that. */
   let alone = 0;
   const oneByOne = pLimit(1);
+  /** Events whose counts are being taken back: goes on until Redis has done it. */
+  const clearing = new Map<string, Promise<void>>();
 
   function assertInTime(expiresAt: number): void {
     if (Date.now() >= expiresAt) throw new Error('it could not begin alone in time');
@@ -77,14 +79,18 @@ export function createPoisonGuard(deps: {
     while (!stopped) {
       try {
         await redis.hdel(jobKey(eventId), STARTS, STALLED);
-        return;
+        break;
       } catch {
         await pause(FORGET_AGAIN_MS);
       }
     }
+    clearing.delete(eventId);
   }
   async function clearUntil(eventId: string, expiresAt: number): Promise<void> {
-    await succeedsWithin(Math.max(1, expiresAt - Date.now()), clear(eventId));
+    // An event that runs again and again while Redis refuses everything is cleared once.
+    const cleared = clearing.get(eventId) ?? clear(eventId);
+    clearing.set(eventId, cleared);
+    await succeedsWithin(Math.max(1, expiresAt - Date.now()), cleared);
   }
 
   /** Runs `work` after the events that were to be published alone before, and after all appends that run together. */

@@ -1,5 +1,5 @@
 import type { Redis } from 'ioredis';
-import { afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
+import { afterEach, beforeAll, beforeEach, expect, onTestFinished, test } from 'vitest';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createPoisonGuard, type PoisonGuard } from '../../src/publish/poison-guard.ts';
 import { asRelay } from '../support/least-privilege.ts';
@@ -169,4 +169,21 @@ test('to take a count back is given up in time while Redis is away, and when the
   const clearing = guard.clear(EVENT, inTime());
   guard.stop();
   await withDeadline(5_000, clearing);
+});
+
+test('while Redis refuses it, the count of an event is taken back by one at a time, however often the event runs', async () => {
+  let asked = 0;
+  const connection = redis.duplicate();
+  onTestFinished(() => connection.disconnect());
+  const refusing = Object.assign(connection, {
+    hdel: async () => {
+      asked++;
+      throw new Error('NOPERM');
+    },
+  });
+  const guard = aPod(3, refusing as unknown as Redis);
+  await Promise.all(Array.from({ length: 20 }, () => guard.clear(EVENT, Date.now() + 20)));
+  expect(asked).toBeGreaterThan(0);
+  // The second, where this took a second.
+  expect(asked).toBeLessThanOrEqual(2);
 });
