@@ -26,8 +26,8 @@ export function add(command: Command): void {
       'after',
       () =>
         '\nGive it the environment of the pods ("relay start --help"), with a\n' +
-        'RELAY_DATABASE_URL whose role has the operators’ rights. Where it listens, and\n' +
-        `who may log in:\n${describeVariables(helpColumns(), (name) => SERVES.test(name))}`,
+        'RELAY_DATABASE_URL whose role is the operators’; "relay grants" prints its\n' +
+        `rights. Where it listens, and who may log in:\n${describeVariables(helpColumns(), (name) => SERVES.test(name))}`,
     )
     .action(async () => {
       await withConfig(serve, { logs: true });

@@ -5,13 +5,16 @@ import { redisOptions } from '../config/redis-urls.ts';
 import { checkRequirements } from '../connections/requirements.ts';
 import { advice, type RequirementResult } from '../requirement.ts';
 import { EXIT, withConfig, withConnections } from './command.ts';
-import { columns, print, text } from './terminal.ts';
+import { columns, print, printAll, text } from './terminal.ts';
 import { wrapped } from './variables.ts';
 
 /** Asks a server that may be away for no longer than this. */
 const TIMEOUT_MS = 10_000;
-/** Where the findings begin. */
+/** Where the findings begin; in a terminal without room for them there, on a line of their own. */
 const INDENT = 31;
+const NARROW_INDENT = 8;
+/** Fewer columns are not wrapped. */
+const FINDING_COLUMNS = 40;
 
 export function add(command: Command): void {
   command
@@ -28,14 +31,21 @@ export function add(command: Command): void {
  * @returns whether the relay could run
  */
 async function runChecks(config: RelayConfig): Promise<boolean> {
+  const unset = ['RELAY_DATABASE_URL', 'RELAY_REDIS_URL'].filter((it) => process.env[it] === undefined);
+  const defaults = unset.length === 0 ? '' : `; not set, so at the default: ${unset.join(', ')}`;
   const good: RequirementResult = {
-    ...{ result: 'ok', subject: 'configuration', finding: 'every variable is good', mayPass: false },
+    ...{ result: 'ok', subject: 'configuration', finding: `every variable is good${defaults}` },
+    mayPass: false,
   };
+  const isNarrow = columns() < INDENT + FINDING_COLUMNS;
   const results = [good, ...(await checkServers(config))];
   for (const { result, subject, finding } of results) {
-    const lines = wrapped(text`${finding}`.value, columns() - INDENT);
-    for (const [i, line] of lines.entries())
-      print(text`${(i > 0 ? '' : `${result.padEnd(7)} ${subject}`).padEnd(INDENT)}${line}`);
+    const indent = isNarrow ? NARROW_INDENT : INDENT;
+    const [first = '', ...others] = wrapped(text`${finding}`.value, columns() - indent);
+    const heading = `${result.padEnd(7)} ${subject}`;
+    if (isNarrow) printAll([text`${heading}`, text`${' '.repeat(indent)}${first}`]);
+    else print(text`${heading.padEnd(indent)}${first}`);
+    for (const line of others) print(text`${' '.repeat(indent)}${line}`);
   }
   return results.every(({ result }) => result !== 'failed');
 }

@@ -81,7 +81,7 @@ export function reasonOf(error: unknown): string {
     case '42703':
       return `identity.outbox was made for an older version: run "relay migrate" (${reason})`;
     case '42501':
-      return `the role in RELAY_DATABASE_URL lacks a right: ${reason.replace(/^Failed query: /, '')}. dlq replay, dlq discard and prune need the role of operators, migrate the owner of the table; "relay grants" prints the rights of each`;
+      return `the role in RELAY_DATABASE_URL lacks a right: ${reason.replace(/^Failed query: /, '')}; "relay grants" prints the roles, the commands of each, and their rights`;
     default:
       return reason;
   }

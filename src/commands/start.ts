@@ -7,7 +7,7 @@ import { createRelay } from '../relay.ts';
 import { createLogger, type Logger, logWhatOthersPrint } from '../telemetry/logger.ts';
 import { tracesWanted } from '../telemetry/tracing.ts';
 import { VERSION } from '../version.ts';
-import { EXIT, exitCodeOf, warnOfUnknownVariables, withConfig } from './command.ts';
+import { EXIT, exitCodeOf, fail, warnOfUnknownVariables, withConfig } from './command.ts';
 import { signalled } from './signals.ts';
 import { helpColumns } from './terminal.ts';
 import { describeVariables, settings } from './variables.ts';
@@ -59,6 +59,8 @@ async function start(config: RelayConfig): Promise<never> {
     // What an operator has to change is in the message; a stack would make it seem a bug of the relay.
     if (process.exitCode !== EXIT.failed) delete (error as Error).stack;
     logger.fatal({ err: error }, 'the relay cannot start');
+    // Logs go to a collector, a person reads the sentence.
+    if (process.stderr.isTTY) fail(error);
   }
   const flushMs = Math.max(0, Math.min(FLUSH_MS, stopBy - Date.now()));
   if (traces && !(await traces.stop(flushMs))) logger.warn({}, 'the last traces could not be sent in time');

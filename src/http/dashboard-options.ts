@@ -50,7 +50,7 @@ export function boardUrl(
 ): string {
   // 0.0.0.0 and :: are every address.
   const host = /^[0.:]+$/.test(httpHost) ? 'localhost' : httpHost;
-  return `http://${host.includes(':') ? `[${host}]` : host}:${port}${boardBasePath}/board`;
+  return `http://${host.includes(':') ? `[${host.replace('%', '%25')}]` : host}:${port}${boardBasePath}/board`;
 }
 
 /** `5 dead, 2 waiting (the oldest for 30 s), 1 waiting for a retry.`: the dashboard cuts what does not fit. */

@@ -50,6 +50,7 @@ export function databaseGrants(
   const deletes = config.publishedRetentionMs > 0;
   return [
     `-- The roles ${relay}, ${operators} and ${producers} must exist; "relay grants --help" says how to name others.`,
+    '-- Their owner, who runs "relay migrate" and these statements, is none of them.',
     'BEGIN;',
     `REVOKE ALL ON identity.outbox FROM ${relay}, ${operators}, ${producers};`,
     `GRANT USAGE ON SCHEMA identity TO ${relay};`,

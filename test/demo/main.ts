@@ -148,7 +148,7 @@ function suggest({ databaseUrl, redisUrl, httpUrl, operator }: Stack, screen: Sc
       'node dist/cli.js status',
       'node dist/cli.js dlq list',
     ],
-    ['rows', `psql "$RELAY_DATABASE_URL" -xc 'SELECT * FROM identity.outbox ORDER BY id DESC LIMIT 2'`],
+    ['rows', `psql "$RELAY_DATABASE_URL" -Axc 'SELECT * FROM identity.outbox ORDER BY id DESC LIMIT 2'`],
     [
       `mend #${FIRST_FAILING}; others likewise, each has a topic with its number`,
       `${redisCli} DEL ${topic}`,

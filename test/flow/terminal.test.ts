@@ -304,3 +304,29 @@ test('progress in a terminal names no time left before it knows one', async () =
   expect(stdout).toMatch(/ 0% \| .* \? left/);
   expect(stdout).not.toMatch(/NF|NULL/);
 });
+
+test('check keeps to the columns of a small terminal too', async () => {
+  const stage = await setStage({ env: { COLUMNS: '60' } });
+  const { lines } = await stage.command(['check']);
+  expect(lines.slice(0, 2)).toEqual(['ok      configuration', '        every variable is good']);
+  for (const line of lines) expect([...line].length, lines.join('\n')).toBeLessThanOrEqual(60);
+});
+
+test('a start that is refused ends with its sentence where a person sees it', async () => {
+  const { adminUrl } = await createDatabase({ template: false });
+  const { env: servers } = await setStage();
+  const options = {
+    cwd: inject('root'),
+    env: { ...cleanEnvironment(), ...servers, RELAY_DATABASE_URL: adminUrl },
+  };
+  const command = `"${process.execPath}" dist/cli.js start`;
+  const { code, stdout } = (await promisify(execFile)(
+    'script',
+    ['-qec', command, '/dev/null'],
+    options,
+  ).catch((error: { code: number; stdout: string }) => error)) as { code: number; stdout: string };
+  expect(code).toBe(69);
+  const lines = stdout.trim().split('\r\n');
+  expect(JSON.parse(lines.at(-2) ?? '').msg).toBe('the relay cannot start');
+  expect(lines.at(-1)).toMatch(/^relay: .*identity\.outbox.*: run "relay migrate"/);
+});
