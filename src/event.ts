@@ -84,7 +84,7 @@ export type Aggregate = Readonly<{ aggregateType: string; aggregateId: string }>
 export const aggregateKey = ({ aggregateType, aggregateId }: Aggregate): string =>
   `${aggregateId} ${aggregateType}`;
 
-/** Outcome of one append to a stream. Each reply of Redis means exactly one of these. */
+/** Outcome of one try to append an event: of the script, or of the rows. */
 export type AppendOutcome =
   /** It was appended. Its entry is in the stream as long as the epoch lasts. */
   | { status: 'appended'; entryId: string; epoch: string }

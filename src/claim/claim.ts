@@ -96,7 +96,7 @@ export function createClaim(deps: {
   async function lease(tx: Queryable, epoch: string, take: () => Promise<Claim>): Promise<Claim> {
     const claimed = await take();
     if (claimed.leased.length === 0) return claimed;
-    const events = await withoutAppended(tx, claimed.leased);
+    const events = await withoutEarlierJobs(tx, claimed.leased);
     if (events.length > 0)
       await deps.tracing.claim(
         events.map(
@@ -110,14 +110,15 @@ export function createClaim(deps: {
 
   /**
    * Removes earlier jobs of these events: BullMQ adds no job whose id is taken. A job that remembers an append, or a
-   * dead letter that its row does not know, stays; its row's lease ends, and the lease reaper decides.
+   * dead letter that its row does not know, stays; its row's lease ends, and the lease reaper decides. So does one that a
+   * worker has: it goes on in place of the new one.
    */
-  async function withoutAppended(tx: Queryable, leased: readonly LeasedEvent[]): Promise<LeasedEvent[]> {
+  async function withoutEarlierJobs(tx: Queryable, leased: readonly LeasedEvent[]): Promise<LeasedEvent[]> {
     const again = leased.filter((it) => it.mayHaveJob);
     if (again.length === 0) return [...leased];
     const left = await deps.removeJobs(again);
-    const appended = again.filter((it) => left.get(it.eventId) === 'appended').map((it) => it.eventId);
-    if (appended.length > 0) await outbox.expireLeases(tx, appended);
-    return leased.filter((it) => !appended.includes(it.eventId));
+    const remembering = again.filter((it) => left.get(it.eventId) === 'remembers').map((it) => it.eventId);
+    if (remembering.length > 0) await outbox.expireLeases(tx, remembering);
+    return leased.filter((it) => !remembering.includes(it.eventId));
   }
 }

@@ -20,6 +20,10 @@ export function add(command: Command): void {
         ROLES,
       ),
     )
+    .addHelpText(
+      'after',
+      `\nAsks for the password in a terminal, and reads it from stdin elsewhere:\n${MIN_CHARACTERS} to ${MAX_CHARACTERS} characters. Prints the entry for RELAY_BOARD_USERS.`,
+    )
     .action(async (name: string, { role }: { role?: Role }) => {
       try {
         if (role === undefined)

@@ -188,6 +188,7 @@ function describe(status: Status, config: RelayConfig): Text[] {
           ? 'nothing waits that should be out already'
           : `the oldest that should be out already: ${duration(oldest.waiting)}`,
       ),
+      ...(backlog.dead > 0 ? ['why events are dead: relay dlq list --group'] : []),
     ]);
   } else unknown('Backlog', 'PostgreSQL');
   if (status.oldest) {

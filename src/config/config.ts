@@ -101,7 +101,7 @@ export const TABLE = {
     description: 'Time between two ticks of the schedule, for when nothing wakes the relay up',
   }),
   maxRetryAttempts: variable('RELAY_MAX_RETRY_ATTEMPTS', wholeNumber(0, 20, 'retries'), '5', {
-    description: 'Retries after the first attempt, before an event is dead-lettered',
+    description: 'Retries after the first attempt, before an event is dead-lettered: 5 make six attempts',
   }),
   retryBaseDelayMs: variable('RELAY_RETRY_BASE_DELAY', seconds(0.01, DAY), '60', {
     description: 'Delay of the first retry; each further retry waits twice as long',

@@ -18,7 +18,7 @@ export async function requireTable(pool: Pool): Promise<void> {
 const withLikelyReason = (error: Error): Error =>
   /\b(EPIPE|ECONNRESET)\b|Connection is closed/.test(error.message)
     ? new Error(
-        `${error.message}: the connection ended at once, as when Redis has as many clients as its maxclients`,
+        `${error.message}: the connection ended at once, as when Redis has as many clients as its maxclients, or when something else answers there`,
       )
     : error;
 

@@ -56,7 +56,7 @@ function answers(connections: readonly Redis[]): () => Promise<unknown> {
     return async () => {
       if (redis.status !== 'ready')
         await once(redis, 'ready', { signal: AbortSignal.timeout(RETRY_MS) }).catch(() => {
-          throw reason() ?? new Error(`connection is ${redis.status}`);
+          throw reason() ?? new Error('not connected yet');
         });
       await redis.ping().catch((error) => {
         throw reason() ?? error; // what ioredis says without a connection tells nobody why there is none

@@ -2,7 +2,7 @@ import type { Queues } from '../queue/queues.ts';
 import type { Memory } from '../streams/memory.ts';
 
 /** Why a job was not removed: a worker has it, or it remembers an append of the event, or its dead letter. */
-type JobLeft = 'busy' | 'appended';
+type JobLeft = 'busy' | 'remembers';
 
 export type RemoveJobs = ReturnType<typeof createJobRemoval>;
 
@@ -35,7 +35,7 @@ export function createJobRemoval(deps: {
     ]);
     const left = await Promise.all(
       withJobs.map(async ({ eventId }): Promise<[string, JobLeft][]> => {
-        if (appended.has(eventId) || lettered.has(eventId)) return [[eventId, 'appended']];
+        if (appended.has(eventId) || lettered.has(eventId)) return [[eventId, 'remembers']];
         return (await deps.queues.remove(eventId)) ? [] : [[eventId, 'busy']];
       }),
     );

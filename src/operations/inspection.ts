@@ -118,6 +118,7 @@ export function createInspection(deps: {
       const timeline = inOrderOfTime([
         [event.occurredAt, 'created'],
         [job?.lastStartedAt, 'last attempt begun'],
+        [job?.failedAt, 'last attempt failed, none is left'],
         [row.deadLetteredAt, `dead-lettered after ${counted(event.attempts, 'attempt')}`],
         [row.replayedAt, 'replayed'],
         [row.publishedAt, state === 'discarded' ? discarded : 'published'],

@@ -20,7 +20,10 @@ export async function migrateDatabase(
 ): Promise<void> {
   // Imported on demand: only a migration needs drizzle's migrator.
   const { migrate } = await import('../outbox/migrations.ts');
-  const client = createClient(config.databaseUrl, { connectionTimeoutMillis: config.startupTimeoutMs });
+  const client = createClient(config.databaseUrl, {
+    connectionTimeoutMillis: config.startupTimeoutMs,
+    application_name: 'relay-migrate',
+  });
   try {
     await client.connect();
   } catch (error) {

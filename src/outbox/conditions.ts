@@ -11,7 +11,9 @@ export const STILL_LIVE = (row: string) =>
   `CASE WHEN ${row}.published THEN false ELSE ${row}.dead_lettered_at IS NULL END`;
 export const LIVE = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NULL`;
 export const DEAD = (row: string) => `NOT ${row}.published AND ${row}.dead_lettered_at IS NOT NULL`;
+/** Of a live row. */
 export const FRESH = (row: string) => `${row}.next_attempt_at IS NULL`;
+/** Of a live row. */
 export const PARKED = (row: string) => `${row}.next_attempt_at = 'infinity'`;
 /** A live row whose event has failed waits for a retry, whatever its `next_attempt_at` says. */
 export const WAITS_FOR_RETRY = (row: string) => `${row}.attempts > 0`;

@@ -169,8 +169,8 @@ const LONG_NUMBERS = `'strict $.** ? (@.type() == "number" && (@ > 1e50 || @ < -
 /**
  * Whether a payload may be within the limit as text, asked before it is printed: 100 kB of jsonb, 2 kB in the table,
  * may hold 9,000 numbers like 1e131071, and PostgreSQL prints 1 GB of digits before it gives up, for 5 to 25 s in
- * which it heeds no deadline. Never says no to one that is within the limit: text has at least an eighth of the
- * bytes, and of no long number more than 16 times its digits are counted here.
+ * which it heeds no deadline. A payload within the limit always passes: its text has at least an eighth of its bytes, and a
+ * long number counts for at most 16 times its digits.
  */
 const mayFit = (payload: string, maxEventBytes: number) => `
   CASE WHEN ${unpacked(payload)} <= ${HARMLESS_BYTES} THEN true

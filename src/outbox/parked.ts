@@ -37,7 +37,7 @@ export function createParked(pool: Pool, options: OutboxOptions) {
      * @returns how many rows became fresh, and how many of the aggregates have parked rows
      */
     async refill(aggregates: readonly Aggregate[]): Promise<{ fresh: number; waiting: number }> {
-      // A list that is computed is planned as if it were long.
+      // PostgreSQL plans for a long list where it is computed, so it is computed only where types are escaped.
       const isEscaped = aggregates.some((it) => it.aggregateType.startsWith('\\x'));
       const types = isEscaped ? `array(SELECT ${storedType('t')} FROM unnest($1::text[]) t)` : '$1::text[]';
       const { rows } = await db.query<{ fresh: number; waiting: number }>({

@@ -1,6 +1,6 @@
 /**
- * `appendEvent`, for backends. It works with the client that the backend has, and loads nothing else. The trigger of
- * wakeup.ts notifies the pods of the row, and one of them claims it: claim/claim.ts.
+ * `appendEvent`, for backends. It works with the client that the backend has, and loads nothing else. If the relay is
+ * asleep, the trigger of wakeup.ts wakes it, and a pod claims the row: claim/claim.ts.
  */
 
 /** A domain event as its producer knows it. */

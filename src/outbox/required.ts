@@ -7,7 +7,7 @@ import type { Queryable } from '../connections/database.ts';
 
 type Column = Readonly<{
   types: readonly string[];
-  /** A row with a null there is never published, or by no statement found. */
+  /** A row with a null there is never published, or no statement finds it. */
   isFilled?: true;
   /** Reasons and names are written there: a limit would refuse some. */
   isWritten?: true;

@@ -15,7 +15,8 @@ const COMMANDS = { r: 'SELECT', w: 'UPDATE', d: 'DELETE' } as const;
 
 /**
  * How row level security hides rows from this session's role, or keeps it from changing them; undefined where it does
- * not. A condition that depends on the row counts as hiding some: which, it would tell too late.
+ * not. A condition that depends on the row counts as hiding some, since the relay cannot know
+ * beforehand which.
  */
 export async function hiddenRows(
   client: Queryable,

@@ -23,7 +23,7 @@ const instant = (name: string) => timestamp(name, { withTimezone: true });
  * | fresh     | not published, `next_attempt_at` null                                            |
  * | leased    | not published, `next_attempt_at` in the future: its job is in BullMQ             |
  * | expired   | not published, `next_attempt_at` has passed: the lease reaper asks what became of its job |
- * | parked    | not published, `next_attempt_at` infinity: behind an earlier row of its aggregate, without a job |
+ * | parked    | neither published nor dead, `next_attempt_at` infinity: behind an earlier row of its aggregate, without a job |
  * | published | `published`, with `published_at` and `stream_entry_id`                           |
  * | dead      | not published, `dead_lettered_at` set, `next_attempt_at` infinity; the entry id is its dead letter's |
  * | discarded | `published` and `dead_lettered_at` set: an operator gave it up for good; it never was in its stream |

@@ -135,7 +135,7 @@ async function hears(
  * - `armed`: writers notify from now on; claim once more, then sleep.
  * - `already-armed`: this or another pod had armed it: sleep.
  * - `writers`: a writer who said nothing has yet to commit: claim again soon.
- * - `deaf`: no notifications here (switched off, no trigger, PgBouncer): sleep, the poll interval is there.
+ * - `deaf`: no notifications here (switched off, no trigger, PgBouncer): the poll interval wakes the relay.
  */
 export type Arming = 'armed' | 'already-armed' | 'writers' | 'deaf';
 
@@ -200,7 +200,6 @@ export function createWakeup(deps: {
           {},
           'no notification arrives on this database connection (PgBouncer?): new events wait for the poll interval',
         );
-        failed = new Error('deaf');
         await wait();
         return;
       }

@@ -9,7 +9,7 @@ export function inBatches<T>(max: number, run: (batch: T[]) => Promise<void>) {
   async function runAll(): Promise<void> {
     await new Promise(setImmediate);
     while (waiting.length > 0) await run(waiting.splice(0, max));
-    // At once when nothing is left: what comes from now on begins a run of its own.
+    // Nothing is awaited since the last look: what comes from now on begins a run of its own.
     running = undefined;
   }
 

@@ -13,7 +13,7 @@ const BATCH_MAX = 500;
  */
 const RETRY_DELAYS_MS = [100, 400, 1_600, 3_000, 3_000, 3_000, 3_000, 3_000];
 
-type Released = Readonly<{ event: OutboxEvent; failedBefore: boolean }>;
+type ToPark = Readonly<{ event: OutboxEvent; failedBefore: boolean }>;
 
 export type Parker = ReturnType<typeof createParker>;
 
@@ -28,16 +28,16 @@ export function createParker(deps: {
 }) {
   let stopped = false;
 
-  const released = inBatches<Released>(BATCH_MAX, async (batch) => {
+  const released = inBatches<ToPark>(BATCH_MAX, async (batch) => {
     const failed = batch.flatMap(({ event, failedBefore }) =>
       failedBefore && event.after ? [event.after] : [],
     );
     const aggregates = [...new Map(batch.map(({ event }) => [aggregateKey(event), event])).values()];
     const eventIds = batch.map(({ event }) => event.eventId);
-    if (await isParked(eventIds, [...new Set(failed)])) deps.refiller.request(aggregates);
+    if (await tryPark(eventIds, [...new Set(failed)])) deps.refiller.request(aggregates);
   });
 
-  async function isParked(eventIds: readonly string[], failed: readonly string[]): Promise<boolean> {
+  async function tryPark(eventIds: readonly string[], failed: readonly string[]): Promise<boolean> {
     for (let attempt = 0; ; attempt++) {
       try {
         await deps.outbox.park(eventIds, failed);

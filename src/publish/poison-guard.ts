@@ -24,7 +24,7 @@ export class CrashLimitError extends Error {
 }
 
 /** The relay's field in the job's hash: how often the event was started alone and the pod did not live to take it back. */
-const STARTS = 'relay:starts';
+const STARTS_ALONE = 'relay:starts';
 /** BullMQ's field: how often it found the job stalled. Removing it sets the count to 0. */
 const STALLED = 'stc';
 
@@ -72,13 +72,14 @@ export function createPoisonGuard(deps: {
   const clearing = new Map<string, Promise<void>>();
 
   function assertInTime(expiresAt: number): void {
-    if (Date.now() >= expiresAt) throw new Error('it could not begin alone in time');
+    if (Date.now() >= expiresAt)
+      throw new Error('it could not begin in time: events that are published alone went first');
   }
 
   async function clear(eventId: string): Promise<void> {
     while (!stopped) {
       try {
-        await redis.hdel(jobKey(eventId), STARTS, STALLED);
+        await redis.hdel(jobKey(eventId), STARTS_ALONE, STALLED);
         break;
       } catch {
         await pause(FORGET_AGAIN_MS);
@@ -134,7 +135,7 @@ export function createPoisonGuard(deps: {
         return await exclusively(async () => {
           assertInTime(expiresAt);
           mayBeCounted = true;
-          const starts = await countStart(jobKey(eventId), STARTS, startsAllowed);
+          const starts = await countStart(jobKey(eventId), STARTS_ALONE, startsAllowed);
           if (starts >= startsAllowed) {
             mayBeCounted = false;
             throw new CrashLimitError(starts + 1);

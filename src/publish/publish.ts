@@ -179,7 +179,8 @@ export function createPublish(deps: {
   /** Appends when the gate lets the event pass. While the event is early, it asks again, for EARLY_HOLD_MS at most. */
   async function throughGate(event: OutboxEvent, run: PublishRun): Promise<AppendOutcome> {
     const holdUntil = performance.now() + (run.stalls > 0 ? 0 : EARLY_HOLD_MS);
-    let asked: { epoch: string; gate: Gate; after: string | null } | undefined;
+    const predecessor = event.after ?? null;
+    let answer: { epoch: string; gate: Gate; after: string | null } | undefined;
     for (;;) {
       const epoch = epochs.current();
       if (epoch === undefined) return NOT_KNOWN;
@@ -189,33 +190,32 @@ export function createPublish(deps: {
       }
       // On the first run of a job of this epoch, `after` still names the predecessor. Later runs ask the rows.
       const isFirst = event.epoch === epochId(epoch) && run.failures === 0 && run.stalls === 0;
-      const answer = asked?.epoch === epoch ? asked : undefined;
-      // The predecessor: the rows know it for any run.
-      const after = answer?.after ?? (isFirst ? (event.after ?? null) : null);
-      const gate = answer?.gate ?? (isFirst ? gateOf(event, epoch) : 'ask');
-      const placed = after === (event.after ?? null) ? event : { ...event, after };
+      if (answer?.epoch !== epoch) answer = undefined;
+      const after = answer ? answer.after : isFirst ? predecessor : null;
+      const gate = answer?.gate ?? (isFirst ? gateOf(after, epoch) : 'ask');
+      const placed = after === predecessor ? event : { ...event, after };
       const outcome = await streams.publish(placed, { epoch, gate, madeAt: run.madeAt });
       const isLongEarly = outcome.status === 'early' && run.starts >= EARLY_STARTS && answer === undefined;
       if (outcome.status === 'ask-rows' || isLongEarly) {
-        const standing = await deps.rows.standingOf(event.eventId, isFirst ? (event.after ?? null) : null);
+        const standing = await deps.rows.standingOf(event.eventId, isFirst ? predecessor : null);
         if (standing.kind === 'over') return { status: 'over' };
         if (standing.kind === 'early') {
           if (standing.after === null || standing.after === after) return { status: 'early' };
-          asked = { epoch, gate: 'after', after: standing.after };
+          answer = { epoch, gate: 'after', after: standing.after };
           continue;
         }
         // The claim that leased both rows may not have committed yet, or the predecessor is fresh and the next claim takes
         // it: the event stays early.
         if (standing.kind === 'unclaimed' && isFirst && run.starts < EARLY_STARTS) return { status: 'early' };
-        asked = { epoch, gate: standing.kind === 'first' ? 'open' : 'release', after: null };
+        answer = { epoch, gate: standing.kind === 'first' ? 'open' : 'release', after: null };
       } else if (outcome.status === 'early' && performance.now() < holdUntil) {
         await streams.untilAppended([event.eventId, after as string], EARLY_RETRY_MS);
       } else return outcome.status === 'behind' ? { ...outcome, after } : outcome;
     }
   }
 
-  const gateOf = ({ after }: OutboxEvent, epoch: string): Gate =>
-    !after || streams.isAppended(after, epoch) ? 'open' : 'after';
+  const gateOf = (after: string | null, epoch: string): Gate =>
+    after === null || streams.isAppended(after, epoch) ? 'open' : 'after';
 
   async function acknowledge(event: OutboxEvent, entryId: string, epoch: string): Promise<Attempt> {
     try {

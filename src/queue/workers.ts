@@ -61,6 +61,8 @@ export type Run<T> = Readonly<{
 export type FailedRun<T> = Run<T> &
   Readonly<{
     error: Error;
+    /** This attempt included. */
+    failures: number;
     /** When the last attempt failed; null while there are more. */
     failedForGoodAt: Date | null;
     /** Until the next attempt. */

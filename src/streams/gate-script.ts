@@ -13,7 +13,7 @@
  * | `*`    | the gate is `ask`: the pod has to ask the rows |
  * | `?`    | the stream is lost |
  * | `-why` | Redis refused the entry |
- * | `+id`  | it was appended |
+ * | `+id`  | it was appended; a dead letter that the job remembers is deleted |
  *
  * With the gate `after`, the event before must be in its stream, appended in this epoch. If it is not, the answer is
  *
@@ -157,8 +157,8 @@ local function keep(key, packed) redis.call('SET', key .. ':next', packed, 'EX',
 local function keptWith(key) return redis.call('GET', key .. ':next') end
 local function mayFollow(_, _, key, letterKey) return redis.call('EXISTS', key) == 0 and redis.call('EXISTS', letterKey) == 0 end`;
 
-/** Position in an entry from which on it has the arguments of XADD. */
-const XADD_AT = 8;
+/** Values of an entry before the arguments of XADD. The last of them is the key of the dead letter's memory. */
+const BEFORE_XADD = 8;
 
 /** @param hasTwoServers the jobs are on another server than the streams */
 export const gateScript = (hasTwoServers: boolean) => `
@@ -182,21 +182,22 @@ local room = ${CASCADE_MAX}
 local function cascade(kept)
   while kept and room > 0 do
     local waiting = cmsgpack.unpack(kept)
-    if waiting[1] ~= ARGV[2] or isLost(waiting[2]) then return end
-    local key = ARGV[4] .. waiting[3]
-    local it = look(key, waiting[3])
-    if not mayFollow(it, waiting[4], key, waiting[5]) then return end
-    local id = append(waiting[2], key, waiting[3], waiting, 6)
+    local epoch, stream, event, made, letterKey = unpack(waiting, 1, 5)
+    if epoch ~= ARGV[2] or isLost(stream) then return end
+    local key = ARGV[4] .. event
+    local it = look(key, event)
+    if not mayFollow(it, made, key, letterKey) then return end
+    local id = append(stream, key, event, waiting, 6)
     if not id then return end
     room = room - 1
-    cascaded[#cascaded + 1] = waiting[3]
+    cascaded[#cascaded + 1] = event
     cascaded[#cascaded + 1] = id
     kept = keptWith(key, it)
   end
 end
 local function pass(entry)
   local stream, key = KEYS[2 + entry[1]], ARGV[4] .. entry[2]
-  local _, event, made, gate, before, job, jobBefore, letterKey = unpack(entry, 1, ${XADD_AT})
+  local _, event, made, gate, before, job, jobBefore, letterKey = unpack(entry, 1, ${BEFORE_XADD})
   local it = look(key, event, job, letterKey)
   if it.made ~= made or it.ended then return '' end
   local id, unread = entryOf(it.entry, stream, event)
@@ -226,12 +227,12 @@ local function pass(entry)
       local kept = keptWith(ARGV[4] .. before, other)
       kept = kept and cmsgpack.unpack(kept)
       if not kept or kept[1] ~= ARGV[2] or kept[3] ~= event or kept[4] ~= made then
-        keep(ARGV[4] .. before, cmsgpack.pack({ARGV[2], stream, event, made, unpack(entry, ${XADD_AT})}))
+        keep(ARGV[4] .. before, cmsgpack.pack({ARGV[2], stream, event, made, unpack(entry, ${BEFORE_XADD})}))
       end
       return '~'
     end
   end
-  local appended, refusal = append(stream, key, event, entry, ${XADD_AT} + 1)
+  local appended, refusal = append(stream, key, event, entry, ${BEFORE_XADD} + 1)
   if not appended then return '-' .. refusal end
   if it.letter then
     redis.pcall('XDEL', ARGV[3], string.match(it.letter, '%d+%-%d+$'))

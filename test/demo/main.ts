@@ -144,7 +144,8 @@ function suggest({ databaseUrl, redisUrl, httpUrl, operator }: Stack, screen: Sc
     ['entries', `${redisCli} XREVRANGE ${TOPIC} + - COUNT 2`],
     [
       'the relay',
-      `export RELAY_DATABASE_URL='${databaseUrl}' RELAY_REDIS_URL='${redisUrl}'`,
+      `export RELAY_DATABASE_URL='${databaseUrl}'`,
+      `export RELAY_REDIS_URL='${redisUrl}'`,
       'node dist/cli.js status',
       'node dist/cli.js dlq list',
     ],

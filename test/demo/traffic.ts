@@ -78,6 +78,7 @@ export function createTraffic(options: TrafficOptions): Traffic {
   let failingEndedAt: number | undefined;
   const wronglyDead: string[] = [];
   let lastProgressAt = performance.now();
+  let isFirstPulse = true;
   let sincePulse = { rowsIn: 0, entriesOut: 0, latenciesMs: [] as number[] };
 
   async function produce(stop: AbortSignal): Promise<void> {
@@ -291,6 +292,8 @@ export function createTraffic(options: TrafficOptions): Traffic {
 
   function pulse(): void {
     if (sincePulse.rowsIn === 0 && sincePulse.entriesOut === 0) return;
+    if (isFirstPulse) screen.note('From here on, each line sums up what came since the line before.');
+    isFirstPulse = false;
     screen.pulse({ ...sincePulse, onTheirWay: onTheirWay.size });
     sincePulse = { rowsIn: 0, entriesOut: 0, latenciesMs: [] };
   }

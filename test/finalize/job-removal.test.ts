@@ -70,7 +70,7 @@ describe.each([
   test('is left when it remembers that the event was appended; others beside it are removed', async () => {
     const [appended, other] = (await claimed(2)) as [LeasedEvent, LeasedEvent];
     await stage.append(appended);
-    expect(await removed([appended, other])).toEqual(new Map([[appended.eventId, 'appended']]));
+    expect(await removed([appended, other])).toEqual(new Map([[appended.eventId, 'remembers']]));
     expect([await stateOf(appended), await stateOf(other)]).toEqual(['waiting', 'unknown']);
   });
 
@@ -82,7 +82,7 @@ describe.each([
     // The name of the epoch ends with what is remembered of it.
     await stage.streamRedis.set('bull:relay:epoch', 'server/history:another');
     await remember(anothers, `earlier ${await lastEntryOf(kept)}`);
-    expect(await removed([kept, lost, anothers])).toEqual(new Map([[kept.eventId, 'appended']]));
+    expect(await removed([kept, lost, anothers])).toEqual(new Map([[kept.eventId, 'remembers']]));
     expect(await Promise.all([kept, lost, anothers].map(stateOf))).toEqual([
       ...['waiting', 'unknown', 'unknown'],
     ]);

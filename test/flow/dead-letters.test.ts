@@ -160,7 +160,9 @@ test('what is dead is listed, shown, replayed and discarded; what is held goes o
   expect(shown).toMatch(/state +dead\nattempts +1\nerror +WRONGTYPE/);
   expect(shown).toMatch(/job +failed, 1 attempt$/m);
   expect(shown).toMatch(/payload +\{.*@example\.com/);
-  expect(shown).toMatch(/Z +created\n.*Z +last attempt begun\n.*Z +dead-lettered after 1 attempt$/m);
+  expect(shown).toMatch(
+    /Z +created\n.*Z +last attempt begun\n.*Z +last attempt failed, none is left\n.*Z +dead-lettered after 1 attempt$/m,
+  );
 
   // Nothing happens by accident.
   for (const [args, reason] of [

@@ -147,7 +147,10 @@ test('an event whose turn does not come in time is not published', async () => {
   await waitFor(() => Date.now() > begun + 25, { what: 'the time to pass' });
   hanging.resolve();
   await before;
-  const tooLate = { status: 'rejected', reason: new Error('it could not begin alone in time') };
+  const tooLate = {
+    status: 'rejected',
+    reason: new Error('it could not begin in time: events that are published alone went first'),
+  };
   expect(await late).toEqual([tooLate, tooLate]);
   expect([ran, await starts()]).toEqual([0, null]);
 });

@@ -148,7 +148,7 @@ test.each([
   ["READONLY You can't write against a read only replica.", 'readonly'],
   ['no answer within 10000 ms', 'timeout'],
   ['Command timed out', 'timeout'],
-  ['it could not begin alone in time', 'timeout'],
+  ['it could not begin in time: events that are published alone went first', 'timeout'],
   ['connect ECONNREFUSED 127.0.0.1:6379', 'connection'],
   ["Stream isn't writeable and enableOfflineQueue options is false", 'connection'],
   ['Redis may have lost entries; nothing is appended until table and streams were compared', 'resync'],
