@@ -1,4 +1,3 @@
-import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
 import { pause, withDeadline } from '../lifecycle.ts';
 import type { Backlog } from '../outbox/backlog.ts';
@@ -103,7 +102,10 @@ export type SharedFigures = Readonly<{ figures: Figures; ageSeconds: number }>;
 
 /** Prometheus' usual scrape interval: figures are never older than the previous scrape. */
 const KEPT_MS = 15_000;
-/** Lifetime of the lock of the pod that reads. After it, another pod reads. */
+/**
+ * Lifetime of the lock of the pod that reads. It ends by itself: later than the pod has written its figures, and before
+ * these are gone. If the pod dies, another one reads after this time.
+ */
 const READING_MS = 6_000;
 /** Interval at which the other pods ask for the result, and how often. */
 const LOOK_MS = 50;
@@ -122,33 +124,17 @@ export function shareFigures(deps: {
   read: () => Promise<Figures>;
 }): () => Promise<SharedFigures | undefined> {
   const { redis, key } = deps;
-  const lockKey = `${key}:reading`;
-
-  async function shared(): Promise<SharedFigures | undefined> {
-    const [text, remainingMs] = await Promise.all([redis.get(key), redis.pttl(key)]);
-    if (text === null || remainingMs < 0) return undefined;
-    return { figures: JSON.parse(text), ageSeconds: (KEPT_MS - remainingMs) / 1_000 };
-  }
-
-  async function readForAll(token: string): Promise<SharedFigures> {
-    try {
-      // Another pod may have written them between our read and our lock.
-      const found = await shared();
-      if (found !== undefined) return found;
-      const figures = await deps.read();
-      await redis.set(key, JSON.stringify(figures), 'PX', KEPT_MS);
-      return { figures, ageSeconds: 0 };
-    } finally {
-      if ((await redis.get(lockKey).catch(() => null)) === token) await redis.del(lockKey).catch(() => 0);
-    }
-  }
 
   async function get(): Promise<SharedFigures | undefined> {
-    const token = randomUUID();
     for (let look = 0; look < LOOKS; look++) {
-      const found = await shared();
-      if (found !== undefined) return found;
-      if (await redis.set(lockKey, token, 'PX', READING_MS, 'NX')) return readForAll(token);
+      const [text, remainingMs] = await Promise.all([redis.get(key), redis.pttl(key)]);
+      if (text !== null && remainingMs >= 0)
+        return { figures: JSON.parse(text), ageSeconds: (KEPT_MS - remainingMs) / 1_000 };
+      if (await redis.set(`${key}:reading`, '', 'PX', READING_MS, 'NX')) {
+        const figures = await deps.read();
+        await redis.set(key, JSON.stringify(figures), 'PX', KEPT_MS);
+        return { figures, ageSeconds: 0 };
+      }
       await pause(LOOK_MS);
     }
     return undefined;

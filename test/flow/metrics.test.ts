@@ -64,7 +64,7 @@ test('/metrics of a pod that has seen everything can be read', async () => {
     metrics = familiesOf(text);
   };
   // The figures that the pods share may be older than the traffic.
-  await stage.redis.del('bull:relay:figures');
+  await stage.redis.del('bull:relay:figures', 'bull:relay:figures:reading');
   await waitFor(
     async () => {
       await read();

@@ -76,7 +76,7 @@ test('three pods that are scraped at once, and again, ask the database once', as
   }
   expect(pool.statements).toHaveLength(1);
   // In the next interval once more.
-  await openRedis(server.url).del(SHARED);
+  await openRedis(server.url).del(SHARED, `${SHARED}:reading`);
   await Promise.all(pods.map((figures) => figures()));
   expect(pool.statements).toHaveLength(2);
   const remainingMs = await openRedis(server.url).pttl(SHARED);
