@@ -7,7 +7,7 @@ import { createOutbox } from '../outbox/outbox.ts';
 import type { FinalizedRow } from '../outbox/published.ts';
 import { createQueues } from '../queue/queues.ts';
 import { createWake } from '../queue/scheduler.ts';
-import { type Comparison, createCompare, type Found, totals } from '../recovery/lost-data.ts';
+import { type Comparison, compareRows, createCompare, type Found, totals } from '../recovery/lost-data.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import { endEpoch } from '../streams/epoch.ts';
 import { createLookup } from '../streams/lookup.ts';
@@ -62,8 +62,8 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
       const outbox = createOutbox(pool, { ...config, statementTimeoutMs: config.publishTimeoutMs });
       const streamOptions = streamOptionsOf(config);
       const { epochKey, dlqStreamName } = streamOptions;
-      const lookup = createLookup(redis, streamOptions);
-      const compare = createCompare({ published: outbox, lookup, dlqStreamName });
+      const streams = { lookup: createLookup(redis, streamOptions), dlqStreamName };
+      const compare = createCompare({ published: outbox, ...streams });
       const since =
         typeof options.since === 'number' ? await outbox.ago(options.since) : options.since.toISOString();
       const until = options.until === undefined ? await outbox.ago(0) : times.until;
@@ -75,14 +75,12 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
       const repair = async (missing: readonly FinalizedRow[]): Promise<number> => {
         // Rows were marked published in another order than their entries were appended.
         const rows = missing.toSorted((a, b) => compareEntryIds(a.entryId, b.entryId));
-        let unpublished = 0;
+        const repaired = new Map<string, Found>();
         const recover = async () => {
           await outbox.epochsEnded();
           for (let i = 0; i < rows.length; i += STEP_ROWS) {
-            for (const [stream, some] of byStream(rows.slice(i, i + STEP_ROWS), dlqStreamName)) {
-              const { lost } = await lookup.absent(stream, some, true);
-              if (lost.length > 0) unpublished += await outbox.unpublish(lost);
-            }
+            const some = rows.slice(i, i + STEP_ROWS);
+            await compareRows(streams, some, { remembering: true, onLost: outbox.unpublish }, repaired);
           }
           await outbox.expireAllLeases();
         };
@@ -94,7 +92,7 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
           recover,
           timeoutMs: EPOCH_TIMEOUT_MS,
         });
-        return unpublished;
+        return totals(repaired).unpublished;
       };
 
       const held: FinalizedRow[] = [];
@@ -134,27 +132,16 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
 
       const all = { ...totals(found), unpublished };
       if (options.json) {
-        const streams = Object.fromEntries(
+        const byStream = Object.fromEntries(
           [...found].map(([stream, { unpublished: _, ...counts }]) => [stream, counts]),
         );
-        printJson({ since: iso(since), until: iso(until), streams, total: all, interrupted });
+        printJson({ since: iso(since), until: iso(until), streams: byStream, total: all, interrupted });
       } else report(found, all, since, until, options);
       if (interrupted && !options.json) print(text`Interrupted: the rest of the time was not compared.`);
       return !interrupted && all.lost === unpublished && all.unreadable === 0;
     },
   );
 };
-
-function byStream(rows: readonly FinalizedRow[], dlqStreamName: string): Map<string, FinalizedRow[]> {
-  const streams = new Map<string, FinalizedRow[]>();
-  for (const row of rows) {
-    const stream = row.topic ?? dlqStreamName;
-    const some = streams.get(stream);
-    if (some) some.push(row);
-    else streams.set(stream, [row]);
-  }
-  return streams;
-}
 
 /** Asks for a claim now. Without it, the next tick would claim the rows. */
 async function wakeRelay(config: RelayConfig, redis: Redis, logger: Logger): Promise<void> {

@@ -59,42 +59,43 @@ export function createCompare(deps: {
   lookup: Pick<Lookup, 'absent'>;
   dlqStreamName: string;
 }) {
-  const streamOf = (row: FinalizedRow) => row.topic ?? deps.dlqStreamName;
-
   return async function compare(range: ComparisonRange): Promise<Comparison> {
     const found = new Map<string, Found>();
     let after: FinalizedPlace = { finalizedAt: range.since, id: '-1' };
     for (;;) {
       const page = await deps.published.finalizedRows(after, range.until, PAGE_ROWS);
-      await comparePage(page, range, found);
+      await compareRows(deps, page, range, found);
       range.onProgress?.(page.at(-1)?.finalizedAt ?? after.finalizedAt, found);
       const last = page.at(-1);
       if (last === undefined || page.length < PAGE_ROWS || range.stopped?.()) return found;
       after = last;
     }
   };
+}
 
-  async function comparePage(
-    page: readonly FinalizedRow[],
-    range: ComparisonRange,
-    found: Map<string, Found>,
-  ): Promise<void> {
-    const streams = [...new Set(page.map(streamOf))];
-    await Promise.all(
-      streams.map(async (stream) => {
-        if (range.stream !== undefined && stream !== range.stream) return;
-        const rows = page.filter((row) => streamOf(row) === stream);
-        const absent = await deps.lookup.absent(stream, rows, range.remembering === true);
-        const sum = found.get(stream) ?? { ...NOTHING };
-        found.set(stream, sum);
-        sum.rows += rows.length;
-        sum.trimmed += absent.trimmed;
-        if (absent.unreadable) sum.unreadable += rows.length;
-        sum.lost += absent.lost.length;
-        if (absent.lost.length > 0 && range.onLost) sum.unpublished += await range.onLost(absent.lost);
-      }),
-    );
-  }
+/** Looks for the entries of these rows, and adds what it finds to `found`. */
+export async function compareRows(
+  { lookup, dlqStreamName }: Readonly<{ lookup: Pick<Lookup, 'absent'>; dlqStreamName: string }>,
+  all: readonly FinalizedRow[],
+  range: Pick<ComparisonRange, 'stream' | 'onLost' | 'remembering'>,
+  found: Map<string, Found>,
+): Promise<void> {
+  const streamOf = (row: FinalizedRow) => row.topic ?? dlqStreamName;
+  const streams = [...new Set(all.map(streamOf))];
+  await Promise.all(
+    streams.map(async (stream) => {
+      if (range.stream !== undefined && stream !== range.stream) return;
+      const rows = all.filter((row) => streamOf(row) === stream);
+      const absent = await lookup.absent(stream, rows, range.remembering === true);
+      const sum = found.get(stream) ?? { ...NOTHING };
+      found.set(stream, sum);
+      sum.rows += rows.length;
+      sum.trimmed += absent.trimmed;
+      if (absent.unreadable) sum.unreadable += rows.length;
+      sum.lost += absent.lost.length;
+      if (absent.lost.length > 0 && range.onLost) sum.unpublished += await range.onLost(absent.lost);
+    }),
+  );
 }
 
 /**
