@@ -244,9 +244,7 @@ export function createLeaseReaper(deps: {
 
   async function bury(rows: readonly ExpiredRow[]): Promise<void> {
     if (rows.length === 0) return;
-    for (const { errorMessage: _, deadLetteredAt: __, ...event } of await outbox.unfinishedEvents(
-      idsOf(rows),
-    )) {
+    for (const event of await outbox.unfinishedEvents(idsOf(rows))) {
       const job = await queues.failedJob(event);
       if (job) await unlessRefused(event.eventId, () => deadLetters.bury(job));
     }
@@ -256,8 +254,7 @@ export function createLeaseReaper(deps: {
     for (const event of await outbox.unfinishedEvents(idsOf(rows))) {
       const { errorMessage, deadLetteredAt, attempts } = event;
       if (deadLetteredAt === null) continue;
-      const { errorMessage: _, deadLetteredAt: __, ...plain } = event;
-      const failure = { event: plain, attempts, reason: errorMessage ?? '', failedAt: deadLetteredAt };
+      const failure = { event, attempts, reason: errorMessage ?? '', failedAt: deadLetteredAt };
       await unlessRefused(event.eventId, () => deadLetters.writeAgain(failure));
     }
   }
