@@ -1,4 +1,5 @@
-/** Starts parts in order, stops them in reverse; deadlines, pauses and loops. Imports nothing. */
+/** Starts parts in order, stops them in reverse; deadlines, pauses and loops. */
+import { setTimeout as delay } from 'node:timers/promises';
 
 export type Part = Readonly<{
   name: string;
@@ -75,7 +76,9 @@ export function createTask(run: (goesOn: () => boolean) => Promise<void>): Task 
   };
 }
 
-export const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+/** Ends early when `signal` is aborted, and at once where it is already. */
+export const pause = (ms: number, signal?: AbortSignal): Promise<void> =>
+  delay(ms, undefined, signal && { signal }).catch(() => {});
 
 /** A part cannot start; the message tells an operator why and what to do. */
 export class NotReadyError extends Error {

@@ -1,4 +1,3 @@
-import { setTimeout as pause } from 'node:timers/promises';
 import type { Command } from 'commander';
 import { InvalidArgumentError } from 'commander';
 import type { Redis } from 'ioredis';
@@ -8,6 +7,7 @@ import { assertOurs } from '../connections/ownership.ts';
 import { lastErrorOf } from '../connections/preflight.ts';
 import { FAILS_FAST } from '../connections/servers.ts';
 import { counted } from '../event.ts';
+import { pause } from '../lifecycle.ts';
 import { createFigures, entriesAtRisk } from '../operations/figures.ts';
 import { createStatus, inFlight, isSilent, type Status } from '../operations/fleet-status.ts';
 import { createFleetReader } from '../operations/heartbeat.ts';
@@ -111,7 +111,7 @@ async function showStatus(
     void signalled().then(() => stop.abort());
     while (!stop.signal.aborted) {
       show(found, config, options, isInPlace);
-      await pause(everyMs, undefined, { signal: stop.signal }).catch(() => {}); // aborted
+      await pause(everyMs, stop.signal);
       if (!stop.signal.aborted) found = await status();
     }
   }

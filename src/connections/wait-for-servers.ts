@@ -1,7 +1,6 @@
 import { once } from 'node:events';
-import { setTimeout as pause } from 'node:timers/promises';
 import type { Redis } from 'ioredis';
-import { NotReadyError, withDeadline } from '../lifecycle.ts';
+import { NotReadyError, pause, withDeadline } from '../lifecycle.ts';
 import { type Finding, RequirementError } from '../requirement.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type Pool, transaction } from './database.ts';
@@ -85,9 +84,7 @@ async function untilAnswered(
         const failure = failureOf(server, error);
         if (failure instanceof RequirementError || Date.now() >= endsAt) throw failure;
         reason = errorText(error);
-        await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)), undefined, { signal }).catch(
-          () => {},
-        );
+        await pause(Math.min(RETRY_MS, Math.max(endsAt - Date.now(), 1)), signal);
       }
     }
   } finally {

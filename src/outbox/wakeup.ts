@@ -6,7 +6,7 @@ import {
   sqlState,
   TooFewSessionsError,
 } from '../connections/pool-health.ts';
-import { succeedsWithin } from '../lifecycle.ts';
+import { pause, succeedsWithin } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /**
@@ -25,6 +25,8 @@ const ARMED = '1919705465, 2002873189';
 
 const RECONNECT_DELAY_MS = 1_000;
 const HEARTBEAT_MS = 10_000;
+/** A session that hears nothing is kept, in place of trying others again and again. */
+const DEAF_MS = 2 ** 31 - 1;
 /** By this name others see that a pod is at work. */
 const LISTENER = 'relay-service wake-up';
 /** A session that was silent for longer is what is left of a machine that is gone. */
@@ -173,34 +175,20 @@ export function createWakeup(deps: {
   async function listen(): Promise<void> {
     const client = await pool.connect();
     let failed: Error | undefined;
-    let isOver = false;
-    let wakeUp = (): void => {};
-    interrupt = () => {
-      isOver = true;
-      wakeUp();
-    };
+    const over = new AbortController();
+    interrupt = () => over.abort();
     client.on('error', (error) => {
       failed = error;
-      interrupt();
+      over.abort();
     });
     client.on('end', interrupt);
-    /** Until the session is over, or `ms` have passed. */
-    const wait = (ms?: number) =>
-      new Promise<void>((resolve) => {
-        if (isOver) return resolve();
-        const timer = ms === undefined ? undefined : setTimeout(resolve, ms);
-        wakeUp = () => {
-          clearTimeout(timer);
-          resolve();
-        };
-      });
     try {
       if (!(await hears(client, CHANNEL, (text) => query(client, text)))) {
         logger.warn(
           {},
           'no notification arrives on this database connection (PgBouncer?): new events wait for the poll interval',
         );
-        await wait();
+        await pause(DEAF_MS, over.signal);
         return;
       }
       await query(client, `SET application_name = '${LISTENER}'`);
@@ -210,9 +198,9 @@ export function createWakeup(deps: {
       isLost = false;
       onWake(); // whatever was missed while nobody listened
       while (!stopped) {
-        await wait(HEARTBEAT_MS);
+        await pause(HEARTBEAT_MS, over.signal);
         if (stopped) break;
-        if (isOver) throw failed ?? new Error('the session has ended');
+        if (over.signal.aborted) throw failed ?? new Error('the session has ended');
         // A standby takes no writes, so no notification would ever arrive.
         const { rows } = await query(
           client,
@@ -251,12 +239,10 @@ export function createWakeup(deps: {
               );
             isLost = true;
           }
-          if (!stopped) {
-            const stopping = new Promise<void>((resolve) => {
-              interrupt = resolve;
-            });
-            await succeedsWithin(RECONNECT_DELAY_MS, stopping);
-          }
+          if (stopped) break;
+          const stopping = new AbortController();
+          interrupt = () => stopping.abort();
+          await pause(RECONNECT_DELAY_MS, stopping.signal);
         }
       })();
     },

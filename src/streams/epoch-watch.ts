@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import { script } from '../connections/redis-script.ts';
-import { loop } from '../lifecycle.ts';
+import { loop, pause } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import {
   CHECKER_TTL_MS,
@@ -66,7 +66,8 @@ export function createEpoch(deps: EpochDeps): Epoch {
   /** Where the next stamp goes on among the streams that have a last entry. */
   let cursor = '0';
   let stampCount = 0;
-  let wakeSleeper = (): void => {};
+  /** Ends the pauses of `find`. */
+  let stopping = new AbortController();
   const waiting = new Set<() => void>();
 
   function take(found: string, generation: string): void {
@@ -103,11 +104,11 @@ export function createEpoch(deps: EpochDeps): Epoch {
       while (!stopped && epoch === undefined && connection === mine) {
         try {
           await takeOrRenew(mine);
-          if (epoch === undefined) await sleep(RETRY_MS);
+          if (epoch === undefined) await pause(RETRY_MS, stopping.signal);
         } catch (error) {
           if (connection !== mine) break;
           report(error as Error);
-          await sleep(RETRY_AFTER_ERROR_MS);
+          await pause(RETRY_AFTER_ERROR_MS, stopping.signal);
         }
       }
     })().finally(() => {
@@ -203,27 +204,18 @@ export function createEpoch(deps: EpochDeps): Epoch {
     forget();
   }
 
-  async function sleep(ms: number): Promise<void> {
-    await new Promise<void>((resolve) => {
-      const alarm = setTimeout(resolve, ms);
-      wakeSleeper = () => {
-        clearTimeout(alarm);
-        resolve();
-      };
-    });
-  }
-
   return {
     start() {
       if (!stopped) return;
       stopped = false;
+      stopping = new AbortController();
       redis.on('close', onClose);
       redis.on('ready', onReady);
       stamps.start();
     },
     async stop() {
       stopped = true;
-      wakeSleeper();
+      stopping.abort();
       redis.off('close', onClose);
       redis.off('ready', onReady);
       for (const resume of waiting) resume();
