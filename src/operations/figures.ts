@@ -11,15 +11,15 @@ import type { Fleet } from './heartbeat.ts';
  * /metrics, one pod reads them for all.
  */
 export type Figures = Readonly<{
-  // A part is left out if its server does not answer.
-  backlog?: Backlog;
-  queues?: Readonly<Record<'claim' | 'publish', QueueFigures>>;
-  fleet?: Fleet;
-  streams?: readonly StreamFigures[];
+  // A part is undefined if its server does not answer.
+  backlog?: Backlog | undefined;
+  queues?: Readonly<Record<'claim' | 'publish', QueueFigures>> | undefined;
+  fleet?: Fleet | undefined;
+  streams?: readonly StreamFigures[] | undefined;
   /** Clock of the database minus that of Redis. The error is at most half a round trip to each. */
-  clockDifferenceMs?: number;
+  clockDifferenceMs?: number | undefined;
   /** Used share of the database's NOTIFY queue, from 0 to 1. */
-  notifyQueueUsage?: number;
+  notifyQueueUsage?: number | undefined;
   /** Why parts are left out. */
   problems: readonly string[];
 }>;
@@ -65,15 +65,9 @@ export function createFigures(deps: {
       part('Redis', heard),
       part(deps.streamServer ?? 'Redis', known()),
     ]);
-    return {
-      ...(backlog && { backlog }),
-      ...(notifyQueueUsage !== undefined && { notifyQueueUsage }),
-      ...(queues && { queues }),
-      ...(fleet && { fleet }),
-      ...(streams && { streams }),
-      ...(database !== undefined && redis !== undefined && { clockDifferenceMs: database - redis }),
-      problems: [...problems],
-    };
+    const clockDifferenceMs = database === undefined || redis === undefined ? undefined : database - redis;
+    const parts = { backlog, notifyQueueUsage, queues, fleet, streams, clockDifferenceMs };
+    return { ...parts, problems: [...problems] };
   };
 }
 
