@@ -155,9 +155,9 @@ test.concurrent('a long run says what to try, and that works; another event fail
     /dashboard: name (\S+), password (\S+)\n {4}(http\S+)\n/,
   );
   const [, metrics] = await says(demo, /^ {4}curl (\S+)$/m);
-  const [, variables] = await says(demo, /^ {4}(export .*)$/m);
+  const [, ...variables] = await says(demo, /^ {4}(export .*)\n {4}(export .*)$/m);
   const run = async (command: string) => {
-    const shell = `${variables}; ${command}`;
+    const shell = [...variables, command].join('; ');
     return (await promisify(execFile)('sh', ['-c', shell], { cwd: inject('root'), env: cleanEnvironment() }))
       .stdout;
   };
