@@ -10,7 +10,7 @@ import { delimiter, dirname, join, resolve } from 'node:path';
 import { openTheWayTo, postgresUser, run, runnableBinaries } from './postgres-binaries.ts';
 import { type Identity, type PrivateServer, supervise } from './supervise.ts';
 
-const INITDB_DEADLINE_MS = 60_000;
+const INITDB_DEADLINE_MS = 300_000;
 
 export type PrivatePostgres = PrivateServer;
 
