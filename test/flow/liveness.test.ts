@@ -58,8 +58,9 @@ test('a pod whose worker no longer takes jobs says so, one with nothing to do an
 
 test('pods that were all stopped for a while, as on a laptop that slept, tell of it in a line or two, not job by job', async () => {
   const stage = await setStage();
-  const { pod, release } = await catchMidAppend(stage);
+  // Before the others: what is caught is given up after some seconds, and a pod may take longer to start.
   const other = await stage.pod();
+  const { pod, release } = await catchMidAppend(stage);
   const pods = [pod, other];
   for (const { pid } of pods) process.kill(pid, 'SIGSTOP');
   // Until every lock on a job has ended.
