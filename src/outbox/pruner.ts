@@ -149,16 +149,19 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
      * the database keeps is not tried again for an hour; the others are deleted.
      */
     async step(step: PruneStep): Promise<PruneResult | 'busy'> {
+      if (step.dryRun) {
+        const { ids, next } = await transaction(pool, statementTimeoutMs, 'repeatable', (tx) =>
+          look(tx, step),
+        );
+        return { deleted: ids.length, kept: [], next };
+      }
       let found = { ids: [] as string[], next: null as PrunePlace | null };
-      const lookAndRemove = async (tx: Queryable): Promise<KeptRow[]> => {
-        found = await look(tx, step);
-        return step.dryRun || found.ids.length === 0 ? [] : remove(tx, found.ids);
-      };
       let stayed: KeptRow[] | 'busy';
       try {
-        stayed = step.dryRun
-          ? await transaction(pool, statementTimeoutMs, 'repeatable', lookAndRemove)
-          : await alone(lookAndRemove);
+        stayed = await alone(async (tx) => {
+          found = await look(tx, step);
+          return found.ids.length === 0 ? [] : remove(tx, found.ids);
+        });
       } catch (error) {
         if (!mayBeByRow(error) || found.ids.length === 0) throw error;
         stayed = await removeByHalves(found.ids);
