@@ -3,7 +3,7 @@
  *
  * To run it, copy this folder, put the file that `npm pack` writes in a checkout of the relay beside package.json, and:
  *
- *     export RELAY_DATABASE_URL=postgresql://… RELAY_REDIS_URL=redis://…   # and what else the relay is to be told
+ *     export RELAY_DATABASE_URL=postgresql://… RELAY_REDIS_URL=redis://…   # and further variables of the relay
  *     npm install
  *     npx relay migrate   # with the role that owns the table
  *     npm run build && npm start
