@@ -52,7 +52,7 @@ const program = new Command('relay')
   .showHelpAfterError('See "relay --help" or "relay <command> --help".')
   .addHelpText(
     'after',
-    `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready,\n            78 wrong configuration.`,
+    `\nExit codes: 0 done, 1 failed, 69 database or Redis not ready,\n            78 wrong configuration, 130 and 143 ended by a signal.`,
   );
 
 // What a pod loads may print or make Node.js warn already, before the level of its log is known.

@@ -25,9 +25,9 @@ export function add(command: Command): void {
     .addHelpText(
       'after',
       () =>
-        '\nGive it the environment of the pods ("relay start --help"), with a\n' +
-        'RELAY_DATABASE_URL whose role is the operators’; "relay grants" prints its\n' +
-        `rights. Where it listens, and who may log in:\n${describeVariables(helpColumns(), (name) => SERVES.test(name))}`,
+        '\nGive it the environment of the pods ("relay start --help"). To replay and to\n' +
+        'discard, the role of RELAY_DATABASE_URL must be the operators’; "relay grants"\n' +
+        `prints its rights. Where it listens, and who may log in:\n${describeVariables(helpColumns(), (name) => SERVES.test(name))}`,
     )
     .action(async () => {
       await withConfig(serve, { logs: true });

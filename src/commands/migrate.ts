@@ -10,7 +10,7 @@ export function add(command: Command): void {
   command
     .option(
       '--no-notify',
-      'leave out the wake-up trigger, or remove it: new events then wait for the poll interval',
+      'leave out the wake-up trigger, or remove it, as RELAY_NOTIFY=false does: new events then wait for the poll interval',
     )
     .option(
       '--grants',
@@ -28,7 +28,7 @@ const NOT_GRANTED =
 
 async function runMigration(config: RelayConfig, { notify, grants }: MigrateOptions): Promise<number> {
   const logger = isTerminal() ? onTerminal : createLogger(config.logLevel);
-  await migrateDatabase(config, notify, logger, async (client) => {
+  await migrateDatabase(config, notify && config.notify, logger, async (client) => {
     if (!grants) return;
     try {
       await client.query(databaseGrants(config, GRANTEES));

@@ -108,7 +108,7 @@ export function createMetrics(
   });
   const retries = counter(
     'relay_retries_total',
-    'Attempts that are made again, by reason; postponed ones do not count for the event, or Redis refused them before they began',
+    'Attempts that failed because of the event (the last one too), and attempts that were postponed because of a server and do not count for the event, by reason',
     ['kind', 'reason'],
   );
   const expired = counter('relay_leases_expired_total', 'Leases that ended, by the state of the job', [

@@ -200,11 +200,9 @@ describe.each([
     await stage.runJobs(() => Promise.reject(new Error('no answer')));
     const { bury, written } = createdWith();
     await bury();
-    expect(await readRows(stage.pool)).toMatchObject([
-      { state: 'published', streamEntryId: entryId },
-      { state: 'parked' },
-      { state: 'parked' },
-    ]);
+    // The next one may be freed by now: the acknowledger asks for a refill.
+    const [row] = await readRows(stage.pool);
+    expect(row).toMatchObject({ state: 'published', streamEntryId: entryId });
     expect([await stage.streamRedis.exists(dlq), await hasJob(), written]).toEqual([0, false, []]);
     expect(await readStream(stage.streamRedis, BROKEN)).toHaveLength(1);
   });

@@ -123,7 +123,7 @@ test('an event takes two calls to Redis, for its job to be added and finished, a
   expect(
     Object.values(rest).reduce((sum, n) => sum + n, 0),
     JSON.stringify(rest),
-  ).toBeLessThanOrEqual(25 + 3 * (rest.info ?? 0));
+  ).toBeLessThanOrEqual(25 + 4 * (rest.info ?? 0));
   // Pipelined: fewer round trips than events.
   expect(counts.redis.reads).toBeLessThanOrEqual(EVENTS);
 });

@@ -55,6 +55,8 @@ for (const [why, migration, env] of [
   test(`${why} an event waits no longer than the poll interval`, async () => {
     const stage = await setStage({ env: { ...env, RELAY_POLL_INTERVAL: '1' } });
     expect(await stage.command(migration)).toMatchObject({ code: 0 });
+    const trigger = await stage.pool.query(`SELECT FROM pg_trigger WHERE tgname = 'relay_outbox_wakeup'`);
+    expect(trigger.rowCount).toBe(0);
     await stage.pod();
     const measured = await latencies(stage, 6);
     // The interval, and what a busy machine adds.

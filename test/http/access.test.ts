@@ -202,20 +202,21 @@ test('the right password is no guess, however often it comes at once', async () 
   expect(new Set(all.map(({ statusCode }) => statusCode))).toEqual(new Set([200, 303]));
 });
 
-test('a hundred passwords at once are not all computed: most are refused at once, and none waits for long', async () => {
+test('a hundred passwords at once are not all computed: most are refused, and do not wait for the others', async () => {
   const { app } = await site();
-  const startedAt = performance.now();
+  const answered: number[] = [];
   const all = await Promise.all(
-    Array.from({ length: 100 }, (_, i) =>
-      logIn(app, `nobody${i}`, `wrong password ${i}`, { remoteAddress: `192.0.2.${i}` }),
-    ),
+    Array.from({ length: 100 }, async (_, i) => {
+      const answer = await logIn(app, `nobody${i}`, `wrong password ${i}`, { remoteAddress: `192.0.2.${i}` });
+      answered.push(answer.statusCode);
+      return answer;
+    }),
   );
   const refused = all.filter(({ statusCode }) => statusCode === 429);
   // Two are computed, ten wait; a few more where these are done soon.
   expect(refused.length).toBeGreaterThan(50);
   expect(refused[0]?.headers['retry-after']).toBe('1');
-  // 12 of 80 ms, two at once; a hundred would take 4 s of a core on a fast machine.
-  expect(performance.now() - startedAt).toBeLessThan(15_000);
+  expect(answered.slice(0, 50).filter((code) => code === 429).length).toBeGreaterThan(35);
 });
 
 test('an address is one however a proxy writes it, and a port makes no other', async () => {
