@@ -166,7 +166,8 @@ export function time(given: string): Date {
 const UNIT_MS = { s: 1_000, m: 60_000, h: 3_600_000, d: 86_400_000 };
 
 /** What `when` takes, for help texts. */
-export const WHEN = 'a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d)';
+export const WHEN =
+  'a time (2026-01-31T12:00:00Z) or how long ago (90s, 15m, 2h, 7d; a number alone is seconds)';
 
 /** Option parser: a time, or how many ms ago. */
 export function when(given: string): Date | number {
@@ -177,7 +178,7 @@ export function when(given: string): Date | number {
     return time(given);
   } catch {
     throw new InvalidArgumentError(
-      'Expected how long ago (90s, 15m, 2h, 7d), "now", or a time with its zone (2026-01-31T12:00:00Z).',
+      'Expected how long ago (90s, 15m, 2h, 7d; a number alone is seconds), "now", a day (2026-01-31, UTC), or a time with its zone (2026-01-31T12:00:00Z).',
     );
   }
 }

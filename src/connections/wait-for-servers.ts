@@ -116,7 +116,8 @@ const STREAM_REDIS: Server = {
 
 /** What it means for the relay that a server cannot be asked. */
 export function failureOf({ name, variable, refuses, finding }: Server, error: unknown): Error {
-  return refuses(error)
-    ? new RequirementError(`${name} does not let the relay in: ${finding(error, variable).finding}`)
-    : new NotReadyError(`${name} cannot be reached (see ${variable}): ${errorText(error)}`);
+  if (refuses(error))
+    return new RequirementError(`${name} does not let the relay in: ${finding(error, variable).finding}`);
+  const failed = sqlState(error) === undefined ? 'cannot be reached' : 'refuses the connection';
+  return new NotReadyError(`${name} ${failed} (see ${variable}): ${errorText(error)}`);
 }

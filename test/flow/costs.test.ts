@@ -158,7 +158,9 @@ describe('of a hot aggregate, whose window has room for 256,', () => {
 
   test('an acknowledgement, and a claim that parks, ask once whether parked rows have room', () => {
     const { claim, acknowledge, other } = hot.counts.statements;
-    expect(other, JSON.stringify(hot.counts.others)).toBeLessThanOrEqual(claim + acknowledge + 15);
+    // What is asked by the clock is more on a machine that takes longer: INFO is asked every two seconds.
+    const byTheClock = 15 + (hot.counts.redis.calls.info ?? 0);
+    expect(other, JSON.stringify(hot.counts.others)).toBeLessThanOrEqual(claim + acknowledge + byTheClock);
   });
 
   test('an event takes three calls to Redis: added, appended with others or by the one before, finished', () => {

@@ -41,7 +41,7 @@ test('a sentence that helps, each', async () => {
     [
       ['verify', '--since', 'yesterday'],
       1,
-      /^relay: .*'yesterday' is invalid\. Expected how long ago \(90s, 15m, 2h, 7d\), "now", or a time with its zone \(2026-01-31T12:00:00Z\)/,
+      /^relay: .*'yesterday' is invalid\. Expected how long ago \(90s, 15m, 2h, 7d; a number alone is seconds\), "now", a day \(2026-01-31, UTC\), or a time with its zone \(2026-01-31T12:00:00Z\)/,
     ],
     // What a guess would make another time of.
     [['verify', '--since', 'in 1 hour'], 1, /Expected how long ago/],
@@ -85,7 +85,7 @@ test('a sentence that helps, each', async () => {
     [['help', 'dlq', 'replay'], 0, /^Usage: relay dlq replay /],
     [['help', 'dlq', 'nonsense'], 1, /^relay: unknown command 'nonsense'[\s\S]*See "relay --help"/],
     [['verfy'], 1, /^relay: unknown command 'verfy'[\s\S]*Did you mean verify[\s\S]*See "relay --help"/],
-    [['verify', '--help'], 0, /7d\) \(required\)\n +--until <when> +up to then \(default: now\)$/m],
+    [['verify', '--help'], 0, /seconds\) \(required\)\n +--until <when> +up to then \(default: now\)$/m],
     [['dlq', 'discard', '--help'], 0, /--reason .*\(required\)/],
     // Those that matter to it, not those of publishing.
     [['board', '--help'], 0, /RELAY_BOARD_USERS(?![\s\S]*RELAY_BATCH_SIZE)/],
@@ -120,6 +120,17 @@ test('before relay migrate every command says what to do, and names no figure th
     expect(printed).toContain('run "relay migrate"');
     expect(printed).not.toMatch(/no answer/);
   }
+});
+
+test('a database that is not there is no server that cannot be reached', async () => {
+  const { adminUrl } = await createDatabase({ template: false });
+  const nowhere = new URL(adminUrl);
+  nowhere.pathname = '/nowhere';
+  const { exited, lines } = await startPod({ RELAY_DATABASE_URL: nowhere.href }, ['migrate']);
+  expect((await exited).code).toBe(69);
+  expect(lines.at(-1)).toBe(
+    'relay: PostgreSQL refuses the connection (see RELAY_DATABASE_URL): database "nowhere" does not exist',
+  );
 });
 
 test('relay migrate --grants says which roles to create, and what it has done without them', async () => {
