@@ -99,6 +99,34 @@ test('the status tells what there is, and what the oldest event of each state wa
   expect(text).toMatch(/last tick of the schedule: .* ago, due every 5 s/);
 });
 
+test('after a restart of Redis the status tells what groups have to read as exactly as before', async () => {
+  const stage = await setStage({ env: { RELAY_STREAM_MAXLEN: '100' } });
+  // A burst after a quiet time, and one entry long after it.
+  const burst = Array.from({ length: 94 }, (_, i) => `4000-${i}`);
+  const ids = ['1000-0', '2000-0', '3000-0', ...burst, '9000000-0'];
+  for (const id of ids) await stage.redis.xadd(STREAM, id, 'payload', 'x');
+  for (const [group, count] of [
+    ['mailer', 3],
+    ['printer', 97],
+  ] as const) {
+    await stage.redis.xgroup('CREATE', STREAM, group, '0');
+    await stage.redis.xreadgroup('GROUP', group, 'me', 'COUNT', count, 'STREAMS', STREAM, '>');
+    await stage.redis.xack(STREAM, group, ...ids.slice(0, count));
+  }
+  const groups = async () => {
+    const { code, lines } = await stage.command(['status']);
+    expect(code, lines.join('\n')).toBe(0);
+    return lines.filter((it) => /mailer|printer/.test(it)).map((it) => it.trim().replace(/ +/g, ' '));
+  };
+  const told = [
+    'mailer 1 consumer 95 to read 0 pending 5 about to be trimmed unread',
+    'printer 1 consumer 1 to read 0 pending',
+  ];
+  expect(await groups()).toEqual(told);
+  await stage.server.restart();
+  expect(await groups()).toEqual(told);
+});
+
 test('a server that is away is named, and what the other knows is shown', async () => {
   const stage = await setStage();
   await insertEvents(stage.pool, [anEvent()]);

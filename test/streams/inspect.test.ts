@@ -1,16 +1,17 @@
 import { beforeAll, beforeEach, expect, test } from 'vitest';
 import { createStreamInspector, entriesAfter } from '../../src/streams/inspect.ts';
 import { asRelay } from '../support/least-privilege.ts';
-import { createRedis } from '../support/servers.ts';
+import { createRedis, type TestRedis } from '../support/servers.ts';
 import { type AdminRedis, openAdminRedis, openRedis } from '../support/stages.ts';
 
+let server: TestRedis;
 let redis: AdminRedis;
 let inspectStreams: ReturnType<typeof createStreamInspector>;
 
 beforeAll(async () => {
-  const { url, adminUrl } = await createRedis();
-  redis = openAdminRedis(adminUrl);
-  inspectStreams = createStreamInspector(openRedis(url));
+  server = await createRedis();
+  redis = openAdminRedis(server.adminUrl);
+  inspectStreams = createStreamInspector(openRedis(server.url));
 });
 
 beforeEach(async () => {
@@ -52,15 +53,83 @@ test('a stream tells its length, and how far behind each group is', async () => 
   ]);
 });
 
-test('where Redis cannot tell a lag, as before version 7, it is estimated by the times of the entries', async () => {
+/** `count` entries that came in the same millisecond, with a field of so many bytes. */
+async function burst(stream: string, ms: number, count: number, bytes = 1): Promise<void> {
+  const pipeline = redis.pipeline();
+  for (let i = 0; i < count; i++) pipeline.xadd(stream, `${ms}-${i}`, 'payload', 'x'.repeat(bytes));
+  await pipeline.exec();
+}
+
+async function read(stream: string, group: string, count: number): Promise<void> {
+  await redis.xgroup('CREATE', stream, group, '0');
+  await redis.xreadgroup('GROUP', group, 'me', 'COUNT', count, 'STREAMS', stream, '>');
+}
+
+test('after a restart, when Redis tells the lag no more, it is as exact as before', async () => {
+  await fill('a', 10);
+  await burst('a', 20_000, 90);
+  await redis.xadd('a', '1000000-0', 'payload', 'x');
+  for (const [group, count] of [
+    ['slow', 4],
+    ['quick', 60],
+    ['nearly', 100],
+    ['done', 101],
+  ] as const)
+    await read('a', group, count);
+  await redis.xack('a', 'quick', '1000-0', '2000-0');
+  const before = await inspect('a');
+  expect(before).toMatchObject([
+    {
+      groups: {
+        slow: { lag: 97, unacknowledged: 101, isEstimate: false },
+        quick: { lag: 41, isEstimate: false },
+        nearly: { lag: 1, unacknowledged: 101, isEstimate: false },
+        done: { lag: 0, unacknowledged: 101, isEstimate: false },
+      },
+    },
+  ]);
+  await server.restart();
+  expect(await inspect('a')).toEqual(before);
+});
+
+test('deleted entries are not counted', async () => {
   await fill('a', 101);
-  await redis.xgroup('CREATE', 'a', 'behind', '0');
-  await redis.xreadgroup('GROUP', 'behind', 'me', 'COUNT', 41, 'STREAMS', 'a', '>');
+  await read('a', 'behind', 41);
   // Redis 7 knows no lag of a group that has deleted entries before it.
   await redis.xdel('a', '80000-0');
+  await redis.xdel('a', '101000-0');
   const [found] = await inspect('a');
   expect(found?.groups.behind).toEqual({
-    ...{ consumers: 1, pending: 41, lag: 59, unacknowledged: 100, isEstimate: true },
+    ...{ consumers: 1, pending: 41, lag: 58, unacknowledged: 99, isEstimate: false },
+  });
+});
+
+test('beyond the last 1,000 entries of a stream a lag is estimated by the times of those before', async () => {
+  await fill('a', 200);
+  await burst('a', 201_000, 1_000);
+  // Redis tells no lag of a group that begins anywhere.
+  for (const id of ['5000-0', '150000-0', '201000-899', '201000-999'])
+    await redis.xgroup('CREATE', 'a', id, id);
+  const [found] = await inspect('a');
+  expect(found?.groups).toMatchObject({
+    '5000-0': { lag: 1_195, unacknowledged: 1_195, isEstimate: true },
+    '150000-0': { lag: 1_050, isEstimate: true },
+    '201000-899': { lag: 100, isEstimate: false },
+    '201000-999': { lag: 0, isEstimate: false },
+  });
+  // What was trimmed unread counts for nothing, so that is exact again.
+  await redis.xtrim('a', 'MAXLEN', 1_190);
+  const [trimmed] = await inspect('a');
+  expect(trimmed?.groups['5000-0']).toMatchObject({ lag: 1_190, isEstimate: false });
+});
+
+test('no more than about 1 MiB of entries is read to count them', async () => {
+  await burst('a', 1_000, 8, 400_000);
+  for (const id of ['1000-1', '1000-5']) await redis.xgroup('CREATE', 'a', id, id);
+  const [found] = await inspect('a');
+  expect(found?.groups).toMatchObject({
+    '1000-1': { isEstimate: true },
+    '1000-5': { lag: 2, isEstimate: false },
   });
 });
 
