@@ -43,13 +43,20 @@ export function createDeadLetters(deps: {
       case 'appended':
       case 'remembered': {
         const { entryId, epoch } = outcome;
-        await outbox.inEpoch(async (tx) => {
-          await outbox.markDead(tx, { id, eventId, attempts, reason, entryId });
+        const isMarked = await outbox.inEpoch(async (tx) => {
+          const marked = await outbox.markDead(tx, { id, eventId, attempts, reason, entryId });
           await epochs.confirm(epoch);
+          return marked;
         });
         if (outcome.status === 'appended') deps.metrics.deadLettered(event);
         tally.flushFor(eventId); // its failed attempts come first
-        logger.warn({ ...about, reason, dlqEntryId: entryId }, 'event moved to the dead-letter stream');
+        logger.warn(
+          { ...about, reason, dlqEntryId: entryId },
+          // The entry was there, and so was the dead row: an alert that counts dead letters must not count this one again.
+          outcome.status === 'remembered' && !isMarked
+            ? 'a retried dead letter failed again; it stays dead'
+            : 'event moved to the dead-letter stream',
+        );
         refiller.request([event]);
         return;
       }

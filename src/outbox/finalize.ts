@@ -47,9 +47,11 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
     /**
      * Marks a row dead. A row that is published, discarded, or has its dead letter stays as it is. A dead letter that Redis
      * lost and that is written again gets a new time: the next comparison only looks for entries since a certain time.
+     *
+     * @returns whether the row was marked; false where it stays as it is
      */
-    async markDead(tx: Queryable, dead: DeadEvent): Promise<void> {
-      await tx.query(
+    async markDead(tx: Queryable, dead: DeadEvent): Promise<boolean> {
+      const { rowCount } = await tx.query(
         `UPDATE identity.outbox o
          SET dead_lettered_at = clock_timestamp(), next_attempt_at = 'infinity',
              attempts = $3, error_message = $4, stream_entry_id = $5
@@ -57,6 +59,7 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
            AND CASE WHEN o.published THEN false ELSE o.dead_lettered_at IS NULL OR o.stream_entry_id IS NULL END`,
         [dead.id, dead.eventId, dead.attempts, dead.reason, dead.entryId],
       );
+      return rowCount !== 0;
     },
 
     /** Records a failed attempt on its row: how many there were, why, and when the next one comes. */

@@ -70,6 +70,30 @@ describe.each([
     expect(lines).toEqual(['publishing failed', 'event moved to the dead-letter stream']);
   });
 
+  test('that fails again after a Retry is told as that, not as another dead letter; one that is finished after a crash is not', async () => {
+    const lines: unknown[] = [];
+    const logger = { ...silent, warn: (fields: object, msg: string) => void lines.push({ ...fields, msg }) };
+    const outbox = { ...stage.context.outbox, markDead: () => Promise.reject(new Error('the pod died')) };
+    await expect(createdWith({ logger, outbox }).bury()).rejects.toThrow('the pod died');
+    const { bury } = createdWith({ logger });
+    await bury();
+    const before = await readRows(stage.pool);
+    // As the button does; nobody has mended the cause.
+    await (await stage.context.queues.publish.getJob(event.eventId))?.retry();
+    await stage.runJobs(() => Promise.reject(new Error('WRONGTYPE')));
+    await bury({ attempts: 7, reason: 'still WRONGTYPE' });
+    const [[dlqEntryId] = []] = await stage.streamRedis.xrange(dlq, '-', '+');
+    const about = { eventId: event.eventId, topic: BROKEN, eventType: event.eventType, dlqEntryId };
+    expect(lines).toEqual([
+      { ...about, attempts: 6, reason: 'WRONGTYPE', msg: 'event moved to the dead-letter stream' },
+      {
+        ...{ ...about, attempts: 7, reason: 'still WRONGTYPE' },
+        msg: 'a retried dead letter failed again; it stays dead',
+      },
+    ]);
+    expect([await letters(), await readRows(stage.pool)]).toEqual([[expect.anything()], before]);
+  });
+
   const letters = () => readStream(stage.streamRedis, dlq);
   const hasJob = async () => (await stage.redis.exists(stage.keyOf(event.eventId))) === 1;
 

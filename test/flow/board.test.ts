@@ -59,9 +59,12 @@ test('Retry on a failed job publishes its event, closes its dead letter and lets
   // Too early: it fails again, and is as dead as before.
   const before = await stage.row(first.eventId);
   expect((await api('PUT', `/relay-publish/${first.eventId}/retry`)).status).toBe(204);
-  const failedAgain = () =>
-    pod.logs().filter(({ msg }) => msg === 'event moved to the dead-letter stream').length === 2;
-  await waitFor(failedAgain, { what: 'the second failure' });
+  const told = (text: string) => pod.logs().filter(({ msg }) => msg === text);
+  const failedAgain = () => told('a retried dead letter failed again; it stays dead')[0];
+  expect(await waitFor(failedAgain, { what: 'the second failure' })).toMatchObject({
+    ...{ level: 'warn', eventId: first.eventId, dlqEntryId: before.stream_entry_id },
+  });
+  expect(told('event moved to the dead-letter stream'), 'what an alert counts').toHaveLength(1);
   expect(await stage.row(first.eventId)).toEqual(before);
   expect(await eventIds(stage, DLQ)).toEqual([first.eventId]);
 
