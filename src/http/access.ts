@@ -4,7 +4,8 @@ import cookie from '@fastify/cookie';
 import formBody from '@fastify/formbody';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import type { BoardUser, Role } from '../config/board-users.ts';
-import type { Logger } from '../telemetry/logger.ts';
+import { counted } from '../event.ts';
+import { createSpacing, type Logger } from '../telemetry/logger.ts';
 import { BusyError } from './admission.ts';
 import { logInPage, logOutPage, refusalPage } from './pages.ts';
 import { isPassword, NOBODYS_HASH } from './passwords.ts';
@@ -38,6 +39,7 @@ const TRIES_BY_NAME = 100;
 const REMEMBERED_MS = 600_000;
 const REMEMBERED_MAX = 200;
 const MAX_FORM_BYTES = 8_192;
+const REPEAT_AFTER_MS = 10_000;
 
 const SAFE_METHODS = new Set(['GET', 'HEAD']);
 export const isRead = (request: FastifyRequest): boolean => SAFE_METHODS.has(request.method);
@@ -65,6 +67,8 @@ export function createAccess(deps: {
   const remembered = createCredentialCache();
   const wrongByAddress = createTries({ max: TRIES_BY_ADDRESS, windowMs: WINDOW_MS });
   const wrongByName = createTries({ max: TRIES_BY_NAME, windowMs: WINDOW_MS });
+  /** Refusals without a check cost nothing, and so come at any speed: they must not fill the log. */
+  const isDue = createSpacing(REPEAT_AFTER_MS);
   const checking = new Map<string, Promise<Checked>>();
 
   /** Simultaneous requests with the same credentials from the same address share one hash computation. */
@@ -88,7 +92,9 @@ export function createAccess(deps: {
     const taken: (() => void)[] = [];
     const tooMany = (retryInS: number, message: string): Checked => {
       for (const giveBack of taken) giveBack();
-      logger.warn({ address, user: loggableName(name) }, message);
+      const more = isDue(message);
+      if (more !== undefined)
+        logger.warn({ address, user: loggableName(name), ...(more > 0 && { sinceTheLast: more }) }, message);
       return { tooMany: true, retryInS };
     };
     for (const [tries, key] of [
@@ -165,7 +171,8 @@ export function createAccess(deps: {
       const found = await identify(request);
       if (typeof found === 'string') return refuse(request, reply, 403, found);
       if (found === null || 'wrong' in found) return askToLogIn(request, reply, found !== null);
-      if ('tooMany' in found) return refuseForNow(reply, found.retryInS).send({ error: TOO_MANY });
+      if ('tooMany' in found)
+        return refuseForNow(reply, found.retryInS).send({ error: tooManyTries(found.retryInS) });
       const { name, role: has } = found.operator;
       request.operator = { name, role: has };
       if (role === 'operator' && has !== 'operator')
@@ -190,7 +197,7 @@ export function createAccess(deps: {
   }
 
   const refuseForNow = (reply: FastifyReply, retryInS: number): FastifyReply =>
-    reply.code(429).header('retry-after', Math.max(1, retryInS));
+    reply.code(429).header('retry-after', retryInS);
 
   /** Allows only our own paths as `next`: no open redirect. */
   function ownPath(next: unknown): string {
@@ -237,7 +244,8 @@ export function createAccess(deps: {
       const checked = await check(request, name ?? '', password ?? '');
       const again = (problem: string) => logInPage(logIn, next, { problem, name: name ?? '' });
       if ('wrong' in checked) return html(reply.code(401)).send(again(WRONG));
-      if ('tooMany' in checked) return html(refuseForNow(reply, checked.retryInS)).send(again(TOO_MANY));
+      if ('tooMany' in checked)
+        return html(refuseForNow(reply, checked.retryInS)).send(again(tooManyTries(checked.retryInS)));
       const { operator } = checked;
       logger.info({ user: operator.name, role: operator.role, address: addressOf(request.ip) }, 'logged in');
       for (const [{ cookie: of, kind }, lifetimeMs] of [
@@ -283,7 +291,7 @@ export function createAccess(deps: {
 }
 
 const WRONG = 'Wrong name or password.';
-const TOO_MANY = 'Too many tries. Wait a minute.';
+const tooManyTries = (retryInS: number) => `Too many tries. Wait ${counted(retryInS, 'second')}.`;
 /** Headers that proxies add. */
 const OF_A_PROXY =
   /^(via|forwarded|x-(forwarded|real|client|original|cluster)\b.*|.*connecting-ip|true-client-ip)$/;

@@ -1,7 +1,7 @@
 import { DelayedError, type Job, type Telemetry, UnrecoverableError, Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
 import { succeedsWithin } from '../lifecycle.ts';
-import type { Logger } from '../telemetry/logger.ts';
+import { createSpacing, type Logger } from '../telemetry/logger.ts';
 
 /** BullMQ's workers, several of them for one queue in a pod. */
 
@@ -105,8 +105,7 @@ export function createWorkers<T, R = void>(deps: {
   let lastStartedAt = Date.now();
   let isStopping = false;
   const startedAt = new Map<Job<T>, number>();
-  /** By kind: when it was last reported, and how many there were since. */
-  const reported = new Map<string, { at: number; errors: number }>();
+  const isDue = createSpacing(REPEAT_AFTER_MS);
   const pauses = new Set<NodeJS.Timeout>();
   /** None before the start: each connects as soon as it is made. */
   let workers: Worker<T, R>[] = [];
@@ -188,12 +187,8 @@ export function createWorkers<T, R = void>(deps: {
 
   function report(error: Error): void {
     // After a pod has slept, each of its jobs makes the same error, with its own id in it.
-    const kind = error.message.replace(JOB_ID, '#');
-    const { at, errors } = reported.get(kind) ?? { at: 0, errors: 0 };
-    const isDue = Date.now() - at >= REPEAT_AFTER_MS;
-    if (reported.size >= 100) reported.clear();
-    reported.set(kind, isDue ? { at: Date.now(), errors: 0 } : { at, errors: errors + 1 });
-    if (!isDue) return;
+    const errors = isDue(error.message.replace(JOB_ID, '#'));
+    if (errors === undefined) return;
     logger.warn(
       { err: error, queue: queueName, ...(errors > 0 && { sinceTheLast: errors }) },
       'a worker met an error; it goes on',

@@ -76,6 +76,25 @@ export function logWhatOthersPrint(logger: Logger): void {
   });
 }
 
+/** Most kinds of lines that are remembered. */
+const MAX_KINDS = 100;
+
+/**
+ * For lines that may come at any speed: of each kind one in `everyMs` is written.
+ *
+ * @returns how many of this kind were left out since the last; undefined where this one is to be left out
+ */
+export function createSpacing(everyMs: number): (kind: string) => number | undefined {
+  const kinds = new Map<string, { at: number; leftOut: number }>();
+  return (kind) => {
+    const { at, leftOut } = kinds.get(kind) ?? { at: Number.NEGATIVE_INFINITY, leftOut: 0 };
+    const isDue = Date.now() - at >= everyMs;
+    if (kinds.size >= MAX_KINDS) kinds.clear();
+    kinds.set(kind, isDue ? { at: Date.now(), leftOut: 0 } : { at, leftOut: leftOut + 1 });
+    return isDue ? leftOut : undefined;
+  };
+}
+
 const MAX_MESSAGE_LENGTH = 2_000;
 const MAX_STACK_LENGTH = 8_000;
 /** Errors within errors (`cause`, AggregateError) are followed this deep. */

@@ -156,11 +156,32 @@ test('a wrong password costs a second, for a name that nobody has as well, and s
   await Promise.all(Array.from({ length: 8 }, (_, i) => logIn(app, 'olga', `wrong password ${i}`)));
   const right = await logIn(app, 'olga');
   expect(right.statusCode).toBe(429);
-  expect(Number(right.headers['retry-after'])).toBeGreaterThan(0);
-  expect(right.body).toContain('Too many tries.');
+  const wait = Number(right.headers['retry-after']);
+  expect(wait).toBeGreaterThan(0);
+  expect(right.body).toContain(`Too many tries. Wait ${wait} second`);
   expect(right.body).not.toContain(PASSWORD);
   // Others are not to suffer: another address, and a session that is there.
   expect((await logIn(app, 'olga', PASSWORD, { remoteAddress: '192.0.2.1' })).statusCode).toBe(303);
+});
+
+test('guesses that are refused without a check do not fill the log: a line in 10 s says how many there were', async () => {
+  const { app, lines } = await site();
+  await Promise.all(Array.from({ length: 10 }, (_, i) => logIn(app, 'olga', `wrong password ${i}`)));
+  const guess = () => app.inject({ url: '/board', headers: { authorization: basicOf('olga', 'wrong') } });
+  const told = () => lines.filter(({ msg }) => msg === 'too many wrong passwords; refused without a check');
+  for (let i = 0; i < 50; i++) {
+    const reply = await guess();
+    const wait = Number(reply.headers['retry-after']);
+    expect([reply.statusCode, reply.json().error]).toEqual([
+      429,
+      `Too many tries. Wait ${wait} ${wait === 1 ? 'second' : 'seconds'}.`,
+    ]);
+  }
+  const msg = 'too many wrong passwords; refused without a check';
+  expect(told()).toEqual([{ address: '127.0.0.1', user: 'olga', msg }]);
+  vi.useFakeTimers({ now: Date.now() + 10_000, toFake: ['Date'] });
+  await guess();
+  expect(told().slice(1)).toEqual([{ address: '127.0.0.1', user: 'olga', sinceTheLast: 49, msg }]);
 });
 
 /** Wrong passwords for olga: ten from each of so many addresses. */
