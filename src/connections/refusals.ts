@@ -32,6 +32,11 @@ export const isRefusal = (error: Error): boolean =>
 export const isConnectionLoss = (error: Error): boolean =>
   error.name === 'MaxRetriesPerRequestError' || error.message === 'Connection is closed.';
 
+/** Whether a command failed for want of a connection or an answer, by what ioredis says where FAILS_FAST. */
+export const isLost = (error: Error): boolean =>
+  isConnectionLoss(error) ||
+  /^(Stream isn't writeable|Command timed out|Command aborted due to connection close)/.test(error.message);
+
 export const closesConnection = (bytes: number): string =>
   `Redis, or what is before it, closes the connection at this request of ${bytes} bytes`;
 

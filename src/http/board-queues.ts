@@ -20,6 +20,7 @@ const DESCRIPTIONS: Readonly<Record<QueueKind, string>> = {
     'Takes fresh rows of the outbox and makes publish jobs of them: a tick on schedule, a wake when rows are written.',
   publish: 'One job per event: it appends the event to its stream. A failed job is a dead letter.',
 };
+const UNKNOWN = 'Dead: unknown, PostgreSQL gives no answer.';
 const RETRY = 'Retry publishes a dead letter.';
 
 /** How jobs are read; see queue/job-views.ts. */
@@ -53,7 +54,7 @@ class RelayQueueAdapter extends BullMQAdapter {
 
   /** Bull Board calls this right before `getDescription`, which is synchronous: so the remark is read here. */
   override async getJobCounts() {
-    const [counts, remark] = await Promise.all([super.getJobCounts(), this.#remark().catch(() => '')]);
+    const [counts, remark] = await Promise.all([super.getJobCounts(), this.#remark().catch(() => UNKNOWN)]);
     this.#lastRemark = remark;
     return counts;
   }

@@ -2,7 +2,8 @@ import { AsyncLocalStorage } from 'node:async_hooks';
 import { createBullBoard } from '@bull-board/api';
 import { FastifyAdapter } from '@bull-board/fastify';
 import type { FastifyInstance, FastifyPluginAsync, FastifyRequest } from 'fastify';
-import type { Logger } from '../telemetry/logger.ts';
+import { createOutages, RETRY_AFTER } from '../operations/outages.ts';
+import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type createAccess, isRead, type Operator } from './access.ts';
 import { type BusyError, createPace } from './admission.ts';
 import { actionOf } from './board-actions.ts';
@@ -81,6 +82,12 @@ export function createBoard(deps: {
     },
   });
 
+  // It knows no 503, and no header: the handler of the routes below answers.
+  server.setErrorHandler((error) => {
+    throw error;
+  });
+  const outageOf = createOutages(logger);
+
   function logAction(request: FastifyRequest, status: number): void {
     if (isRead(request) || request.operator === null) return;
     const route = (request.routeOptions.url ?? '').slice(PREFIX.length);
@@ -124,6 +131,14 @@ export function createBoard(deps: {
             .replace(WHO, `${operator?.name} (${operator?.role})`)
         : payload,
     );
+    board.setErrorHandler(async (error: Error & { statusCode?: number }, _request, reply) => {
+      const outage = outageOf(error);
+      if (outage !== undefined)
+        return reply.code(503).header('retry-after', RETRY_AFTER).send({ message: outage });
+      return reply
+        .code(error.statusCode ?? 500)
+        .send({ error: { key: 'ERRORS.INTERNAL_SERVER_ERROR' }, message: errorText(error) });
+    });
     board.addHook('onResponse', async (request, reply) => logAction(request, reply.statusCode));
     await board.register(server.registerPlugin());
   };

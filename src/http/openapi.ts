@@ -26,7 +26,8 @@ export function describeApi(prefix: string, version: string, routes: readonly Ap
           ]),
         ),
         default: {
-          description: 'what is wrong',
+          description:
+            'what is wrong; 429 and 503 come with Retry-After: try again, as where Redis or PostgreSQL cannot be reached',
           content: {
             'application/json': {
               schema: { type: 'object', required: ['error'], properties: { error: { type: 'string' } } },

@@ -9,7 +9,7 @@ import { BullMQAdapter } from '@bull-board/api/bullMQAdapter';
 import { FastifyAdapter } from '@bull-board/fastify';
 import { Queue } from 'bullmq';
 import { fastify } from 'fastify';
-import { expect, inject, test } from 'vitest';
+import { expect, inject, onTestFinished, test } from 'vitest';
 import { loadConfig } from '../../src/config/load-config.ts';
 import { isPassword } from '../../src/http/passwords.ts';
 import { createBoardQueues } from '../../src/index.ts';
@@ -18,6 +18,7 @@ import { basicOf, boardApi, boardUsers, PASSWORD } from '../support/board.ts';
 import { anEvent, insertEvents } from '../support/events.ts';
 import { DLQ, STREAM, type Stage, setStage } from '../support/flow.ts';
 import { asRelay, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
+import { startProxy, through } from '../support/proxy.ts';
 import { aClaimedEvent, openRedis } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
@@ -314,6 +315,54 @@ test('the board alone asks nothing of another host, under a path of a proxy as w
   expect(await stage.count('published OR next_attempt_at IS NOT NULL'), 'rows that it took').toBe(0);
   expect(await alone.kill('SIGTERM')).toMatchObject({ code: 0 });
   expect(alone.logs().at(-1)).toMatchObject({ level: 'info', msg: 'stopped' });
+});
+
+test('while a server is away board and API answer 503 with its name, no address, and when to try again; then they work again', async () => {
+  const stage = await setStage();
+  const redis = await startProxy(stage.server.port);
+  const database = await startProxy(Number(new URL(stage.databaseUrl).port));
+  onTestFinished(async () => void (await Promise.all([redis.close(), database.close()])));
+  const alone = await stage.spawn(['board'], {
+    ...{ RELAY_BOARD_USERS: await boardUsers(), RELAY_REDIS_URL: through(redis, stage.env.RELAY_REDIS_URL) },
+    RELAY_DATABASE_URL: through(database, stage.env.RELAY_DATABASE_URL),
+  });
+  await alone.waitReady();
+  type Answer = { queues: { description: string }[] };
+  const ask = async (path: string, body?: object) => {
+    const response = await fetch(alone.url + path, {
+      headers: { authorization: basicOf('olga'), ...(body && { 'content-type': 'application/json' }) },
+      ...(body && { method: 'POST', body: JSON.stringify(body) }),
+    });
+    const retryAfter = response.headers.get('retry-after');
+    return { status: response.status, retryAfter, body: (await response.json()) as Answer };
+  };
+  const away = { status: 503, retryAfter: '5' };
+  const queues = '/board/api/queues';
+  expect((await ask(queues)).status).toBe(200);
+
+  await redis.refuse();
+  const noRedis = 'Redis cannot be reached; try again';
+  expect(await ask(queues)).toEqual({ ...away, body: { message: noRedis } });
+  const replay = () => ask('/api/dlq/replay', { eventIds: [randomUUID()] });
+  expect(await replay()).toEqual({ ...away, body: { error: noRedis } });
+  await redis.heal();
+  await waitFor(async () => (await ask(queues)).status === 200, { what: 'the board to work again' });
+
+  await database.refuse();
+  expect(await ask('/api/dlq')).toEqual({
+    ...away,
+    body: { error: 'PostgreSQL cannot be reached; try again' },
+  });
+  const unknown = async () => (await ask(queues)).body.queues[0]?.description;
+  await waitFor(async () => /^Dead: unknown, PostgreSQL gives no answer\./.test((await unknown()) ?? ''), {
+    what: 'the board to say that it does not know how many are dead',
+  });
+  await database.heal();
+  await waitFor(async () => (await ask('/api/dlq')).status === 200, { what: 'the API to work again' });
+  const levels = new Set(alone.logs().map(({ level }) => level));
+  expect(levels).toEqual(new Set(['info', 'warn']));
+  const told = alone.logs().filter(({ msg }) => /^a server cannot be reached; requests/.test(String(msg)));
+  expect(new Set(told.map(({ server }) => server))).toEqual(new Set(['Redis', 'PostgreSQL']));
 });
 
 test('the board does not start where everybody could use it', async () => {

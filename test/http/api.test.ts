@@ -19,6 +19,8 @@ let app: FastifyInstance;
 /** What was asked of the operations, in words. */
 let asked: unknown[];
 let fail: Error | undefined;
+/** What was logged, as level and text. */
+let logged: string[];
 /** What each question takes. */
 let wait: Promise<void> | undefined;
 /** As the description writes them, e.g. `get /api/dlq/{eventId}`. */
@@ -27,6 +29,7 @@ let served: string[];
 beforeEach(() => {
   asked = [];
   fail = undefined;
+  logged = [];
   wait = undefined;
   /** Of whatever type the question wants: the API hands on what it does not know. */
   const answer = async (...question: unknown[]): Promise<never> => {
@@ -61,7 +64,11 @@ beforeEach(() => {
       return undefined;
     },
     version: '1.2.3',
-    logger: silent,
+    logger: {
+      ...silent,
+      warn: (_, text) => void logged.push(`warn: ${text}`),
+      error: (_, text) => void logged.push(`error: ${text}`),
+    },
   };
   app = fastify({ exposeHeadRoutes: false });
   served = [];
@@ -274,6 +281,50 @@ test('a bad cursor is the asker’s fault, a server that is away is not', async 
   expect(body.error).not.toContain('secret');
 });
 
+test.each([
+  ['Redis', new Error("Stream isn't writeable and enableOfflineQueue options is false")],
+  ['Redis', new Error('Connection is closed.')],
+  ['Redis', Object.assign(new Error('Reached the max'), { name: 'MaxRetriesPerRequestError' })],
+  ['Redis', new Error('Command timed out')],
+  [
+    'PostgreSQL',
+    Object.assign(new Error('connect ECONNREFUSED 10.0.0.7:5432'), {
+      ...{ code: 'ECONNREFUSED', syscall: 'connect', address: '10.0.0.7' },
+    }),
+  ],
+  ['PostgreSQL', Object.assign(new AggregateError([], ''), { code: 'ECONNREFUSED' })],
+  ['PostgreSQL', Object.assign(new Error('getaddrinfo EAI_AGAIN db.internal'), { code: 'EAI_AGAIN' })],
+  ['PostgreSQL', new Error('timeout exceeded when trying to connect')],
+  ['PostgreSQL', new Error('Connection terminated unexpectedly')],
+  ['PostgreSQL', new Error('Query read timeout')],
+  ['PostgreSQL', Object.assign(new Error('starting up'), { code: '57P03', severity: 'FATAL' })],
+])(
+  'while %s is away (%s) a request is told so and when to try again, nothing of the driver',
+  async (server, error) => {
+    fail = error;
+    const headers = { 'x-role': 'viewer' };
+    const replies = [
+      await app.inject({ url: '/api/dlq', headers }),
+      await app.inject({ url: '/api/dlq', headers }),
+    ];
+    for (const reply of replies) {
+      expect([reply.statusCode, reply.headers['retry-after'], reply.json()]).toEqual([
+        ...[503, '5'],
+        { error: `${server} cannot be reached; try again` },
+      ]);
+    }
+    expect(logged).toEqual([
+      'warn: a server cannot be reached; requests to the dashboard and the HTTP API get a 503',
+    ]);
+  },
+);
+
+test('an error of our own is no outage', async () => {
+  fail = Object.assign(new TypeError('x is not a function'), { code: 'ERR_INVALID_ARG_TYPE' });
+  expect((await call('GET', '/dlq')).status).toBe(500);
+  expect(logged).toEqual(['error: a request to the HTTP API failed']);
+});
+
 test('the description has every route, with what it takes and who may', async () => {
   const { body } = await call('GET', '/openapi.json');
   expect(body).toMatchObject({ openapi: '3.1.0', info: { title: 'relay-service', version: '1.2.3' } });
@@ -295,6 +346,7 @@ test('the description has every route, with what it takes and who may', async ()
     },
   ]);
   expect(post.description).toContain('operator');
+  expect(post.responses.default.description).toContain('503 come with Retry-After');
   expect(post.requestBody.content['application/json'].schema.required).toEqual(['reason']);
   const ids = Object.values(body.paths as Record<string, Record<string, { operationId: string }>>).flatMap(
     (it) => Object.values(it).map(({ operationId }) => operationId),

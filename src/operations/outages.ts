@@ -1,0 +1,45 @@
+import { isNoAnswer, sqlState } from '../connections/pool-health.ts';
+import { isLost } from '../connections/refusals.ts';
+import { createSpacing, type Logger } from '../telemetry/logger.ts';
+
+/** What requests over HTTP are told while a server cannot be reached: its name, and nothing else of it. */
+
+/** Seconds; a server that was restarted is back by then. */
+export const RETRY_AFTER = '5';
+const LOG_EVERY_MS = 10_000;
+
+/** node-postgres has no codes for these, nor has the pool. */
+const NO_SESSION = /^Connection terminated|^timeout (exceeded|expired)|^the pool gave no database session/;
+/** Class 08: the connection failed. 57P0x: the server ends, crashed, or starts. */
+const SESSION_ENDED = /^(08|57P0[123])/;
+/** An errno, as of connect(). Those of Redis are in events of ioredis, never in the error of a command. */
+const ERRNO = /^E(?!RR_)[A-Z_]+$/;
+
+function serverOf(error: Error): 'Redis' | 'PostgreSQL' | undefined {
+  if (isLost(error)) return 'Redis';
+  const isAway =
+    NO_SESSION.test(error.message) ||
+    isNoAnswer(error) ||
+    SESSION_ENDED.test(sqlState(error) ?? '') ||
+    ERRNO.test(String((error as NodeJS.ErrnoException).code));
+  return isAway ? 'PostgreSQL' : undefined;
+}
+
+/**
+ * @returns for an error of a request: what to answer with 503, where it failed because a server cannot be reached. The log
+ * has the error, at most once in 10 s
+ */
+export function createOutages(logger: Logger) {
+  const isDue = createSpacing(LOG_EVERY_MS);
+  return (error: Error): string | undefined => {
+    const server = serverOf(error);
+    if (server === undefined) return undefined;
+    const more = isDue(server);
+    if (more !== undefined)
+      logger.warn(
+        { err: error, server, ...(more > 0 && { sinceTheLast: more }) },
+        'a server cannot be reached; requests to the dashboard and the HTTP API get a 503',
+      );
+    return `${server} cannot be reached; try again`;
+  };
+}
