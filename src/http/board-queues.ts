@@ -59,7 +59,7 @@ class RelayQueueAdapter extends BullMQAdapter {
     return counts;
   }
 
-  /** At 1280 px it is cut after about 110 characters. */
+  /** At 1200 px it is cut after about 200 characters, in two lines. */
   override getDescription(): string {
     return [this.#lastRemark, this.#hint(), super.getDescription()].filter((it) => it !== '').join(' ');
   }

@@ -27,7 +27,7 @@ const WHO = 'who-is-logged-in';
 const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
 
 /**
- * Hides the buttons that are refused to everybody. Bull Board has no option for that. Its class names change with each
+ * Hides the buttons that are refused to everybody, and mends two small things. Bull Board has no option for that. Its class names change with each
  * version, the names of its icons do not.
  */
 const withoutRefused = (claimQueue: string): string => {
@@ -38,6 +38,13 @@ const withoutRefused = (claimQueue: string): string => {
   /* The next tick of the claim queue: in the list, and on its own page. */
   main:has([aria-current][href*="${path}?status=delayed"]) li button,
   main:has([href*="${path}"]):has([style*="--status-delayed"]) li button { display: none !important }
+  /* The name of a job says how often it was tried. */
+  h5 > span { display: none }
+  /* What a queue is for, and how many events are dead, is said nowhere else: two lines of it. */
+  header div:has(> h1) + p {
+    display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+    white-space: normal !important; line-height: 1.2;
+  }
 </style>`;
 };
 
@@ -133,8 +140,9 @@ export function createBoard(deps: {
     );
     board.setErrorHandler(async (error: Error & { statusCode?: number }, _request, reply) => {
       const outage = outageOf(error);
+      // The page shows `error`; without it not even `message`.
       if (outage !== undefined)
-        return reply.code(503).header('retry-after', RETRY_AFTER).send({ message: outage });
+        return reply.code(503).header('retry-after', RETRY_AFTER).send({ error: outage });
       return reply
         .code(error.statusCode ?? 500)
         .send({ error: { key: 'ERRORS.INTERNAL_SERVER_ERROR' }, message: errorText(error) });

@@ -342,7 +342,7 @@ test('while a server is away board and API answer 503 with its name, no address,
 
   await redis.refuse();
   const noRedis = 'Redis cannot be reached; try again';
-  expect(await ask(queues)).toEqual({ ...away, body: { message: noRedis } });
+  expect(await ask(queues)).toEqual({ ...away, body: { error: noRedis } });
   const replay = () => ask('/api/dlq/replay', { eventIds: [randomUUID()] });
   expect(await replay()).toEqual({ ...away, body: { error: noRedis } });
   await redis.heal();

@@ -166,6 +166,14 @@ test('an operator logs in, sees both queues, and retries a failed job: its event
     .first()
     .waitFor();
   await shot(olga.page, '3-failed');
+  // All of it is there in a window of 1200 px, and no "attempt #1" beside "after 1 attempt".
+  await olga.page.setViewportSize({ width: 1200, height: 900 });
+  const isCut = await olga.page.evaluate(`(() => {
+    const it = document.querySelector('header h1').parentElement.nextElementSibling;
+    return it.scrollHeight > it.clientHeight || it.scrollWidth > it.clientWidth;
+  })()`);
+  expect(isCut).toBe(false);
+  expect(await olga.page.getByText('attempt #1').isVisible()).toBe(false);
 
   const vera = await person(browser, pod.url);
   await vera.logIn('vera');
