@@ -1,14 +1,18 @@
-import type { Logger } from './logger.ts';
+import { errorText, type Logger } from './logger.ts';
 
 const COLLECT_MS = 3_000;
 /** Events that a line names. */
 const NAMED = 3;
+/** Lines with the same text that say different things, at most: a reason may hold what differs from event to event. */
+const MOST = 20;
+/** Of what is beyond that. Its line says nothing but the number of events. */
+const REST = '';
 
 export type Tally = ReturnType<typeof createTally>;
 
 /**
- * Collects log lines about single events: what happens to one often happens to hundreds at the same moment. Lines with the
- * same text within 3 s become one, with the number of events, the ids of the first three, and the fields of the first.
+ * Collects log lines about single events: what happens to one often happens to hundreds at the same moment. Lines within 3 s
+ * that have the same text and the same fields become one, with the number of events and the ids of the first three.
  */
 export function createTally(logger: Logger) {
   type Line = {
@@ -16,25 +20,31 @@ export function createTally(logger: Logger) {
     eventIds: Set<string>;
     fields: Record<string, unknown>;
   };
-  const lines = new Map<string, Line>();
+  /** By their text, and by what they say. */
+  const texts = new Map<string, Map<string, Line>>();
   let timer: NodeJS.Timeout | undefined;
 
   function flush(): void {
     clearTimeout(timer);
     timer = undefined;
-    const all = [...lines];
-    lines.clear();
-    for (const [text, { level, fields, eventIds }] of all)
-      logger[level]({ events: eventIds.size, eventIds: [...eventIds].slice(0, NAMED), ...fields }, text);
+    const all = [...texts];
+    texts.clear();
+    for (const [text, lines] of all)
+      for (const { level, fields, eventIds } of lines.values())
+        logger[level]({ events: eventIds.size, eventIds: [...eventIds].slice(0, NAMED), ...fields }, text);
   }
 
   const counting =
     (level: Line['level']) =>
     (eventId: string, fields: Record<string, unknown>, text: string): void => {
       logger.debug({ eventId, ...fields }, text);
-      const line = lines.get(text) ?? { level, eventIds: new Set(), fields };
+      const lines = texts.get(text) ?? new Map<string, Line>();
+      texts.set(text, lines);
+      const said = JSON.stringify(fields, (_, value) => (value instanceof Error ? errorText(value) : value));
+      const kind = lines.has(said) || lines.size < MOST ? said : REST;
+      const line = lines.get(kind) ?? { level, eventIds: new Set(), fields: kind === REST ? {} : fields };
       line.eventIds.add(eventId);
-      lines.set(text, line);
+      lines.set(kind, line);
       timer ??= setTimeout(flush, COLLECT_MS);
     };
 
@@ -46,7 +56,8 @@ export function createTally(logger: Logger) {
     flush,
     /** The same, if one of them is about this event: before a line of its own. */
     flushFor(eventId: string): void {
-      if ([...lines.values()].some((line) => line.eventIds.has(eventId))) flush();
+      const isAbout = (line: Line) => line.eventIds.has(eventId);
+      if ([...texts.values()].some((lines) => [...lines.values()].some(isAbout))) flush();
     },
   };
 }
