@@ -1,4 +1,5 @@
 import type { Redis } from 'ioredis';
+import { levelOf } from '../connections/outage.ts';
 import { brief } from '../event.ts';
 import { pause } from '../lifecycle.ts';
 import type { Outbox } from '../outbox/outbox.ts';
@@ -117,9 +118,12 @@ export function createClaimWorker(deps: {
       // After a delay, not at once: BullMQ would give the new job to this pod, and this pod may be the only one that fails.
       clearTimeout(again);
       if (!stopping) again = setTimeout(() => void scheduler.wake(), AGAIN_AFTER_MS);
-      if (Date.now() - reportedAt < REPEAT_AFTER_MS) return;
-      reportedAt = Date.now();
-      logger.warn({ err: error }, 'claiming failed; nothing was claimed, trying again');
+      const level = levelOf(error);
+      if (level === 'warn') {
+        if (Date.now() - reportedAt < REPEAT_AFTER_MS) return;
+        reportedAt = Date.now();
+      }
+      logger[level]({ err: error }, 'claiming failed; nothing was claimed, trying again');
     },
   });
 

@@ -2,6 +2,7 @@ import type pg from 'pg';
 import { DeadlineError, withDeadline } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Pool } from './database.ts';
+import type { Outage } from './outage.ts';
 import { nextStatementFails } from './session.ts';
 
 /**
@@ -96,12 +97,13 @@ type Waiter = { others: number; admit: () => void };
  * Wraps `pool`: at most `size` sessions are in use at a time, and none that is likely to be sick.
  * @param options.size of it and the pool's own limit, the smaller one counts
  * @param options.base of another pool that leads to the same database: what is learned by one counts for both
+ * @param options.outage told when no session can be opened, and when one is
  */
 export function healthyPool(
   pool: Pool & Readonly<{ options?: Readonly<{ max?: number }>; on?: (...args: never[]) => unknown }>,
-  options: Readonly<{ size: number; logger: Logger; base?: object }>,
+  options: Readonly<{ size: number; logger: Logger; base?: object; outage?: Outage }>,
 ): HealthyPool {
-  const { logger, base = pool.base ?? pool } = options;
+  const { logger, outage, base = pool.base ?? pool } = options;
   const size = Math.min(options.size, pool.options?.max ?? options.size);
 
   const heardAt = new WeakMap<pg.PoolClient, number>();
@@ -190,15 +192,26 @@ export function healthyPool(
     }
   }
 
+  async function open(): Promise<pg.PoolClient> {
+    const askedAt = performance.now();
+    try {
+      return await pool.connect();
+    } catch (error) {
+      outage?.met(error as Error, askedAt);
+      throw error;
+    }
+  }
+
   async function connected(): Promise<pg.PoolClient> {
     for (let i = 0; ; i++) {
-      const client = await connectWithin(pool, CONNECT_MS);
+      const client = await connectWithin(open, CONNECT_MS);
       // The session may break during the check. Afterwards its user adds a listener.
       client.on('error', nextStatementFails);
       try {
         if (await isSound(client)) {
           watchRelease(client);
           client.off('error', nextStatementFails);
+          if (!heardAt.has(client)) outage?.over();
           return client;
         }
       } catch (error) {
@@ -261,8 +274,8 @@ export function healthyPool(
 }
 
 /** A pool of others may wait for ever; one that connects too late is given back. */
-async function connectWithin(pool: Pool, ms: number): Promise<pg.PoolClient> {
-  const connecting = pool.connect();
+async function connectWithin(open: Pool['connect'], ms: number): Promise<pg.PoolClient> {
+  const connecting = open();
   try {
     return await withDeadline(ms, connecting);
   } catch (error) {

@@ -8,6 +8,7 @@ import { WORKER_CONNECTION } from '../queue/workers.ts';
 import { RequirementError } from '../requirement.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Pool } from './database.ts';
+import { createOutage } from './outage.ts';
 import { createPool } from './pool.ts';
 import { type HealthyPool, healthyPool } from './pool-health.ts';
 import { inCluster } from './slot-connector.ts';
@@ -203,7 +204,9 @@ export function openServers(
   };
   const failingFast = { ...FAILS_FAST, commandTimeout: QUEUE_TIMEOUT_MS };
   const queueRedis = connect('queue', failingFast);
-  const pool = healthyPool(deps.pool ?? (ownPool as Pool), { size: config.databasePoolSize, logger });
+  const pgPool = deps.pool ?? (ownPool as Pool);
+  const outage = createOutage(logger, (pgPool as { options?: { host?: string } }).options?.host);
+  const pool = healthyPool(pgPool, { size: config.databasePoolSize, logger, outage });
   return {
     pool,
     queueRedis,
@@ -213,8 +216,7 @@ export function openServers(
     httpPool: deps.pool
       ? (pool.leaving?.(Math.floor(config.databasePoolSize / 2)) ?? pool)
       : healthyPool(openPool(HTTP_POOL_SIZE, 'relay-service http'), {
-          size: HTTP_POOL_SIZE,
-          logger,
+          ...{ size: HTTP_POOL_SIZE, logger, outage },
           base: pool.base,
         }),
     openHttpRedis() {

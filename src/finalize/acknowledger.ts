@@ -1,3 +1,4 @@
+import { levelOf } from '../connections/outage.ts';
 import { byId, type OutboxEvent } from '../event.ts';
 import { pause } from '../lifecycle.ts';
 import { rowMayBeAtFault } from '../outbox/finalize.ts';
@@ -137,7 +138,7 @@ export function createAcknowledger(deps: {
         const delay = RETRY_DELAYS_MS[attempt];
         // A row that refuses to be changed is left to its job, which is postponed: others must not wait for it.
         if (delay === undefined || error instanceof EpochOverError || rowMayBeAtFault(error)) throw error;
-        logger.warn(
+        logger[levelOf(error as Error)](
           { err: error, events: batch.length, retryInMs: delay },
           'cannot mark events published; again',
         );

@@ -1,3 +1,4 @@
+import { levelOf } from '../connections/outage.ts';
 import { type Aggregate, aggregateKey } from '../event.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Scheduler } from '../queue/scheduler.ts';
@@ -49,7 +50,7 @@ export function createRefiller(deps: {
       try {
         await refill(some);
       } catch (error) {
-        logger.warn(
+        logger[levelOf(error as Error)](
           { err: error, aggregates: some.length },
           'cannot refill aggregates; their parked rows are freed by the sweep of a later tick',
         );

@@ -1,5 +1,6 @@
 import type { RelayConfig } from '../config/config.ts';
 import type { Pool } from '../connections/database.ts';
+import { levelOf } from '../connections/outage.ts';
 import type { Servers } from '../connections/servers.ts';
 import { createTask, type Task } from '../lifecycle.ts';
 import { createPruner, type KeptRow } from '../outbox/pruner.ts';
@@ -97,7 +98,7 @@ export function createMaintenance(deps: {
   function add(name: string, run: (goesOn: () => boolean) => Promise<void>): void {
     const task = createTask((goesOn) =>
       run(goesOn).catch((error) =>
-        logger.warn({ err: error, duty: name }, 'a maintenance task failed; it is tried again'),
+        logger[levelOf(error)]({ err: error, duty: name }, 'a maintenance task failed; it is tried again'),
       ),
     );
     tasks.set(name, task);

@@ -1,3 +1,4 @@
+import { levelOf } from '../connections/outage.ts';
 import { aggregateKey, type OutboxEvent } from '../event.ts';
 import type { Refiller } from '../finalize/refiller.ts';
 import { pause } from '../lifecycle.ts';
@@ -45,15 +46,16 @@ export function createParker(deps: {
       } catch (error) {
         const delay = RETRY_DELAYS_MS[attempt];
         const about = { err: error, events: eventIds.length };
+        const level = levelOf(error as Error);
         if (delay === undefined || stopped) {
-          deps.logger.warn(
+          deps.logger[level](
             about,
             'cannot park rows that wait behind an earlier event; the lease reaper frees them when their leases end',
           );
           return false;
         }
         if (attempt === 0)
-          deps.logger.warn(about, 'cannot park rows that wait behind an earlier event; again');
+          deps.logger[level](about, 'cannot park rows that wait behind an earlier event; again');
         await pause(delay);
       }
     }

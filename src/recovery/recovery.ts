@@ -1,3 +1,4 @@
+import { levelOf } from '../connections/outage.ts';
 import type { Context } from '../context.ts';
 import { createLeaseReaper } from './lease-reaper.ts';
 
@@ -17,13 +18,21 @@ export function createRecovery(context: Context) {
     await removeJobs(excess.filter((it) => !live.has(it.eventId)));
   }
 
+  const duties = {
+    'lease reaper': reapLeases,
+    sweep: refiller.sweep,
+    'removal of failed jobs': trimFailedJobs,
+  };
   return {
     async maintain(goesOn?: () => boolean): Promise<void> {
-      for (const [duty, run] of Object.entries({ reapLeases, sweep: refiller.sweep, trimFailedJobs })) {
+      for (const [duty, run] of Object.entries(duties)) {
         try {
           await run(goesOn);
         } catch (error) {
-          logger.warn({ err: error, duty }, 'a duty of the tick failed; the next tick does it');
+          logger[levelOf(error as Error)](
+            { err: error, duty },
+            'a duty of the tick failed; the next tick does it',
+          );
         }
       }
     },

@@ -1,10 +1,12 @@
 /** What the log says when a server of the relay's connections goes and comes. */
 import { expect, onTestFinished, test } from 'vitest';
 import { loadConfig } from '../../src/config/load-config.ts';
+import { levelOf } from '../../src/connections/outage.ts';
 import { openServers } from '../../src/connections/servers.ts';
+import { withSession } from '../../src/connections/session.ts';
 import type { Logger } from '../../src/telemetry/logger.ts';
-import { createDatabase, createRedis } from '../support/servers.ts';
-import { openAdminPool, silent } from '../support/stages.ts';
+import { createDatabase, createPostgres, createRedis } from '../support/servers.ts';
+import { openAdminPool, openPool, silent } from '../support/stages.ts';
 import { waitFor } from '../support/wait.ts';
 
 const LOST_IDLE = 'lost an idle database connection';
@@ -12,14 +14,18 @@ const LOST_IDLE = 'lost an idle database connection';
 /** The connections to servers of the test's own, and the lines about them: level, text and server. */
 async function open() {
   const [database, redis] = await Promise.all([createDatabase(), createRedis()]);
+  return { database, redis, ...openThem(database.url, redis.url) };
+}
+
+function openThem(databaseUrl: string, redisUrl: string, deps: Parameters<typeof openServers>[1] = {}) {
   const lines: [level: string, message: string, server?: unknown][] = [];
   const told = (level: string) => (fields: Record<string, unknown>, message: string) =>
     void lines.push(fields.server === undefined ? [level, message] : [level, message, fields.server]);
   const logger: Logger = { ...silent, debug: told('debug'), info: told('info'), warn: told('warn') };
-  const config = loadConfig({ RELAY_DATABASE_URL: database.url, RELAY_REDIS_URL: redis.url });
-  const servers = openServers(config, {}, logger);
+  const config = loadConfig({ RELAY_DATABASE_URL: databaseUrl, RELAY_REDIS_URL: redisUrl });
+  const servers = openServers(config, deps, logger);
   onTestFinished(servers.close);
-  return { database, redis, servers, lines };
+  return { servers, lines };
 }
 
 test('an outage of Redis is one warning, its end one line, and both name the server', async () => {
@@ -39,6 +45,33 @@ test('an outage of Redis is one warning, its end one line, and both name the ser
     ['info', 'the connection to Redis is back', 'Redis'],
   ]);
 });
+
+for (const whose of ['its own', 'an embedding program’s'])
+  test(`an outage of PostgreSQL is one warning, its end one line: with a pool of ${whose}`, async () => {
+    const [postgres, redis] = await Promise.all([createPostgres(), createRedis()]);
+    const deps = whose === 'its own' ? {} : { pool: openPool(postgres.url) };
+    const { servers, lines } = openThem(postgres.url, redis.url, deps);
+    const { pool, httpPool } = servers;
+    const ask = () =>
+      Promise.allSettled([pool, pool, httpPool].map((it) => withSession(it, (db) => db.query('SELECT 1'))));
+    const failed = (results: readonly PromiseSettledResult<unknown>[]) =>
+      results.flatMap((it) => (it.status === 'rejected' ? [it.reason as Error] : []));
+    for (const outage of [1, 2]) {
+      expect(failed(await ask())).toEqual([]);
+      await postgres.stop();
+      const errors = [...failed(await ask()), ...failed(await ask())];
+      expect(errors.length).toBeGreaterThanOrEqual(3);
+      await postgres.restart();
+      expect(failed(await ask())).toEqual([]);
+      const pair = [
+        ['warn', 'no connection to PostgreSQL; trying again until it is back'],
+        ['info', 'the connection to PostgreSQL is back'],
+      ];
+      const told = lines.filter(([, message]) => /connection to PostgreSQL/.test(message));
+      expect(told).toEqual(Array.from({ length: outage }, () => pair).flat());
+      expect(new Set(errors.map(levelOf))).toEqual(new Set(['debug']));
+    }
+  });
 
 test('idle sessions that end together are one warning, and one more after a session was opened again', async () => {
   const { database, servers, lines } = await open();

@@ -92,6 +92,46 @@ test('a PostgreSQL that crashes and recovers costs no event and no attempt', asy
   await suffer(stage, [{ what: 'the crash', happen: crash }]);
 });
 
+for (const notify of ['true', 'false'])
+  test(`while PostgreSQL is away a pod says so once, and once when it is back: RELAY_NOTIFY=${notify}`, async () => {
+    const postgres = await createPostgres();
+    const env = { ...SHORT_TIMEOUTS, RELAY_NOTIFY: notify, RELAY_LOG_LEVEL: 'debug' };
+    const stage = await setStage({ databaseUrl: postgres.adminUrl, env });
+    const pod = await stage.pod();
+    await insertEvents(stage.pool, someEvents(20, 5));
+    await stage.rested();
+    const before = pod.logs().length;
+    const since = () => pod.logs().slice(before);
+    const saying = (msg: string) => since().filter((line) => line.msg === msg);
+    await postgres.stop();
+    for (const msg of [
+      'a duty of the tick failed; the next tick does it',
+      'claiming failed; nothing was claimed, trying again',
+    ])
+      await waitFor(() => saying(msg).length >= 5, { what: `the pod to meet this five times: ${msg}` });
+    const away = saying('no connection to PostgreSQL; trying again until it is back');
+    expect(away).toHaveLength(1);
+    expect(away[0]).toMatchObject({
+      level: 'warn',
+      host: new URL(stage.env.RELAY_DATABASE_URL).hostname,
+      err: { message: expect.stringMatching(/./) },
+    });
+    // Each tick fails twice or more: none of that is a warning.
+    const warnings = since().flatMap(({ level, msg }) => (level === 'warn' ? [msg] : []));
+    expect(warnings.length, warnings.join('\n')).toBeLessThanOrEqual(6);
+    expect(saying('a duty of the tick failed; the next tick does it').map(({ duty }) => duty)).toEqual(
+      expect.arrayContaining(['lease reaper', 'sweep']),
+    );
+    await postgres.restart();
+    await waitFor(() => saying('the connection to PostgreSQL is back').length > 0, {
+      what: 'the pod to say that PostgreSQL is back',
+    });
+    await insertEvents(stage.pool, [anEvent()]);
+    await stage.rested();
+    expect(saying('no connection to PostgreSQL; trying again until it is back')).toHaveLength(1);
+    expect(saying('the connection to PostgreSQL is back')).toHaveLength(1);
+  });
+
 test('a pod that starts while its servers are away waits for them, says so, and then works', async () => {
   const postgres = await createPostgres();
   const stage = await setStage({ databaseUrl: postgres.adminUrl, env: { RELAY_STARTUP_TIMEOUT: '60' } });
