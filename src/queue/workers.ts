@@ -31,6 +31,7 @@ const FEWEST_SLOTS = 8;
 const REFUSED_PAUSE_MS = 1_000;
 /** Interval at which the same error of a worker is logged: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
+const ERROR = 'a worker met an error; it goes on';
 const JOB_ID = /[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}/g;
 
 /** What becomes of a job whose processor has ended. */
@@ -186,13 +187,15 @@ export function createWorkers<T, R = void>(deps: {
   }
 
   function report(error: Error): void {
+    // While Redis is away, the log has a line about that already.
+    if (deps.connection.status !== 'ready') {
+      logger.debug({ err: error, queue: queueName }, ERROR);
+      return;
+    }
     // After a pod has slept, each of its jobs makes the same error, with its own id in it.
     const errors = isDue(error.message.replace(JOB_ID, '#'));
     if (errors === undefined) return;
-    logger.warn(
-      { err: error, queue: queueName, ...(errors > 0 && { sinceTheLast: errors }) },
-      'a worker met an error; it goes on',
-    );
+    logger.warn({ err: error, queue: queueName, ...(errors > 0 && { sinceTheLast: errors }) }, ERROR);
   }
 
   function setSlots(wanted: number): void {

@@ -1,5 +1,5 @@
 import { Queue } from 'bullmq';
-import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import { withDeadline } from '../../src/lifecycle.ts';
 import {
   createWorkers,
@@ -413,6 +413,32 @@ describe('when Redis refuses everybody', () => {
       expect(warned.length).toBeLessThan(3);
     },
   );
+
+  test('while Redis is away, which has a log line of its own, workers warn of nothing more, and go on afterwards', async () => {
+    const own = await createRedis();
+    const connection = openRedis(own.url, WORKER_CONNECTION);
+    const told: string[] = [];
+    const telling = (level: string) => () => void told.push(level);
+    const done: number[] = [];
+    const process = async ({ data }: Run<number>) => {
+      done.push(data as number);
+      return DONE;
+    };
+    startWorkers(process, {
+      connection,
+      logger: { ...silent, debug: telling('debug'), warn: telling('warn') },
+    });
+    await waitFor(() => connection.status === 'ready', { what: 'the workers to be connected' });
+    await own.stop();
+    await waitFor(() => told.length >= 5, { what: 'the workers to meet errors' });
+    await own.restart();
+    const other = new Queue('many', { connection: openRedis(own.url) });
+    onTestFinished(() => other.close());
+    await other.add('job', 7);
+    await waitFor(() => done.length > 0, { what: 'the job to be done' });
+    // Their connections may break before the one that tells.
+    expect(new Set(told.slice(told.indexOf('debug')))).toEqual(new Set(['debug']));
+  });
 });
 
 describe('slots', () => {
