@@ -3,7 +3,7 @@ import type { Role } from '../config/board-users.ts';
 import { NotReadyError } from '../lifecycle.ts';
 import { CursorError } from '../operations/cursor.ts';
 import type { DeadLetters, Selection } from '../operations/dead-letters.ts';
-import { createOutages, RETRY_AFTER } from '../operations/outages.ts';
+import { createUnreachable, RETRY_AFTER } from '../operations/unreachable.ts';
 import type { Republish } from '../operations/republishing.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import type { Operator } from './access.ts';
@@ -264,14 +264,14 @@ function selectionOf(body: Record<string, unknown>): Selection {
 
 /** Serves `/api/dlq…`, `/api/republish` and their description, `/api/openapi.json`. */
 export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
-  const outageOf = createOutages(deps.logger);
+  const unreachable = createUnreachable(deps.logger);
   void app.register(
     (api, _options, done) => {
       api.setErrorHandler(
         async (error: Error & { statusCode?: number; validation?: unknown }, request, reply) => {
-          const outage = outageOf(error);
-          if (outage !== undefined)
-            return reply.code(503).header('retry-after', RETRY_AFTER).send({ error: outage });
+          const sentence = unreachable(error);
+          if (sentence !== undefined)
+            return reply.code(503).header('retry-after', RETRY_AFTER).send({ error: sentence });
           const status = statusOf(error);
           if (error instanceof BusyError) reply.header('retry-after', error.retryAfterSeconds);
           else if (status >= 500)

@@ -2,7 +2,7 @@ import { AsyncLocalStorage } from 'node:async_hooks';
 import { createBullBoard } from '@bull-board/api';
 import { FastifyAdapter } from '@bull-board/fastify';
 import type { FastifyInstance, FastifyPluginAsync, FastifyRequest } from 'fastify';
-import { createOutages, RETRY_AFTER } from '../operations/outages.ts';
+import { createUnreachable, RETRY_AFTER } from '../operations/unreachable.ts';
 import { errorText, type Logger } from '../telemetry/logger.ts';
 import { type createAccess, isRead, type Operator } from './access.ts';
 import { type BusyError, createPace } from './admission.ts';
@@ -27,8 +27,8 @@ const WHO = 'who-is-logged-in';
 const FOREIGN_LINK = /<link\b[^>]*\bhref="(?:https?:)?\/\/[^>]*>\s*/g;
 
 /**
- * Hides the buttons that are refused to everybody, and mends two small things. Bull Board has no option for that. Its class names change with each
- * version, the names of its icons do not.
+ * Hides the buttons that are refused to everybody and the second count of attempts, and shows two lines of a description.
+ * Bull Board has no options for that. Its class names change with each version, the names of its icons do not.
  */
 const withoutRefused = (claimQueue: string): string => {
   const path = `/${encodeURIComponent(claimQueue)}`;
@@ -93,7 +93,7 @@ export function createBoard(deps: {
   server.setErrorHandler((error) => {
     throw error;
   });
-  const outageOf = createOutages(logger);
+  const unreachable = createUnreachable(logger);
 
   function logAction(request: FastifyRequest, status: number): void {
     if (isRead(request) || request.operator === null) return;
@@ -139,10 +139,10 @@ export function createBoard(deps: {
         : payload,
     );
     board.setErrorHandler(async (error: Error & { statusCode?: number }, _request, reply) => {
-      const outage = outageOf(error);
+      const sentence = unreachable(error);
       // The page shows `error`; without it not even `message`.
-      if (outage !== undefined)
-        return reply.code(503).header('retry-after', RETRY_AFTER).send({ error: outage });
+      if (sentence !== undefined)
+        return reply.code(503).header('retry-after', RETRY_AFTER).send({ error: sentence });
       return reply
         .code(error.statusCode ?? 500)
         .send({ error: { key: 'ERRORS.INTERNAL_SERVER_ERROR' }, message: errorText(error) });

@@ -29,7 +29,7 @@ function serverOf(error: Error): 'Redis' | 'PostgreSQL' | undefined {
  * @returns for an error of a request: what to answer with 503, where it failed because a server cannot be reached. The log
  * has the error, at most once in 10 s
  */
-export function createOutages(logger: Logger) {
+export function createUnreachable(logger: Logger) {
   const isDue = createSpacing(LOG_EVERY_MS);
   return (error: Error): string | undefined => {
     const server = serverOf(error);
