@@ -66,7 +66,7 @@ test('a duty that fails does not keep the others from being done', async () => {
     queues: { ...queues, failedBeyond: fails },
   }).maintain();
   expect([duties, (await readStates(pool)).at(-1), (await failedJobs()).length]).toEqual([
-    ...[['reapLeases', 'trimFailedJobs'], 'fresh', 3],
+    ...[['lease reaper', 'removal of failed jobs'], 'fresh', 3],
   ]);
   duties.length = 0;
   await createRecovery({ ...context, logger, refiller: { ...context.refiller, sweep: fails } }).maintain();
