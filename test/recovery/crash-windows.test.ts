@@ -222,15 +222,17 @@ describe('a pod that releases a job, since the event before it has failed, and d
 
   test('after its row is parked, before the aggregate is refilled, when the event before it is published by now', async () => {
     const stage = await setStage({ topic: BROKEN_TOPIC }, LATE_RETRIES);
+    let mayPublish = false;
     let isPublished = false;
     let refills = 0;
     const dies = deferred();
     await stage.diesAt(
       async (moment) => {
         if (moment === 'before refill' && refills > 0) await dies.promise;
-        if (moment === 'after commit of refill' && isPublished) refills++;
+        if (moment === 'after commit of refill' && mayPublish) refills++;
         if (moment === 'before park' && !isPublished) {
           await stage.becomesLeased(2);
+          mayPublish = true;
           await stage.obstacleIsGone();
           await stage.isPublished(0);
           isPublished = true;
