@@ -5,7 +5,7 @@ import formBody from '@fastify/formbody';
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify';
 import type { BoardUser, Role } from '../config/board-users.ts';
 import { counted } from '../event.ts';
-import { createSpacing, type Logger } from '../telemetry/logger.ts';
+import { createSpacedWarnings, type Logger } from '../telemetry/logger.ts';
 import { BusyError } from './admission.ts';
 import { logInPage, logOutPage, refusalPage } from './pages.ts';
 import { isPassword, NOBODYS_HASH } from './passwords.ts';
@@ -68,7 +68,7 @@ export function createAccess(deps: {
   const wrongByAddress = createTries({ max: TRIES_BY_ADDRESS, windowMs: WINDOW_MS });
   const wrongByName = createTries({ max: TRIES_BY_NAME, windowMs: WINDOW_MS });
   /** Refusals without a check cost nothing, and so come at any speed: they must not fill the log. */
-  const isDue = createSpacing(REPEAT_AFTER_MS);
+  const warn = createSpacedWarnings(logger, REPEAT_AFTER_MS);
   const checking = new Map<string, Promise<Checked>>();
 
   /** Simultaneous requests with the same credentials from the same address share one hash computation. */
@@ -92,9 +92,7 @@ export function createAccess(deps: {
     const taken: (() => void)[] = [];
     const tooMany = (retryInS: number, message: string): Checked => {
       for (const giveBack of taken) giveBack();
-      const more = isDue(message);
-      if (more !== undefined)
-        logger.warn({ address, user: loggableName(name), ...(more > 0 && { sinceTheLast: more }) }, message);
+      warn({ address, user: loggableName(name) }, message);
       return { tooMany: true, retryInS };
     };
     for (const [tries, key] of [

@@ -1,6 +1,6 @@
 import { isNoAnswer, sqlState } from '../connections/pool-health.ts';
 import { isLost } from '../connections/refusals.ts';
-import { createSpacing, type Logger } from '../telemetry/logger.ts';
+import { createSpacedWarnings, type Logger } from '../telemetry/logger.ts';
 
 /** What requests over HTTP are told while a server cannot be reached: its name, and nothing else of it. */
 
@@ -30,16 +30,15 @@ function serverOf(error: Error): 'Redis' | 'PostgreSQL' | undefined {
  * has the error, at most once in 10 s
  */
 export function createUnreachable(logger: Logger) {
-  const isDue = createSpacing(LOG_EVERY_MS);
+  const warn = createSpacedWarnings(logger, LOG_EVERY_MS);
   return (error: Error): string | undefined => {
     const server = serverOf(error);
     if (server === undefined) return undefined;
-    const more = isDue(server);
-    if (more !== undefined)
-      logger.warn(
-        { err: error, server, ...(more > 0 && { sinceTheLast: more }) },
-        'a server cannot be reached; requests to the dashboard and the HTTP API get a 503',
-      );
+    warn(
+      { err: error, server },
+      'a server cannot be reached; requests to the dashboard and the HTTP API get a 503',
+      server,
+    );
     return `${server} cannot be reached; try again`;
   };
 }

@@ -1,7 +1,7 @@
 import { DelayedError, type Job, type Telemetry, UnrecoverableError, Worker } from 'bullmq';
 import type { Redis, RedisOptions } from 'ioredis';
 import { succeedsWithin } from '../lifecycle.ts';
-import { createSpacing, type Logger } from '../telemetry/logger.ts';
+import { createSpacedWarnings, type Logger } from '../telemetry/logger.ts';
 
 /** BullMQ's workers, several of them for one queue in a pod. */
 
@@ -106,7 +106,7 @@ export function createWorkers<T, R = void>(deps: {
   let lastStartedAt = Date.now();
   let isStopping = false;
   const startedAt = new Map<Job<T>, number>();
-  const isDue = createSpacing(REPEAT_AFTER_MS);
+  const warn = createSpacedWarnings(logger, REPEAT_AFTER_MS);
   const pauses = new Set<NodeJS.Timeout>();
   /** None before the start: each connects as soon as it is made. */
   let workers: Worker<T, R>[] = [];
@@ -193,9 +193,7 @@ export function createWorkers<T, R = void>(deps: {
       return;
     }
     // After a pod has slept, each of its jobs makes the same error, with its own id in it.
-    const errors = isDue(error.message.replace(JOB_ID, '#'));
-    if (errors === undefined) return;
-    logger.warn({ err: error, queue: queueName, ...(errors > 0 && { sinceTheLast: errors }) }, ERROR);
+    warn({ err: error, queue: queueName }, ERROR, error.message.replace(JOB_ID, '#'));
   }
 
   function setSlots(wanted: number): void {

@@ -80,18 +80,17 @@ export function logWhatOthersPrint(logger: Logger): void {
 const MAX_KINDS = 100;
 
 /**
- * For lines that may come at any speed: of each kind one in `everyMs` is written.
- *
- * @returns how many of this kind were left out since the last; undefined where this one is to be left out
+ * For warnings that may come at any speed: of each kind one in `everyMs` is written, with the number of those that were left
+ * out before it (`sinceTheLast`).
  */
-export function createSpacing(everyMs: number): (kind: string) => number | undefined {
+export function createSpacedWarnings(logger: Logger, everyMs: number) {
   const kinds = new Map<string, { at: number; leftOut: number }>();
-  return (kind) => {
+  return (fields: Record<string, unknown>, message: string, kind = message): void => {
     const { at, leftOut } = kinds.get(kind) ?? { at: Number.NEGATIVE_INFINITY, leftOut: 0 };
     const isDue = Date.now() - at >= everyMs;
     if (kinds.size >= MAX_KINDS) kinds.clear();
     kinds.set(kind, isDue ? { at: Date.now(), leftOut: 0 } : { at, leftOut: leftOut + 1 });
-    return isDue ? leftOut : undefined;
+    if (isDue) logger.warn({ ...fields, ...(leftOut > 0 && { sinceTheLast: leftOut }) }, message);
   };
 }
 
