@@ -20,6 +20,7 @@ import { IDLE } from './scenarios/idle.ts';
 import { POISON } from './scenarios/poison.ts';
 import { RETENTION } from './scenarios/retention.ts';
 import { SHARDING } from './scenarios/sharding.ts';
+import { START_UP } from './scenarios/start-up.ts';
 import { STEADY } from './scenarios/steady.ts';
 import { TABLE_SIZE } from './scenarios/table-size.ts';
 import { HOT, ORDERING, PAYLOAD, PODS, VALIDATION } from './scenarios/variants.ts';
@@ -28,7 +29,7 @@ import { judge } from './targets.ts';
 
 const SCENARIOS: readonly Scenario[] = [
   ...[DRAIN, COSTS, IDLE, STEADY, HOT, PODS, POISON, ORDERING, VALIDATION, PAYLOAD, BLOCKED, BACKLOG, GROWTH],
-  ...[RETENTION, TABLE_SIZE, SHARDING],
+  ...[RETENTION, TABLE_SIZE, START_UP, SHARDING],
 ];
 /** Without arguments: what tells most in five minutes or so. */
 const USUAL = [DRAIN, COSTS, IDLE];

@@ -98,6 +98,10 @@ export const TARGETS: readonly Target[] = [
     ...{ what: '2 pods against 1', target: '≥ 0.95' },
     ...{ scenario: 'pods', figure: '2 pods / 1 pod', isMet: atLeast(0.95) },
   },
+  {
+    ...{ what: 'start of a pod, against an import of BullMQ, pg and fastify', target: '≤ 1.5' },
+    ...{ scenario: 'start-up', figure: 'pod at work / import', isMet: atMost(1.5) },
+  },
 ];
 
 export type RequirementResult = Readonly<{

@@ -14,7 +14,7 @@ import { pause, type Servers, type Undo } from '../servers.ts';
 import { fillOutbox, type Workload } from '../workload.ts';
 
 /** The build that is measured. */
-const CLI = process.env.BENCH_CLI || fileURLToPath(new URL('../../../dist/cli.js', import.meta.url));
+export const CLI = process.env.BENCH_CLI || fileURLToPath(new URL('../../../dist/cli.js', import.meta.url));
 /** Another build, which the scenarios `drain` and `hot` measure beside it. */
 export const CLI_BEFORE = process.env.BENCH_CLI_BEFORE || undefined;
 
@@ -42,6 +42,8 @@ export type Relay = Contender &
     pods: readonly Pod[];
     stream: string;
     queueName: string;
+    /** Of its pods. */
+    env: Readonly<Record<string, string>>;
     insert(workload: Workload): Promise<void>;
     /** By the database's clock. */
     now(): Promise<string>;
@@ -98,7 +100,7 @@ export async function openRelay(
     await pod.waitReady();
   }
   const relay: Relay = {
-    ...{ name, describe, servers, pool, redis, pods, stream, queueName, processes: podCount },
+    ...{ name, describe, servers, pool, redis, pods, stream, queueName, env, processes: podCount },
 
     insert: (workload) => fillOutbox(pool, workload, stream),
 
