@@ -1,7 +1,9 @@
 import { execFile } from 'node:child_process';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
-import { expect, test } from 'vitest';
+import { expect, inject, test } from 'vitest';
 import { modulesIn } from '../support/bundle.ts';
 import { startPod } from '../support/pods.ts';
 
@@ -100,4 +102,10 @@ test('a pod loads neither drizzle nor what other commands need: it would keep th
   const dispensable = /^(drizzle-orm|cli-progress|cli-table3)$|node_modules\/(@bull-board|@opentelemetry)\//;
   expect(ofPod.filter((it) => dispensable.test(it))).toEqual([]);
   expect((await loads('prune')).filter((it) => dispensable.test(it))).not.toHaveLength(0);
+});
+
+test('the image and `npm start` bound the young generation of V8, which takes 128 MiB on Node.js 24', async () => {
+  const read = (file: string) => readFile(join(inject('root'), file), 'utf8');
+  const bound = /^(?:ENV .*NODE_OPTIONS=| {4}"start": "exec node )(--max-semi-space-size=16)(?: |$)/m;
+  for (const file of ['Dockerfile', 'package.json']) expect(await read(file), file).toMatch(bound);
 });
