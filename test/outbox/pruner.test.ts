@@ -1,10 +1,11 @@
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
 import { createRetention } from '../../src/maintenance/retention.ts';
 import { createPruner, FIRST_PLACE, type KeptRow, PRUNABLE_KINDS } from '../../src/outbox/pruner.ts';
 import { createPublished } from '../../src/outbox/published.ts';
 import { asRelay, grantLeast, OPERATOR_ROLE, RELAY_USER } from '../support/least-privilege.ts';
 import { createDatabase } from '../support/servers.ts';
 import { openAdminPool, openPool } from '../support/stages.ts';
+import { waitFor } from '../support/wait.ts';
 
 const HOUR_MS = 3_600_000;
 const { url, adminUrl } = await createDatabase();
@@ -99,6 +100,28 @@ test('a row that a resync may need is not deleted, whatever is asked for', async
   await add('not needed', published(1.1));
   expect(await retention.run(1, () => true)).toBe(1);
   expect(await names()).toEqual(['needed']);
+});
+
+test('a row that becomes unpublished while it is being deleted stays: Redis lost its entry', async () => {
+  await add('lost meanwhile', published(30));
+  await add('old', published(30));
+  const recovery = await pool.connect();
+  onTestFinished(() => recovery.release());
+  await recovery.query('BEGIN');
+  await recovery.query(`UPDATE identity.outbox SET published = false WHERE event_type = 'lost meanwhile'`);
+  const running = retention.run(24 * HOUR_MS, () => true);
+  await waitFor(
+    async () =>
+      (
+        await pool.query(
+          `SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`,
+        )
+      ).rowCount === 1,
+    { what: 'the deletion to meet the row' },
+  );
+  await recovery.query('COMMIT');
+  expect(await running).toBe(1);
+  expect(await names()).toEqual(['lost meanwhile']);
 });
 
 test('nothing is deleted while table and streams are compared, and no more once that begins', async () => {
