@@ -138,7 +138,6 @@ function assemble(context: Context, http: boolean): Running {
     { name: 'claim worker', start: claiming.start, stop: claiming.stop },
     { name: 'scheduler', start: scheduler.start, stop: scheduler.stop },
     { name: 'progress watch', start: progress.start, stop: progress.stop },
-    { name: 'requirements', start: requirements.start, stop: requirements.stop },
     { name: 'first claim', start: scheduler.wake },
     {
       name: 'readiness',
@@ -147,6 +146,7 @@ function assemble(context: Context, http: boolean): Running {
         heartbeat.beat();
       },
     },
+    { name: 'requirements', start: requirements.start, stop: requirements.stop },
   ]);
 
   return {

@@ -25,7 +25,7 @@ import { withSession } from './session.ts';
 
 /** What the relay needs of PostgreSQL, of the table and of its role there. */
 
-type OnDatabase = Readonly<{
+export type OnDatabase = Readonly<{
   pool: Pool & Queryable;
   config: RelayConfig;
   /** A claim is tried on a row that has waited for this long. */
@@ -42,11 +42,15 @@ export const DATABASE_REQUIREMENTS: readonly Requirement<OnDatabase>[] = [
   { subject: 'claim', check: claims },
 ];
 
-/** Tried once, before the relay starts: what gives only advice, and what reads the table. */
+/** Tried once, before the relay starts: it may read the whole table. */
 export const DATABASE_AT_START: readonly Requirement<OnDatabase>[] = [
+  { subject: 'null columns', check: hasNoNulls },
+];
+
+/** Each gives advice alone. A pod asks once, when it is at work. */
+export const DATABASE_ADVICE: readonly Requirement<OnDatabase>[] = [
   { subject: 'persistence', check: survivesCrash },
   { subject: 'row locks', check: rowsAreFree },
-  { subject: 'null columns', check: hasNoNulls },
   { subject: 'ids', check: idsAreInOrder },
   { subject: 'defaults', check: rowsBeginFresh },
   { subject: 'topic', check: topicIsOurs },

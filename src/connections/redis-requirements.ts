@@ -9,12 +9,14 @@ import { isNoStream, tryAppend } from '../streams/append-trial.ts';
 import { epochKeyTypes } from '../streams/epoch-script.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { keyTypeProblem } from './key-types.ts';
-import { connected, infoOf, writeProbeKey } from './preflight.ts';
+import { connected, type infoOf, writeProbeKey } from './preflight.ts';
 
 /** What the relay needs of a Redis: that of the queues, and that of the streams where it is another one. */
 
 export type OnRedis = Readonly<{
   redis: Redis;
+  /** Its INFO, which it is asked for once. */
+  info: () => ReturnType<typeof infoOf>;
   /** The configuration, with the variables of this server; see streamPlace. */
   place: RelayConfig;
   /** The variable that leads to it. */
@@ -79,11 +81,11 @@ export function redisFinding(error: unknown, variable = 'the URL'): Finding {
 /** What calls itself something else than Redis, by a field of INFO. */
 const OTHERS = ['valkey', 'dragonfly', 'keydb', 'kvrocks', 'garnet', 'upstash', 'memurai', 'rlec'];
 
-async function isRecent({ redis, variable }: OnRedis): Promise<Finding> {
+async function isRecent({ redis, info: ask, variable }: OnRedis): Promise<Finding> {
   await connected(redis, CONNECT_TIMEOUT_MS).catch((error: Error) => {
     throw error.name === 'ReplyError' ? error : new Error(withRemedy(error, `see ${variable}`));
   });
-  const info = await infoOf(redis);
+  const info = await ask();
   if (info('redis_mode') === 'sentinel')
     return failed(
       `this is a sentinel: name it in RELAY_REDIS_SENTINELS, and in ${variable} a user and password alone`,
@@ -108,8 +110,8 @@ async function isRecent({ redis, variable }: OnRedis): Promise<Finding> {
   return ok(found);
 }
 
-async function isMaster({ redis, variable }: OnRedis): Promise<Finding | undefined> {
-  const role = (await infoOf(redis))('role');
+async function isMaster({ info, variable }: OnRedis): Promise<Finding | undefined> {
+  const role = (await info())('role');
   if (role === 'master' || role === undefined) return undefined;
   return failedFor(
     'soon',
@@ -119,9 +121,8 @@ async function isMaster({ redis, variable }: OnRedis): Promise<Finding | undefin
   );
 }
 
-async function isAnnounced({ redis, place, variable }: OnRedis): Promise<Finding | undefined> {
-  const info = await infoOf(redis);
-  if (info('cluster_enabled') !== '1' || isCluster(place)) return undefined;
+async function isAnnounced({ info, place, variable }: OnRedis): Promise<Finding | undefined> {
+  if ((await info())('cluster_enabled') !== '1' || isCluster(place)) return undefined;
   const how =
     variable === 'RELAY_REDIS_URL'
       ? 'set RELAY_REDIS_CLUSTER=true, or name several nodes in RELAY_REDIS_URL'
@@ -129,16 +130,16 @@ async function isAnnounced({ redis, place, variable }: OnRedis): Promise<Finding
   return failed(`this is a node of a Redis Cluster, which the configuration does not say: ${how}`);
 }
 
-async function keepsData({ redis }: OnRedis): Promise<Finding> {
-  const enabled = (await infoOf(redis))('aof_enabled');
+async function keepsData({ info }: OnRedis): Promise<Finding> {
+  const enabled = (await info())('aof_enabled');
   if (enabled === '1') return ok('on');
   if (enabled === undefined)
     return advice('the server does not tell: a restart without it loses the streams');
   return advice('off: a restart of Redis loses the streams (appendonly yes)');
 }
 
-async function evictsNothing({ redis }: OnRedis): Promise<Finding> {
-  const policy = (await infoOf(redis))('maxmemory_policy');
+async function evictsNothing({ info }: OnRedis): Promise<Finding> {
+  const policy = (await info())('maxmemory_policy');
   if (policy === 'noeviction') return ok('noeviction');
   if (policy === undefined) return advice('the server does not tell: it must never evict a key (noeviction)');
   return failed(`${policy}: Redis may throw away jobs and streams (maxmemory-policy noeviction)`);

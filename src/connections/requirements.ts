@@ -2,12 +2,19 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { streamPlace } from '../config/redis-places.ts';
 import { loop, NotReadyError, pause } from '../lifecycle.ts';
-import { checkInTurn, RequirementError, type RequirementResult } from '../requirement.ts';
+import { checkInTurn, type Requirement, RequirementError, type RequirementResult } from '../requirement.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { asking, type Pool } from './database.ts';
-import { DATABASE_AT_START, DATABASE_REQUIREMENTS, databaseFinding } from './database-requirements.ts';
+import {
+  DATABASE_ADVICE,
+  DATABASE_AT_START,
+  DATABASE_REQUIREMENTS,
+  databaseFinding,
+  type OnDatabase,
+} from './database-requirements.ts';
 import { isOurs } from './ownership.ts';
+import { infoOf } from './preflight.ts';
 import { type OnRedis, REDIS_REQUIREMENTS, redisFinding } from './redis-requirements.ts';
 
 /** The one list of what the relay needs: `relay check` prints it, `relay start` refuses to start without it. */
@@ -21,38 +28,58 @@ const STANDS_STILL_MS = 10_000;
 /** Deadline of one question to PostgreSQL. */
 const ASK_MS = 10_000;
 
-/**
- * Tries everything that the relay needs, on these connections. Never throws: what cannot be asked has failed.
- * @param isRunning leaves out what only gives advice, and what reads a whole table
- */
+/** Who asks: an operator; a pod before it starts, which leaves advice for later; a pod at work, which reads no table. */
+type Asker = 'operator' | 'start' | 'work';
+
+const OF_POSTGRES: Readonly<Record<Asker, readonly Requirement<OnDatabase>[]>> = {
+  operator: [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START, ...DATABASE_ADVICE],
+  start: [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START],
+  work: DATABASE_REQUIREMENTS,
+};
+
+const onDatabase = (config: RelayConfig, pool: Pool, asker: Asker): OnDatabase => ({
+  ...{ pool: asking(pool, ASK_MS), config, waitedMs: asker === 'work' ? STANDS_STILL_MS : 0 },
+});
+
+type Server = Omit<OnRedis, 'info'>;
+
+function askedOnce(redis: Redis): OnRedis['info'] {
+  let info: ReturnType<OnRedis['info']> | undefined;
+  return () => {
+    info ??= infoOf(redis);
+    return info;
+  };
+}
+
+/** Tries everything that the relay needs, on these connections. Never throws: what cannot be asked has failed. */
 export async function checkRequirements(
   config: RelayConfig,
   on: On,
-  isRunning = false,
+  asker: Asker = 'operator',
 ): Promise<RequirementResult[]> {
   const place = streamPlace(config);
   const isOne = place === config;
   const streamOptions = streamOptionsOf(config);
-  const queues: OnRedis = {
+  const queues: Server = {
     ...{ redis: on.queueRedis, place: config, variable: 'RELAY_REDIS_URL', hasQueues: true },
     streamOptions: isOne ? streamOptions : undefined,
   };
-  const streams: OnRedis = {
+  const streams: Server = {
     ...{ redis: on.streamRedis, place, variable: 'RELAY_STREAM_REDIS_URL', hasQueues: false, streamOptions },
   };
-  const ofPostgres = isRunning ? DATABASE_REQUIREMENTS : [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START];
-  const onPostgres = { pool: asking(on.pool, ASK_MS), config, waitedMs: isRunning ? STANDS_STILL_MS : 0 };
-  const checkRedis = (server: OnRedis) =>
-    checkInTurn(REDIS_REQUIREMENTS, server, (error) => redisFinding(error, server.variable));
+  const checkRedis = (server: Server) =>
+    checkInTurn(REDIS_REQUIREMENTS, { ...server, info: askedOnce(server.redis) }, (error) =>
+      redisFinding(error, server.variable),
+    );
   const [database, ofQueues, ofStreams] = await Promise.all([
-    checkInTurn(ofPostgres, onPostgres, databaseFinding),
+    checkInTurn(OF_POSTGRES[asker], onDatabase(config, on.pool, asker), databaseFinding),
     checkRedis(queues),
     isOne ? [] : checkRedis(streams),
   ]);
   const redis = [...ofQueues, ...ofStreams.map((it) => ({ ...it, subject: `stream ${it.subject}` }))];
   const servers = [...database, ...redis];
   if (servers.some(({ result }) => result === 'failed')) return servers;
-  const owner = async (server: OnRedis, subject: string) => ({
+  const owner = async (server: Server, subject: string) => ({
     ...(await isOurs(on.pool, server.redis, server.place).catch((error) => redisFinding(error))),
     subject,
   });
@@ -64,6 +91,12 @@ const failuresAmong = (results: readonly RequirementResult[]) =>
   results.filter(({ result }) => result === 'failed');
 const listed = (results: readonly RequirementResult[]): string =>
   results.map(({ subject, finding }) => `${subject}: ${finding}`).join('; ');
+
+function logAdvice(results: readonly RequirementResult[], logger: Logger): void {
+  for (const { result, subject, finding } of results)
+    if (result === 'advice')
+      logger.warn({ subject, advice: finding }, 'the relay works, but not as well as it could');
+}
 
 /** Between two tries of what may pass. */
 const RETRY_MS = 500;
@@ -81,13 +114,11 @@ export async function meetRequirements(
   const endsAt = Date.now() + timeoutMs;
   let told = '';
   while (!stopped()) {
-    const results = await checkRequirements(config, on);
+    const results = await checkRequirements(config, on, 'start');
     const failures = failuresAmong(results);
     const text = listed(failures);
     if (failures.length === 0) {
-      for (const { result, subject, finding } of results)
-        if (result === 'advice')
-          logger.warn({ subject, advice: finding }, 'the relay works, but not as well as it could');
+      logAdvice(results, logger);
       return;
     }
     if (failures.some(({ mayPass }) => mayPass === false)) throw new RequirementError(text);
@@ -104,19 +135,29 @@ const ROUND_MS = 3_000;
 const ROUNDS = 5;
 
 /**
- * Tries again, while the relay runs, what it needs: rights, row level security, triggers and settings may change, and some
- * changes give no error, only an empty backlog.
+ * Gives the advice that the start did not wait for, then tries again, while the relay runs, what it needs: rights, row level
+ * security, triggers and settings may change, and some changes give no error, only an empty backlog.
  */
 export function watchRequirements(config: RelayConfig, on: On, logger: Logger) {
   /** What has to be changed before the relay can work; empty when nothing has to be. */
   let unmet = '';
   let sinceLast = 0;
+  let isAdvised = false;
   let isStopped = false;
 
+  /** Asks again in the next round where PostgreSQL gives no answer. */
+  async function advise(): Promise<void> {
+    const results = await checkInTurn(DATABASE_ADVICE, onDatabase(config, on.pool, 'work'), databaseFinding);
+    if (isStopped || failuresAmong(results).length > 0) return;
+    isAdvised = true;
+    logAdvice(results, logger);
+  }
+
   const rounds = loop(async () => {
+    if (!isAdvised) await advise();
     // `start` has just tried all of it. What is missing is tried more often: it may be there again.
     if (unmet === '' && sinceLast++ % ROUNDS !== ROUNDS - 1) return;
-    const results = await checkRequirements(config, on, true);
+    const results = await checkRequirements(config, on, 'work');
     const failures = failuresAmong(results);
     const lasting = failures.filter(({ mayPass }) => mayPass !== 'soon');
     // While a server is away, nobody knows. The health checks tell that it is.

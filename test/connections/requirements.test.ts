@@ -3,11 +3,11 @@ import { createServer, connect as openSocket, type Server } from 'node:net';
 import { join } from 'node:path';
 import { Queue } from 'bullmq';
 import { Client } from 'pg';
-import { afterAll, describe, expect, test } from 'vitest';
+import { afterAll, describe, expect, onTestFinished, test } from 'vitest';
 import { checkServers } from '../../src/commands/check.ts';
 import { loadConfig } from '../../src/config/load-config.ts';
 import { healthyPool } from '../../src/connections/pool-health.ts';
-import { checkRequirements } from '../../src/connections/requirements.ts';
+import { checkRequirements, watchRequirements } from '../../src/connections/requirements.ts';
 import { createRelay } from '../../src/relay.ts';
 import type { RequirementResult } from '../../src/requirement.ts';
 import { startPrivatePostgres } from '../demo/servers.ts';
@@ -373,6 +373,42 @@ test('too few sessions to listen for notifications are worth advice: the relay w
       ...{ result: 'advice', subject: 'wake-up', mayPass: false },
       finding: expect.stringMatching(/^new events wait up to 5 s: PostgreSQL gives this pod 1 of 1 sessions/),
     },
+  ]);
+});
+
+test('a pod at work is given the advice that its start did not wait for, also by a PostgreSQL that was away at first', async () => {
+  const { url } = await databaseWith(
+    'ALTER TABLE identity.outbox SET UNLOGGED; DROP TRIGGER relay_outbox_wakeup ON identity.outbox',
+  );
+  const redis = openRedis((await goodRedis()).url);
+  const sessions = openPool(url);
+  const config = loadConfig({ RELAY_DATABASE_URL: url });
+  const atStart = await checkRequirements(
+    config,
+    { pool: sessions, queueRedis: redis, streamRedis: redis },
+    'start',
+  );
+  expect(atStart.filter(({ result }) => result !== 'ok')).toEqual([]);
+
+  let asked = 0;
+  const pool = {
+    connect: () => (asked++ === 0 ? Promise.reject(new Error('connect ECONNREFUSED')) : sessions.connect()),
+  };
+  const told: unknown[] = [];
+  const warn = (fields: object) => {
+    if ('advice' in fields) told.push(fields);
+  };
+  const watch = watchRequirements(
+    config,
+    { pool, queueRedis: redis, streamRedis: redis },
+    { ...silent, warn },
+  );
+  watch.start();
+  onTestFinished(() => watch.stop());
+  await waitFor(() => told.length === 2, { what: 'two pieces of advice' });
+  expect(told).toEqual([
+    { subject: 'persistence', advice: expect.stringContaining('UNLOGGED') },
+    { subject: 'wake-up', advice: expect.stringContaining('relay migrate') },
   ]);
 });
 
