@@ -320,6 +320,7 @@ export function tlsFiles(
   const [ca, cert, key] = [read(names.ca), read(names.cert), read(names.key)];
   if ((cert === undefined) !== (key === undefined))
     throw new UrlError(`${names.cert} and ${names.key} go together`);
+  if (ca === undefined && cert === undefined) return {};
   const passphrase = names.passphrase === undefined ? undefined : parameters.get(names.passphrase);
   return checkedTls({
     ...(ca !== undefined && { ca }),

@@ -1,3 +1,5 @@
+import { AjvCompiler } from '@fastify/ajv-compiler';
+import { SerializerSelector } from '@fastify/fast-json-stringify-compiler';
 import helmet from '@fastify/helmet';
 import type { FastifyInstance } from 'fastify';
 import type { BoardUser } from '../config/board-users.ts';
@@ -51,6 +53,9 @@ export function createDashboard(deps: DashboardOptions): (app: FastifyInstance) 
   const board = createBoard({ ...deps, requires: access.requires });
 
   return async (app) => {
+    app.setSchemaController({
+      compilersFactory: { buildValidator: AjvCompiler(), buildSerializer: SerializerSelector() },
+    });
     app.addHook('onClose', deps.close);
     if (deps.users.length === 0)
       logger.warn(

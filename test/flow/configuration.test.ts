@@ -99,7 +99,8 @@ test('a pod loads neither drizzle nor what other commands need: it would keep th
   };
   const ofPod = await loads('start');
   expect(ofPod).toContain('bullmq');
-  const dispensable = /^(drizzle-orm|cli-progress|cli-table3)$|node_modules\/(@bull-board|@opentelemetry)\//;
+  const dispensable =
+    /^(drizzle-orm|cli-progress|cli-table3|ajv|light-my-request)$|node_modules\/(@bull-board|@fastify|@opentelemetry)\//;
   expect(ofPod.filter((it) => dispensable.test(it))).toEqual([]);
   expect((await loads('prune')).filter((it) => dispensable.test(it))).not.toHaveLength(0);
 });
