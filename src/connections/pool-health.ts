@@ -66,6 +66,9 @@ export class ReadOnlyError extends Error {
   }
 }
 
+/** How the error begins of who waited for a session in vain. */
+export const NO_SESSION_FREE = 'no database session became free';
+
 /** PostgreSQL gives this pod fewer sessions than the work needs. */
 export class TooFewSessionsError extends Error {
   override readonly name = 'TooFewSessionsError';
@@ -150,7 +153,7 @@ export function healthyPool(
       };
       const timer = setTimeout(() => {
         waiting = waiting.filter((it) => it !== waiter);
-        reject(new Error(`no database session became free within ${WAIT_MS / 1_000} s (${granted} in use)`));
+        reject(new Error(`${NO_SESSION_FREE} within ${WAIT_MS / 1_000} s (${granted} in use)`));
       }, WAIT_MS);
       waiting.push(waiter);
     });

@@ -1,8 +1,8 @@
-import { isNoAnswer, sqlState } from '../connections/pool-health.ts';
+import { isNoAnswer, NO_SESSION_FREE, sqlState, TooFewSessionsError } from '../connections/pool-health.ts';
 import { isLost } from '../connections/refusals.ts';
 import { createSpacedWarnings, type Logger } from '../telemetry/logger.ts';
 
-/** What requests over HTTP are told while a server cannot be reached: its name, and nothing else of it. */
+/** What requests over HTTP are told while a server cannot be reached, or has no session for them: nothing else of it. */
 
 /** Seconds; a server that was restarted is back by then. */
 export const RETRY_AFTER = '5';
@@ -25,13 +25,23 @@ function serverOf(error: Error): 'Redis' | 'PostgreSQL' | undefined {
   return isAway ? 'PostgreSQL' : undefined;
 }
 
+const areSessionsInUse = (error: Error): boolean =>
+  error instanceof TooFewSessionsError || error.message.startsWith(NO_SESSION_FREE);
+
 /**
- * @returns for an error of a request: what to answer with 503, where it failed because a server cannot be reached. The log
- * has the error, at most once in 10 s
+ * @returns for an error of a request: what to answer with 503, where a later one may succeed. The log has the error, at most
+ * once in 10 s
  */
 export function createUnreachable(logger: Logger) {
   const warn = createSpacedWarnings(logger, LOG_EVERY_MS);
   return (error: Error): string | undefined => {
+    if (areSessionsInUse(error)) {
+      warn(
+        { err: error },
+        'all database sessions are in use; requests to the dashboard and the HTTP API get a 503',
+      );
+      return 'all database sessions are in use; try again';
+    }
     const server = serverOf(error);
     if (server === undefined) return undefined;
     warn(

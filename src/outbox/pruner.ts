@@ -32,12 +32,10 @@ export type PruneStep = Readonly<{
 /** A row that the database refused to delete, because of a foreign key, a trigger or row level security. */
 export type KeptRow = Readonly<{ id: string; reason: string }>;
 
-export type PruneResult = Readonly<{
-  deleted: number;
-  kept: readonly KeptRow[];
-  /** Where the next step begins; null at the end. */
-  next: PrunePlace | null;
-}>;
+type Removal = Readonly<{ deleted: number; kept: readonly KeptRow[] }>;
+
+/** `next`: where the next step begins; null at the end. */
+export type PruneResult = Removal & Readonly<{ next: PrunePlace | null }>;
 
 const WALKS: Record<PrunableKind, { at: string; condition: string }> = {
   'with-entry': {
@@ -103,16 +101,21 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
     return { ids, next: isEnd ? null : { at: last[0], id: last[1] } };
   }
 
-  /** Deletes those of these rows that are still prunable. Returns the rows that are not deleted. */
-  async function remove(tx: Queryable, ids: readonly string[]): Promise<KeptRow[]> {
-    const { rows } = await tx.query<{ id: string }>({
+  /** Deletes those of these rows that are still prunable. */
+  async function remove(tx: Queryable, ids: readonly string[]): Promise<Removal> {
+    const { rowCount } = await tx.query({
       name: 'relay-prune',
-      text: `WITH gone AS (
-         DELETE FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${PRUNABLE} RETURNING o.id
-       ) SELECT id::text FROM unnest($1::bigint[]) AS wanted (id) WHERE id NOT IN (SELECT id FROM gone)`,
+      text: `DELETE FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${PRUNABLE}`,
       values: [ids],
     });
-    return rows.map(({ id }) => ({ id, reason: SILENTLY }));
+    const deleted = rowCount ?? 0;
+    if (deleted === ids.length) return { deleted, kept: [] };
+    // A statement of its own: it sees which rows others have changed or deleted meanwhile, and nothing keeps those.
+    const { rows } = await tx.query<{ id: string }>(
+      `SELECT o.id::text AS id FROM identity.outbox o WHERE o.id = ANY ($1::bigint[]) AND ${PRUNABLE}`,
+      [ids],
+    );
+    return { deleted, kept: rows.map(({ id }) => ({ id, reason: SILENTLY })) };
   }
 
   /**
@@ -129,17 +132,18 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
    * Called when the deletion of these rows failed, because of one row or because all together took too long. Deletes by
    * halves, each in a transaction of its own, until the rows at fault are found.
    */
-  async function removeByHalves(ids: readonly string[]): Promise<KeptRow[] | 'busy'> {
+  async function removeByHalves(ids: readonly string[]): Promise<Removal | 'busy'> {
     try {
       return await alone((tx) => remove(tx, ids));
     } catch (error) {
       const [id] = ids;
       if (!mayBeByRow(error) || id === undefined) throw error;
-      if (ids.length === 1) return [{ id, reason: errorText(error) }];
+      if (ids.length === 1) return { deleted: 0, kept: [{ id, reason: errorText(error) }] };
       const middle = Math.ceil(ids.length / 2);
       const first = await removeByHalves(ids.slice(0, middle));
       const second = first === 'busy' ? first : await removeByHalves(ids.slice(middle));
-      return first === 'busy' || second === 'busy' ? 'busy' : [...first, ...second];
+      if (first === 'busy' || second === 'busy') return 'busy';
+      return { deleted: first.deleted + second.deleted, kept: [...first.kept, ...second.kept] };
     }
   }
 
@@ -156,19 +160,19 @@ export function createPruner(pool: Pool, { statementTimeoutMs }: Readonly<{ stat
         return { deleted: ids.length, kept: [], next };
       }
       let found = { ids: [] as string[], next: null as PrunePlace | null };
-      let stayed: KeptRow[] | 'busy';
+      let removal: Removal | 'busy';
       try {
-        stayed = await alone(async (tx) => {
+        removal = await alone(async (tx) => {
           found = await look(tx, step);
-          return found.ids.length === 0 ? [] : remove(tx, found.ids);
+          return found.ids.length === 0 ? { deleted: 0, kept: [] } : remove(tx, found.ids);
         });
       } catch (error) {
         if (!mayBeByRow(error) || found.ids.length === 0) throw error;
-        stayed = await removeByHalves(found.ids);
+        removal = await removeByHalves(found.ids);
       }
-      if (stayed === 'busy') return 'busy';
-      keep(stayed);
-      return { deleted: found.ids.length - stayed.length, kept: stayed, next: found.next };
+      if (removal === 'busy') return 'busy';
+      keep(removal.kept);
+      return { ...removal, next: found.next };
     },
   };
 }

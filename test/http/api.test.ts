@@ -1,5 +1,6 @@
 import { type FastifyInstance, fastify } from 'fastify';
 import { beforeEach, describe, expect, test } from 'vitest';
+import { TooFewSessionsError } from '../../src/connections/pool-health.ts';
 import { type ApiDeps, registerApi } from '../../src/http/api.ts';
 import { NotReadyError } from '../../src/lifecycle.ts';
 import { CursorError } from '../../src/operations/cursor.ts';
@@ -318,6 +319,21 @@ test.each([
     ]);
   },
 );
+
+test.each([
+  ['every session is in use', new Error('no database session became free within 3 s (4 in use)')],
+  ['PostgreSQL gives too few', new TooFewSessionsError('PostgreSQL gives this pod 1 of 4 sessions')],
+])('while %s a request is told so, and that it may come again', async (_why, error) => {
+  fail = error;
+  const reply = await app.inject({ url: '/api/dlq', headers: { 'x-role': 'viewer' } });
+  expect([reply.statusCode, reply.headers['retry-after'], reply.json()]).toEqual([
+    ...[503, '5'],
+    { error: 'all database sessions are in use; try again' },
+  ]);
+  expect(logged).toEqual([
+    'warn: all database sessions are in use; requests to the dashboard and the HTTP API get a 503',
+  ]);
+});
 
 test('an error of our own is no outage', async () => {
   fail = Object.assign(new TypeError('x is not a function'), { code: 'ERR_INVALID_ARG_TYPE' });

@@ -122,6 +122,10 @@ test('a row that becomes unpublished while it is being deleted stays: Redis lost
   await recovery.query('COMMIT');
   expect(await running).toBe(1);
   expect(await names()).toEqual(['lost meanwhile']);
+  // Nothing keeps it: it goes once it is published again.
+  expect(kept).toEqual([]);
+  await pool.query('UPDATE identity.outbox SET published = true');
+  expect(await retention.run(24 * HOUR_MS, () => true)).toBe(1);
 });
 
 test('nothing is deleted while table and streams are compared, and no more once that begins', async () => {
