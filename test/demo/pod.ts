@@ -37,6 +37,9 @@ export type PodOptions = {
   node?: string;
 };
 
+/** As `npm start` and the image start it. */
+const NODE_ARGS = ['--max-semi-space-size=16'];
+
 /** A relay in a process of its own: `node cli.js start`, on a free HTTP port. It ends with us at the latest. */
 export async function startPod({
   cli,
@@ -45,7 +48,7 @@ export async function startPod({
   node = process.execPath,
 }: PodOptions): Promise<Pod> {
   const httpPort = env.RELAY_HTTP_PORT ?? String(await freePort());
-  const child = spawn(node, [cli, ...args], {
+  const child = spawn(node, [...NODE_ARGS, cli, ...args], {
     env: { ...cleanEnvironment(), RELAY_HTTP_HOST: '127.0.0.1', RELAY_HTTP_PORT: httpPort, ...env },
     // Its own process group: Ctrl-C in a terminal reaches us alone, and we stop the pods in our order.
     detached: true,

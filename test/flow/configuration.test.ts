@@ -109,4 +109,6 @@ test('the image and `npm start` bound the young generation of V8, which takes 12
   const read = (file: string) => readFile(join(inject('root'), file), 'utf8');
   const bound = /^(?:ENV .*NODE_OPTIONS=| {4}"start": "exec node )--max-semi-space-size=16(?: |$)/m;
   for (const file of ['Dockerfile', 'package.json']) expect(await read(file), file).toMatch(bound);
+  // What is measured is a pod as they start it.
+  expect(await read('test/demo/pod.ts')).toContain("const NODE_ARGS = ['--max-semi-space-size=16'];");
 });
