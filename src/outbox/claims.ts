@@ -3,7 +3,7 @@ import { isNoAnswer } from '../connections/pool-health.ts';
 import { CLAIM_LOCK, LockHeldError } from '../connections/table-lock.ts';
 import { type Aggregate, aggregateKey, byId, type OutboxEvent } from '../event.ts';
 import { errorText } from '../telemetry/logger.ts';
-import { ENTRY_ID, MS, type OutboxOptions } from './conditions.ts';
+import { ENTRY_ID, MS, type OutboxOptions, SAME_ID } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
 import { orderOf } from './order.ts';
 
@@ -83,7 +83,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
            SELECT id, after, false AS parked FROM locked
            UNION ALL SELECT id, NULL, true FROM fresh WHERE id NOT IN (SELECT id FROM leasable)
          ) c
-         WHERE o.id = c.id AND CASE WHEN o.published THEN false
+         WHERE ${SAME_ID('o', 'c')} AND CASE WHEN o.published THEN false
            ELSE o.next_attempt_at IS NULL OR o.next_attempt_at = 'infinity' AND o.dead_lettered_at IS NULL END
          RETURNING c.parked, c.after, o.*
        ) ${eventsOf('claimed', maxEventBytes, {

@@ -52,6 +52,17 @@ export const OF_AGGREGATE = (row: string, aggregate: string) =>
 export const BY_ID = (row: string) => `ORDER BY ${row}.aggregate_id, ${row}.id`;
 export const FIRST = (row: string) => `${BY_ID(row)} LIMIT 1`;
 
+/**
+ * A row by the id that another row names, as a range of one value. A plan is kept for as long as its session, and one that
+ * was made while the table had a few rows took `=` for a reason to read all of an index: 600 ms for each acknowledgement of
+ * 140 of 10,000 rows that came later, for up to a minute. By a range it can only find row by row. For the same reason the
+ * event id is compared in a way that no index knows.
+ */
+export const SAME_ID = (row: string, other: string) =>
+  `${row}.id >= ${other}.id AND ${row}.id <= ${other}.id`;
+export const SAME_EVENT = (row: string, other: string) =>
+  `${SAME_ID(row, other)} AND (${row}.event_id = ${other}.event_id) IS TRUE`;
+
 export type OutboxOptions = Pick<
   RelayConfig,
   'ordering' | 'deadLetterPolicy' | 'claimLeaseMs' | 'streamName' | 'maxEventBytes' | 'maxInFlight'

@@ -1,7 +1,7 @@
 import { asking, type Pool, type Queryable } from '../connections/database.ts';
 import { sqlState } from '../connections/pool-health.ts';
 import type { OutboxEvent } from '../event.ts';
-import { MS, type OutboxOptions, STILL_LIVE } from './conditions.ts';
+import { MS, type OutboxOptions, SAME_EVENT, STILL_LIVE } from './conditions.ts';
 
 /**
  * Marks rows published or dead, records failed attempts, and parks rows. The statements name a row by `id` and `event_id`:
@@ -38,7 +38,7 @@ export function createFinalize(pool: Pool, options: OutboxOptions) {
                SET published = true, published_at = coalesce(CASE WHEN o.published THEN o.published_at END, clock_timestamp()),
                    next_attempt_at = NULL, stream_entry_id = r.entry_id, dead_lettered_at = NULL
                FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS r (id, event_id, entry_id)
-               WHERE o.id = r.id AND o.event_id = r.event_id
+               WHERE ${SAME_EVENT('o', 'r')}
                  AND CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE true END`,
         values: [events.map((it) => it.id), events.map((it) => it.eventId), events.map((it) => it.entryId)],
       });

@@ -1,6 +1,6 @@
 import { asking, type Pool } from '../connections/database.ts';
 import type { Aggregate } from '../event.ts';
-import { FIRST, LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, STILL_LIVE } from './conditions.ts';
+import { FIRST, LIVE, OF_AGGREGATE, type OutboxOptions, PARKED, SAME_ID, STILL_LIVE } from './conditions.ts';
 import { printableType, storedType } from './event-of-row.ts';
 import { orderOf } from './order.ts';
 
@@ -59,7 +59,7 @@ export function createParked(pool: Pool, options: OutboxOptions) {
                  SELECT l.id FROM identity.outbox l WHERE l.id = first.id FOR UPDATE SKIP LOCKED
                ) locked
              ) first
-             WHERE o.id = first.id AND ${STILL_LIVE('o')} AND ${PARKED('o')} RETURNING 1
+             WHERE ${SAME_ID('o', 'first')} AND ${STILL_LIVE('o')} AND ${PARKED('o')} RETURNING 1
            ) SELECT (SELECT count(*) FROM freed)::int AS fresh, (SELECT count(*) FROM waiting)::int AS waiting`,
         values: [aggregates.map((it) => it.aggregateType), aggregates.map((it) => it.aggregateId)],
       });

@@ -1,6 +1,6 @@
 import { asking, type Pool } from '../connections/database.ts';
 import { byId, type OutboxEvent } from '../event.ts';
-import { ENTRY_ID, FINALIZED_AT, type OutboxOptions, TOPIC } from './conditions.ts';
+import { ENTRY_ID, FINALIZED_AT, type OutboxOptions, SAME_EVENT, TOPIC } from './conditions.ts';
 import type { DeadLetterFilter } from './dead-rows.ts';
 import { eventsOf, payloadMayBeAtFault } from './event-of-row.ts';
 
@@ -176,7 +176,7 @@ export function createPublished(
                      error_message = CASE WHEN o.dead_lettered_at IS NOT NULL THEN o.error_message END
                  FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS l (id, event_id, entry_id)
                  -- An expression, not the column: with the column the planner reads the whole index of rows with an entry.
-                 WHERE o.id = l.id AND o.event_id = l.event_id AND coalesce(${ENTRY_ID('o')}, '') = l.entry_id
+                 WHERE ${SAME_EVENT('o', 'l')} AND coalesce(${ENTRY_ID('o')}, '') = l.entry_id
                    AND CASE WHEN o.published THEN o.dead_lettered_at IS NULL ELSE o.dead_lettered_at IS NOT NULL END`,
         values: [lost.map((it) => it.id), lost.map((it) => it.eventId), lost.map((it) => it.entryId)],
       });
