@@ -94,7 +94,7 @@ const listed = (results: readonly RequirementResult[]): string =>
 
 function logAdvice(results: readonly RequirementResult[], logger: Logger): void {
   for (const { result, subject, finding } of results)
-    if (result === 'advice')
+    if (result !== 'ok')
       logger.warn({ subject, advice: finding }, 'the relay works, but not as well as it could');
 }
 
@@ -145,10 +145,10 @@ export function watchRequirements(config: RelayConfig, on: On, logger: Logger) {
   let isAdvised = false;
   let isStopped = false;
 
-  /** Asks again in the next round where PostgreSQL gives no answer. */
+  /** Asks again in the next round where PostgreSQL gives no answer now. What it never answers is advice as well. */
   async function advise(): Promise<void> {
     const results = await checkInTurn(DATABASE_ADVICE, onDatabase(config, on.pool, 'work'), databaseFinding);
-    if (isStopped || failuresAmong(results).length > 0) return;
+    if (isStopped || failuresAmong(results).some(({ mayPass }) => mayPass === 'soon')) return;
     isAdvised = true;
     logAdvice(results, logger);
   }

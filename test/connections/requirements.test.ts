@@ -376,40 +376,49 @@ test('too few sessions to listen for notifications are worth advice: the relay w
   ]);
 });
 
-test('a pod at work is given the advice that its start did not wait for, also by a PostgreSQL that was away at first', async () => {
-  const { url } = await databaseWith(
-    'ALTER TABLE identity.outbox SET UNLOGGED; DROP TRIGGER relay_outbox_wakeup ON identity.outbox',
-  );
-  const redis = openRedis((await goodRedis()).url);
-  const sessions = openPool(url);
-  const config = loadConfig({ RELAY_DATABASE_URL: url });
-  const atStart = await checkRequirements(
-    config,
-    { pool: sessions, queueRedis: redis, streamRedis: redis },
-    'start',
-  );
-  expect(atStart.filter(({ result }) => result !== 'ok')).toEqual([]);
+describe('a pod at work is given the advice that its start did not wait for', () => {
+  /** What a pod is told, whose first question for a session is answered by `first`. */
+  async function toldAtWork(sql: string, first?: Promise<never>): Promise<unknown[]> {
+    const { url } = await databaseWith(sql);
+    const redis = openRedis((await goodRedis()).url);
+    const sessions = openPool(url);
+    const config = loadConfig({ RELAY_DATABASE_URL: url });
+    const on = { pool: sessions, queueRedis: redis, streamRedis: redis };
+    const atStart = await checkRequirements(config, on, 'start');
+    expect(atStart.filter(({ result }) => result !== 'ok')).toEqual([]);
+    let next = first;
+    const connect = () => {
+      const answer = next ?? sessions.connect();
+      next = undefined;
+      return answer;
+    };
+    const told: unknown[] = [];
+    const warn = (fields: object) => {
+      if ('advice' in fields) told.push(fields);
+    };
+    const watch = watchRequirements(config, { ...on, pool: { connect } }, { ...silent, warn });
+    onTestFinished(() => watch.stop());
+    watch.start();
+    await waitFor(() => told.length > 0, { what: 'advice' });
+    return told;
+  }
 
-  let asked = 0;
-  const pool = {
-    connect: () => (asked++ === 0 ? Promise.reject(new Error('connect ECONNREFUSED')) : sessions.connect()),
-  };
-  const told: unknown[] = [];
-  const warn = (fields: object) => {
-    if ('advice' in fields) told.push(fields);
-  };
-  const watch = watchRequirements(
-    config,
-    { pool, queueRedis: redis, streamRedis: redis },
-    { ...silent, warn },
-  );
-  watch.start();
-  onTestFinished(() => watch.stop());
-  await waitFor(() => told.length === 2, { what: 'two pieces of advice' });
-  expect(told).toEqual([
-    { subject: 'persistence', advice: expect.stringContaining('UNLOGGED') },
-    { subject: 'wake-up', advice: expect.stringContaining('relay migrate') },
-  ]);
+  test('also where PostgreSQL was away at first', async () => {
+    const sql = 'ALTER TABLE identity.outbox SET UNLOGGED; DROP TRIGGER relay_outbox_wakeup ON identity.outbox';
+    const away = Promise.reject(new Error('connect ECONNREFUSED'));
+    away.catch(() => {});
+    expect(await toldAtWork(sql, away)).toEqual([
+      { subject: 'persistence', advice: expect.stringContaining('UNLOGGED') },
+      { subject: 'wake-up', advice: expect.stringContaining('relay migrate') },
+    ]);
+  });
+
+  test('also what PostgreSQL does not let it ask', async () => {
+    const sql = 'REVOKE SELECT ON pg_catalog.pg_sequence FROM PUBLIC';
+    expect(await toldAtWork(sql)).toEqual([
+      { subject: 'ids', advice: expect.stringMatching(/^permission denied for table pg_sequence: .*relay grants/) },
+    ]);
+  });
 });
 
 test('a pooler that has no session to give is thought of where PostgreSQL does not answer', async () => {
