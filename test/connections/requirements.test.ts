@@ -404,7 +404,8 @@ describe('a pod at work is given the advice that its start did not wait for', ()
   }
 
   test('also where PostgreSQL was away at first', async () => {
-    const sql = 'ALTER TABLE identity.outbox SET UNLOGGED; DROP TRIGGER relay_outbox_wakeup ON identity.outbox';
+    const sql =
+      'ALTER TABLE identity.outbox SET UNLOGGED; DROP TRIGGER relay_outbox_wakeup ON identity.outbox';
     const away = Promise.reject(new Error('connect ECONNREFUSED'));
     away.catch(() => {});
     expect(await toldAtWork(sql, away)).toEqual([
@@ -416,7 +417,10 @@ describe('a pod at work is given the advice that its start did not wait for', ()
   test('also what PostgreSQL does not let it ask', async () => {
     const sql = 'REVOKE SELECT ON pg_catalog.pg_sequence FROM PUBLIC';
     expect(await toldAtWork(sql)).toEqual([
-      { subject: 'ids', advice: expect.stringMatching(/^permission denied for table pg_sequence: .*relay grants/) },
+      {
+        subject: 'ids',
+        advice: expect.stringMatching(/^permission denied for table pg_sequence: .*relay grants/),
+      },
     ]);
   });
 });
