@@ -116,8 +116,9 @@ test.each(TABLES)('$head', ({ head, rows }) => {
 
 test.each([0, 1])('the page names commits and machine of the results (%i)', (index) => {
   // Some scenarios were measured again with a later commit.
-  const { versions, results } = BENCHES[index] as Bench & { results: readonly { relay?: string }[] };
-  const builds = new Set([versions.relay, ...results.flatMap(({ relay }) => relay ?? [])]);
+  const { versions, results } = BENCHES[index] as Bench;
+  const again = (results as readonly { relay?: string }[]).flatMap(({ relay }) => relay ?? []);
+  const builds = new Set([versions.relay, ...again]);
   expect(builds.size).toBeGreaterThan(0);
   for (const build of builds) expect(PAGE).toContain(/\((\w+)\)/.exec(build ?? '')?.[1]);
   expect(PAGE).toContain(versions.node?.slice(1));
