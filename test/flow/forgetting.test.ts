@@ -306,6 +306,10 @@ test('rows that are parked, dead, leased or fresh though they were published are
   await stage.rested();
   // A tick between the statements that make the server forget would claim its rows: a server that forgets is not at work.
   await stage.queue('claim').pause();
+  // One that is under way goes on for a moment, in case that more is written.
+  await waitFor(async () => (await stage.queue('claim').getActiveCount()) === 0, {
+    what: 'the last claim to end',
+  });
   await forget(stage, 'true');
   await stage.pool.query(`UPDATE identity.outbox SET
     next_attempt_at = CASE id % 4 WHEN 1 THEN 'infinity' WHEN 2 THEN 'infinity' WHEN 3 THEN now() + interval '1 hour' END,
