@@ -47,7 +47,7 @@ export const DATABASE_AT_START: readonly Requirement<OnDatabase>[] = [
   { subject: 'null columns', check: hasNoNulls },
 ];
 
-/** Each gives advice alone. A pod asks once, when it is at work. */
+/** Each gives advice alone, by `adviceFinding` also where it may not be asked. A pod asks once, when it is at work. */
 export const DATABASE_ADVICE: readonly Requirement<OnDatabase>[] = [
   { subject: 'persistence', check: survivesCrash },
   { subject: 'row locks', check: rowsAreFree },
@@ -103,6 +103,12 @@ export function databaseFinding(error: unknown): Finding {
   if (UNSUPPORTED.test(code) && !/cached plan/.test(text))
     return failed(`the relay's statements do not work here: ${text} (SQLSTATE ${code})`);
   return code !== '' && !PASSES.test(code) && code !== '0A000' ? failed(text) : failedFor('soon', text);
+}
+
+/** The relay works without an answer to what gives advice alone. */
+export function adviceFinding(error: unknown): Finding {
+  const found = databaseFinding(error);
+  return found.mayPass === 'soon' ? found : advice(found.finding);
 }
 
 const STATEMENT_POOLING =

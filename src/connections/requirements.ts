@@ -2,11 +2,12 @@ import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
 import { streamPlace } from '../config/redis-places.ts';
 import { loop, NotReadyError, pause } from '../lifecycle.ts';
-import { checkInTurn, type Requirement, RequirementError, type RequirementResult } from '../requirement.ts';
+import { checkInTurn, RequirementError, type RequirementResult } from '../requirement.ts';
 import { streamOptionsOf } from '../stream-options.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import { asking, type Pool } from './database.ts';
 import {
+  adviceFinding,
   DATABASE_ADVICE,
   DATABASE_AT_START,
   DATABASE_REQUIREMENTS,
@@ -31,15 +32,17 @@ const ASK_MS = 10_000;
 /** Who asks: an operator; a pod before it starts, which leaves advice for later; a pod at work, which reads no table. */
 type Asker = 'operator' | 'start' | 'work';
 
-const OF_POSTGRES: Readonly<Record<Asker, readonly Requirement<OnDatabase>[]>> = {
-  operator: [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START, ...DATABASE_ADVICE],
-  start: [...DATABASE_REQUIREMENTS, ...DATABASE_AT_START],
-  work: DATABASE_REQUIREMENTS,
-};
-
 const onDatabase = (config: RelayConfig, pool: Pool, asker: Asker): OnDatabase => ({
   ...{ pool: asking(pool, ASK_MS), config, waitedMs: asker === 'work' ? STANDS_STILL_MS : 0 },
 });
+
+async function checkDatabase(config: RelayConfig, pool: Pool, asker: Asker): Promise<RequirementResult[]> {
+  const on = onDatabase(config, pool, asker);
+  const needs = [...DATABASE_REQUIREMENTS, ...(asker === 'work' ? [] : DATABASE_AT_START)];
+  const results = await checkInTurn(needs, on, databaseFinding);
+  if (asker !== 'operator' || failuresAmong(results).length > 0) return results;
+  return [...results, ...(await checkInTurn(DATABASE_ADVICE, on, adviceFinding))];
+}
 
 type Server = Omit<OnRedis, 'info'>;
 
@@ -72,7 +75,7 @@ export async function checkRequirements(
       redisFinding(error, server.variable),
     );
   const [database, ofQueues, ofStreams] = await Promise.all([
-    checkInTurn(OF_POSTGRES[asker], onDatabase(config, on.pool, asker), databaseFinding),
+    checkDatabase(config, on.pool, asker),
     checkRedis(queues),
     isOne ? [] : checkRedis(streams),
   ]);
@@ -147,8 +150,8 @@ export function watchRequirements(config: RelayConfig, on: On, logger: Logger) {
 
   /** Asks again in the next round where PostgreSQL gives no answer now. What it never answers is advice as well. */
   async function advise(): Promise<void> {
-    const results = await checkInTurn(DATABASE_ADVICE, onDatabase(config, on.pool, 'work'), databaseFinding);
-    if (isStopped || failuresAmong(results).some(({ mayPass }) => mayPass === 'soon')) return;
+    const results = await checkInTurn(DATABASE_ADVICE, onDatabase(config, on.pool, 'work'), adviceFinding);
+    if (isStopped || failuresAmong(results).length > 0) return;
     isAdvised = true;
     logAdvice(results, logger);
   }

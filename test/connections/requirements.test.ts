@@ -414,15 +414,28 @@ describe('a pod at work is given the advice that its start did not wait for', ()
     ]);
   });
 
-  test('also what PostgreSQL does not let it ask', async () => {
-    const sql = 'REVOKE SELECT ON pg_catalog.pg_sequence FROM PUBLIC';
+  test('also what PostgreSQL does not let it ask, and what comes after that', async () => {
+    const sql =
+      'REVOKE SELECT ON pg_catalog.pg_sequence FROM PUBLIC; DROP TRIGGER relay_outbox_wakeup ON identity.outbox';
     expect(await toldAtWork(sql)).toEqual([
       {
         subject: 'ids',
         advice: expect.stringMatching(/^permission denied for table pg_sequence: .*relay grants/),
       },
+      { subject: 'wake-up', advice: expect.stringContaining('relay migrate') },
     ]);
   });
+});
+
+test('what PostgreSQL does not let an operator ask is advice as well, where a pod starts without it', async () => {
+  const { url } = await databaseWith(
+    'REVOKE SELECT ON pg_catalog.pg_sequence FROM PUBLIC; DROP TRIGGER relay_outbox_wakeup ON identity.outbox',
+  );
+  const env = { RELAY_DATABASE_URL: url, RELAY_REDIS_URL: (await goodRedis()).url };
+  expect(await notOk(env)).toMatchObject([
+    { result: 'advice', subject: 'ids', finding: expect.stringMatching(/^permission denied/) },
+    { result: 'advice', subject: 'wake-up' },
+  ]);
 });
 
 test('a pooler that has no session to give is thought of where PostgreSQL does not answer', async () => {
