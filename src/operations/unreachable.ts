@@ -1,4 +1,10 @@
-import { isNoAnswer, NO_SESSION_FREE, sqlState, TooFewSessionsError } from '../connections/pool-health.ts';
+import {
+  isNoAnswer,
+  NO_SESSION_FREE,
+  sqlState,
+  TOO_MANY_SESSIONS,
+  TooFewSessionsError,
+} from '../connections/pool-health.ts';
 import { isLost } from '../connections/refusals.ts';
 import { createSpacedWarnings, type Logger } from '../telemetry/logger.ts';
 
@@ -26,7 +32,9 @@ function serverOf(error: Error): 'Redis' | 'PostgreSQL' | undefined {
 }
 
 const areSessionsInUse = (error: Error): boolean =>
-  error instanceof TooFewSessionsError || error.message.startsWith(NO_SESSION_FREE);
+  error instanceof TooFewSessionsError ||
+  error.message.startsWith(NO_SESSION_FREE) ||
+  sqlState(error) === TOO_MANY_SESSIONS;
 
 /**
  * @returns for an error of a request: what to answer with 503, where a later one may succeed. The log has the error, at most

@@ -323,6 +323,10 @@ test.each([
 test.each([
   ['every session is in use', new Error('no database session became free within 3 s (4 in use)')],
   ['PostgreSQL gives too few', new TooFewSessionsError('PostgreSQL gives this pod 1 of 4 sessions')],
+  [
+    'PostgreSQL gives none',
+    Object.assign(new Error('too many connections for role "relay"'), { code: '53300', severity: 'FATAL' }),
+  ],
 ])('while %s a request is told so, and that it may come again', async (_why, error) => {
   fail = error;
   const reply = await app.inject({ url: '/api/dlq', headers: { 'x-role': 'viewer' } });
