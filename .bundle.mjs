@@ -8,7 +8,7 @@ import { build } from 'esbuild';
 
 const PARTS = 'dist/cli';
 
-/** BullMQ's modules do nothing but define, which it does not say: what is for PostgreSQL, Bun and Valkey stays out. */
+/** BullMQ's modules do nothing but define, which it does not say: what is for PostgreSQL and Valkey GLIDE stays out. */
 const bullmqOnlyDefines = {
   name: 'bullmq only defines',
   setup({ onResolve, resolve }) {
