@@ -105,6 +105,30 @@ test('a pod loads neither drizzle nor what other commands need: it would keep th
   expect((await loads('prune')).filter((it) => dispensable.test(it))).not.toHaveLength(0);
 });
 
+test('the HTTP server of a pod loads no compilers of schemas, neither when it starts nor when it answers', async () => {
+  // In a process of its own: the dashboard of another test may have loaded them here.
+  const code = `
+    import { createRequire } from 'node:module';
+    import { createWebServer } from ${JSON.stringify(new URL('../../dist/http/server.js', import.meta.url).href)};
+    const health = { ready: async () => ({}), detailed: async () => ({}) };
+    const about = { host: '127.0.0.1', port: 0, version: '1.2.3', stuck: () => [], phase: () => 'running' };
+    const server = createWebServer({ ...about, health });
+    await server.start();
+    const paths = ['livez', 'readyz', 'health', 'health/detailed', 'board', 'nothing'];
+    const ask = async (path) => (await fetch('http://127.0.0.1:' + server.port() + '/' + path)).status;
+    const statuses = await Promise.all(paths.map(ask));
+    await server.stop();
+    console.log(JSON.stringify({ statuses, loaded: Object.keys(createRequire(import.meta.url).cache) }));`;
+  const args = ['--input-type=module', '--eval', code];
+  const { stdout } = await promisify(execFile)(process.execPath, args, { cwd: inject('root') });
+  const { statuses, loaded } = JSON.parse(stdout);
+  expect(statuses).toEqual([200, 200, 200, 200, 404, 404]);
+  expect(loaded).toContainEqual(expect.stringContaining('/node_modules/fastify/'));
+  expect(
+    loaded.filter((it: string) => /node_modules\/(ajv|@fastify\/[^/]+-compiler|light-my-request)\//.test(it)),
+  ).toEqual([]);
+});
+
 test('the image and `npm start` bound the young generation of V8, which takes 128 MiB on Node.js 24', async () => {
   const read = (file: string) => readFile(join(inject('root'), file), 'utf8');
   const bound = /^(?:ENV .*NODE_OPTIONS=| {4}"start": "exec node )--max-semi-space-size=16(?: |$)/m;
