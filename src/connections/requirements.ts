@@ -145,19 +145,24 @@ export function watchRequirements(config: RelayConfig, on: On, logger: Logger) {
   /** What has to be changed before the relay can work; empty when nothing has to be. */
   let unmet = '';
   let sinceLast = 0;
-  let isAdvised = false;
+  let unasked = DATABASE_ADVICE;
   let isStopped = false;
 
-  /** Asks again in the next round where PostgreSQL gives no answer now. What it never answers is advice as well. */
+  /** What PostgreSQL gives no answer to now is asked again in the next round, last: it hides no other advice. */
   async function advise(): Promise<void> {
-    const results = await checkInTurn(DATABASE_ADVICE, onDatabase(config, on.pool, 'work'), adviceFinding);
-    if (isStopped || failuresAmong(results).length > 0) return;
-    isAdvised = true;
-    logAdvice(results, logger);
+    const results = await checkInTurn(unasked, onDatabase(config, on.pool, 'work'), adviceFinding);
+    if (isStopped) return;
+    const [unanswered] = failuresAmong(results);
+    logAdvice(
+      results.filter((it) => it !== unanswered),
+      logger,
+    );
+    const at = unasked.findIndex(({ subject }) => subject === unanswered?.subject);
+    unasked = at < 0 ? [] : [...unasked.slice(at + 1), ...unasked.slice(at, at + 1)];
   }
 
   const rounds = loop(async () => {
-    if (!isAdvised) await advise();
+    if (unasked.length > 0) await advise();
     // `start` has just tried all of it. What is missing is tried more often: it may be there again.
     if (unmet === '' && sinceLast++ % ROUNDS !== ROUNDS - 1) return;
     const results = await checkRequirements(config, on, 'work');

@@ -6,6 +6,7 @@ import { Client } from 'pg';
 import { afterAll, describe, expect, onTestFinished, test } from 'vitest';
 import { checkServers } from '../../src/commands/check.ts';
 import { loadConfig } from '../../src/config/load-config.ts';
+import type { Pool } from '../../src/connections/database.ts';
 import { healthyPool } from '../../src/connections/pool-health.ts';
 import { checkRequirements, watchRequirements } from '../../src/connections/requirements.ts';
 import { createRelay } from '../../src/relay.ts';
@@ -377,8 +378,11 @@ test('too few sessions to listen for notifications are worth advice: the relay w
 });
 
 describe('a pod at work is given the advice that its start did not wait for', () => {
-  /** What a pod is told, whose first question for a session is answered by `first`. */
-  async function toldAtWork(sql: string, first?: Promise<never>): Promise<unknown[]> {
+  /** What a pod is told, whose first question for a session is answered by `first`, and who is given no two of them. */
+  async function toldAtWork(
+    sql: string,
+    { first, leaving }: Readonly<{ first?: Promise<never>; leaving?: Pool['leaving'] }> = {},
+  ): Promise<unknown[]> {
     const { url } = await databaseWith(sql);
     const redis = openRedis((await goodRedis()).url);
     const sessions = openPool(url);
@@ -386,7 +390,7 @@ describe('a pod at work is given the advice that its start did not wait for', ()
     const on = { pool: sessions, queueRedis: redis, streamRedis: redis };
     const atStart = await checkRequirements(config, on, 'start');
     expect(atStart.filter(({ result }) => result !== 'ok')).toEqual([]);
-    let next = first;
+    let next: ReturnType<Pool['connect']> | undefined = first;
     const connect = () => {
       const answer = next ?? sessions.connect();
       next = undefined;
@@ -396,7 +400,11 @@ describe('a pod at work is given the advice that its start did not wait for', ()
     const warn = (fields: object) => {
       if ('advice' in fields) told.push(fields);
     };
-    const watch = watchRequirements(config, { ...on, pool: { connect } }, { ...silent, warn });
+    const watch = watchRequirements(
+      config,
+      { ...on, pool: { connect, ...(leaving && { leaving }) } },
+      { ...silent, warn },
+    );
     onTestFinished(() => watch.stop());
     watch.start();
     await waitFor(() => told.length > 0, { what: 'advice' });
@@ -408,9 +416,20 @@ describe('a pod at work is given the advice that its start did not wait for', ()
       'ALTER TABLE identity.outbox SET UNLOGGED; DROP TRIGGER relay_outbox_wakeup ON identity.outbox';
     const away = Promise.reject(new Error('connect ECONNREFUSED'));
     away.catch(() => {});
-    expect(await toldAtWork(sql, away)).toEqual([
-      { subject: 'persistence', advice: expect.stringContaining('UNLOGGED') },
+    // What got no answer at first is asked last.
+    expect(await toldAtWork(sql, { first: away })).toEqual([
       { subject: 'wake-up', advice: expect.stringContaining('relay migrate') },
+      { subject: 'persistence', advice: expect.stringContaining('UNLOGGED') },
+    ]);
+  });
+
+  test('also while one of its questions gets no answer', async () => {
+    const connect = () => Promise.reject(new Error('no database session became free within 3 s (10 in use)'));
+    const sql =
+      'ALTER TABLE identity.outbox SET UNLOGGED; ALTER TABLE identity.outbox ALTER COLUMN attempts SET DEFAULT 1';
+    expect(await toldAtWork(sql, { leaving: () => ({ connect }) })).toEqual([
+      { subject: 'persistence', advice: expect.stringContaining('UNLOGGED') },
+      { subject: 'defaults', advice: expect.stringContaining('attempts') },
     ]);
   });
 
