@@ -119,7 +119,6 @@ test.each([0, 1])('the page names commits and machine of the results (%i)', (ind
   const { versions, results } = BENCHES[index] as Bench;
   const again = (results as readonly { relay?: string }[]).flatMap(({ relay }) => relay ?? []);
   const builds = new Set([versions.relay, ...again]);
-  expect(builds.size).toBeGreaterThan(0);
   for (const build of builds) expect(PAGE).toContain(/\((\w+)\)/.exec(build ?? '')?.[1]);
   expect(PAGE).toContain(versions.node?.slice(1));
 });
