@@ -69,9 +69,14 @@ export const printable = (text: string) =>
 /** The type of an aggregate, by which its rows are found again: `storedType` undoes it. */
 export const printableType = (text: string) =>
   `CASE WHEN ${isUtf8(text)} THEN ${text} ELSE '\\x' || encode(convert_to(${text}, 'SQL_ASCII'), 'hex') END`;
+/**
+ * Of the name of an encoding `convert_from` takes the collation "C" as well, and so would a comparison with the column: then no
+ * index has the order that is asked for, and where the database has another collation, pages do not follow one another.
+ * What a subquery answers has the default collation only if the column has no other.
+ */
 export const storedType = (text: string) => `
   CASE WHEN current_setting('server_encoding') = 'SQL_ASCII' AND ${text} ~ '^\\\\x([0-9a-f]{2})+$'
-       THEN convert_from(decode(substr(${text}, 3), 'hex'), 'SQL_ASCII') ELSE ${text} END`;
+       THEN (SELECT convert_from(decode(substr(${text}, 3), 'hex'), 'SQL_ASCII') COLLATE "default") ELSE ${text} END`;
 
 const cut = (text: string) =>
   `CASE WHEN octet_length(${text}) > ${CUT_BYTES} THEN left(${text}, ${CUT_CHARACTERS}) || '...' ELSE ${text} END`;

@@ -1,7 +1,12 @@
 import { randomUUID } from 'node:crypto';
+import pg from 'pg';
 import { describe, expect, test } from 'vitest';
+import type { Aggregate } from '../../src/event.ts';
 import type { RowName } from '../../src/outbox/finalize.ts';
+import { migrate } from '../../src/outbox/migrations.ts';
+import { createOutbox } from '../../src/outbox/outbox.ts';
 import { insertEvents, someEvents } from '../support/events.ts';
+import { grantLeast } from '../support/least-privilege.ts';
 import {
   DEAD,
   deadAs,
@@ -9,6 +14,7 @@ import {
   FRESH,
   idsOf,
   LEASED,
+  OUTBOX_OPTIONS,
   openOutboxTable,
   PARKED,
   PUBLISHED,
@@ -16,6 +22,8 @@ import {
   RETRYING,
   times,
 } from '../support/outbox-table.ts';
+import { createDatabase } from '../support/servers.ts';
+import { openAdminPool, openPool, silent } from '../support/stages.ts';
 
 const table = await openOutboxTable();
 const { admin, outbox, claim, insertOf, set, states, publish, bury, names } = table;
@@ -205,6 +213,26 @@ describe('aggregates with parked rows', () => {
     expect(await outbox.parkedAggregates(null, 5)).toEqual(expected.slice(0, 5));
     expect(await outbox.parkedAggregates(expected[4], 10)).toEqual(expected.slice(5, 15));
     expect(await outbox.parkedAggregates(expected[31], 10)).toEqual([]);
+  });
+
+  test('are listed once each where the order of texts is that of a language', async () => {
+    const { url, adminUrl } = await createDatabase({ locale: 'en' });
+    const client = new pg.Client(adminUrl);
+    await client.connect();
+    await migrate(client, true, silent).finally(() => client.end());
+    await grantLeast(adminUrl);
+    const english = openAdminPool(adminUrl);
+    // In the order of their bytes the second is the first.
+    const types = ['account', 'Order', 'user'];
+    const events = types.flatMap((aggregateType) => someEvents(3, 3, { aggregateType }));
+    await insertEvents(english, events);
+    await english.query(`UPDATE identity.outbox SET ${PARKED}`);
+    const listed: Aggregate[] = [];
+    const relay = createOutbox(openPool(url), OUTBOX_OPTIONS);
+    for (let i = 0; i <= events.length; i++)
+      listed.push(...(await relay.parkedAggregates(listed.at(-1) ?? null, 1)));
+    expect(listed.map((it) => it.aggregateType)).toEqual(types.flatMap((type) => [type, type, type]));
+    expect(new Set(listed.map((it) => it.aggregateId)).size).toBe(events.length);
   });
 
   test('do not count dead or published rows', async () => {

@@ -25,21 +25,24 @@ export type TestDatabase = TwoUrls & { name: string; drop(): Promise<void> };
 export type TestRedis = PrivateRedis & TwoUrls;
 
 /**
- * A database of the run's server: a copy of the migrated template, or an empty one, as it is in an encoding of its own.
- * Dropped after the test file.
+ * A database of the run's server: a copy of the migrated template, or an empty one, as it is in an encoding or with an ICU
+ * locale of its own. Dropped after the test file.
  */
 export async function createDatabase({
   encoding,
-  template = encoding === undefined,
+  locale,
+  template = encoding === undefined && locale === undefined,
 }: {
   template?: boolean;
   encoding?: string;
+  locale?: string;
 } = {}): Promise<TestDatabase> {
   const name = `test_${randomBytes(8).toString('hex')}`;
   await asAdmin(async (admin) => {
     await admin.query('SELECT pg_advisory_lock($1)', [COPY_LOCK]);
     await admin.query(
-      `CREATE DATABASE ${name} TEMPLATE ${template ? TEMPLATE : 'template0'} ${encoding ? `ENCODING '${encoding}'` : ''}`,
+      `CREATE DATABASE ${name} TEMPLATE ${template ? TEMPLATE : 'template0'} ${encoding ? `ENCODING '${encoding}'` : ''}
+       ${locale ? `LOCALE_PROVIDER icu ICU_LOCALE '${locale}'` : ''}`,
     );
   });
   const drop = (): Promise<void> =>
