@@ -67,6 +67,17 @@ const statements: [string, (outbox: Outbox) => Promise<unknown>, number][] = [
     5 * BATCH,
   ],
   [
+    'the events that have dead letters',
+    (it) =>
+      it.inEpoch((tx) =>
+        it.lockUngiven(
+          tx,
+          namesFrom(HOT_HEAD).map(({ eventId }) => ({ eventId, entryId: '1-1' })),
+        ),
+      ),
+    3 * BATCH,
+  ],
+  [
     'the loss of entries',
     (it) =>
       it.unpublish(namesFrom(1).map((name) => ({ ...name, topic: 'x', entryId: '1-1', finalizedAt: '' }))),
