@@ -7,6 +7,7 @@ import pg from 'pg';
 import { beforeAll, describe, expect, test } from 'vitest';
 import type { Pool, Queryable } from '../../src/connections/database.ts';
 import { type BacklogReader, createBacklog } from '../../src/outbox/backlog.ts';
+import { tryClaim } from '../../src/outbox/claim-trial.ts';
 import { createDeadRows } from '../../src/outbox/dead-rows.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
 import { createPruner, FIRST_PLACE, PRUNABLE_KINDS } from '../../src/outbox/pruner.ts';
@@ -96,8 +97,8 @@ beforeAll(async () => {
   `);
 });
 
-/** With the operators' pool, for statements of theirs. */
-type Run = (outbox: Outbox, operators: Pool) => Promise<unknown>;
+/** With the operators' pool, for statements of theirs, and the relay's. */
+type Run = (outbox: Outbox, operators: Pool, relay: Pool) => Promise<unknown>;
 
 const deadRows = (pool: Pool) =>
   createDeadRows(pool, {
@@ -115,6 +116,7 @@ const SOME_AGGREGATES = [
   HOT,
   ...Array.from({ length: BATCH - 1 }, () => ({ aggregateType: 'user', aggregateId: randomUUID() })),
 ];
+const LETTERS = eventIdsFrom(HOT_HEAD).map((eventId) => ({ eventId, entryId: '1-1' }));
 /** Events of the hot aggregate, and some that are published. */
 const SOME_QUESTIONS = [
   ...eventIdsFrom(HOT_HEAD).slice(BATCH / 2),
@@ -212,6 +214,18 @@ const statements: [string, Run, number][] = [
     3 * BATCH,
   ],
   ['the list of aggregates with parked rows', (it) => it.parkedAggregates(null, BATCH), 3 * BATCH],
+  [
+    'the same list, from the aggregate with 100,000 of them on',
+    (it) => it.parkedAggregates(HOT, BATCH),
+    3 * BATCH,
+  ],
+  [
+    'the events that are found in their stream',
+    IN_EPOCH((it, tx) => it.markFound(tx, 'identity.user.v1', LETTERS)),
+    5 * BATCH,
+  ],
+  ['the events that have dead letters', IN_EPOCH((it, tx) => it.lockUngiven(tx, LETTERS)), 3 * BATCH],
+  ['the trial of a claim', (_, __, pool) => tryClaim(pool, OUTBOX_OPTIONS, 0), 3 * BATCH],
   ['the end of parking, where order does not matter', (it) => it.unparkAll(BATCH), 3 * BATCH],
   ['a page of dead letters', (_, it) => deadRows(it).page({}, { at: SOME_TIME, id: '1' }, BATCH), 3 * BATCH],
   [
@@ -264,10 +278,11 @@ describe.each([
     '%s touches few rows, by index (%s, %s plan)',
     async (_name, deadLetterPolicy, plan, run, limit) => {
       const costs: Cost[] = [];
-      const outbox = createOutbox(explaining(relay, plan, costs), {
+      const pool = explaining(relay, plan, costs);
+      const outbox = createOutbox(pool, {
         ...{ ...OUTBOX_OPTIONS, deadLetterPolicy, statementTimeoutMs: 20_000 },
       });
-      await run(outbox, explaining(operators, plan, costs));
+      await run(outbox, explaining(operators, plan, costs), pool);
       expect(costs.length).toBeGreaterThan(0);
       for (const { rowsTouched, buffers, indexes, scans, mostRowsSorted } of costs) {
         expect(rowsTouched).toBeLessThanOrEqual(limit);
@@ -314,8 +329,10 @@ function explaining(real: pg.Pool, plan: PlanKind, costs: Cost[]): Pool {
         ? await query(`EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) ${text}`, values)
         : await explainGeneric(query, text, values);
     costs.push(costOf(explained.rows[0]['QUERY PLAN'][0].Plan));
-    // What a statement tells the next one of the same transaction: the id of the first fresh row.
-    return { rows: text.startsWith('SELECT id FROM') ? [{ id: String(HOT_FRESH) }] : [], rowCount: 0 };
+    // What a statement tells the next one: the id of the first fresh row, the row for a trial.
+    if (text.startsWith('SELECT id FROM')) return { rows: [{ id: String(HOT_FRESH) }], rowCount: 1 };
+    if (text.includes('"isFresh"')) return { rows: [{ ...nameOf(HOT_FRESH), isFresh: true }], rowCount: 1 };
+    return { rows: [], rowCount: 0 };
   }
   return {
     connect: (async () => {
