@@ -1,4 +1,5 @@
 import type { Queryable } from '../connections/database.ts';
+import { FRESH, LIVE, PARKED } from './conditions.ts';
 
 /**
  * What table.ts describes, by name (a test compares the two), and what an adopted table must be like. A pod looks for it
@@ -218,15 +219,23 @@ export async function columnsWithNulls(client: Queryable, columns: readonly stri
 export const nullsIn = (columns: readonly string[]): string =>
   `${columns.join(', ')} of identity.outbox ${columns.length > 1 ? 'are' : 'is'} null in some rows, which would never be published: give them a value, and SET NOT NULL`;
 
-/** Of the rows that no pod has and that have waited for a minute, those that a session of another role keeps locked. */
+/**
+ * Of the rows that no pod has and that have waited for a minute, those that a session of another role keeps locked.
+ *
+ * The order names the index: without it the planner took the platform's index on `next_attempt_at`, and read all dead rows.
+ */
 export async function lockedRows(
   client: Queryable,
 ): Promise<Readonly<{ rows: number; pid: number; role: string }> | undefined> {
-  const first = (state: string) => `(SELECT xmax, created_at FROM identity.outbox
-     WHERE NOT published AND dead_lettered_at IS NULL AND next_attempt_at ${state} LIMIT 100)`;
   const { rows } = await client.query<{ rows: number; pid: number; role: string }>(`
+    WITH waiting AS MATERIALIZED (
+      (SELECT o.xmax, o.created_at FROM identity.outbox o WHERE NOT o.published AND ${FRESH('o')} ORDER BY o.id LIMIT 100)
+      UNION ALL
+      (SELECT o.xmax, o.created_at FROM identity.outbox o WHERE ${LIVE('o')} AND ${PARKED('o')}
+       ORDER BY o.aggregate_type, o.aggregate_id, o.id LIMIT 100)
+    )
     SELECT count(*)::int AS rows, a.pid, a.usename AS role
-    FROM (${first('IS NULL')} UNION ALL ${first(`= 'infinity'`)}) o
+    FROM waiting o
     JOIN pg_locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = o.xmax
     JOIN pg_stat_activity a ON a.pid = l.pid AND a.usename <> current_user
     WHERE o.created_at < now() - interval '1 minute' GROUP BY a.pid, a.usename ORDER BY 1 DESC LIMIT 1`);

@@ -5,8 +5,9 @@
 import { randomUUID } from 'node:crypto';
 import pg from 'pg';
 import { beforeAll, describe, expect, test } from 'vitest';
-import type { Pool } from '../../src/connections/database.ts';
+import { type Pool, transaction } from '../../src/connections/database.ts';
 import { createOutbox, type Outbox } from '../../src/outbox/outbox.ts';
+import { lockedRows } from '../../src/outbox/required.ts';
 import { OUTBOX_OPTIONS } from '../support/outbox-table.ts';
 import { createDatabase } from '../support/servers.ts';
 import { type AdminPool, openAdminPool, openPool } from '../support/stages.ts';
@@ -169,6 +170,31 @@ describe.each(TABLES)('by a plan of %s', (_table, prepare) => {
     );
     return rows[0]?.n ?? 0;
   }
+});
+
+test('rows that others keep locked are found without a look at dead rows, beside an index of the platform', async () => {
+  const { url, adminUrl } = await createDatabase();
+  const admin = openAdminPool(adminUrl);
+  const rows: number[] = [];
+  const relay = countingRows(openPool(url), rows);
+  await admin.query(`
+    ALTER TABLE identity.outbox SET (autovacuum_enabled = off);
+    CREATE INDEX ix_outbox_next_attempt_at ON identity.outbox (next_attempt_at) WHERE NOT published;
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, published, published_at, stream_entry_id)
+    SELECT 'UserCreated', gen_random_uuid(), '{}', true, now(), '1-1' FROM generate_series(1, ${PUBLISHED_ROWS});
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at, dead_lettered_at)
+    SELECT 'UserCreated', gen_random_uuid(), '{}', 'infinity', now() FROM generate_series(1, ${PUBLISHED_ROWS / 10});
+    ANALYZE identity.outbox;
+    INSERT INTO identity.outbox (event_type, aggregate_id, payload, created_at, next_attempt_at)
+    SELECT 'UserCreated', gen_random_uuid(), '{}', now() - interval '1 hour', 'infinity' FROM generate_series(1, ${BATCH})`);
+  const other = await admin.connect();
+  await other.query('BEGIN');
+  await other.query(
+    'SELECT FROM identity.outbox WHERE NOT published AND dead_lettered_at IS NULL LIMIT 3 FOR UPDATE',
+  );
+  const found = await transaction(relay, 20_000, 'repeatable', lockedRows);
+  expect(found?.rows).toBe(3);
+  expect(rows).toEqual([BATCH]);
 });
 
 /** The pool, which notes how many rows of the table each transaction has read by the time it commits. */
