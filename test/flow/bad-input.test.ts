@@ -189,11 +189,16 @@ test('a topic is published as it is, or dead-lettered at once with the reason; n
     Array(4).fill('theirs'),
   );
 
-  /** Type of each key but those that are there while they hold something: single jobs, lists of jobs, appends remembered. */
+  /**
+   * Type of each key but those that are there while they hold something (single jobs, lists of jobs, appends remembered), and
+   * the one that comes with a heartbeat.
+   */
   async function keyTypes(): Promise<Record<string, string>> {
     const keys = (await stage.redis.keys('*')).filter(
       (key) =>
-        !/^bull:relay-(publish|claim):(?!(meta|id|events|repeat)$)|^bull:relay:epoch:appended$/.test(key),
+        !/^bull:relay-(publish|claim):(?!(meta|id|events|repeat)$)|^bull:relay:(epoch:appended|streams)$/.test(
+          key,
+        ),
     );
     return Object.fromEntries(await Promise.all(keys.map(async (key) => [key, await stage.redis.type(key)])));
   }

@@ -25,8 +25,9 @@ test('a master is killed under traffic: the sentinels’ new one is used, and wh
   });
   const restored = pods.flatMap((pod) => pod.logs()).filter((line) => Number(line.lost) > 0);
   expect(restored.length).toBeGreaterThan(0);
-  const verify = await stage.command(['verify', '--since', '1h']);
-  expect(verify.code, verify.lines.join('\n')).toBe(0);
+  // On a busy machine the sentinels may have taken the new master for dead as well: then pods are still repairing.
+  const isClean = async () => (await stage.command(['verify', '--since', '1h'])).code === 0;
+  await waitFor(isClean, { what: 'relay verify to find nothing missing' });
   for (const sentinel of redis.sentinels) expect(await sentinel.call('ACL', 'LOG')).toEqual([]);
 });
 

@@ -13,6 +13,7 @@ import { startPod } from './pods.ts';
 import { createDatabase, createRedis, type TestRedis } from './servers.ts';
 import type { AdminPool, AdminRedis } from './stages.ts';
 import { PATIENCE_MS, waitFor } from './wait.ts';
+import { keepWhatFailed } from './what-failed.ts';
 
 export const STREAM = 'identity.user.v1';
 export const DLQ = 'identity.user.v1.dlq';
@@ -104,15 +105,17 @@ export async function setStageOn(
   redis.on('error', () => {});
   const pods: Pod[] = [];
   const queues: Queue[] = [];
-  onTestFinished(async () => {
+  const env = { RELAY_DATABASE_URL: asRelay(databaseUrl), ...options.env };
+  const dlqStream = loadConfig(env).dlqStreamName;
+  onTestFinished(async (context) => {
+    const streams = [STREAM, dlqStream];
+    if (context.task.result?.state === 'fail') await keepWhatFailed(context, { pool, redis, streams, pods });
     await Promise.all(pods.map((pod) => pod.kill('SIGKILL')));
     await Promise.allSettled(queues.map((queue) => queue.close()));
     redis.disconnect();
     await pool.end();
   });
   if (options.databaseUrl !== undefined) await grantLeast(databaseUrl);
-  const env = { RELAY_DATABASE_URL: asRelay(databaseUrl), ...options.env };
-  const dlqStream = loadConfig(env).dlqStreamName;
 
   const rows = async (condition: string, values: unknown[] = []): Promise<Row[]> => {
     const found = await pool.query<Row>(
