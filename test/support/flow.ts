@@ -109,7 +109,8 @@ export async function setStageOn(
   const dlqStream = loadConfig(env).dlqStreamName;
   onTestFinished(async (context) => {
     const streams = [STREAM, dlqStream];
-    if (context.task.result?.state === 'fail') await keepWhatFailed(context, { pool, redis, streams, pods });
+    if (context.task.result?.state === 'fail')
+      await keepWhatFailed(context, { pool, redis, streams, pods }).catch(console.error);
     await Promise.all(pods.map((pod) => pod.kill('SIGKILL')));
     await Promise.allSettled(queues.map((queue) => queue.close()));
     redis.disconnect();
