@@ -7,6 +7,7 @@ import { Client } from 'pg';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { createRelay, loadConfig, type Relay } from '../../src/index.ts';
 import { publishQueueName } from '../../src/queue/queues.ts';
+import { createLogger } from '../../src/telemetry/logger.ts';
 import type { SampleEvent } from '../demo/sample.ts';
 import { atEndOfFile } from '../support/cleanup.ts';
 import { anEvent, insertEvents, someEvents } from '../support/events.ts';
@@ -22,9 +23,9 @@ import {
   openRedis,
   readRows,
   readStream,
-  silent,
 } from '../support/stages.ts';
 import { PATIENCE_MS, waitFor } from '../support/wait.ts';
+import { keepWhatFailed } from '../support/what-failed.ts';
 
 const BROKEN_TOPIC = 'not.a.stream';
 const OPTIONS = { concurrent: true };
@@ -444,13 +445,19 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
       RELAY_CLAIM_LEASE: '2',
       RELAY_PUBLISH_TIMEOUT: '1.5',
       RELAY_SHUTDOWN_TIMEOUT: '5',
-      RELAY_LOG_LEVEL: 'fatal',
       ...variables,
       ...more,
     });
   const config = configOf();
   const pool = openAdminPool(database.adminUrl);
   const redis = openAdminRedis(server.adminUrl);
+  const lines: string[] = [];
+  const logger = createLogger('debug', { write: (line) => lines.push(line.trimEnd()) });
+  onTestFinished(async (context) => {
+    if (context.task.result?.state !== 'fail') return;
+    const streams = [STREAM, config.dlqStreamName];
+    await keepWhatFailed(context, { pool, redis, streams, pods: [{ pid: process.pid, lines }] });
+  });
   const publishQueue = new Queue(publishQueueName(config.queueName), {
     connection: openRedis(server.url),
     prefix: config.queuePrefix,
@@ -563,7 +570,7 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
       isLast: (moment: Moment, detail: Detail) => boolean | Promise<boolean>,
       more: Record<string, string> = {},
     ): Promise<void> {
-      const pod = await dieAt(configOf(more), pool, isLast, PATIENCE_MS);
+      const pod = await dieAt(configOf(more), logger, pool, isLast, PATIENCE_MS);
       // Nothing of it reaches a server any more; this ends its timers.
       const stopped = pod.stop();
       atEndOfFile(() => stopped);
@@ -571,12 +578,12 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
 
     /** Runs a pod to the end that is watched, and may be hindered. */
     async livesWith(watch: Watch): Promise<void> {
-      await comesToRestWith(await startWatchedPod(config, watch), async () => {});
+      await comesToRestWith(await startWatchedPod(config, logger, watch), async () => {});
     },
 
     async anotherPodGoesOn(meanwhile: () => Promise<void> = async () => {}): Promise<void> {
       const pod = createRelay(config, {
-        ...{ pool: openPool(config.databaseUrl), logger: silent, http: false },
+        ...{ pool: openPool(config.databaseUrl), logger, http: false },
       });
       await pod.start();
       await comesToRestWith(pod, meanwhile);

@@ -2,7 +2,8 @@
 import type { Redis, RedisOptions } from 'ioredis';
 import pg from 'pg';
 import { createRelay, type Relay, type RelayConfig } from '../../src/index.ts';
-import { type AdminPool, deferred, openPool, openRedis, silent } from './stages.ts';
+import type { Logger } from '../../src/telemetry/logger.ts';
+import { type AdminPool, deferred, openPool, openRedis } from './stages.ts';
 import { waitFor } from './wait.ts';
 
 /** What the relay does to table and streams, told by its statements and scripts. */
@@ -140,12 +141,12 @@ function watchedRedis(
 }
 
 /** Starts a pod that tells of its steps. */
-export async function startWatchedPod(config: RelayConfig, watch: Watch): Promise<Relay> {
+export async function startWatchedPod(config: RelayConfig, logger: Logger, watch: Watch): Promise<Relay> {
   const steps = fromTheBeginning(watch);
   const pod = createRelay(config, {
     pool: watchedPool(openPool(config.databaseUrl), steps.watch, async () => {}),
     redis: watchedRedis(openRedis(config.redisUrl), steps, () => {}),
-    ...{ logger: silent, http: false },
+    ...{ logger, http: false },
   });
   await pod.start();
   return pod;
@@ -162,6 +163,7 @@ const MORTAL = 'mortal pod';
  */
 export async function dieAt(
   config: RelayConfig,
+  logger: Logger,
   admin: AdminPool,
   isLast: (moment: Moment, detail: Detail) => boolean | Promise<boolean>,
   timeoutMs: number,
@@ -208,7 +210,7 @@ export async function dieAt(
   });
   const pod = createRelay(
     { ...config, shutdownTimeoutMs: 100 },
-    { pool: watchedPool(pool, steps.watch, assertAlive), redis, logger: silent, http: false },
+    { pool: watchedPool(pool, steps.watch, assertAlive), redis, logger, http: false },
   );
   await pod.start().catch((error: unknown) => {
     if (!isDead) throw error;

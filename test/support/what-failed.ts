@@ -20,7 +20,7 @@ type Stage = Readonly<{
   pool: Pick<Pool, 'query'>;
   redis: Pick<Redis, 'info' | 'xrange'>;
   streams: readonly string[];
-  pods: readonly Pod[];
+  pods: readonly Pick<Pod, 'pid' | 'lines'>[];
 }>;
 
 /** Writes pods' logs, rows and streams to `.failed/<test>/`, and the latest log lines to the output. */
