@@ -141,7 +141,7 @@ export function createContext(
   return {
     ...{ config, servers, queues, tracing, logger, keyPrefix, hasTwoServers, statementTimeoutMs },
     ...{ startedAt, state, tally, clock, queuesWritable, streamsWritable, heartbeat, metrics },
-    ...{ outbox, backlog, maintenance, scheduler },
+    ...{ generation, outbox, backlog, maintenance, scheduler },
     ...{ lookup, memory, epoch, jobEpoch, streams, refiller, acknowledger, deadLetters, removeJobs },
   };
 }

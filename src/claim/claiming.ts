@@ -5,8 +5,8 @@ import { createClaimWorker } from './claim-worker.ts';
 
 /** The claim stage: its worker, and the wake-up. `onTick` starts what a tick does besides claiming. */
 export function createClaiming(context: Context, onTick: () => void) {
-  const { config, servers, queues, scheduler, maintenance, logger } = context;
-  const wakeup = createWakeup({ pool: servers.pool, logger, onWake: scheduler.wake });
+  const { config, servers, generation, queues, scheduler, maintenance, logger } = context;
+  const wakeup = createWakeup({ pool: servers.pool, generation, logger, onWake: scheduler.wake });
   const claimWorker = createClaimWorker({
     ...{ connection: servers.workerRedis, queuePrefix: config.queuePrefix, queueName: config.queueName },
     ...{ claim: createClaim({ ...context, options: config }), outbox: context.outbox, scheduler, logger },

@@ -1,5 +1,6 @@
 import type pg from 'pg';
 import type { Pool, Queryable } from '../connections/database.ts';
+import type { Generation } from '../connections/generation.ts';
 import {
   type HealthyPool,
   ReadOnlyError,
@@ -148,11 +149,11 @@ export type Wakeup = ReturnType<typeof createWakeup>;
 
 export function createWakeup(deps: {
   pool: Pool & Partial<Pick<HealthyPool, 'sessions'>>;
+  generation: Pick<Generation, 'sql' | 'assert'>;
   logger: Logger;
   onWake: () => void;
 }) {
-  const { logger, onWake } = deps;
-  const { generation } = deps.pool;
+  const { generation, logger, onWake } = deps;
   const pool = deps.pool.leaving?.(OTHER_SESSIONS) ?? deps.pool;
   /** When sessions are few, the pod first gives up the one that only listens. */
   const hasTooFewSessions = () => (deps.pool.sessions?.().granted ?? OTHER_SESSIONS + 1) <= OTHER_SESSIONS;
@@ -204,11 +205,11 @@ export function createWakeup(deps: {
         // A standby takes no writes, so no notification would ever arrive.
         const { rows } = await query(
           client,
-          `SELECT pg_is_in_recovery() AS "isStandby"${generation ? `, ${generation.sql()} AS generation` : ''}`,
+          `SELECT pg_is_in_recovery() AS "isStandby", ${generation.sql()} AS generation`,
         );
         if (rows[0].isStandby) throw new ReadOnlyError(true);
         // Nor does one of a former primary.
-        generation?.assert(rows[0].generation);
+        generation.assert(rows[0].generation);
         if (hasTooFewSessions()) throw new TooFewSessionsError('its session is needed to claim and publish');
       }
     } catch (error) {

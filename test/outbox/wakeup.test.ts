@@ -1,6 +1,7 @@
 import type pg from 'pg';
 import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import type { Pool } from '../../src/connections/database.ts';
+import { createGeneration } from '../../src/connections/generation.ts';
 import {
   createWakeup,
   hasWakeup,
@@ -42,7 +43,11 @@ afterEach(async () => {
 /** A relay's wake-up at work; `wakes` counts how often it was woken. */
 async function startWakeup(through: Pool = openPool(databaseUrl), logger = silent) {
   const heard = { wakes: 0 };
-  const wakeup = createWakeup({ pool: through, logger, onWake: () => heard.wakes++ });
+  const wakeup = createWakeup({
+    ...{ pool: through, generation: createGeneration() },
+    logger,
+    onWake: () => heard.wakes++,
+  });
   wakeups.push(wakeup);
   wakeup.start();
   await waitFor(() => heard.wakes > 0, { what: 'the relay to listen' });
@@ -237,7 +242,11 @@ describe('arming', () => {
 describe('the listening connection', () => {
   test('is deaf before the start, and while it is lost; it comes back, and looks what it has missed', async () => {
     const through = openPool(databaseUrl);
-    const never = createWakeup({ pool: through, logger: silent, onWake: () => {} });
+    const never = createWakeup({
+      ...{ pool: through, generation: createGeneration() },
+      logger: silent,
+      onWake: () => {},
+    });
     expect(await never.arm()).toBe('deaf');
     const relay = await startWakeup(through);
     expect(await relay.arm()).toBe('armed');
@@ -278,7 +287,11 @@ describe('the listening connection', () => {
       }) as Pool['connect'],
     };
     let wakes = 0;
-    const relay = createWakeup({ pool: pooler, logger: silent, onWake: () => wakes++ });
+    const relay = createWakeup({
+      ...{ pool: pooler, generation: createGeneration() },
+      logger: silent,
+      onWake: () => wakes++,
+    });
     wakeups.push(relay);
     relay.start();
     await waitFor(() => listens > 0, { what: 'it to try' });
