@@ -37,6 +37,14 @@ type Written = Readonly<{ judged: readonly Judged[]; found: number; unlettered: 
 const NOTHING: Written = { judged: [], found: 0, unlettered: [] };
 
 /**
+ * What one round has done: rows by the fate of their jobs, and
+ * - `found`: of the `missing`, those whose entry or dead letter was in its stream
+ * - `finished`: of the `failed`, those whose dead letter was written
+ * - `kept`: events whose job a worker keeps
+ */
+type Seen = Record<'alive' | 'failed' | 'missing' | 'found' | 'finished', number> & { kept: string[] };
+
+/**
  * Finds out what became of the jobs of rows whose lease has ended.
  *
  * - The job is alive: the row gets another lease.
@@ -70,42 +78,52 @@ export function createLeaseReaper(deps: {
   /** @param goesOn asked before each batch. If false, the reaper stops there. */
   return async function reap(goesOn: () => boolean = () => true): Promise<void> {
     if (Date.now() - refusedSince > REFUSED_MS || refused.size >= REFUSED_KEPT) refused.clear();
-    const seen = { alive: 0, failed: 0, missing: 0 };
-    const kept: string[] = [];
-    let found = 0;
-    for (let batch = 0; batch < BATCHES_MAX && goesOn(); batch++) {
-      const epoch = epochs.current();
-      // Without an epoch Redis may have lost entries: the rows wait until table and streams were compared.
-      if (epoch === undefined) break;
-      const rows = (await outbox.expired(BATCH + refused.size)).filter(
-        ({ eventId }) => !refused.has(eventId),
-      );
-      const written = await writeAll(epoch, await findEntries(await Promise.all(rows.map(judge))));
-      found += written.found;
-      if (written.unlettered.length > 0) await writeLetters(written.unlettered);
-      for (const { row, fate } of written.judged) {
-        if (!row.isDead) seen[fate.state]++;
-        if (fate.state === 'alive' && fate.isKept) kept.push(row.eventId);
+    const seen: Seen = { alive: 0, failed: 0, missing: 0, found: 0, finished: 0, kept: [] };
+    try {
+      for (let batch = 0; batch < BATCHES_MAX && goesOn(); batch++) {
+        const epoch = epochs.current();
+        // Without an epoch Redis may have lost entries: the rows wait until table and streams were compared.
+        if (epoch === undefined) break;
+        const rows = (await outbox.expired(BATCH + refused.size)).filter(
+          ({ eventId }) => !refused.has(eventId),
+        );
+        const { judged, found, unlettered } = await writeAll(
+          epoch,
+          await findEntries(await Promise.all(rows.map(judge))),
+        );
+        seen.found += found;
+        for (const { row, fate } of judged) {
+          if (!row.isDead) seen[fate.state]++;
+          if (fate.state === 'alive' && fate.isKept) seen.kept.push(row.eventId);
+        }
+        if (unlettered.length > 0) await writeLetters(unlettered);
+        const failed = judged.filter(({ fate }) => fate.state === 'failed').map(({ row }) => row);
+        await bury(failed);
+        seen.finished += failed.length;
+        if (rows.length < BATCH || judged.length === 0) break;
       }
-      await bury(written.judged.filter(({ fate }) => fate.state === 'failed').map(({ row }) => row));
-      if (rows.length < BATCH || written.judged.length === 0) break;
+    } finally {
+      await tell(seen);
     }
-    deps.metrics.leasesExpired(seen);
-    if (seen.missing > found) await deps.scheduler.wake();
-    if (seen.missing > 0)
+  };
+
+  /** Asks for a claim of the rows that became fresh, and tells what was done: also by a round that has failed since. */
+  async function tell({ alive, failed, missing, found, finished, kept }: Seen): Promise<void> {
+    deps.metrics.leasesExpired({ alive, failed, missing });
+    if (missing > found) await deps.scheduler.wake();
+    if (missing > 0)
       logger.warn(
-        { events: seen.missing, found },
+        { events: missing, found },
         'publish jobs were lost; their events are claimed again, but for those that are in their stream',
       );
-    if (seen.failed > 0)
-      logger.warn({ events: seen.failed }, 'finished dead letters that had been left half done');
+    if (finished > 0) logger.warn({ events: finished }, 'finished dead letters that had been left half done');
     if (kept.length > 0)
       logger.warn(
         { events: kept.length, eventIds: kept.slice(0, 3) },
         'a worker keeps publish jobs and does not end them; is it another program’s, on the relay’s queue?',
       );
-    if (seen.alive > 0) logger.debug({ events: seen.alive }, 'leases extended');
-  };
+    if (alive > 0) logger.debug({ events: alive }, 'leases extended');
+  }
 
   async function judge(row: ExpiredRow): Promise<Judged> {
     return { row, fate: row.isDead ? { state: 'missing' } : await queues.jobFate(row.eventId) };

@@ -102,6 +102,29 @@ test('a row that refuses to be dead keeps no other failed job from its dead lett
   expect((await readStates(pool)).toSorted()).toEqual(['dead', 'dead', 'dead', 'leased']);
 });
 
+test('a round that fails half-way tells what it has done by then, and asks for a claim of what is fresh', async () => {
+  const [failed] = (await expired(1)) as [LeasedEvent];
+  await letFail('broken');
+  const [lost] = (await expired(1)) as [LeasedEvent];
+  await queues.remove(lost.eventId);
+  const told: unknown[] = [];
+  const round = reap({
+    deadLetters: { bury: () => Promise.reject(new Error('no database')), writeAgain: async () => {} },
+    metrics: { leasesExpired: (counts) => void told.push(counts) },
+    scheduler: { wake: async () => void told.push('claim') },
+    logger: { ...context.logger, warn: (fields) => void told.push(fields) },
+  });
+  await expect(round).rejects.toThrow('no database');
+  const states = (await readRows(pool)).map(({ eventId, state }) => [eventId, state]);
+  expect(new Map(states as [string, string][])).toEqual(
+    new Map([
+      [failed.eventId, 'leased'],
+      [lost.eventId, 'fresh'],
+    ]),
+  );
+  expect(told).toEqual([{ alive: 0, failed: 1, missing: 1 }, 'claim', { events: 1, found: 0 }]);
+});
+
 describe('a row whose lease has ended', () => {
   test('gets another one when its job is alive: waiting, delayed, or in progress', async () => {
     const [delayed] = (await expired(1)) as [LeasedEvent];
