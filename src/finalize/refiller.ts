@@ -92,10 +92,12 @@ export function createRefiller(deps: {
       if (aggregates.length > 0) await refill(aggregates);
     },
 
+    /** Refills what was requested by now: no other pod knows of it, and the sweep may come much later. */
     async stop(): Promise<void> {
       stopped = true;
       clearTimeout(timer);
       await running;
+      await refillRequested();
     },
   };
 }

@@ -210,10 +210,18 @@ describe('without ordering', () => {
   });
 });
 
+test('a refiller that is stopped first frees what was requested: no other pod knows of it', async () => {
+  const { request, stop, claims } = startRefiller();
+  request(await parkedRows(1));
+  await stop();
+  expect([await parked(), claims.wanted]).toEqual([0, 1]);
+});
+
 test('a refiller that was stopped frees nothing more', async () => {
-  const aggregates = await parkedRows(1);
   const requested = startRefiller();
-  requested.request(aggregates);
+  requested.request(await parkedRows(1));
+  await requested.stop();
+  const aggregates = await parkedRows(1);
   for (const { request, stop } of [requested, startRefiller()]) {
     await stop();
     request(aggregates);
