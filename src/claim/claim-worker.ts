@@ -7,7 +7,7 @@ import type { Wakeup } from '../outbox/wakeup.ts';
 import { claimQueueName } from '../queue/queues.ts';
 import { type Scheduler, TICK, WAKE } from '../queue/scheduler.ts';
 import { createWorkers, type Fate, type Run } from '../queue/workers.ts';
-import type { Logger } from '../telemetry/logger.ts';
+import { createSpacedWarnings, type Logger } from '../telemetry/logger.ts';
 import type { ClaimOutcome } from './claim.ts';
 
 /** A claim job ends after this time and asks for another one: other pods claim too, and dashboards show progress. */
@@ -24,6 +24,7 @@ const PACE_MS = 10;
 const AGAIN_AFTER_MS = 1_000;
 /** Interval at which failures are logged: an outage makes one a second. */
 const REPEAT_AFTER_MS = 10_000;
+const FAILED = 'claiming failed; nothing was claimed, trying again';
 const FOREIGN_JOB = 'a job of the claim queue is none of the relay’s; ignored';
 /** Longest time for a claim job. Its last claim may go on row by row. */
 export const CLAIM_JOB_DEADLINE_MS = 120_000;
@@ -50,8 +51,8 @@ export function createClaimWorker(deps: {
   logger: Logger;
 }) {
   const { claim, scheduler, logger } = deps;
+  const warn = createSpacedWarnings(logger, REPEAT_AFTER_MS);
   let stopping = false;
-  let reportedAt = 0;
   let again: NodeJS.Timeout | undefined;
 
   async function process({ name }: Run<unknown>): Promise<Fate<void>> {
@@ -118,12 +119,8 @@ export function createClaimWorker(deps: {
       // After a delay, not at once: BullMQ would give the new job to this pod, and this pod may be the only one that fails.
       clearTimeout(again);
       if (!stopping) again = setTimeout(() => void scheduler.wake(), AGAIN_AFTER_MS);
-      const level = levelOf(error);
-      if (level === 'warn') {
-        if (Date.now() - reportedAt < REPEAT_AFTER_MS) return;
-        reportedAt = Date.now();
-      }
-      logger[level]({ err: error }, 'claiming failed; nothing was claimed, trying again');
+      if (levelOf(error) === 'debug') logger.debug({ err: error }, FAILED);
+      else warn({ err: error }, FAILED);
     },
   });
 

@@ -286,14 +286,14 @@ export function createPublish(deps: {
 const REPORT_INTERVAL_MS = 10_000;
 
 function createPostponedReport(logger: Logger): (about: Record<string, unknown>, reason: string) => void {
-  let reportedAt = 0;
+  let reportedAt = Number.NEGATIVE_INFINITY;
   let events = 0;
   return (about, reason) => {
     logger.debug({ ...about, reason, retryInMs: POSTPONE_MS }, 'event postponed');
     events++;
-    if (Date.now() - reportedAt < REPORT_INTERVAL_MS) return;
+    if (performance.now() - reportedAt < REPORT_INTERVAL_MS) return;
     logger.warn({ events, reason }, 'cannot publish now; events are postponed');
-    reportedAt = Date.now();
+    reportedAt = performance.now();
     events = 0;
   };
 }

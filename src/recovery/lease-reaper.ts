@@ -77,7 +77,7 @@ export function createLeaseReaper(deps: {
 
   /** @param goesOn asked before each batch. If false, the reaper stops there. */
   return async function reap(goesOn: () => boolean = () => true): Promise<void> {
-    if (Date.now() - refusedSince > REFUSED_MS || refused.size >= REFUSED_KEPT) refused.clear();
+    if (performance.now() - refusedSince > REFUSED_MS || refused.size >= REFUSED_KEPT) refused.clear();
     const seen: Seen = { alive: 0, failed: 0, missing: 0, found: 0, finished: 0, kept: [] };
     try {
       for (let batch = 0; batch < BATCHES_MAX && goesOn(); batch++) {
@@ -194,7 +194,7 @@ export function createLeaseReaper(deps: {
 
   /** Leaves a row out for a while: those that wait longest come first, and would be all that is ever asked about. */
   function refuse(eventId: string, err: unknown): void {
-    if (refused.size === 0) refusedSince = Date.now();
+    if (refused.size === 0) refusedSince = performance.now();
     refused.add(eventId);
     tally.error(
       eventId,

@@ -87,9 +87,9 @@ export function createSpacedWarnings(logger: Logger, everyMs: number) {
   const kinds = new Map<string, { at: number; leftOut: number }>();
   return (fields: Record<string, unknown>, message: string, kind = message): void => {
     const { at, leftOut } = kinds.get(kind) ?? { at: Number.NEGATIVE_INFINITY, leftOut: 0 };
-    const isDue = Date.now() - at >= everyMs;
+    const isDue = performance.now() - at >= everyMs;
     if (kinds.size >= MAX_KINDS) kinds.clear();
-    kinds.set(kind, isDue ? { at: Date.now(), leftOut: 0 } : { at, leftOut: leftOut + 1 });
+    kinds.set(kind, isDue ? { at: performance.now(), leftOut: 0 } : { at, leftOut: leftOut + 1 });
     if (isDue) logger.warn({ ...fields, ...(leftOut > 0 && { sinceTheLast: leftOut }) }, message);
   };
 }

@@ -1,6 +1,6 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Redis } from 'ioredis';
-import { afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test, vi } from 'vitest';
 import type { AppendOutcome, OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import type { Standing } from '../../src/outbox/parked.ts';
@@ -295,6 +295,17 @@ describe('an attempt', () => {
     });
     for (let i = 0; i < 5; i++) await publish.process(aRun(anEvent()));
     expect(warned).toEqual([{ events: 1, reason: 'OOM' }]);
+    // An outage of some seconds more, in which the clock is set back by an hour.
+    const [now, ms] = [Date.now(), performance.now()];
+    const spies = [
+      vi.spyOn(Date, 'now').mockImplementation(() => now - 3_600_000),
+      vi.spyOn(performance, 'now').mockImplementation(() => ms + 10_000),
+    ];
+    onTestFinished(() => {
+      for (const spy of spies) spy.mockRestore();
+    });
+    await publish.process(aRun(anEvent()));
+    expect(warned.slice(1)).toEqual([{ events: 5, reason: 'OOM' }]);
   });
 });
 

@@ -5,10 +5,11 @@ import { open } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import type { Readable } from 'node:stream';
 import { text } from 'node:stream/consumers';
-import { describe, expect, inject, test } from 'vitest';
+import { describe, expect, inject, onTestFinished, test, vi } from 'vitest';
 import { createPool } from '../../src/connections/pool.ts';
 import {
   createLogger,
+  createSpacedWarnings,
   errorText,
   type Logger,
   type LogLevel,
@@ -215,4 +216,27 @@ test('a process whose disk for logs is full goes on', { skip: !existsSync('/dev/
   const [said, [code]] = await Promise.all([text(child.stderr as Readable), once(child, 'close')]);
   await full.close();
   expect({ said, code }).toEqual({ said: 'it goes on\n', code: 0 });
+});
+
+test('warnings that come at most once in a while go on where the clock is set back', () => {
+  let wall = Date.now();
+  let ms = 0;
+  const spies = [
+    vi.spyOn(Date, 'now').mockImplementation(() => wall),
+    vi.spyOn(performance, 'now').mockImplementation(() => ms),
+  ];
+  onTestFinished(() => {
+    for (const spy of spies) spy.mockRestore();
+  });
+  const { lines } = logged((logger) => {
+    const warn = createSpacedWarnings(logger, 10_000);
+    warn({}, 'no answer');
+    wall -= 3_600_000;
+    for (let i = 0; i < 2; i++) {
+      ms += 6_000;
+      wall += 6_000;
+      warn({}, 'no answer');
+    }
+  });
+  expect(lines.map(({ sinceTheLast }) => sinceTheLast)).toEqual([undefined, 1]);
 });
