@@ -110,7 +110,7 @@ export function createHttp(
     stuck: () => [
       ...(workers.publish.isRunning() ? [] : ['the publish workers do not run']),
       ...(workers.claim.isRunning() ? [] : ['the claim worker does not run']),
-      ...(Date.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
+      ...(performance.now() - scheduler.lastLookAt() > STUCK_AFTER_MS
         ? ['the claim schedule is no longer checked']
         : []),
       ...progress.reasons(),

@@ -40,7 +40,7 @@ export function createProgressWatch(deps: {
   const watches = deps.workplaces.map(watch);
 
   function watch({ workers, queue, deadlineMs, oneByOne }: Workplace) {
-    /** Since when every check has found that; and the job that was next at the last check. */
+    /** Since when every check has found that, whatever sets the clock; and the job that was next at the last check. */
     let idleSince: number | undefined;
     let overdueSince: number | undefined;
     let next: string | null = null;
@@ -58,7 +58,7 @@ export function createProgressWatch(deps: {
     }
 
     async function look(): Promise<void> {
-      const now = Date.now();
+      const now = performance.now();
       const isOverdue = now - (workers.oldestStartedAt() ?? now) > deadlineMs;
       const isIdle = now - workers.lastStartedAt() > lookIntervalMs;
       let waiting: string | null = null;
@@ -80,7 +80,7 @@ export function createProgressWatch(deps: {
     }
 
     function reasons(): string[] {
-      const now = Date.now();
+      const now = performance.now();
       const found: string[] = [];
       if (idleSince !== undefined && now - idleSince >= stuckAfterMs) {
         found.push(`jobs wait in ${queue.name} and this pod takes none, since ${secondsSince(idleSince)} s`);
@@ -100,4 +100,4 @@ export function createProgressWatch(deps: {
   };
 }
 
-const secondsSince = (time: number) => Math.round((Date.now() - time) / 1_000);
+const secondsSince = (time: number) => Math.round((performance.now() - time) / 1_000);

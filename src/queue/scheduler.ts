@@ -32,7 +32,7 @@ export function createScheduler(deps: {
   const { queue, redis, others = [], logger } = deps;
   const schedules: readonly Schedule[] = [{ name: TICK, everyMs: deps.pollIntervalMs }, ...others];
   let retired = deps.retired ?? [];
-  let lookedAt = Date.now();
+  let lookedAt = performance.now();
   let fails = false;
 
   async function heal(): Promise<void> {
@@ -67,13 +67,13 @@ export function createScheduler(deps: {
       logger[fails ? 'debug' : 'warn']({ err: error }, 'cannot uphold the claim schedule; trying again');
       fails = true;
     }
-    lookedAt = Date.now();
+    lookedAt = performance.now();
   }
 
   return {
     ...loop(look, HEAL_INTERVAL_MS),
     wake: createWake(queue, logger),
-    /** When it last checked the schedules, with success or not; ms since 1970. */
+    /** When it last checked the schedules, with success or not; by `performance.now()`. */
     lastLookAt: (): number => lookedAt,
   };
 }

@@ -103,7 +103,7 @@ export function createWorkers<T, R = void>(deps: {
   const count = Math.min(WORKERS_MAX, concurrency);
   let slots = concurrency;
   let shrunkAt = Number.NEGATIVE_INFINITY;
-  let lastStartedAt = Date.now();
+  let lastStartedAt = performance.now();
   let isStopping = false;
   const startedAt = new Map<Job<T>, number>();
   const warn = createSpacedWarnings(logger, REPEAT_AFTER_MS);
@@ -112,9 +112,9 @@ export function createWorkers<T, R = void>(deps: {
   let workers: Worker<T, R>[] = [];
 
   async function process(job: Job<T, R>, token?: string): Promise<R> {
-    lastStartedAt = Date.now();
-    startedAt.set(job, lastStartedAt);
     const beganAt = performance.now();
+    lastStartedAt = beganAt;
+    startedAt.set(job, beganAt);
     try {
       const fate = await deps.process(runOf(job));
       fitSlots(beganAt, fate.kind === 'completed');
@@ -246,12 +246,12 @@ export function createWorkers<T, R = void>(deps: {
     /** Jobs that they work on at once, at most. */
     slots: (): number => slots,
 
-    /** When they last began to work on a job, or on nothing yet; Unix time in ms. */
+    /** When they last began to work on a job, or on nothing yet; by `performance.now()`. */
     lastStartedAt: (): number => lastStartedAt,
 
     inProgress: (): number => startedAt.size,
 
-    /** When they began the job that has been in progress for the longest time. */
+    /** When they began the job that has been in progress for the longest time; by `performance.now()`. */
     oldestStartedAt(): number | undefined {
       // A Map keeps the order in which they were begun.
       for (const at of startedAt.values()) return at;

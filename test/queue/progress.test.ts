@@ -1,6 +1,6 @@
 import { Queue } from 'bullmq';
 import type { Redis } from 'ioredis';
-import { afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
+import { afterEach, beforeAll, beforeEach, expect, onTestFinished, test, vi } from 'vitest';
 import { createProgressWatch, type ProgressWatch, type Workplace } from '../../src/queue/progress.ts';
 import { createRedis } from '../support/servers.ts';
 import { type AdminRedis, openAdminRedis, openRedis } from '../support/stages.ts';
@@ -38,7 +38,12 @@ type Doing = {
 
 /** A watch over workers whose state the test decides. */
 function watch(overrides: Partial<Workplace> = {}, assertWritable = async () => {}) {
-  const doing: Doing = { lastStartedAt: Date.now(), inProgress: 0, oldestStartedAt: undefined, slots: 2 };
+  const doing: Doing = {
+    lastStartedAt: performance.now(),
+    inProgress: 0,
+    oldestStartedAt: undefined,
+    slots: 2,
+  };
   let looks = 0;
   const progress = createProgressWatch({
     redis,
@@ -86,15 +91,27 @@ test('jobs that wait beside workers with nothing to do are found, and forgotten 
   const { progress, doing } = watch();
   await isStuck(progress);
   expect(progress.reasons()).toEqual([expect.stringMatching(/^jobs wait in work and this pod takes none/)]);
-  doing.lastStartedAt = Date.now();
+  doing.lastStartedAt = performance.now();
   await waitFor(() => progress.reasons().length === 0, { what: 'the watch to see it' });
 });
 
 test('a job that does not end is found', async () => {
   const { progress, doing } = watch();
-  Object.assign(doing, { inProgress: 1, oldestStartedAt: Date.now() - 101 });
+  Object.assign(doing, { inProgress: 1, oldestStartedAt: performance.now() - 101 });
   await isStuck(progress);
   expect(progress.reasons()).toEqual([expect.stringMatching(/^a job of work does not end/)]);
+});
+
+test('both are found, and for how long, where the clock was set back meanwhile', async () => {
+  await queue.add('job', {});
+  const { progress, doing } = watch();
+  doing.inProgress = 1;
+  doing.oldestStartedAt = doing.lastStartedAt;
+  const now = Date.now.bind(Date);
+  const clock = vi.spyOn(Date, 'now').mockImplementation(() => now() - 3_600_000);
+  onTestFinished(() => clock.mockRestore());
+  await waitFor(() => progress.reasons().length === 2, { what: 'the watch to find out', timeoutMs: 20_000 });
+  for (const reason of progress.reasons()) expect(reason).toMatch(/, (since )?\d s( after its deadline)?$/);
 });
 
 const healthy: Record<string, () => Promise<Parameters<typeof watch>>> = {
@@ -135,7 +152,7 @@ test('a pod whose slots are taken, be they few, is not stuck, nor one that takes
   expect(shrunk.progress.reasons()).toEqual([]);
   const busy = watch();
   await busy.aWhile(() => {
-    busy.doing.lastStartedAt = Date.now();
+    busy.doing.lastStartedAt = performance.now();
   });
   expect(busy.progress.reasons()).toEqual([]);
 });

@@ -150,7 +150,7 @@ describe('the workers of a pod', () => {
 
   test('tell what they have in progress, since when, and when they last began', async () => {
     const { process, jobs, has } = held();
-    const madeAt = Date.now();
+    const madeAt = performance.now();
     const workers = startWorkers(process, { concurrency: 2 });
     expect([workers.inProgress(), workers.oldestStartedAt()]).toEqual([0, undefined]);
     expect(workers.lastStartedAt()).toBeGreaterThanOrEqual(madeAt);
@@ -158,7 +158,7 @@ describe('the workers of a pod', () => {
     await has(1);
     const first = workers.lastStartedAt();
     expect([workers.inProgress(), workers.oldestStartedAt()]).toEqual([1, first]);
-    await waitFor(() => Date.now() > first, { what: 'the clock to go on' });
+    await waitFor(() => performance.now() > first, { what: 'the clock to go on' });
     await addJobs(1);
     await has(2);
     const second = workers.lastStartedAt();
