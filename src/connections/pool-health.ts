@@ -79,6 +79,8 @@ export type HealthyPool = Pool &
     base: object;
     /** How many sessions the pool may have, and how many PostgreSQL gives it. */
     sessions(): Readonly<{ size: number; granted: number }>;
+    /** Stops listening to the wrapped pool: its owner may go on with it. */
+    unwrap(): void;
   }>;
 
 /** Deadline of the check of a session before it is used again. */
@@ -96,6 +98,10 @@ const REPORT_EVERY_MS = 10_000;
 
 type Waiter = { others: number; admit: () => void };
 
+/** The events of a pool of node-postgres. */
+type Listening = (event: 'connect', heard: (client: pg.PoolClient) => void) => unknown;
+type Events = Readonly<{ on?: Listening; off?: Listening }>;
+
 /**
  * Wraps `pool`: at most `size` sessions are in use at a time, and none that is likely to be sick.
  * @param options.size of it and the pool's own limit, the smaller one counts
@@ -103,7 +109,7 @@ type Waiter = { others: number; admit: () => void };
  * @param options.outage told when no session can be opened, and when one is
  */
 export function healthyPool(
-  pool: Pool & Readonly<{ options?: Readonly<{ max?: number }>; on?: (...args: never[]) => unknown }>,
+  pool: Pool & Readonly<{ options?: Readonly<{ max?: number }> }>,
   options: Readonly<{ size: number; logger: Logger; base?: object; outage?: Outage }>,
 ): HealthyPool {
   const { logger, outage, base = pool.base ?? pool } = options;
@@ -115,11 +121,9 @@ export function healthyPool(
   /** When an error last concerned all sessions. */
   let invalidatedAt = Number.NEGATIVE_INFINITY;
   let reportedAt = Number.NEGATIVE_INFINITY;
-  (pool.on as ((event: string, heard: (client: pg.PoolClient) => void) => void) | undefined)?.call(
-    pool,
-    'connect',
-    (client) => born.add(client),
-  );
+  const events = pool as Pool & Events;
+  const onConnect = (client: pg.PoolClient) => void born.add(client);
+  events.on?.('connect', onConnect);
 
   let granted = size;
   let inUse = 0;
@@ -272,6 +276,7 @@ export function healthyPool(
     leaving,
     base,
     sessions: () => ({ size, granted }),
+    unwrap: () => void events.off?.('connect', onConnect),
   });
   return leaving(0);
 }

@@ -228,6 +228,7 @@ export function openServers(
     },
     async close() {
       for (const redis of connections) redis.disconnect();
+      pool.unwrap();
       await Promise.all(pools.map((it) => it.end()));
     },
   };

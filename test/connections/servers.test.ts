@@ -73,6 +73,17 @@ for (const whose of ['its own', 'an embedding program’s'])
     }
   });
 
+test('a pool of an embedding program is left as it was: programs make one relay after the other on it', async () => {
+  const [database, redis] = await Promise.all([createDatabase(), createRedis()]);
+  const pool = openPool(database.url);
+  const listeners = () => pool.eventNames().map((name) => [name, pool.listenerCount(name)]);
+  const before = listeners();
+  const { servers } = openThem(database.url, redis.url, { pool });
+  await withSession(servers.pool, (db) => db.query('SELECT 1'));
+  await servers.close();
+  expect(listeners()).toEqual(before);
+});
+
 test('idle sessions that end together are one warning, and one more after a session was opened again', async () => {
   const { database, servers, lines } = await open();
   const admin = openAdminPool(database.adminUrl);
