@@ -22,11 +22,11 @@ export function createLifecycle(parts: readonly Part[]): Lifecycle {
   let stopping: ReturnType<Lifecycle['stop']> | undefined;
 
   async function stopAll(timeoutMs: number) {
-    const endsAt = Date.now() + timeoutMs;
+    const endsAt = performance.now() + timeoutMs;
     const overran: string[] = [];
     const failed: { name: string; error: Error }[] = [];
     for (const part of started.splice(0).reverse()) {
-      const remainingMs = Math.max(endsAt - Date.now(), GRACE_MS);
+      const remainingMs = Math.max(endsAt - performance.now(), GRACE_MS);
       try {
         await withDeadline(remainingMs + GRACE_MS, Promise.resolve(part.stop?.(remainingMs)));
       } catch (error) {
