@@ -41,13 +41,13 @@ export function createClaimWorker(deps: {
   /** Starts what a tick does besides claiming; not waited for. */
   onTick: () => void;
   /** Starts the work of another schedule, named by the job; not waited for. Answers whether there is such a schedule. */
-  begin?: (name: string) => boolean;
+  begin: (name: string) => boolean;
   /** Makes writers send NOTIFY from now on. */
   arm: Wakeup['arm'];
   scheduler: Pick<Scheduler, 'wake'>;
-  onRefused?: (reason: string) => void;
+  onRefused: (reason: string) => void;
   /** Removes a job that BullMQ cannot read; answers whether it was one. */
-  removeUnreadable?: (jobId: string) => Promise<boolean>;
+  removeUnreadable: (jobId: string) => Promise<boolean>;
   logger: Logger;
 }) {
   const { claim, scheduler, logger } = deps;
@@ -56,7 +56,7 @@ export function createClaimWorker(deps: {
   let again: NodeJS.Timeout | undefined;
 
   async function process({ name }: Run<unknown>): Promise<Fate<void>> {
-    if (deps.begin?.(name)) return COMPLETED;
+    if (deps.begin(name)) return COMPLETED;
     if (name === TICK) deps.onTick();
     else if (name !== WAKE) {
       logger.warn({ job: brief(name) }, FOREIGN_JOB);
@@ -111,9 +111,9 @@ export function createClaimWorker(deps: {
     concurrency: 1,
     timeoutMs: CLAIM_JOB_DEADLINE_MS,
     process,
-    ...(deps.onRefused && { onRefused: deps.onRefused }),
+    onRefused: deps.onRefused,
     async onStalled(jobId) {
-      if (await deps.removeUnreadable?.(jobId).catch(() => false)) logger.warn({ job: jobId }, FOREIGN_JOB);
+      if (await deps.removeUnreadable(jobId).catch(() => false)) logger.warn({ job: jobId }, FOREIGN_JOB);
     },
     onFailed({ error }) {
       // After a delay, not at once: BullMQ would give the new job to this pod, and this pod may be the only one that fails.

@@ -137,7 +137,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
     const server = await identityOf(redis);
     if (server === null) return; // a replica takes no appends
     // Redis may have been emptied since the start: the database that asks first owns the queue.
-    await deps.assertOwner?.();
+    await deps.assertOwner();
     const [found, lookedUp = null] = await redis.mget(key, keys.generation);
     const { generation: here } = await deps.database(lookedUp);
     if (connection !== mine) return;

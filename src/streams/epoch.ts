@@ -69,7 +69,7 @@ export type RenewalDeps = Readonly<{
    */
   database: (known: string | null) => Promise<DatabaseState>;
   /** Rejects when the queue on this Redis belongs to another database. */
-  assertOwner?: () => Promise<void>;
+  assertOwner: () => Promise<void>;
   /** Compares table and streams, and makes unpublished what is missing. After a failure it is run again. */
   recover: (loss: Loss) => Promise<void>;
 }>;
@@ -116,7 +116,7 @@ export async function renewEpoch(
     // This ends the epoch: from here on no pod confirms an append that was made before.
     await redis.set(key, token);
     // Asked once more: if Redis is emptied and given to another database from here on, the token is gone, and no epoch begins.
-    await deps.assertOwner?.();
+    await deps.assertOwner();
     await redis.del(keys.lastEntries);
     const confirm = async () => {
       if ((await redis.get(key)) !== token) throw new EpochOverError();
@@ -144,7 +144,7 @@ export async function renewEpoch(
  */
 export async function endEpoch(deps: RenewalDeps & Readonly<{ timeoutMs: number }>): Promise<void> {
   const { redis, key, timeoutMs } = deps;
-  await deps.assertOwner?.();
+  await deps.assertOwner();
   const endsAt = Date.now() + timeoutMs;
   for (;;) {
     const server = await identityOf(redis);

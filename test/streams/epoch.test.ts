@@ -42,6 +42,8 @@ const database = async (): Promise<DatabaseState> => ({
   generation: GENERATION,
 });
 
+const isOurs = async (): Promise<void> => {};
+
 /** A pod's epoch; `losses` are the comparisons that it was asked for. */
 function startPod(
   options: {
@@ -66,7 +68,7 @@ function startPod(
     ...{ redis, key: KEY, logger: silent },
     database: options.database ?? database,
     accept: (generation) => void accepted.push(generation),
-    ...(options.assertOwner && { assertOwner: options.assertOwner }),
+    assertOwner: options.assertOwner ?? isOurs,
     recover: async (loss) => {
       losses.push(loss);
       await options.recover?.(loss);
@@ -301,7 +303,7 @@ describe('an operator who ends the epoch', () => {
   function end(recover: (loss: Loss) => Promise<void>, timeoutMs = 15_000, on = redis): Promise<void> {
     return endEpoch({
       ...{ redis: on, key: KEY, timeoutMs, recover },
-      database,
+      ...{ database, assertOwner: isOurs },
     });
   }
 
@@ -564,7 +566,7 @@ describe('a database of another generation', () => {
       redis: openRedis(server.url),
       key: KEY,
       timeoutMs: 15_000,
-      database,
+      ...{ database, assertOwner: isOurs },
       recover: async () => {},
     });
     await waitFor(async () => pod.current() === (await admin.get(KEY)), {
@@ -582,7 +584,7 @@ describe('a database of another generation', () => {
       redis: openRedis(server.url),
       key: KEY,
       timeoutMs: 15_000,
-      database,
+      ...{ database, assertOwner: isOurs },
       recover: async () => {},
     });
     const pod = startPod({ database });
