@@ -1,6 +1,6 @@
 import type { RelayConfig } from './config/config.ts';
 import { createGeneration } from './connections/generation.ts';
-import { claimQueue } from './connections/ownership.ts';
+import { becomeOwner } from './connections/ownership.ts';
 import { createWriteProbe } from './connections/preflight.ts';
 import type { Servers } from './connections/servers.ts';
 import { createAcknowledger } from './finalize/acknowledger.ts';
@@ -86,7 +86,7 @@ export function createContext(
     key: streamOptions.epochKey,
     database: outbox.databaseState,
     accept: outbox.accept,
-    assertOwner: () => claimQueue(pool, appendRedis, config),
+    assertOwner: () => becomeOwner(pool, appendRedis, config),
     recover: createRecoverLostData({
       outbox,
       memory,
@@ -106,7 +106,7 @@ export function createContext(
   const jobEpoch = createEpoch({
     redis: queueRedis,
     key: `${keyPrefix}:jobs`,
-    assertOwner: () => claimQueue(pool, queueRedis, config),
+    assertOwner: () => becomeOwner(pool, queueRedis, config),
     // A constant: the epoch of the streams alone handles what PostgreSQL forgets.
     database: async () => ({ ...(await outbox.databaseState()), generation: '-' }),
     async recover() {

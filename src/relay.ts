@@ -3,7 +3,7 @@ import { createClaiming } from './claim/claiming.ts';
 import type { PgPool, RedisClient } from './clients.ts';
 import type { RelayConfig } from './config/config.ts';
 import type { Pool } from './connections/database.ts';
-import { claimQueue } from './connections/ownership.ts';
+import { becomeOwner } from './connections/ownership.ts';
 import { meetRequirements, watchRequirements } from './connections/requirements.ts';
 import { openServers, type Servers } from './connections/servers.ts';
 import { waitForServers } from './connections/wait-for-servers.ts';
@@ -183,7 +183,7 @@ export function createRelay(config: RelayConfig, deps: RelayDeps = {}): Relay {
     await meetRequirements(config, { pool, queueRedis, streamRedis }, { timeoutMs, stopped, logger });
     if (stopped()) return;
     // Of two that find an empty Redis at the same moment, one is refused here.
-    for (const it of new Set([queueRedis, streamRedis])) await claimQueue(pool, it, config);
+    for (const it of new Set([queueRedis, streamRedis])) await becomeOwner(pool, it, config);
     const tracing = deps.tracing === false ? untraced : await tracingOf(config);
     const queues = await openQueues(queueRedis, config, logger, config.startupTimeoutMs);
     // Before any time is written down.

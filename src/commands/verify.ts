@@ -1,7 +1,7 @@
 import type { Command } from 'commander';
 import type { Redis } from 'ioredis';
 import type { RelayConfig } from '../config/config.ts';
-import { claimQueue } from '../connections/ownership.ts';
+import { becomeOwner } from '../connections/ownership.ts';
 import { compareEntryIds, counted } from '../event.ts';
 import { createOutbox } from '../outbox/outbox.ts';
 import type { FinalizedRow } from '../outbox/published.ts';
@@ -87,7 +87,7 @@ const verify = (config: RelayConfig, options: VerifyOptions): Promise<boolean> =
         await endEpoch({
           redis,
           key: epochKey,
-          assertOwner: () => claimQueue(pool, redis, config),
+          assertOwner: () => becomeOwner(pool, redis, config),
           database: outbox.databaseState,
           recover,
           timeoutMs: EPOCH_TIMEOUT_MS,

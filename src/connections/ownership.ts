@@ -93,7 +93,7 @@ export async function assertOurs(pool: Pool, redis: Redis, queue: QueueName, cla
  * @throws {RequirementError} if it belongs to another database
  * @throws {NotReadyError} if a server does not answer
  */
-export const claimQueue = (pool: Pool, redis: Redis, queue: QueueName): Promise<void> =>
+export const becomeOwner = (pool: Pool, redis: Redis, queue: QueueName): Promise<void> =>
   assertOurs(pool, redis, queue, true);
 
 /** This database, the owner of the queue on this Redis, and why the queue cannot be used. */

@@ -10,8 +10,8 @@ import { nextStatementFails } from './session.ts';
 export function createPool(databaseUrl: string, options: pg.PoolConfig = {}): pg.Pool {
   const { preferTls, ...fromUrl } = pgOptions(databaseUrl);
   const pool = new pg.Pool({ ...fromUrl, ...(preferTls && { Client: PreferTlsClient }), ...options });
-  // Ended by the server in the moment it is handed out, a connection says so before its user can listen, and an
-  // error that nobody hears ends the process. Heard, the next statement fails.
+  // Where the server ends a connection while the pool hands it out, the connection emits `error` before its user listens.
+  // Without this listener that would end the process; with it, the next statement fails.
   pool.on('connect', (client) => client.on('error', nextStatementFails));
   return pool;
 }

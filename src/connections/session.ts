@@ -1,6 +1,9 @@
 import type pg from 'pg';
 
-/** Of a session that breaks between two statements: the next one fails. Unheard, the event ends the process. */
+/**
+ * Listens to `error` of a session, which one that breaks between two statements emits. Its next statement fails. Without a
+ * listener the event would end the process.
+ */
 export const nextStatementFails = (): void => {};
 
 /** Runs `work` on one session, outside of a transaction of ours. A session whose work failed leaves the pool. */
@@ -16,7 +19,7 @@ export async function withSession<T>(
     client.off('error', nextStatementFails); // since the release the pool listens
     return result;
   } catch (error) {
-    // It may still have a last word (57P01 while it ends): it keeps its listener.
+    // It may emit one more error while it ends (57P01), so it keeps its listener.
     client.release(error as Error);
     throw error;
   }

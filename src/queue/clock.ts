@@ -3,9 +3,9 @@ import { loop } from '../lifecycle.ts';
 import type { Logger } from '../telemetry/logger.ts';
 
 /**
- * BullMQ writes down by the clock of one pod when a job is due, and finds that it is by the clock of another. With a
- * clock that is an hour ahead, a pod makes every retry of the relay at once; with one that is an hour behind, its own
- * retries come an hour late. So all pods are to go by one clock, that of the queues' Redis.
+ * The pod that puts a job off writes down, by its own clock, when the job is due. The pod that takes due jobs compares that with
+ * its own clock. A pod whose clock is an hour ahead finds every retry of the fleet due at once; the retries that it puts off
+ * are due an hour late for the others. So all pods go by one clock, that of the queues' Redis.
  */
 
 const INTERVAL_MS = 5_000;

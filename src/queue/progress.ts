@@ -40,9 +40,11 @@ export function createProgressWatch(deps: {
   const watches = deps.workplaces.map(watch);
 
   function watch({ workers, queue, deadlineMs, oneByOne }: Workplace) {
-    /** Since when every check has found that, whatever sets the clock; and the job that was next at the last check. */
+    /** Since when each check has found that a job waits beside a free worker. */
     let idleSince: number | undefined;
+    /** Since when each check has found that a job is beyond its deadline. */
     let overdueSince: number | undefined;
+    /** The job that was next at the last check. */
     let next: string | null = null;
 
     /** The job that these workers should take now, or null when it has no reason to take any. */

@@ -59,7 +59,7 @@ export type Queues = ReturnType<typeof createQueues>;
 export const claimQueueName = (queueName: string) => `${queueName}-claim`;
 export const publishQueueName = (queueName: string) => `${queueName}-publish`;
 
-/** Far above what the relay's workers take for a job, be a server slow or away. */
+/** No worker of the relay has a job for longer, however slow a server is: one that does is another program's. */
 const KEPT_MS = 120_000;
 /** Approximate size of a job without its payload. */
 const JOB_BYTES = 800;
