@@ -86,6 +86,7 @@ const STREAM_AT = 0;
 const FACTS_AT = 5;
 /** Approximate upper bound of an entry without its payload. */
 const ENVELOPE_BYTES = 600;
+const bytesOf = ({ payload }: OutboxEvent): number => ENVELOPE_BYTES + payload.length;
 
 export type Streams = ReturnType<typeof createStreams>;
 
@@ -109,7 +110,7 @@ export function createStreams(deps: {
   const letterKey = (eventId: string, madeAt: number): string =>
     hasTwoServers ? `${options.memoryPrefix}:dead:${eventId}:${madeAt}` : options.jobKey(eventId);
 
-  /** How often in a row the connection was lost at the append of a large event, by its id. */
+  /** How often in a row the connection was lost at the append of a large event, or of its dead letter, by its id. */
   const lostAt = new Map<string, number>();
   /** What the next iteration of the event loop sends, by epoch. */
   let requested = new Map<string, Request[]>();
@@ -122,7 +123,7 @@ export function createStreams(deps: {
       const entry = [0, event.eventId, String(madeAt), GATE[gate], event.after ?? '', false, false, letter];
       entry.push(...trimming, '*');
       pushEnvelope(event, entry);
-      const bytes = ENVELOPE_BYTES + event.payload.length;
+      const bytes = bytesOf(event);
       const one: Request = { event, epoch, entry: entry as Request['entry'], bytes, resolve, reject };
       const others = requested.get(epoch);
       if (others) others.push(one);
@@ -170,15 +171,16 @@ export function createStreams(deps: {
         for (const one of some) void call(epoch, [one]);
         return;
       }
-      const reason = refusalByLoss(some, error as Error) ?? (error as Error);
+      const reason = refusalByLoss(some[0]?.event, error as Error) ?? (error as Error);
       for (const it of some) it.reject(reason);
     }
   }
 
   /** A large entry has a call of its own. It counts as refused when the connection is lost there again and again. */
-  function refusalByLoss([first]: readonly Request[], error: Error): Error | undefined {
-    if (first === undefined || first.bytes < LARGE_BYTES || !isConnectionLoss(error)) return undefined;
-    const { event, bytes } = first;
+  function refusalByLoss(event: OutboxEvent | undefined, error: Error): Error | undefined {
+    if (event === undefined || !isConnectionLoss(error)) return undefined;
+    const bytes = bytesOf(event);
+    if (bytes < LARGE_BYTES) return undefined;
     const losses = (lostAt.get(event.eventId) ?? 0) + 1;
     if (lostAt.size >= LOST_AT_KEPT) lostAt.clear();
     lostAt.set(event.eventId, losses);
@@ -222,12 +224,13 @@ export function createStreams(deps: {
         packr.pack(facts ?? false),
         ...[...trimmedTo(options.dlqMaxLen), '*', ...deadLetterFields(event, failure)],
       );
+      lostAt.delete(event.eventId);
       const entryId = entryIdOf(answer);
       if (entryId === undefined) return outcomeOf(answer, epoch, epochs);
       if (answer.startsWith('^')) return { status: 'published', entryId, epoch };
       return { status: answer.startsWith('=') ? 'remembered' : 'appended', entryId, epoch };
     } catch (error) {
-      return outcomeOfFailure(error as Error, epochs);
+      return outcomeOfFailure(refusalByLoss(event, error as Error) ?? (error as Error), epochs);
     }
   }
 
@@ -256,15 +259,14 @@ export function createStreams(deps: {
 
     /**
      * Appends the event to the dead-letter stream, once for each job. Never throws. Answers `published` with the event's
-     * entry when the job remembers one. If Redis does not take a large payload, the dead letter goes without it.
+     * entry when the job remembers one. If Redis refuses a large payload, the dead letter goes without it.
      *
      * @param madeAt of the failed job; null for a dead row whose letter is lost: there may be no job any more
      */
     async deadLetter(failure: Failure, madeAt: number | null): Promise<AppendOutcome | PublishedAfterAll> {
       const { event, reason } = failure;
       const outcome = await appendDeadLetter(failure, madeAt);
-      const isTaken = outcome.status !== 'refused' && outcome.status !== 'unavailable';
-      if (isTaken || event.payload.length < LARGE_BYTES) return outcome;
+      if (outcome.status !== 'refused' || bytesOf(event) < LARGE_BYTES) return outcome;
       await untilConnected(redis);
       return appendDeadLetter({ ...failure, event: { ...event, payload: 'null', withheld: reason } }, madeAt);
     },

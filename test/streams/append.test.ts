@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto';
-import { afterEach, beforeAll, beforeEach, describe, expect, test, vi } from 'vitest';
+import { afterEach, beforeAll, beforeEach, describe, expect, onTestFinished, test, vi } from 'vitest';
 import type { OutboxEvent } from '../../src/event.ts';
 import { withDeadline } from '../../src/lifecycle.ts';
 import { createStreams, type JobFacts } from '../../src/streams/append.ts';
@@ -321,6 +321,54 @@ describe.each(SIDES)('with %s', (side) => {
       expect(outcome).toMatchObject({ status: 'refused', reason: expect.stringMatching(named) });
       expect(JSON.stringify(outcome)).not.toMatch(/user_script|[0-9a-f]{40}|@/);
       expect(await stage.redis.exists(TOPIC)).toBe(0);
+    });
+  });
+
+  describe('the dead letter of a large event', () => {
+    const payload = JSON.stringify('x'.repeat(100_000));
+    let event: OutboxEvent;
+
+    beforeEach(async () => {
+      event = await stage.anEvent({ payload });
+      await stage.giveUp(event);
+    });
+
+    test('has its payload, though for a moment no epoch was known: that is not for its size', async () => {
+      const known = vi.spyOn(stage.epochs, 'known').mockResolvedValueOnce(undefined);
+      onTestFinished(() => known.mockRestore());
+      expect(await stage.streams.deadLetter({ event, ...FAILURE }, MADE_AT)).toEqual(NOT_KNOWN);
+      const letter = await stage.streams.deadLetter({ event, ...FAILURE }, MADE_AT);
+      expect([letter.status, await readStream(stage.redis, DLQ)]).toMatchObject(['appended', [{ payload }]]);
+    });
+
+    test('has it though the connection was lost; where it is lost again and again, the letter goes without', async () => {
+      const redis = await appendConnection(stage.server.url);
+      const pod = createStreams({
+        ...{ redis, epoch: stage.epochs, options: STREAM_OPTIONS },
+        ...(stage.hasTwoServers && { jobFacts: async () => [[String(MADE_AT), true, 6]] as JobFacts[] }),
+      });
+      const commands = redis as unknown as Record<'appendLetter', (...args: unknown[]) => Promise<string>>;
+      const append = commands.appendLetter.bind(redis);
+      let losses = 1;
+      commands.appendLetter = (...args) =>
+        args.includes(payload) && losses-- > 0
+          ? Promise.reject(new Error('Connection is closed.'))
+          : append(...args);
+      const write = () => pod.deadLetter({ event, ...FAILURE }, MADE_AT);
+      expect(await write()).toMatchObject({ status: 'unavailable' });
+      expect([await write(), await readStream(stage.redis, DLQ)]).toMatchObject([
+        ...[{ status: 'appended' }, [{ payload }]],
+      ]);
+
+      event = await stage.anEvent({ payload });
+      await stage.giveUp(event);
+      losses = Number.POSITIVE_INFINITY;
+      const outcomes = [await write(), await write(), await write()];
+      expect(statuses(outcomes)).toEqual(['unavailable', 'unavailable', 'appended']);
+      expect((await readStream(stage.redis, DLQ))[1]).toMatchObject({
+        payload: 'null',
+        payload_withheld: expect.stringContaining('identity.outbox'),
+      });
     });
   });
 
