@@ -11,9 +11,10 @@ export type TableLock = Readonly<{
   table: string;
   /**
    * Several transactions may hold `ROW SHARE`, but none beside `EXCLUSIVE`. Every SELECT takes `ACCESS SHARE`: only
-   * statements that empty, rewrite or alter the table exclude it.
+   * statements that empty, rewrite or alter the table exclude it. Every change of a row takes `ROW EXCLUSIVE`, which CREATE
+   * INDEX excludes as well.
    */
-  mode: 'ACCESS SHARE' | 'ROW SHARE' | 'EXCLUSIVE';
+  mode: 'ACCESS SHARE' | 'ROW SHARE' | 'ROW EXCLUSIVE' | 'EXCLUSIVE';
   /** How long a transaction waits for the lock; 0: not at all. */
   waitMs: number;
 }>;
@@ -132,20 +133,25 @@ export async function heldBy(
 /** @throws {LockHeldError} when one session has held a lock for longer than pods wait for it */
 export async function assertNoLockHeldTooLong(pool: Pool): Promise<void> {
   const { waitMs } = CLAIM_LOCK;
-  for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', waitMs), outboxLock(waitMs)]) {
+  const rowChanges: TableLock = { ...outboxLock(waitMs), mode: 'ROW EXCLUSIVE' };
+  for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', waitMs), rowChanges]) {
     const holder = await holderOf(pool, lock);
     if (holder?.isHeldThroughout) throw new LockHeldError(lock, holder);
   }
 }
 
-const HARMLESS_TO_SHARES = [
-  ...['AccessShareLock', 'RowShareLock', 'RowExclusiveLock'],
-  ...['ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock'],
+const HARMLESS_TO_ROW_CHANGES = [
+  'AccessShareLock',
+  'RowShareLock',
+  'RowExclusiveLock',
+  'ShareUpdateExclusiveLock',
 ];
+const HARMLESS_TO_SHARES = [...HARMLESS_TO_ROW_CHANGES, 'ShareLock', 'ShareRowExclusiveLock'];
 /** Modes that other sessions may hold without making a lock of this mode wait. */
 const HARMLESS: Readonly<Record<TableLock['mode'], readonly string[]>> = {
   'ACCESS SHARE': [...HARMLESS_TO_SHARES, 'ExclusiveLock'],
   'ROW SHARE': HARMLESS_TO_SHARES,
+  'ROW EXCLUSIVE': HARMLESS_TO_ROW_CHANGES,
   EXCLUSIVE: ['AccessShareLock'],
 };
 const ANSWER_MS = 5_000;

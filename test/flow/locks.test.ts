@@ -81,3 +81,27 @@ for (const name of ['relay_claim_lock', 'relay_epoch_lock']) {
     await stage.expectPromisesHeld();
   });
 }
+
+// CREATE INDEX takes the first, with which rows can be read and locked, but not changed; VACUUM FULL takes the second.
+for (const mode of ['SHARE', 'ACCESS EXCLUSIVE']) {
+  test(`while a session keeps the outbox in ${mode} mode a pod is not ready, and names the session`, async () => {
+    const stage = await setStage();
+    const pod = await stage.pod();
+    await expectFlow(stage);
+    const session = await stage.pool.connect();
+    onTestFinished(() => session.release(true));
+    const { rows } = await session.query<{ pid: number }>('SELECT pg_backend_pid() AS pid');
+    await session.query(`BEGIN; LOCK TABLE identity.outbox IN ${mode} MODE`);
+    const holder = `lock on identity.outbox, which process ${rows[0]?.pid} of PostgreSQL holds`;
+    await waitFor(
+      async () => {
+        const answer = await fetch(`${pod.url}/readyz`);
+        return answer.status === 503 && (await answer.text()).includes(holder);
+      },
+      { what: 'the pod to name the holder, and not to be ready', timeoutMs: 60_000 },
+    );
+    await session.query('ROLLBACK');
+    await pod.waitReady();
+    await expectFlow(stage);
+  });
+}
