@@ -75,6 +75,8 @@ const selection = {
 const answer = (description: string, properties: object) => ({
   200: { description, type: 'object', additionalProperties: true, properties },
 });
+/** `POST /api/dlq/discard?dryRun=true` would discard. */
+const NO_QUERY = object({});
 const next = { type: ['string', 'null'], description: 'where to go on; null at the end' };
 const result = {
   done: { type: 'integer', description: 'how many events; of a dry run, how many it would be' },
@@ -300,7 +302,7 @@ export function registerApi(app: FastifyInstance, deps: ApiDeps): void {
           preValidation: [
             // Fastify removes unknown members: `{"filter": {"tpye": …}}` would select everything.
             async (request) => {
-              refuseUnknown(route.schema.querystring, request.query, 'query');
+              refuseUnknown(route.schema.querystring ?? NO_QUERY, request.query, 'query');
               refuseUnknown(route.schema.body, request.body, 'body');
               refuseMistyped(route.schema.body, request.body, 'body');
             },
@@ -361,7 +363,10 @@ function refuseUnknown(schema: unknown, value: unknown, where: string): void {
   if (properties === undefined || typeof value !== 'object' || value === null || Array.isArray(value)) return;
   for (const [name, member] of Object.entries(value)) {
     if (!Object.hasOwn(properties, name))
-      throw new ApiError(400, `${where} has "${name}"; known: ${Object.keys(properties).join(', ')}`);
+      throw new ApiError(
+        400,
+        `${where} has "${name}"; known: ${Object.keys(properties).join(', ') || 'none'}`,
+      );
     refuseUnknown(properties[name], member, `${where}.${name}`);
   }
 }

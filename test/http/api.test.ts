@@ -211,6 +211,12 @@ describe('refused with what is wrong, and nothing is done:', () => {
     ['one id for many', '/dlq/replay', { eventIds: eventId }, 'body/eventIds must be array'],
     ['an id as a URN', '/dlq/replay', { eventIds: [`urn:uuid:${eventId}`] }, 'eventIds/0'],
     ['no end', '/republish', { since: SINCE }, 'until'],
+    [
+      'what belongs into the body',
+      '/dlq/discard?dryRun=true',
+      { all: true, reason: 'x' },
+      'query has "dryRun"; known: none',
+    ],
   ])('%s', async (_, url, body, reason) => {
     expect(await call('POST', url, body)).toEqual({
       status: 400,
