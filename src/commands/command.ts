@@ -155,10 +155,20 @@ export function warnOfUnknownVariables(logger: Logger): void {
 /** JavaScript guesses at any other text: it reads "1" as the year 2001, and a time without a zone as local time. */
 const ISO_8601 = /^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d))?$/i;
 
+/** JavaScript takes 30 February for 2 March. */
+function isInCalendar(given: string): boolean {
+  const day = given.slice(0, 10);
+  return new Date(day).toJSON()?.startsWith(day) ?? false;
+}
+
+/** PostgreSQL has no year 0, and none before it in this form. */
+const isInHistory = (time: number): boolean => new Date(time).getUTCFullYear() > 0;
+
 /** Option parser: a time. */
 export function time(given: string): Date {
-  const date = new Date(ISO_8601.test(given) ? given.replace(' ', 'T') : Number.NaN);
-  if (Number.isNaN(date.getTime()))
+  const isTime = ISO_8601.test(given) && isInCalendar(given);
+  const date = new Date(isTime ? given.replace(' ', 'T') : Number.NaN);
+  if (!isInHistory(date.getTime()))
     throw new InvalidArgumentError('Expected a time with its zone, like 2026-01-31T12:00:00Z.');
   return date;
 }
@@ -173,7 +183,8 @@ export const WHEN =
 export function when(given: string): Date | number {
   if (given === 'now') return 0;
   const [, count, unit] = /^(\d{1,9})([smhd]?)$/.exec(given) ?? [];
-  if (unit !== undefined) return Number(count) * UNIT_MS[(unit || 's') as keyof typeof UNIT_MS];
+  const agoMs = Number(count) * UNIT_MS[(unit || 's') as keyof typeof UNIT_MS];
+  if (isInHistory(Date.now() - agoMs)) return agoMs;
   try {
     return time(given);
   } catch {

@@ -93,7 +93,7 @@ const filters = (command: Command): Command =>
     .option(
       '--error <text>',
       'only errors that contain this, in any case; # stands for numbers and ids, as in list --group',
-      (given) => given.replace(/(?<=.)…$/, ''), // copied from a line that was cut
+      (given) => words(given).replace(/(?<=.)…$/, ''), // copied from a line that was cut
     )
     .option('--since <when>', `given up from then on: ${WHEN}`, when)
     .option('--until <when>', 'given up to then', when)

@@ -34,13 +34,14 @@ const EXIT_PIPE = 141;
 
 /**
  * For commands that print: when the reader of the output goes, as `| head` does, the command ends without a word, as other
- * programs do. Not for a pod, which only logs: where stdout is a pipe, Node.js would make it one that does not block, and a
- * log line that finds it full would hold up the pod.
+ * programs do. Where the output goes to a full disk, it says so. Not for a pod, which only logs: where stdout is a pipe,
+ * Node.js would make it one that does not block, and a log line that finds it full would hold up the pod.
  */
 export function endWithTheReader(): void {
   process.stdout.on('error', (error: NodeJS.ErrnoException) => {
     if (error.code === 'EPIPE') process.exit(EXIT_PIPE);
-    throw error;
+    printError(text`relay: the output cannot be written: ${error.message}`);
+    process.exit(1);
   });
 }
 

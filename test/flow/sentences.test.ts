@@ -21,6 +21,15 @@ test('a command whose output nobody reads to its end stops without a word', asyn
   await expect(ended).rejects.toMatchObject({ code: 141, stderr: expect.not.stringContaining('EPIPE') });
 });
 
+test('a command whose output finds no room on the disk says so, without a stack', async () => {
+  const shell = `"${process.execPath}" dist/cli.js grants --only sql > /dev/full`;
+  const ended = promisify(execFile)('bash', ['-c', shell], { cwd: inject('root'), env: cleanEnvironment() });
+  await expect(ended).rejects.toMatchObject({
+    code: 1,
+    stderr: 'relay: the output cannot be written: ENOSPC: no space left on device, write\n',
+  });
+});
+
 test('a sentence that helps, each', async () => {
   const stage = await setStage();
   const since = (...args: string[]) => ['republish', ...args];
@@ -47,6 +56,12 @@ test('a sentence that helps, each', async () => {
     [['verify', '--since', 'in 1 hour'], 1, /Expected how long ago/],
     [['verify', '--since', '2026-01-31T12:00:00'], 1, /Expected how long ago/],
     [['verify', '--since', '2026-02-30T12:00:00+25:00'], 1, /Expected how long ago/],
+    [['verify', '--since', '2026-02-30'], 1, /Expected how long ago/],
+    [['verify', '--since', '2026-02-30T12:00:00Z'], 1, /Expected how long ago/],
+    [['verify', '--since', '0000-01-01'], 1, /Expected how long ago/],
+    [['prune', '--older-than', '999999999d', '--dry-run'], 1, /Expected how long ago/],
+    [['verify', '--since', '2024-02-29'], 0, /No row has an entry id/],
+    [['verify', '--since', '0001-01-01T00:00:00Z'], 0, /No row has an entry id/],
     [['verify', '--since', '2026-01-31'], 0, /No row has an entry id/],
     [['verify', '--since', '2026-01-31T12:00:00+05:30'], 0, /No row has an entry id/],
     [
@@ -62,6 +77,13 @@ test('a sentence that helps, each', async () => {
     // Said before a server is asked.
     [['dlq', 'replay'], 1, /^relay: name events, use filters, or say --all/, away],
     [['dlq', 'discard', '--reason', 'x'], 1, /^relay: name events, use filters, or say --all/, away],
+    // A variable of a script that is not set: every error contains it.
+    [
+      ['dlq', 'discard', '--error', '', '--reason', 'x', '--yes'],
+      1,
+      /^relay: option '--error <text>' argument '' is invalid\. Expected some words\./,
+      away,
+    ],
     [['dlq', 'list', '--group', '--pruned'], 1, /^relay: --group counts rows/, away],
     [['dlq', 'list', '--since', '2h', '--until', '3h'], 1, /^relay: --since must be earlier/, away],
     [['check'], 0, /^relay: RELAY_FOO is no variable of the relay and has no effect$/m, { RELAY_FOO: '1' }],
