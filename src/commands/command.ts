@@ -6,8 +6,9 @@ import { unknownVariables } from '../config/unknown-variables.ts';
 import type { Pool } from '../connections/database.ts';
 import { assertOurs } from '../connections/ownership.ts';
 import { createPool } from '../connections/pool.ts';
-import { healthyPool } from '../connections/pool-health.ts';
+import { healthyPool, READ_ONLY, ReadOnlyError, sqlState } from '../connections/pool-health.ts';
 import { requireTable } from '../connections/preflight.ts';
+import { refusesEverybody, reasonOf as replyOf } from '../connections/refusals.ts';
 import { FAILS_FAST, openBoth } from '../connections/servers.ts';
 import { waitForServers } from '../connections/wait-for-servers.ts';
 import { NotReadyError } from '../lifecycle.ts';
@@ -63,8 +64,17 @@ export function fail(error: unknown): void {
 
 export function exitCodeOf(error: unknown): number {
   if (error instanceof ConfigError || error instanceof RequirementError) return EXIT.config;
-  return error instanceof NotReadyError ? EXIT.unavailable : EXIT.failed;
+  const isUnavailable = error instanceof NotReadyError || takesNoChanges(error);
+  return isUnavailable ? EXIT.unavailable : EXIT.failed;
 }
+
+/** SQLSTATE of PostgreSQL, also where drizzle has put its error into another one. */
+const stateOf = (error: unknown): string | undefined =>
+  sqlState((error as Error | null)?.cause) ?? sqlState(error);
+
+/** A server is a replica, read-only, full and so on, which may pass. */
+const takesNoChanges = (error: unknown): boolean =>
+  stateOf(error) === READ_ONLY || (error instanceof Error && refusesEverybody(error));
 
 const OUTBOX = /identity|outbox/;
 
@@ -72,7 +82,13 @@ const OUTBOX = /identity|outbox/;
 export function reasonOf(error: unknown): string {
   const reason = errorText(error);
   const { code } = ((error as Error | null)?.cause ?? error ?? {}) as { code?: string };
+  if (error instanceof Error && refusesEverybody(error))
+    return `Redis refuses changes now: ${replyOf(error)}`;
   switch (code) {
+    case READ_ONLY:
+      return error instanceof ReadOnlyError
+        ? reason
+        : `PostgreSQL refuses changes: let RELAY_DATABASE_URL lead to the primary (${reason})`;
     case '3F000':
     case '42P01':
       return OUTBOX.test(reason)

@@ -27,7 +27,7 @@ export const sqlState = (error: unknown): string | undefined => {
 
 /** The plan of a named statement does not fit its altered table, or the server is in recovery and takes no writes. */
 const NOT_SUPPORTED = '0A000';
-const READ_ONLY = '25006';
+export const READ_ONLY = '25006';
 /** Behind a pooler that changes the session with each transaction, a named statement is unknown, or exists already. */
 export const STATEMENT_FORGOTTEN = new Set(['26000', '42P05']);
 

@@ -24,9 +24,12 @@ export const reasonOf = (error: Error): string =>
     .replace(/ script: [0-9a-f]{40}, on @user_script:\d+\.?$/, '')
     .slice(0, 500);
 
+/** Whether Redis takes no request, or no change, from anybody now: it is full, read-only, loading and so on. */
+export const refusesEverybody = (error: Error): boolean =>
+  error.name === 'ReplyError' && NOBODY_NOW.test(reasonOf(error));
+
 /** Whether Redis refuses this very request; otherwise it takes none now, or there was no answer. */
-export const isRefusal = (error: Error): boolean =>
-  error.name === 'ReplyError' && !NOBODY_NOW.test(reasonOf(error));
+export const isRefusal = (error: Error): boolean => error.name === 'ReplyError' && !refusesEverybody(error);
 
 /** Whether the connection was lost between a request and its answer, where lost requests are not sent again. */
 export const isConnectionLoss = (error: Error): boolean =>

@@ -1,14 +1,18 @@
 import {
   isNoAnswer,
   NO_SESSION_FREE,
+  READ_ONLY,
   sqlState,
   TOO_MANY_SESSIONS,
   TooFewSessionsError,
 } from '../connections/pool-health.ts';
-import { isLost } from '../connections/refusals.ts';
+import { isLost, refusesEverybody } from '../connections/refusals.ts';
 import { createSpacedWarnings, type Logger } from '../telemetry/logger.ts';
 
-/** What requests over HTTP are told while a server cannot be reached, or has no session for them: nothing else of it. */
+/**
+ * What requests over HTTP are told while a server cannot be reached, refuses everybody, or has no session for them: nothing
+ * else of it.
+ */
 
 /** Seconds; a server that was restarted is back by then. */
 export const RETRY_AFTER = '5';
@@ -31,6 +35,12 @@ function serverOf(error: Error): 'Redis' | 'PostgreSQL' | undefined {
   return isAway ? 'PostgreSQL' : undefined;
 }
 
+/** What takes no changes now, as after a failover to a replica. */
+function refuserOf(error: Error): 'Redis' | 'PostgreSQL' | undefined {
+  if (refusesEverybody(error)) return 'Redis';
+  return sqlState(error) === READ_ONLY ? 'PostgreSQL' : undefined;
+}
+
 const areSessionsInUse = (error: Error): boolean =>
   error instanceof TooFewSessionsError ||
   error.message.startsWith(NO_SESSION_FREE) ||
@@ -49,6 +59,15 @@ export function createUnreachable(logger: Logger) {
         'all database sessions are in use; requests to the dashboard and the HTTP API get a 503',
       );
       return 'all database sessions are in use; try again';
+    }
+    const refuser = refuserOf(error);
+    if (refuser !== undefined) {
+      warn(
+        { err: error, server: refuser },
+        'a server refuses changes; requests to the dashboard and the HTTP API get a 503',
+        `${refuser} refuses`,
+      );
+      return `${refuser} refuses changes now; try again`;
     }
     const server = serverOf(error);
     if (server === undefined) return undefined;

@@ -144,6 +144,33 @@ test('before relay migrate every command says what to do, and names no figure th
   }
 });
 
+test('a server that takes no changes is one that is not ready, in words and exit code', async () => {
+  const stage = await setStage();
+  await insertEvents(stage.pool, someEvents(2));
+  await stage.pool.query('UPDATE identity.outbox SET attempts = 1, dead_lettered_at = now()');
+  const said = async (...args: string[]) => {
+    const { code, lines } = await stage.command(args);
+    return [code, lines.at(-1)];
+  };
+  await stage.redis.replicaof('127.0.0.1', 1);
+  expect(await said('own', '--yes')).toEqual([
+    69,
+    expect.stringMatching(/^relay: Redis refuses changes now: READONLY You can't write/),
+  ]);
+  await stage.redis.replicaof('NO', 'ONE');
+  const { rows } = await stage.pool.query<{ name: string }>('SELECT current_database() AS name');
+  await stage.pool.query(`ALTER DATABASE ${rows[0]?.name} SET default_transaction_read_only = on`);
+  expect(await said('dlq', 'replay', '--all', '--yes')).toEqual([
+    69,
+    expect.stringMatching(/^relay: no session can write/),
+  ]);
+  expect(await said('migrate')).toEqual([
+    69,
+    'relay: PostgreSQL refuses changes: let RELAY_DATABASE_URL lead to the primary ' +
+      '(cannot execute ALTER TABLE in a read-only transaction)',
+  ]);
+});
+
 test('a database that is not there is no server that cannot be reached', async () => {
   const { adminUrl } = await createDatabase({ template: false });
   const nowhere = new URL(adminUrl);

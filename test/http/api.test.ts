@@ -1,6 +1,6 @@
 import { type FastifyInstance, fastify } from 'fastify';
 import { beforeEach, describe, expect, test } from 'vitest';
-import { TooFewSessionsError } from '../../src/connections/pool-health.ts';
+import { ReadOnlyError, TooFewSessionsError } from '../../src/connections/pool-health.ts';
 import { type ApiDeps, registerApi } from '../../src/http/api.ts';
 import { NotReadyError } from '../../src/lifecycle.ts';
 import { CursorError } from '../../src/operations/cursor.ts';
@@ -343,6 +343,37 @@ test.each([
   expect(logged).toEqual([
     'warn: all database sessions are in use; requests to the dashboard and the HTTP API get a 503',
   ]);
+});
+
+const readOnly = (message: string) => Object.assign(new Error(message), { code: '25006', severity: 'ERROR' });
+const reply = (message: string) => Object.assign(new Error(message), { name: 'ReplyError' });
+
+test.each([
+  ['Redis', reply("READONLY You can't write against a read only replica. script: 57, on @user_script:123.")],
+  ['Redis', reply("OOM command not allowed when used memory > 'maxmemory'.")],
+  ['PostgreSQL', readOnly('cannot execute UPDATE in a read-only transaction')],
+  ['PostgreSQL', new ReadOnlyError(true)],
+])(
+  'while %s takes no changes (%s) a request is told so, and that it may come again',
+  async (server, error) => {
+    fail = error;
+    const headers = { 'x-role': 'operator' };
+    const answer = await app.inject({
+      ...{ method: 'POST', url: '/api/dlq/replay', payload: { all: true }, headers },
+    });
+    expect([answer.statusCode, answer.headers['retry-after'], answer.json()]).toEqual([
+      ...[503, '5'],
+      { error: `${server} refuses changes now; try again` },
+    ]);
+    expect(logged).toEqual([
+      'warn: a server refuses changes; requests to the dashboard and the HTTP API get a 503',
+    ]);
+  },
+);
+
+test('a request that Redis refuses for itself is no outage', async () => {
+  fail = reply('WRONGTYPE Operation against a key holding the wrong kind of value');
+  expect((await call('GET', '/dlq')).status).toBe(500);
 });
 
 test('an error of our own is no outage', async () => {
