@@ -66,8 +66,7 @@ export function createWebServer(deps: {
     requestTimeout: 10_000,
     http: { headersTimeout: HEADERS_TIMEOUT_MS, connectionsCheckingInterval: CHECK_TIMEOUTS_EVERY_MS },
     trustProxy: trustedProxies.length > 0 && [...trustedProxies],
-    rewriteUrl: ({ url = '/' }) =>
-      basePath !== '' && url.startsWith(`${basePath}/`) ? url.slice(basePath.length) : url,
+    rewriteUrl: ({ url = '/' }) => withoutPrefix(url, basePath),
   });
   app.server.maxConnections = MAX_CONNECTIONS;
   const pace = createPace(PACE);
@@ -145,6 +144,20 @@ export function createWebServer(deps: {
       return typeof address === 'object' && address ? address.port : deps.port;
     },
   };
+}
+
+const OURS =
+  /^\/(?:|livez|readyz|health|health\/detailed|metrics|login|logout|board|board\/.*|api\/(?:dlq|dlq\/.*|republish|openapi\.json))$/;
+
+/**
+ * The URL without the path of the proxy, where the proxy has left it. A path that begins like one of ours, as `/board`, may
+ * be our own: `/board/api/queues` is, since there is no `/api/queues`.
+ */
+function withoutPrefix(url: string, basePath: string): string {
+  const [path = ''] = url.split('?');
+  if (basePath === '' || !`${path}/`.startsWith(`${basePath}/`)) return url;
+  if (path === basePath) return OURS.test(path) ? url : '/';
+  return OURS.test(path.slice(basePath.length)) ? url.slice(basePath.length) : url;
 }
 
 const OF_DASHBOARD = /^\/(?:|login|board|board\/.*|api\/.*)$/;

@@ -317,6 +317,38 @@ test('the board alone asks nothing of another host, under a path of a proxy as w
   expect(alone.logs().at(-1)).toMatchObject({ level: 'info', msg: 'stopped' });
 });
 
+test('a path of a proxy may be one of the relay’s own, and may be asked for without a slash at its end', async () => {
+  const stage = await setStage();
+  for (const [basePath, paths] of [
+    ['/board', ['/board', '/board/board']],
+    ['/api', ['/board', '/api/board']],
+    ['/health', ['/board', '/health/board']],
+  ] as const) {
+    const alone = await stage.spawn(['board'], {
+      ...{ RELAY_BOARD_USERS: await boardUsers(), RELAY_BOARD_BASE_PATH: basePath },
+    });
+    await alone.waitReady();
+    const get = (path: string) =>
+      fetch(alone.url + path, { redirect: 'manual', headers: { authorization: basicOf('vera') } });
+    // The proxy takes its path away, or leaves it.
+    for (const board of paths)
+      for (const path of [board, `${board}/queue/relay-publish`, `${board}/api/queues`])
+        expect((await get(path)).status, `${path} under ${basePath}`).toBe(200);
+    for (const path of ['/health/detailed', '/api/dlq?limit=1'])
+      for (const before of ['', basePath])
+        expect((await get(before + path)).status, `${before}${path} under ${basePath}`).toBe(200);
+    await alone.kill('SIGTERM');
+  }
+  const alone = await stage.spawn(['board'], {
+    ...{ RELAY_BOARD_USERS: await boardUsers(), RELAY_BOARD_BASE_PATH: '/ops' },
+  });
+  await alone.waitReady();
+  for (const path of ['/ops', '/ops?x=1', '/ops/']) {
+    const { status, headers } = await fetch(alone.url + path, { redirect: 'manual' });
+    expect([status, headers.get('location')], path).toEqual([303, '/ops/board']);
+  }
+});
+
 test('while a server is away board and API answer 503 with its name, no address, and when to try again; then they work again', async () => {
   const stage = await setStage();
   const redis = await startProxy(stage.server.port);
