@@ -6,7 +6,14 @@ import { unknownVariables } from '../config/unknown-variables.ts';
 import type { Pool } from '../connections/database.ts';
 import { assertOurs } from '../connections/ownership.ts';
 import { createPool } from '../connections/pool.ts';
-import { healthyPool, READ_ONLY, ReadOnlyError, sqlState } from '../connections/pool-health.ts';
+import {
+  healthyPool,
+  isNoAnswer,
+  READ_ONLY,
+  ReadOnlyError,
+  sqlState,
+  TIMED_OUT,
+} from '../connections/pool-health.ts';
 import { requireTable } from '../connections/preflight.ts';
 import { refusesEverybody, reasonOf as replyOf } from '../connections/refusals.ts';
 import { FAILS_FAST, openBoth } from '../connections/servers.ts';
@@ -64,17 +71,18 @@ export function fail(error: unknown): void {
 
 export function exitCodeOf(error: unknown): number {
   if (error instanceof ConfigError || error instanceof RequirementError) return EXIT.config;
-  const isUnavailable = error instanceof NotReadyError || takesNoChanges(error);
-  return isUnavailable ? EXIT.unavailable : EXIT.failed;
+  return error instanceof NotReadyError || isUnavailable(error) ? EXIT.unavailable : EXIT.failed;
 }
 
 /** SQLSTATE of PostgreSQL, also where drizzle has put its error into another one. */
 const stateOf = (error: unknown): string | undefined =>
   sqlState((error as Error | null)?.cause) ?? sqlState(error);
 
-/** A server is a replica, read-only, full and so on, which may pass. */
-const takesNoChanges = (error: unknown): boolean =>
-  stateOf(error) === READ_ONLY || (error instanceof Error && refusesEverybody(error));
+/** A server is a replica, read-only, full and so on, or did not answer in time: that may pass. */
+const isUnavailable = (error: unknown): boolean =>
+  [READ_ONLY, TIMED_OUT].includes(stateOf(error) ?? '') ||
+  isNoAnswer(error) ||
+  (error instanceof Error && refusesEverybody(error));
 
 const OUTBOX = /identity|outbox/;
 
@@ -89,6 +97,8 @@ export function reasonOf(error: unknown): string {
       return error instanceof ReadOnlyError
         ? reason
         : `PostgreSQL refuses changes: let RELAY_DATABASE_URL lead to the primary (${reason})`;
+    case TIMED_OUT:
+      return `PostgreSQL did not do this in time: ${reason}`;
     case '3F000':
     case '42P01':
       return OUTBOX.test(reason)

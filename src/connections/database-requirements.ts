@@ -20,8 +20,9 @@ import { hasWakeup, hearsNotifications, isWakeupOff, notifyQueueUsage } from '..
 import { advice, type Finding, failed, failedFor, ok, type Requirement } from '../requirement.ts';
 import { errorText } from '../telemetry/logger.ts';
 import { type Pool, type Queryable, transaction } from './database.ts';
-import { sqlState, TooFewSessionsError } from './pool-health.ts';
+import { READ_ONLY, sqlState, TIMED_OUT, TooFewSessionsError } from './pool-health.ts';
 import { withSession } from './session.ts';
+import { rowsHeldBy } from './table-lock.ts';
 
 /** What the relay needs of PostgreSQL, of the table and of its role there. */
 
@@ -78,7 +79,6 @@ const QUEUE_IS_FILLING = 0.01;
  */
 const PASSES = /^(08|40|53|55P|55006|57)/;
 const NO_RIGHT = '42501';
-const READ_ONLY = '25006';
 /** SQLSTATEs of who may not log in (28), and of a database that is not there (3D). */
 const NO_SUCH_LOGIN = /^(28|3D)/;
 /** Of the system, of TLS and of node-postgres: no server answers at this address, or another kind of server. */
@@ -238,7 +238,7 @@ async function hasNoNulls({ pool }: OnDatabase): Promise<Finding | undefined> {
     if (withNulls.length > 0) return failed(nullsIn(withNulls));
   } catch (error) {
     // A table too large to be read at each start.
-    if (sqlState(error) !== '57014') throw error;
+    if (sqlState(error) !== TIMED_OUT) throw error;
   }
   return advice(`${may}: ALTER TABLE identity.outbox ${set}`);
 }
@@ -257,7 +257,11 @@ async function showsRows({ pool, config }: OnDatabase): Promise<Finding | undefi
 const STATEMENT_MS = 4_000;
 
 async function claims({ pool, config, waitedMs }: OnDatabase): Promise<Finding> {
-  if (!(await tryClaim(pool, { ...config, statementTimeoutMs: STATEMENT_MS }, waitedMs)))
+  const options = { ...config, statementTimeoutMs: STATEMENT_MS };
+  const changes = await tryClaim(pool, options, waitedMs).catch(async (error) => {
+    throw (sqlState(error) === TIMED_OUT && (await rowsHeldBy(pool, STATEMENT_MS))) || error;
+  });
+  if (!changes)
     return failed(
       'a row stays as it is when the relay changes it, without an error: a trigger BEFORE UPDATE on identity.outbox returns NULL; let it return NEW',
     );

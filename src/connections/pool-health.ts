@@ -28,6 +28,8 @@ export const sqlState = (error: unknown): string | undefined => {
 /** The plan of a named statement does not fit its altered table, or the server is in recovery and takes no writes. */
 const NOT_SUPPORTED = '0A000';
 export const READ_ONLY = '25006';
+/** A statement has taken as long as it may. */
+export const TIMED_OUT = '57014';
 /** Behind a pooler that changes the session with each transaction, a named statement is unknown, or exists already. */
 export const STATEMENT_FORGOTTEN = new Set(['26000', '42P05']);
 

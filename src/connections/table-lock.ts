@@ -130,11 +130,20 @@ export async function heldBy(
   return new LockHeldError(locks[0], undefined);
 }
 
+/** What every change of a row takes. */
+const rowChanges = (waitMs: number): TableLock => ({ ...outboxLock(waitMs), mode: 'ROW EXCLUSIVE' });
+
+/** The error that names who keeps others from changing rows, for one who waited so long; undefined where nobody does. */
+export async function rowsHeldBy(pool: Pool, waitedMs: number): Promise<LockHeldError | undefined> {
+  const lock = rowChanges(waitedMs);
+  const holder = await holderOf(pool, lock).catch(() => undefined);
+  return holder && new LockHeldError(lock, holder);
+}
+
 /** @throws {LockHeldError} when one session has held a lock for longer than pods wait for it */
 export async function assertNoLockHeldTooLong(pool: Pool): Promise<void> {
   const { waitMs } = CLAIM_LOCK;
-  const rowChanges: TableLock = { ...outboxLock(waitMs), mode: 'ROW EXCLUSIVE' };
-  for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', waitMs), rowChanges]) {
+  for (const lock of [CLAIM_LOCK, epochLock('ROW SHARE', waitMs), rowChanges(waitMs)]) {
     const holder = await holderOf(pool, lock);
     if (holder?.isHeldThroughout) throw new LockHeldError(lock, holder);
   }

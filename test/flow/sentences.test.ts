@@ -171,6 +171,26 @@ test('a server that takes no changes is one that is not ready, in words and exit
   ]);
 });
 
+test('a table that a session keeps locked is no failure of the command, and check names the session', async () => {
+  const stage = await setStage();
+  const session = await stage.pool.connect();
+  onTestFinished(() => session.release(true));
+  const { rows } = await session.query<{ pid: number }>('SELECT pg_backend_pid() AS pid');
+  const keep = (mode: string) => session.query(`ROLLBACK; BEGIN; LOCK TABLE identity.outbox IN ${mode} MODE`);
+  await keep('SHARE');
+  const { code, lines } = await stage.command(['check']);
+  expect(code).toBe(1);
+  expect(lines.find((line) => line.startsWith('failed'))).toMatch(
+    new RegExp(`claim .*waited 4 s for the lock on identity.outbox, which process ${rows[0]?.pid} of`),
+  );
+  await keep('ACCESS EXCLUSIVE');
+  const listed = await stage.command(['dlq', 'list']);
+  expect([listed.code, listed.lines.at(-1)]).toEqual([
+    69,
+    'relay: PostgreSQL did not do this in time: canceling statement due to statement timeout',
+  ]);
+});
+
 test('a database that is not there is no server that cannot be reached', async () => {
   const { adminUrl } = await createDatabase({ template: false });
   const nowhere = new URL(adminUrl);
