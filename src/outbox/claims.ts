@@ -85,15 +85,15 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
          ) c
          WHERE ${SAME_ID('o', 'c')} AND CASE WHEN o.published THEN false
            ELSE o.next_attempt_at IS NULL OR o.next_attempt_at = 'infinity' AND o.dead_lettered_at IS NULL END
-         RETURNING c.parked, c.after, o.*
+         RETURNING c.parked AS relay_parked, c.after AS relay_after, o.*
        ) ${eventsOf('claimed', maxEventBytes, {
-         columns: `o.parked, o.after, (SELECT count(*) FROM fresh)::int AS seen,
+         columns: `o.relay_parked AS parked, o.relay_after AS after, (SELECT count(*) FROM fresh)::int AS seen,
            (SELECT count(*) FROM leasable)::int AS leasable, (SELECT count(*) FROM leased)::int AS "leasedRows",
            (o.attempts > 0 OR o.replayed_at IS NOT NULL OR o.published_at IS NOT NULL) AS "mayHaveJob",
            ${ENTRY_ID('o')} AS "knownEntry",`,
          ...(kind === 'withheld'
            ? { printed: 'false', otherwise: '$5::text' }
-           : { printed: 'NOT o.parked', unasked: kind === 'unasked' }),
+           : { printed: 'NOT o.relay_parked', unasked: kind === 'unasked' }),
        })}`,
       values: [
         ...[streamName, limit, claimLeaseMs],

@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import { expect, test } from 'vitest';
-import { anEvent, createOldTable, insertEvents } from '../support/events.ts';
+import { anEvent, createOldTable, insertEvents, someEvents } from '../support/events.ts';
 import { STREAM, type Stage, setStage } from '../support/flow.ts';
 import { createDatabase } from '../support/servers.ts';
 import type { AdminPool } from '../support/stages.ts';
@@ -151,4 +151,31 @@ test('an open transaction of a writer does not keep the migration of an old tabl
   } finally {
     writer.release();
   }
+});
+
+test('a table with columns and a trigger of its own is adopted, whatever the columns are called', async () => {
+  const { adminUrl } = await createDatabase({ template: false });
+  const stage = await setStage({ databaseUrl: adminUrl });
+  await createOldTable(stage.pool);
+  // Names that the relay's statements use, too.
+  const names = ['parked', 'after', 'before', 'place', 'blocked', 'taken', 'seen', 'leasable', 'trace', 'text', 'bytes'];
+  names.push('flaw', 'entry_id', 'failed', 'is_leased', 'kind', 'live', 'headers', 'o', 'c', 'w', 'json', 'own', 'locked');
+  await stage.pool.query(`
+    ALTER TABLE identity.outbox ${names.map((name) => `ADD COLUMN "${name}" text DEFAULT 'x'`).join(', ')},
+      ADD COLUMN lock_version int NOT NULL DEFAULT 0,
+      ADD COLUMN day date GENERATED ALWAYS AS ((created_at AT TIME ZONE 'UTC')::date) STORED;
+    CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS
+      $$ BEGIN NEW.lock_version := OLD.lock_version + 1; RETURN NEW; END $$;
+    CREATE TRIGGER touch BEFORE UPDATE ON identity.outbox FOR EACH ROW EXECUTE FUNCTION touch()`);
+  const migrated = await stage.command(['migrate']);
+  expect(migrated.code, migrated.lines.join('\n')).toBe(0);
+  await stage.pod();
+  const hopeless = anEvent({ topic: '' });
+  await insertEvents(stage.pool, [...someEvents(300, 1), ...someEvents(100), hopeless]);
+  await stage.rested();
+  expect(await stage.entries()).toHaveLength(400);
+  await stage.redis.flushall();
+  await waitFor(async () => (await stage.redis.xlen(STREAM)) === 400, { what: 'all to be there again' });
+  await stage.rested();
+  await stage.expectPromisesHeld();
 });
