@@ -200,9 +200,14 @@ export function createPublish(deps: {
         const standing = await deps.rows.standingOf(event.eventId, isFirst ? predecessor : null);
         if (standing.kind === 'over') return { status: 'over' };
         if (standing.kind === 'early') {
-          if (standing.after === null || standing.after === after) return { status: 'early' };
-          answer = { epoch, gate: 'after', after: standing.after };
-          continue;
+          if (standing.after !== null && standing.after !== after) {
+            answer = { epoch, gate: 'after', after: standing.after };
+            continue;
+          }
+          // The event before has a lease and no job. Its lease may have hours left, and what waits for it takes up room.
+          if (outcome.status === 'ask-rows' && standing.after !== null && run.starts >= EARLY_STARTS)
+            await outbox.expireLeasesOf([standing.after]);
+          return { status: 'early' };
         }
         // The claim that leased both rows may not have committed yet, or the predecessor is fresh and the next claim takes
         // it: the event stays early.

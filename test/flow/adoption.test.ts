@@ -158,8 +158,34 @@ test('a table with columns and a trigger of its own is adopted, whatever the col
   const stage = await setStage({ databaseUrl: adminUrl });
   await createOldTable(stage.pool);
   // Names that the relay's statements use, too.
-  const names = ['parked', 'after', 'before', 'place', 'blocked', 'taken', 'seen', 'leasable', 'trace', 'text', 'bytes'];
-  names.push('flaw', 'entry_id', 'failed', 'is_leased', 'kind', 'live', 'headers', 'o', 'c', 'w', 'json', 'own', 'locked');
+  const names = [
+    'parked',
+    'after',
+    'before',
+    'place',
+    'blocked',
+    'taken',
+    'seen',
+    'leasable',
+    'trace',
+    'text',
+    'bytes',
+  ];
+  names.push(
+    'flaw',
+    'entry_id',
+    'failed',
+    'is_leased',
+    'kind',
+    'live',
+    'headers',
+    'o',
+    'c',
+    'w',
+    'json',
+    'own',
+    'locked',
+  );
   await stage.pool.query(`
     ALTER TABLE identity.outbox ${names.map((name) => `ADD COLUMN "${name}" text DEFAULT 'x'`).join(', ')},
       ADD COLUMN lock_version int NOT NULL DEFAULT 0,

@@ -389,3 +389,21 @@ test('jobs that are not the relay’s are ignored with a line in the log, whatev
   expect(pod.logs().filter(({ level }) => level === 'error')).toEqual([]);
   await stage.expectPromisesHeld();
 });
+
+test('rows that are written as if they had jobs hold up neither others nor, for long, what is behind them', async () => {
+  const stage = await setStage({ env: { RELAY_MAX_IN_FLIGHT: '40', RELAY_POLL_INTERVAL: '0.5' } });
+  await stage.pod();
+  const aggregates = Array.from({ length: 60 }, () => anEvent().aggregateId);
+  // Until then the relay would leave them to their jobs.
+  await stage.pool.query(
+    `INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)
+     SELECT 'Later', aggregate_id, '{}', now() + interval '1 hour' FROM unnest($1::uuid[]) aggregate_id`,
+    [aggregates],
+  );
+  await insertEvents(stage.pool, [
+    ...aggregates.map((aggregateId) => anEvent({ aggregateId })),
+    ...someEvents(20),
+  ]);
+  await stage.rested();
+  await stage.expectPromisesHeld();
+});

@@ -511,6 +511,24 @@ describe('the gate', () => {
     expect(questions).toHaveLength(2);
   });
 
+  test('ends the lease of the event before when that has had no job for a while', async () => {
+    const ended: string[] = [];
+    const { publish, standings } = setUp([ASK_ROWS], {
+      outbox: {
+        expireLeasesOf: async (eventIds) => void ended.push(...eventIds),
+        recordFailure: async () => {},
+      },
+    });
+    const attempt = async (starts: number) => {
+      standings.push({ kind: 'early', after: before });
+      return publish.process(aRun(anEvent({ after: before }), { starts }));
+    };
+    expect(await attempt(5)).toEqual({ kind: 'delayed', ms: 800 });
+    expect(ended).toEqual([]);
+    expect(await attempt(6)).toEqual({ kind: 'delayed', ms: 1_000 });
+    expect(ended).toEqual([before]);
+  });
+
   test('that was released answers the entry all the same, where there is one', async () => {
     const { publish, standings, steps } = setUp([
       ASK_ROWS,
