@@ -59,6 +59,8 @@ export function createWebServer(deps: {
   const readyChecks = shareAnswers(SHARED_MS, deps.health.ready);
   const allChecks = shareAnswers(SHARED_MS, deps.health.detailed);
   const service = { service: 'relay-service', version: deps.version };
+  const routes: RegExp[] = [];
+  const isOurs = (path: string): boolean => routes.some((route) => route.test(path));
   const app = fastify({
     logger: false,
     schemaController: NO_SCHEMAS,
@@ -66,9 +68,12 @@ export function createWebServer(deps: {
     requestTimeout: 10_000,
     http: { headersTimeout: HEADERS_TIMEOUT_MS, connectionsCheckingInterval: CHECK_TIMEOUTS_EVERY_MS },
     trustProxy: trustedProxies.length > 0 && [...trustedProxies],
-    rewriteUrl: ({ url = '/' }) => withoutPrefix(url, basePath),
+    rewriteUrl: ({ url = '/' }) => withoutPrefix(url, basePath, isOurs),
   });
   app.server.maxConnections = MAX_CONNECTIONS;
+  app.addHook('onRoute', ({ url }) => {
+    routes.push(new RegExp(`^${url.replaceAll(/:\w+/g, '[^/]+').replace('*', '.*')}$`));
+  });
   const pace = createPace(PACE);
   app.addHook('onRequest', async (_request, reply) => {
     try {
@@ -146,18 +151,15 @@ export function createWebServer(deps: {
   };
 }
 
-const OURS =
-  /^\/(?:|livez|readyz|health|health\/detailed|metrics|login|logout|board|board\/.*|api\/(?:dlq|dlq\/.*|republish|openapi\.json))$/;
-
 /**
  * The URL without the path of the proxy, where the proxy has left it. A path that begins like one of ours, as `/board`, may
  * be our own: `/board/api/queues` is, since there is no `/api/queues`.
  */
-function withoutPrefix(url: string, basePath: string): string {
+function withoutPrefix(url: string, basePath: string, isOurs: (path: string) => boolean): string {
   const [path = ''] = url.split('?');
   if (basePath === '' || !`${path}/`.startsWith(`${basePath}/`)) return url;
-  if (path === basePath) return OURS.test(path) ? url : '/';
-  return OURS.test(path.slice(basePath.length)) ? url.slice(basePath.length) : url;
+  if (path === basePath) return isOurs(path) ? url : '/';
+  return isOurs(path.slice(basePath.length)) ? url.slice(basePath.length) : url;
 }
 
 const OF_DASHBOARD = /^\/(?:|login|board|board\/.*|api\/.*)$/;
