@@ -332,7 +332,7 @@ test('a path of a proxy may be one of the relay’s own, and may be asked for wi
       fetch(alone.url + path, { redirect: 'manual', headers: { authorization: basicOf('vera') } });
     // The proxy takes its path away, or leaves it.
     for (const board of paths)
-      for (const path of [board, `${board}/queue/relay-publish`, `${board}/api/queues`])
+      for (const path of [board, `${board}/queue/relay-publish/a:b`, `${board}/api/queues`])
         expect((await get(path)).status, `${path} under ${basePath}`).toBe(200);
     for (const path of ['/health/detailed', '/api/dlq?limit=1'])
       for (const before of ['', basePath])
