@@ -132,7 +132,7 @@ export function createPublish(deps: {
 
   async function attempt(event: OutboxEvent, run: PublishRun, expiresAt: number): Promise<Attempt> {
     // Outside the guard: an event that is published alone must not make the others wait for the epoch.
-    if (epochs.current() === undefined) await epochs.known();
+    await epochs.known();
     const work = () => checkAndAppend(event, run);
     const outcome =
       run.stalls > 0

@@ -84,8 +84,11 @@ const CALLS_IN_RUN = 40;
 /** Interval at which the same is said of a stream again, by all pods together. */
 const REPEAT_AFTER_MS = 60_000;
 
-/** Redis refuses what it was asked, maybe for this one stream only; anything else is trouble with all of them. */
-const isRefusal = (error: unknown): error is Error => error instanceof Error && error.name === 'ReplyError';
+/**
+ * Whether Redis has answered with an error, maybe for this one stream only; anything else is trouble with all of them. Unlike
+ * isRefusal of refusals.ts it includes a full Redis, which goes on trimming.
+ */
+const isReply = (error: unknown): error is Error => error instanceof Error && error.name === 'ReplyError';
 
 /** @param redis the append connection */
 export function createTrimmer(
@@ -156,7 +159,7 @@ export function createTrimmer(
     async run(goesOn: () => boolean): Promise<number> {
       let refusal: Error | undefined;
       const refused = (what: string) => (error: unknown) => {
-        if (!isRefusal(error)) throw error;
+        if (!isReply(error)) throw error;
         refusal ??= new Error(`${what}: ${error.message}`, { cause: error });
         return 0;
       };
