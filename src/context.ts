@@ -85,7 +85,7 @@ export function createContext(
     redis: appendRedis,
     key: streamOptions.epochKey,
     database: outbox.databaseState,
-    accept: outbox.accept,
+    accept: generation.accept,
     assertOwner: () => becomeOwner(pool, appendRedis, config),
     recover: createRecoverLostData({
       outbox,

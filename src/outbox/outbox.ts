@@ -54,7 +54,4 @@ export const createOutbox = (pool: Pool, options: OutboxOptions) => ({
    */
   databaseState: (known?: string | null): Promise<DatabaseState> =>
     (pool.generation ?? createGeneration()).read(pool, options.statementTimeoutMs, known),
-
-  /** From now on transactions of any other generation fail. */
-  accept: (generation: string): void => pool.generation?.accept(generation),
 });

@@ -14,11 +14,11 @@ test('the session that listens leaves a former primary, where no event is insert
   if (wakeup === undefined) throw new Error('there is no wake-up');
   atEndOfFile(wakeup.stop);
   await currentEpoch();
-  const { generation } = await context.outbox.databaseState();
+  const { generation: here } = await context.outbox.databaseState();
   wakeup.start();
   const before = await waitFor(async () => (await listeners())[0], { what: 'a session to listen' });
   // As when this pod's other sessions have reached the new primary, on the next timeline.
-  context.outbox.accept(generation.replace(/^[^.]+/, '000000FF'));
+  context.generation.accept(here.replace(/^[^.]+/, '000000FF'));
   await waitFor(async () => !(await listeners()).includes(before), {
     ...{ what: 'it to be closed', timeoutMs: 60_000 },
   });
