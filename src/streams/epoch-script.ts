@@ -100,6 +100,16 @@ if ARGV[2] ~= '' then redis.call('SET', KEYS[2], ARGV[2]) end
 return {1, last_entries[1]}`;
 
 /**
+ * Ends the epoch if it lasts: another pod may have ended it, and have begun to compare, or the next epoch. Without a
+ * checkpoint the next comparison goes back as far as RELAY_RESYNC_WINDOW.
+ *
+ * KEYS: epoch, checkpoint. ARGV: epoch.
+ */
+export const END = `
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1], KEYS[2]) end
+return 1`;
+
+/**
  * Begins the next epoch, unless another process has begun to compare since. Answers 1 if it has begun.
  *
  * KEYS: epoch, checkpoint, checker, generation. ARGV: token, new epoch, database time, generation ('' = as it is).

@@ -10,7 +10,7 @@ import {
   type RenewalDeps,
   renewEpoch,
 } from './epoch.ts';
-import { identityOf, keysOf, STAMP } from './epoch-script.ts';
+import { END, identityOf, keysOf, STAMP } from './epoch-script.ts';
 
 /** Interval between two checkpoints. After a restart of Redis, this much is compared at least. */
 const STAMP_INTERVAL_MS = 2_000;
@@ -48,6 +48,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
   const { redis, key, logger, recovering = 'comparing what was published with what is there' } = deps;
   const keys = keysOf(key);
   const stampEpoch = script<[number, string]>(redis, 'stampEpoch', STAMP, 3);
+  const endInRedis = script<number>(redis, 'endEpoch', END, 2);
 
   let stopped = true;
   let epoch: string | undefined;
@@ -130,8 +131,7 @@ export function createEpoch(deps: EpochDeps): Epoch {
   /** Takes the epoch in Redis if it is good here. If not, and no other process compares, renews it. */
   async function takeOrRenew(mine: number): Promise<void> {
     if (ended !== undefined) {
-      // Without a checkpoint the lost stream is compared as a whole, however long ago its entries were written.
-      if ((await redis.get(key)) === ended) await redis.del(keys.checkpoint, key);
+      await endInRedis(key, keys.checkpoint, ended);
       ended = undefined;
     }
     const server = await identityOf(redis);

@@ -199,6 +199,24 @@ describe('an epoch', () => {
     pods[1].endFor(name);
     expect(pods[1].current()).toBe(next);
   });
+
+  test('is not ended by a pod that found the stream of the one before lost, and is slow', async () => {
+    const [quick, slow] = [startPod(), startPod()] as const;
+    const name = await quick.found();
+    await slow.found();
+    const get = slow.redis.get.bind(slow.redis);
+    // The answer of Redis waits in the pod, as where its CPU is busy, until the next epoch has begun.
+    slow.redis.get = (async (key: string) => {
+      const found = await get(key);
+      if (key === KEY && found === name) await quick.found();
+      return found;
+    }) as typeof get;
+    for (const pod of [slow, quick]) pod.endFor(name);
+    const next = await quick.found();
+    await waitFor(() => slow.current() !== undefined, { what: 'the slow pod to follow', ...NOTICED });
+    expect([await admin.get(KEY), slow.current()]).toEqual([next, next]);
+    expect([...quick.losses, ...slow.losses]).toHaveLength(2);
+  });
 });
 
 describe('a stream that was noted in an epoch', () => {
