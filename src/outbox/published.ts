@@ -1,4 +1,4 @@
-import { asking, type Pool } from '../connections/database.ts';
+import { asking, type Pool, type Queryable } from '../connections/database.ts';
 import { byId, type OutboxEvent } from '../event.ts';
 import { ENTRY_ID, FINALIZED_AT, type OutboxOptions, SAME_EVENT, TOPIC } from './conditions.ts';
 import type { DeadLetterFilter } from './dead-rows.ts';
@@ -165,9 +165,13 @@ export function createPublished(
      * Makes rows unpublished whose entries Redis has lost. Published rows become fresh; `published_at` stays, and tells the
      * claim that an earlier job may be there. Dead rows lose their entry id and their lease ends, so that the lease reaper
      * writes the dead letter again. A row that has got another entry since stays as it is.
+     * @param on default: a transaction of its own
      */
-    async unpublish(lost: readonly FinalizedRow[]): Promise<number> {
-      const { rowCount } = await asking(pool, statementTimeoutMs, 'durable').query({
+    async unpublish(
+      lost: readonly Pick<FinalizedRow, 'id' | 'eventId' | 'entryId'>[],
+      on: Queryable = asking(pool, statementTimeoutMs, 'durable'),
+    ): Promise<number> {
+      const { rowCount } = await on.query({
         name: 'relay-unpublish',
         text: `UPDATE identity.outbox o
                  SET published = false, stream_entry_id = NULL,

@@ -158,6 +158,20 @@ describe('what keeps the relay from its table', () => {
       /audit is full/,
     ],
     [
+      'a trigger that refuses every change of a published row',
+      `${ROWS} CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'history'; END $$;
+       CREATE TRIGGER no BEFORE UPDATE ON identity.outbox FOR EACH ROW WHEN (OLD.published) EXECUTE FUNCTION no()`,
+      'claim',
+      /history/,
+    ],
+    [
+      'a trigger that keeps published rows as they are',
+      `${ROWS} CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+       CREATE TRIGGER keep BEFORE UPDATE ON identity.outbox FOR EACH ROW WHEN (OLD.published) EXECUTE FUNCTION keep()`,
+      'claim',
+      /trigger BEFORE UPDATE.*RETURN NEW/i,
+    ],
+    [
       'a constraint that is deferred to the commit',
       `${ROWS} CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not in this state'; END $$;
        CREATE CONSTRAINT TRIGGER no AFTER UPDATE ON identity.outbox DEFERRABLE INITIALLY DEFERRED

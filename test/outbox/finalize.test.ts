@@ -295,8 +295,8 @@ describe('where an id was given out twice, the row that has it now', () => {
     [
       'the loss of an entry',
       (it) =>
-        outbox.unpublish([{ ...it, topic: null, entryId: '1-1', finalizedAt: '' }]).then(async () => {
-          await outbox.unpublish([{ ...it, topic: null, entryId: '2-2', finalizedAt: '' }]);
+        outbox.unpublish([{ ...it, entryId: '1-1' }]).then(async () => {
+          await outbox.unpublish([{ ...it, entryId: '2-2' }]);
         }),
     ],
     [
