@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto';
 import { hostname } from 'node:os';
 import type { Redis } from 'ioredis';
 import { script } from '../connections/redis-script.ts';
@@ -53,7 +54,7 @@ local usec = string.match(redis.call('INFO', 'server'), 'server_time_usec:(%d+)'
 local now = usec and math.floor(tonumber(usec) / 1000) or tonumber(ARGV[1])`;
 
 /**
- * KEYS: pods, streams. ARGV: time of the pod (ms), name of the pod, its facts, ms after which a pod is forgotten, streams
+ * KEYS: pods, streams. ARGV: time of the pod (ms), its field, its facts, ms after which a pod is forgotten, streams
  * kept, lifetime of both keys (ms), then the streams that it has appended to.
  */
 const BEAT = `${NOW}
@@ -135,6 +136,8 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
   const keys = keysOf(deps.prefix);
   // An embedding process may run several relays.
   const pod = `${hostname()}/${process.pid}${instances++ === 0 ? '' : `/${instances}`}`;
+  // Containers may share a host name, and each calls its process 1: then they have one name, and yet are two pods.
+  const field = `${pod} ${randomUUID()}`;
   const streams = new Set<string>();
   let facts: (() => Omit<PodFacts, 'pod' | 'protocol'>) | undefined;
   let stopped = true;
@@ -145,7 +148,7 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
     streams.clear();
     const told = JSON.stringify({ pod, protocol: PROTOCOL, ...facts?.() });
     try {
-      await tell(...keys, Date.now(), pod, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...beaten);
+      await tell(...keys, Date.now(), field, told, FORGOTTEN_AFTER_MS, STREAMS_KEPT, KEPT_MS, ...beaten);
     } catch (error) {
       // Redis is away. Its connection logs that.
       for (const stream of beaten) remember(stream);
@@ -171,7 +174,7 @@ export function createHeartbeat(deps: { redis: Redis; prefix: string; logger: Lo
       stopped = true;
       await Promise.all([beats.stop(), news]);
       // A pod that ends in order is not shown as silent.
-      await redis.hdel(keys[0], pod).catch(() => {});
+      await redis.hdel(keys[0], field).catch(() => {});
     },
     /** Sends a heartbeat now, for news. */
     beat(): void {

@@ -1,4 +1,4 @@
-import { expect, test } from 'vitest';
+import { expect, test, vi } from 'vitest';
 import {
   createFleetReader,
   createHeartbeat,
@@ -44,6 +44,29 @@ test('pods are heard of while they run, and gone when they have stopped', async 
   expect((await fleet()).pods).toHaveLength(1);
   await pods[1]?.stop();
   expect((await fleet()).pods).toEqual([]);
+});
+
+test('pods of the same name, as process 1 of two containers with one host name, are two', async () => {
+  const redis = openRedis((await createRedis()).url);
+  const fleet = createFleetReader(redis, PREFIX);
+  const pods = [];
+  for (const _ of [1, 2]) {
+    vi.resetModules();
+    const another = await import('../../src/operations/heartbeat.ts');
+    pods.push(another.createHeartbeat({ redis, prefix: PREFIX, logger: silent }));
+  }
+  for (const pod of pods) pod.start(() => FACTS);
+  const both = await waitFor(
+    async () => {
+      const found = (await fleet()).pods;
+      return found.length === 2 ? found : null;
+    },
+    { what: 'both pods to be heard of', timeoutMs: 10_000 },
+  );
+  expect(new Set(both.map(({ pod }) => pod)).size).toBe(1);
+  await pods[0]?.stop();
+  expect((await fleet()).pods).toHaveLength(1);
+  await pods[1]?.stop();
 });
 
 test('a pod that was killed is silent, and forgotten after ten minutes', async () => {
