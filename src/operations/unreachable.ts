@@ -3,6 +3,7 @@ import {
   NO_SESSION_FREE,
   READ_ONLY,
   sqlState,
+  TIMED_OUT,
   TOO_MANY_SESSIONS,
   TooFewSessionsError,
 } from '../connections/pool-health.ts';
@@ -68,6 +69,13 @@ export function createUnreachable(logger: Logger) {
         `${refuser} refuses`,
       );
       return `${refuser} refuses changes now; try again`;
+    }
+    if (sqlState(error) === TIMED_OUT) {
+      warn(
+        { err: error },
+        'a statement of a request took too long; requests to the dashboard and the HTTP API get a 503',
+      );
+      return 'PostgreSQL did not do this in time; try again';
     }
     const server = serverOf(error);
     if (server === undefined) return undefined;

@@ -371,6 +371,19 @@ test.each([
   },
 );
 
+test('while PostgreSQL takes too long, as where the table is locked, a request is told so, and that it may come again', async () => {
+  const message = 'canceling statement due to statement timeout';
+  fail = Object.assign(new Error(message), { code: '57014', severity: 'ERROR' });
+  const answer = await app.inject({ url: '/api/dlq', headers: { 'x-role': 'viewer' } });
+  expect([answer.statusCode, answer.headers['retry-after'], answer.json()]).toEqual([
+    ...[503, '5'],
+    { error: 'PostgreSQL did not do this in time; try again' },
+  ]);
+  expect(logged).toEqual([
+    'warn: a statement of a request took too long; requests to the dashboard and the HTTP API get a 503',
+  ]);
+});
+
 test('a request that Redis refuses for itself is no outage', async () => {
   fail = reply('WRONGTYPE Operation against a key holding the wrong kind of value');
   expect((await call('GET', '/dlq')).status).toBe(500);
