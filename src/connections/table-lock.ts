@@ -64,14 +64,21 @@ export class LockHeldError extends Error {
       `waited ${waitMs / 1_000} s for the lock on ${table}` +
         (holder === undefined
           ? ', which is free by now'
-          : `, which process ${holder.pid} of PostgreSQL holds (application "${holder.application}", role ${holder.role}, address ${holder.address}): ` +
+          : `, which process ${holder.pid} of PostgreSQL ${holder.isGranted ? 'holds' : 'waits for, with all others behind it'} (application "${holder.application}", role ${holder.role}, address ${holder.address}): ` +
             `find out what it does; SELECT pg_terminate_backend(${holder.pid}) ends it`),
     );
     this.isHeldThroughout = holder?.isHeldThroughout ?? false;
   }
 }
 
-type Session = Readonly<{ pid: number; application: string; role: string; address: string }>;
+type Session = Readonly<{
+  pid: number;
+  application: string;
+  role: string;
+  address: string;
+  /** Otherwise it waits, and whoever asks after it waits behind it. */
+  isGranted: boolean;
+}>;
 type Holder = Session & Readonly<{ isHeldThroughout: boolean }>;
 
 /** By table: the transaction that held its lock at the last check, and since when this pod has seen it hold the lock. */
@@ -94,20 +101,21 @@ function seenSince(pool: Pool, table: string, transaction: string): number {
 
 /**
  * The session that has held a conflicting lock for the longest time. PostgreSQL hides how long a session of another role
- * (maybe another pod's) has run its transaction: for that session it counts how long this pod has seen it.
+ * (maybe another pod's) has run its transaction: for that session it counts how long this pod has seen it. Of the outbox it
+ * is also one that waits, as ALTER TABLE does behind a long SELECT: pods wait in turn for the other locks, never for this one.
  */
 async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise<Holder | undefined> {
   const { rows } = await withSession(pool, (client) =>
     client.query<Session & { transaction: string; isOld: boolean | null }>({
       text: `SELECT l.pid, l.pid || ' ' || l.virtualtransaction AS transaction, coalesce(a.application_name, '') AS application, coalesce(a.usename, '') AS role,
-               coalesce(a.client_addr::text, 'local') AS address,
+               coalesce(a.client_addr::text, 'local') AS address, l.granted AS "isGranted",
                a.xact_start < clock_timestamp() - $2 * interval '1 millisecond' AS "isOld"
              FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
-             WHERE l.relation = to_regclass($1) AND l.granted AND l.pid <> pg_backend_pid()
+             WHERE l.relation = to_regclass($1) AND (l.granted OR $4) AND l.pid <> pg_backend_pid()
                AND l.mode <> ALL ($3::text[])
                AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-             ORDER BY a.xact_start LIMIT 1`,
-      values: [table, waitMs, HARMLESS[mode]],
+             ORDER BY l.granted DESC, a.xact_start LIMIT 1`,
+      values: [table, waitMs, HARMLESS[mode], mode === 'ROW EXCLUSIVE'],
       types: RESULT_TYPES,
       query_timeout: ANSWER_MS,
     } as QueryConfig),

@@ -105,3 +105,27 @@ for (const mode of ['SHARE', 'ACCESS EXCLUSIVE']) {
     await expectFlow(stage);
   });
 }
+
+test('a session that waits to alter the outbox behind a long SELECT, and has all others wait, is named as well', async () => {
+  const stage = await setStage();
+  const pod = await stage.pod();
+  await expectFlow(stage);
+  const [reader, altering] = [await stage.pool.connect(), await stage.pool.connect()];
+  onTestFinished(() => [reader, altering].forEach((it) => void it.release(true)));
+  const { rows } = await altering.query<{ pid: number }>('SELECT pg_backend_pid() AS pid');
+  await reader.query('BEGIN; SELECT FROM identity.outbox LIMIT 1');
+  const altered = altering.query('ALTER TABLE identity.outbox ADD COLUMN note text');
+  altered.catch(() => {}); // where the test fails before it is awaited
+  const waiting = `lock on identity.outbox, which process ${rows[0]?.pid} of PostgreSQL waits for`;
+  await waitFor(
+    async () => {
+      const answer = await fetch(`${pod.url}/readyz`);
+      return answer.status === 503 && (await answer.text()).includes(waiting);
+    },
+    { what: 'the pod to name who waits, and not to be ready', timeoutMs: 60_000 },
+  );
+  await reader.query('ROLLBACK');
+  await altered;
+  await pod.waitReady();
+  await expectFlow(stage);
+});
