@@ -76,7 +76,7 @@ type Session = Readonly<{
   application: string;
   role: string;
   address: string;
-  /** Otherwise it waits, and whoever asks after it waits behind it. */
+  /** Otherwise it waits, and all that ask later wait behind it. */
   isGranted: boolean;
 }>;
 type Holder = Session & Readonly<{ isHeldThroughout: boolean }>;
@@ -102,7 +102,7 @@ function seenSince(pool: Pool, table: string, transaction: string): number {
 /**
  * The session that has held a conflicting lock for the longest time. PostgreSQL hides how long a session of another role
  * (maybe another pod's) has run its transaction: for that session it counts how long this pod has seen it. Of the outbox it
- * is also one that waits, as ALTER TABLE does behind a long SELECT: pods wait in turn for the other locks, never for this one.
+ * is also one that waits, as ALTER TABLE does behind a long SELECT: for the other locks pods wait regularly, never for this one.
  */
 async function holderOf(pool: Pool, { table, mode, waitMs }: TableLock): Promise<Holder | undefined> {
   const { rows } = await withSession(pool, (client) =>
