@@ -4,6 +4,7 @@ import type { OutboxEvent } from '../event.ts';
 import type { RemoveJobs } from '../finalize/job-removal.ts';
 import type { Refiller } from '../finalize/refiller.ts';
 import { payloadMayBeAtFault } from '../outbox/event-of-row.ts';
+import { rowMayBeAtFault } from '../outbox/finalize.ts';
 import type { Claim, LeasedEvent, Outbox } from '../outbox/outbox.ts';
 import type { InFlight, Queues } from '../queue/queues.ts';
 import { type Epoch, epochId } from '../streams/epoch.ts';
@@ -32,6 +33,9 @@ export function roomFor(inFlight: Pick<InFlight, 'total'>, batchSize: number, ma
   const worthwhile = Math.min(batchSize, Math.max(1, Math.floor(maxInFlight / 4)));
   return room < worthwhile ? 0 : Math.min(room, batchSize);
 }
+
+/** So many rows in a row that refuse to be changed mean that it is not the rows: the claim fails. */
+const REFUSALS_MAX = 32;
 
 /**
  * Makes one claim: leases or parks fresh rows (outbox/claims.ts), and adds a job for each leased row before the transaction
@@ -64,8 +68,11 @@ export function createClaim(deps: {
     const epoch = await epochs.known();
     if (epoch === undefined) return { kind: 'no-room' };
     const { leased, parked, rows, more } = await claimBatch(limit, epoch).catch((error) => {
-      if (!payloadMayBeAtFault(error)) throw error;
-      logger.warn({ err: error }, 'the payload of an event may be unprintable; claiming one by one');
+      if (payloadMayBeAtFault(error))
+        logger.warn({ err: error }, 'the payload of an event may be unprintable; claiming one by one');
+      else if (rowMayBeAtFault(error))
+        logger.warn({ err: error }, 'the database refuses to change a row, or all; claiming one by one');
+      else throw error;
       return claimOneByOne(limit, epoch);
     });
     deps.refiller.request(parked);
@@ -78,12 +85,23 @@ export function createClaim(deps: {
     return outbox.inEpoch((tx) => lease(tx, epoch, () => outbox.claimFresh(tx, limit)), { generic: true });
   }
 
-  /** Claims row by row, up to the one that PostgreSQL cannot print. That event gets a job without its payload. */
+  /**
+   * Claims row by row, up to the one that PostgreSQL cannot print. That event gets a job without its payload. Rows that the
+   * database refuses to change are left out, until so many in a row were.
+   */
   async function claimOneByOne(limit: number, epoch: string): Promise<Claim> {
     const all: Claim = { leased: [], parked: [], rows: 0, more: true };
     const deadlineMs = outbox.printDeadlineMs;
+    let refusals = 0;
     for (let rows = 0; rows < limit; rows++) {
-      const one = await outbox.inEpoch((tx) => lease(tx, epoch, () => outbox.claimFirst(tx)), { deadlineMs });
+      const one = await outbox
+        .inEpoch((tx) => lease(tx, epoch, () => outbox.claimFirst(tx)), { deadlineMs })
+        .catch((error) => {
+          if (!rowMayBeAtFault(error) || ++refusals >= REFUSALS_MAX) throw error;
+          return undefined;
+        });
+      if (one === undefined) continue;
+      refusals = 0;
       if (one.rows === 0) break;
       all.leased.push(...one.leased);
       all.parked.push(...one.parked);

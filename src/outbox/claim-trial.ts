@@ -13,14 +13,15 @@ const LOCK_RETRY_MS = 20;
 
 class RolledBack extends Error {}
 
-/** A row to try the statements on. A fresh one is also claimed. */
-type Trial = RowName & Readonly<{ isFresh: boolean }>;
+/** A row to try the statements on. The first fresh one is also claimed, another fresh one leased. */
+type Trial = RowName & Readonly<{ isFresh: boolean; isFirst: boolean }>;
 
 /**
  * Claims the first fresh row, marks it dead and published, and makes it unpublished again, in a transaction that is rolled
- * back: with the rights, the types, constraints and triggers that the relay will meet. Where there is no fresh row, others that are live are marked:
- * if all of them refuse, and not one alone, it is not the fault of a row. Rows that have not waited for `waitedMs` are left
- * alone. Without any row the same statements change nothing.
+ * back: with the rights, the types, constraints and triggers that the relay will meet. If a constraint or trigger refuses it,
+ * the last fresh rows are tried. Where there is no fresh row, others that are live are marked: if all of them refuse, and not
+ * one alone, it is not the fault of a row. Rows that have not waited for `waitedMs` are left alone. Without any row the same
+ * statements change nothing.
  * @returns whether the row changes. A trigger may leave it as it is, without an error
  * @throws what the database has against it
  */
@@ -34,10 +35,15 @@ export async function tryClaim(pool: Pool, options: OutboxOptions, waitedMs: num
     let changes: boolean | undefined;
     const trial = outbox.inEpoch(
       async (tx) => {
-        const wanted = on?.isFresh ? 1 : 0;
+        const wanted = on?.isFirst ? 1 : 0;
         if (on !== undefined && !(await lock(tx, on))) throw new RolledBack();
         const { rows, leased } = await outbox.claimFresh(tx, wanted);
         const row = leased[0] ?? on ?? NOBODY;
+        if (on?.isFresh && !on.isFirst)
+          await tx.query(
+            'UPDATE identity.outbox SET next_attempt_at = now() WHERE id = $1 AND event_id = $2',
+            [on.id, on.eventId],
+          );
         await outbox.markDead(tx, { ...row, attempts: 1, reason: 'a trial of relay check', entryId: '0-1' });
         await outbox.markPublished(tx, [{ ...row, entryId: '0-1' }]);
         // Runs what waits for the commit, which never comes.
@@ -63,11 +69,11 @@ export async function tryClaim(pool: Pool, options: OutboxOptions, waitedMs: num
         const changes = await tryStatements(on);
         if (changes !== undefined) return changes;
       } catch (error) {
-        if (on.isFresh || !rowMayBeAtFault(error)) throw error;
+        if (!rowMayBeAtFault(error)) throw error;
         refusals.push(error);
       }
     }
-    if (refusals.length > 1) throw refusals[0];
+    if (refusals.length > (candidates[0]?.isFresh ? 0 : 1)) throw refusals[0];
     return undefined;
   }
 
@@ -101,24 +107,30 @@ async function lock(tx: Queryable, { id, eventId, isFresh }: Trial): Promise<boo
   return rowCount === 1;
 }
 
-/** The first fresh row; or else live rows that have jobs: the one whose lease ends first, and those that end last. */
+/**
+ * The first fresh row and the last two; or else live rows that have jobs: the one whose lease ends first, and those that end
+ * last.
+ */
 async function candidatesOf(db: Queryable, waitedMs: number): Promise<Trial[]> {
   const old = (row: string) => `${row}.created_at <= now() - $1 ${MS}`;
   const leased = (order: string, limit: number) => `
     (SELECT l.id, l.event_id FROM identity.outbox l
      WHERE NOT l.published AND l.next_attempt_at < 'infinity' AND l.dead_lettered_at IS NULL AND ${old('l')}
      ORDER BY l.next_attempt_at ${order} LIMIT ${limit})`;
+  const fresh = (order: string, limit: number) => `
+    (SELECT f.id, f.event_id, f.created_at FROM identity.outbox f
+     WHERE NOT f.published AND f.next_attempt_at IS NULL ORDER BY f.id ${order} LIMIT ${limit})`;
   const { rows } = await db.query<Trial>(
     `WITH fresh AS MATERIALIZED (
-       SELECT o.id, o.event_id FROM (
-         SELECT f.id, f.event_id, f.created_at FROM identity.outbox f
-         WHERE NOT f.published AND f.next_attempt_at IS NULL ORDER BY f.id LIMIT 1
-       ) o WHERE ${old('o')}
+       SELECT o.id, o.event_id, o.id = min(o.id) OVER () AS is_first, o.created_at
+       FROM (${fresh('ASC', 1)} UNION ${fresh('DESC', 2)}) o
+     ), old AS MATERIALIZED (
+       SELECT * FROM fresh o WHERE ${old('o')}
      )
-     SELECT id::text AS "id", event_id AS "eventId", true AS "isFresh" FROM fresh
+     SELECT id::text AS "id", event_id AS "eventId", true AS "isFresh", is_first AS "isFirst" FROM old
      UNION ALL
-     SELECT id::text, event_id, false FROM (${leased('ASC', 1)} UNION ${leased('DESC', 2)}) l
-     WHERE NOT EXISTS (SELECT FROM fresh)`,
+     SELECT id::text, event_id, false, false FROM (${leased('ASC', 1)} UNION ${leased('DESC', 2)}) l
+     WHERE NOT EXISTS (SELECT FROM old) ORDER BY "isFirst" DESC`,
     [waitedMs],
   );
   return rows;

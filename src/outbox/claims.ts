@@ -5,6 +5,7 @@ import { type Aggregate, aggregateKey, byId, type OutboxEvent } from '../event.t
 import { errorText } from '../telemetry/logger.ts';
 import { ENTRY_ID, MS, type OutboxOptions, SAME_ID } from './conditions.ts';
 import { eventsOf, payloadMayBeAtFault, printDeadlineMs, WEIGHT_COLUMNS, weighed } from './event-of-row.ts';
+import { rowMayBeAtFault } from './finalize.ts';
 import { orderOf } from './order.ts';
 
 /** Fresh rows become leased, or parked behind an earlier one of their aggregate. */
@@ -36,8 +37,10 @@ export type Claim = Readonly<{
  */
 const CLAIM_LOCK_LIMIT_MS = 8_000;
 
-/** Entries of `unanswered`, at most. */
-const UNANSWERED_KEPT = 1_000;
+/** Entries of `unanswered`, and of `refused`, at most. */
+const REMEMBERED_MAX = 1_000;
+/** How long a row that the database refused to change is left out. */
+const REFUSED_MS = 60_000;
 
 type Only =
   | { kind: 'batch' }
@@ -49,21 +52,26 @@ type Only =
 export function createClaims(pool: Pool, options: OutboxOptions) {
   const { streamName, claimLeaseMs, statementTimeoutMs, maxEventBytes } = options;
   const order = orderOf(options);
+  /** Ids of rows that the database refused to change, since then. They stay fresh, and what is behind them waits. */
+  const refused = new Set<string>();
+  let refusedSince = 0;
 
   async function claim(tx: Queryable, limit: number, only: Only): Promise<Claim> {
     const { kind } = only;
     const isBatch = kind === 'batch';
+    const without = isBatch ? withoutRefused() : [];
     const ordered = `
       SELECT w.* FROM (SELECT aggregate_type, aggregate_id, array_agg(id ORDER BY id) AS taken FROM fresh GROUP BY 1, 2) a
       CROSS JOIN LATERAL (${order.leasable('a', 'a.taken', `, ${WEIGHT_COLUMNS('n')}`, isBatch)}) w`;
     const { rows } = await tx.query<
       LeasedEvent & { parked: boolean; seen: number; leasable: number; leasedRows: number }
     >({
-      name: `relay-claim-${kind}-${options.ordering}-${options.deadLetterPolicy}-${order.window}-${maxEventBytes}`,
+      name: `relay-claim-${kind}${without.length > 0 ? '-without' : ''}-${options.ordering}-${options.deadLetterPolicy}-${order.window}-${maxEventBytes}`,
       text: `WITH fresh AS MATERIALIZED (
          SELECT o.id, o.aggregate_type, o.aggregate_id, NULL::uuid AS after, ${WEIGHT_COLUMNS('o')}
          FROM identity.outbox o
          WHERE NOT o.published AND o.next_attempt_at IS NULL ${isBatch ? '' : 'AND o.id = $4'}
+           ${without.length > 0 ? 'AND o.id <> ALL ($4::bigint[])' : ''}
          ORDER BY o.id LIMIT $2 FOR UPDATE SKIP LOCKED
        ), leasable AS MATERIALIZED (
          ${order.ordered ? ordered : 'SELECT * FROM fresh'}
@@ -98,6 +106,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
       values: [
         ...[streamName, limit, claimLeaseMs],
         ...(isBatch ? [] : [only.id]),
+        ...(without.length > 0 ? [without] : []),
         ...(kind === 'withheld' ? [only.reason] : []),
       ],
     });
@@ -114,6 +123,11 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
       rows: rows.length,
       more: first !== undefined && (first.seen === limit || first.leasable > first.leasedRows),
     };
+  }
+
+  function withoutRefused(): string[] {
+    if (Date.now() - refusedSince > REFUSED_MS) refused.clear();
+    return [...refused];
   }
 
   /** How often the claim of a single row got no answer, by its id. */
@@ -164,12 +178,14 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
 
     /**
      * Takes the first fresh row alone. The claim calls this after a batch failed, maybe because PostgreSQL cannot print one
-     * of its payloads. If it is this row's payload, the event is taken without it.
+     * of its payloads. If it is this row's payload, the event is taken without it. If a constraint or a trigger refuses the
+     * change of this row, it is left out for a minute.
      */
     async claimFirst(tx: Queryable): Promise<Claim> {
       const { rows } = await tx.query<{ id: string }>(
         `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
-         ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+           AND id <> ALL ($1::bigint[]) ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+        [withoutRefused()],
       );
       const id = rows[0]?.id;
       if (id === undefined) return { leased: [], parked: [], rows: 0, more: false };
@@ -179,8 +195,12 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
         return claimed;
       } catch (error) {
         if (isNoAnswer(error)) {
-          if (unanswered.size >= UNANSWERED_KEPT) unanswered.clear();
+          if (unanswered.size >= REMEMBERED_MAX) unanswered.clear();
           unanswered.set(id, (unanswered.get(id) ?? 0) + 1);
+        }
+        if (rowMayBeAtFault(error) && refused.size < REMEMBERED_MAX) {
+          if (refused.size === 0) refusedSince = Date.now();
+          refused.add(id);
         }
         throw error;
       }

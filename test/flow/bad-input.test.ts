@@ -407,3 +407,24 @@ test('rows that are written as if they had jobs hold up neither others nor, for 
   await stage.rested();
   await stage.expectPromisesHeld();
 });
+
+test('rows that a constraint refuses to have changed stop no other: added NOT VALID, it is younger than they are', async () => {
+  const stage = await setStage({ env: { RELAY_POLL_INTERVAL: '0.5' } });
+  const refused = [anEvent({ eventType: 'Refused' }), anEvent({ eventType: 'Refused' })];
+  const behind = refused.map(({ aggregateId }) => anEvent({ aggregateId }));
+  await insertEvents(stage.pool, [...refused, ...behind, ...someEvents(600, 100)]);
+  await stage.pool.query(
+    `ALTER TABLE identity.outbox ADD CONSTRAINT young CHECK (event_type <> 'Refused') NOT VALID`,
+  );
+  const pod = await stage.pod();
+  const othersLeft = () => stage.count(`NOT published AND next_attempt_at IS DISTINCT FROM 'infinity'`);
+  await waitFor(async () => (await othersLeft()) === refused.length, { what: 'the others to be published' });
+  await insertEvents(stage.pool, someEvents(600, 10));
+  await waitFor(async () => (await othersLeft()) === refused.length, { what: 'those that come later, too' });
+  expect(pod.lines.join('\n')).toContain('violates check constraint');
+  // What is behind them has not overtaken them.
+  expect(await stage.count('NOT published')).toBe(refused.length + behind.length);
+  await stage.pool.query('ALTER TABLE identity.outbox DROP CONSTRAINT young');
+  await stage.rested();
+  await stage.expectPromisesHeld();
+});
