@@ -39,8 +39,9 @@ const CLAIM_LOCK_LIMIT_MS = 8_000;
 
 /** Entries of `unanswered`, and of `refused`, at most. */
 const REMEMBERED_MAX = 1_000;
-/** How long a row that the database refused to change is left out. */
+/** Interval at which some of the rows that the database refused to change are tried again, and how many. */
 const REFUSED_MS = 60_000;
+const TRIED_AGAIN = 16;
 
 type Only =
   | { kind: 'batch' }
@@ -55,6 +56,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
   /** Ids of rows that the database refused to change, since then. They stay fresh, and what is behind them waits. */
   const refused = new Set<string>();
   let refusedSince = 0;
+  let isTryingAgain = false;
 
   async function claim(tx: Queryable, limit: number, only: Only): Promise<Claim> {
     const { kind } = only;
@@ -110,6 +112,9 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
         ...(kind === 'withheld' ? [only.reason] : []),
       ],
     });
+    // The database refuses them no longer.
+    if (isBatch && isTryingAgain) refused.clear();
+    isTryingAgain = false;
     const leased: LeasedEvent[] = [];
     const parked = new Map<string, Aggregate>();
     for (const { parked: isParked, seen: _, leasable: __, leasedRows: ___, ...event } of rows) {
@@ -126,7 +131,11 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
   }
 
   function withoutRefused(): string[] {
-    if (Date.now() - refusedSince > REFUSED_MS) refused.clear();
+    if (refused.size > 0 && Date.now() - refusedSince > REFUSED_MS) {
+      for (const id of [...refused].slice(0, TRIED_AGAIN)) refused.delete(id);
+      refusedSince = Date.now();
+      isTryingAgain = true;
+    }
     return [...refused];
   }
 
@@ -179,7 +188,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
     /**
      * Takes the first fresh row alone. The claim calls this after a batch failed, maybe because PostgreSQL cannot print one
      * of its payloads. If it is this row's payload, the event is taken without it. If a constraint or a trigger refuses the
-     * change of this row, it is left out for a minute.
+     * change of this row, it is left out, and tried again after a minute or some.
      */
     async claimFirst(tx: Queryable): Promise<Claim> {
       const { rows } = await tx.query<{ id: string }>(
@@ -201,6 +210,7 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
         if (rowMayBeAtFault(error) && refused.size < REMEMBERED_MAX) {
           if (refused.size === 0) refusedSince = Date.now();
           refused.add(id);
+          isTryingAgain = false;
         }
         throw error;
       }
