@@ -35,6 +35,7 @@ const LONGEST = [
     'terminal',
     'taken-away',
     'verify',
+    'bad-input',
     'outages',
     'crash-windows',
     'held-snapshot',

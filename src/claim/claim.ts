@@ -3,6 +3,7 @@ import type { Queryable } from '../connections/database.ts';
 import type { OutboxEvent } from '../event.ts';
 import type { RemoveJobs } from '../finalize/job-removal.ts';
 import type { Refiller } from '../finalize/refiller.ts';
+import { RowRefusedError } from '../outbox/claims.ts';
 import { payloadMayBeAtFault } from '../outbox/event-of-row.ts';
 import { rowMayBeAtFault } from '../outbox/finalize.ts';
 import type { Claim, LeasedEvent, Outbox } from '../outbox/outbox.ts';
@@ -10,6 +11,7 @@ import type { InFlight, Queues } from '../queue/queues.ts';
 import { type Epoch, epochId } from '../streams/epoch.ts';
 import type { Logger } from '../telemetry/logger.ts';
 import type { Metrics } from '../telemetry/metrics.ts';
+import type { Tally } from '../telemetry/tally.ts';
 import type { Tracing } from '../telemetry/tracing.ts';
 
 /**
@@ -36,6 +38,8 @@ export function roomFor(inFlight: Pick<InFlight, 'total'>, batchSize: number, ma
 
 /** So many rows in a row that refuse to be changed mean that it is not the rows: the claim fails. */
 const REFUSALS_MAX = 32;
+const REFUSED =
+  'the database refuses to change fresh rows; they are tried again in a minute, and later events of their aggregates wait';
 
 /**
  * Makes one claim: leases or parks fresh rows (outbox/claims.ts), and adds a job for each leased row before the transaction
@@ -49,6 +53,7 @@ export function createClaim(deps: {
   refiller: Pick<Refiller, 'request'>;
   metrics: Pick<Metrics, 'claimed'>;
   tracing: Pick<Tracing, 'claim'>;
+  tally: Pick<Tally, 'error'>;
   options: ClaimOptions;
   logger: Logger;
 }): () => Promise<ClaimOutcome> {
@@ -97,7 +102,9 @@ export function createClaim(deps: {
       const one = await outbox
         .inEpoch((tx) => lease(tx, epoch, () => outbox.claimFirst(tx)), { deadlineMs })
         .catch((error) => {
-          if (!rowMayBeAtFault(error) || ++refusals >= REFUSALS_MAX) throw error;
+          if (!(error instanceof RowRefusedError)) throw error;
+          deps.tally.error(error.eventId, { err: error.cause }, REFUSED);
+          if (++refusals >= REFUSALS_MAX) throw error.cause;
           return undefined;
         });
       if (one === undefined) continue;

@@ -1,8 +1,9 @@
 import { levelOf } from '../connections/outage.ts';
 import { type Aggregate, aggregateKey } from '../event.ts';
+import { byHalves } from '../outbox/by-halves.ts';
 import type { Outbox } from '../outbox/outbox.ts';
 import type { Scheduler } from '../queue/scheduler.ts';
-import type { Logger } from '../telemetry/logger.ts';
+import { createSpacedWarnings, type Logger } from '../telemetry/logger.ts';
 
 /** Aggregates in one statement, at most. */
 const BATCH_MAX = 1_000;
@@ -12,6 +13,10 @@ const PROMPT_MS = 2;
 const CALM_MS = 20;
 /** The same under load, which is when more than one aggregate is requested per millisecond: fewer statements. */
 const CALM_UNDER_LOAD_MS = 200;
+/** So many aggregates in a row whose rows the database refuses to change mean that it refuses all. */
+const REFUSALS_MAX = 8;
+/** Interval at which that is logged. */
+const REPEAT_AFTER_MS = 60_000;
 
 export type Refiller = ReturnType<typeof createRefiller>;
 
@@ -27,6 +32,7 @@ export function createRefiller(deps: {
 }) {
   const { outbox, scheduler, options, logger } = deps;
   const ordered = options.ordering === 'aggregate';
+  const warn = createSpacedWarnings(logger, REPEAT_AFTER_MS);
   let requested = new Map<string, Aggregate>();
   let timer: NodeJS.Timeout | undefined;
   let running: Promise<void> | undefined;
@@ -36,9 +42,26 @@ export function createRefiller(deps: {
   let sweptTo: Aggregate | null = null;
 
   async function refill(aggregates: readonly Aggregate[]): Promise<void> {
-    const { fresh, waiting } = await outbox.refill(aggregates);
-    isPrompt = waiting > 0;
-    if (fresh > 0) await scheduler.wake();
+    let [freed, parked] = [0, 0];
+    try {
+      await byHalves(
+        aggregates,
+        async (some) => {
+          const { fresh, waiting } = await outbox.refill(some);
+          freed += fresh;
+          parked += waiting;
+        },
+        ({ aggregateType, aggregateId }, err) =>
+          warn(
+            { err, aggregateType, aggregateId },
+            'the database refuses to change parked rows; a later tick tries again',
+          ),
+        REFUSALS_MAX,
+      );
+    } finally {
+      isPrompt = parked > 0;
+      if (freed > 0) await scheduler.wake();
+    }
   }
 
   async function refillRequested(): Promise<void> {

@@ -43,6 +43,18 @@ const REMEMBERED_MAX = 1_000;
 const REFUSED_MS = 60_000;
 const TRIED_AGAIN = 16;
 
+/** A constraint or a trigger refuses the change of this row, which is fresh. */
+export class RowRefusedError extends Error {
+  override readonly name = 'RowRefusedError';
+  readonly eventId: string;
+  override readonly cause: Error;
+  constructor(eventId: string, cause: Error) {
+    super(cause.message);
+    this.eventId = eventId;
+    this.cause = cause;
+  }
+}
+
 type Only =
   | { kind: 'batch' }
   | { kind: 'alone'; id: string }
@@ -131,9 +143,9 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
   }
 
   function withoutRefused(): string[] {
-    if (refused.size > 0 && Date.now() - refusedSince > REFUSED_MS) {
+    if (refused.size > 0 && performance.now() - refusedSince > REFUSED_MS) {
       for (const id of [...refused].slice(0, TRIED_AGAIN)) refused.delete(id);
-      refusedSince = Date.now();
+      refusedSince = performance.now();
       isTryingAgain = true;
     }
     return [...refused];
@@ -187,19 +199,23 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
 
     /**
      * Takes the first fresh row alone. The claim calls this after a batch failed, maybe because PostgreSQL cannot print one
-     * of its payloads. If it is this row's payload, the event is taken without it. If a constraint or a trigger refuses the
-     * change of this row, it is left out, and tried again after a minute or some.
+     * of its payloads. If it is this row's payload, the event is taken without it.
+     * @throws {RowRefusedError} when a constraint or a trigger refuses the change of this row. It is left out of the next
+     * claims, and tried again after a minute or some
      */
     async claimFirst(tx: Queryable): Promise<Claim> {
-      const { rows } = await tx.query<{ id: string }>(
-        `SELECT id FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
-           AND id <> ALL ($1::bigint[]) ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED`,
+      const { rows } = await tx.query<{ id: string; eventId: string }>(
+        `SELECT id::text AS "id", event_id AS "eventId" FROM identity.outbox WHERE NOT published AND next_attempt_at IS NULL
+           AND id <> ALL ($1::bigint[]) ORDER BY outbox.id LIMIT 1 FOR UPDATE SKIP LOCKED`,
         [withoutRefused()],
       );
-      const id = rows[0]?.id;
-      if (id === undefined) return { leased: [], parked: [], rows: 0, more: false };
+      const [first] = rows;
+      if (first === undefined) return { leased: [], parked: [], rows: 0, more: false };
+      const { id, eventId } = first;
       try {
         const claimed = await claimLocked(tx, id);
+        // Runs what waits for the commit: a constraint that is deferred would not tell which row it refuses.
+        await tx.query('SET CONSTRAINTS ALL IMMEDIATE');
         unanswered.delete(id);
         return claimed;
       } catch (error) {
@@ -207,12 +223,11 @@ export function createClaims(pool: Pool, options: OutboxOptions) {
           if (unanswered.size >= REMEMBERED_MAX) unanswered.clear();
           unanswered.set(id, (unanswered.get(id) ?? 0) + 1);
         }
-        if (rowMayBeAtFault(error) && refused.size < REMEMBERED_MAX) {
-          if (refused.size === 0) refusedSince = Date.now();
-          refused.add(id);
-          isTryingAgain = false;
-        }
-        throw error;
+        if (!rowMayBeAtFault(error)) throw error;
+        if (refused.size === 0) refusedSince = performance.now();
+        if (refused.size < REMEMBERED_MAX) refused.add(id);
+        isTryingAgain = false;
+        throw new RowRefusedError(eventId, error as Error);
       }
     },
 

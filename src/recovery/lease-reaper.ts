@@ -1,5 +1,6 @@
 import type { DeadLetters } from '../finalize/dead-letter.ts';
 import type { Refiller } from '../finalize/refiller.ts';
+import { byHalves } from '../outbox/by-halves.ts';
 import { rowMayBeAtFault } from '../outbox/finalize.ts';
 import type { ExpiredRow } from '../outbox/leases.ts';
 import type { Outbox } from '../outbox/outbox.ts';
@@ -169,27 +170,20 @@ export function createLeaseReaper(deps: {
     }
   }
 
-  /** Changes the rows together; where one of them refuses to be changed, in smaller batches. */
+  /** Changes the rows together, but for those that refuse to be changed. */
   async function writeAll(epoch: string, found: Found): Promise<Written> {
-    try {
-      return await write(epoch, found);
-    } catch (error) {
-      if (!rowMayBeAtFault(error)) throw error;
-      const { judged } = found;
-      if (judged.length === 1) {
-        const [{ row }] = judged as [Judged];
-        refuse(row.eventId, error);
-        return NOTHING;
-      }
-      const half = Math.ceil(judged.length / 2);
-      const first = await writeAll(epoch, { ...found, judged: judged.slice(0, half) });
-      const second = await writeAll(epoch, { ...found, judged: judged.slice(half) });
-      return {
-        judged: [...first.judged, ...second.judged],
-        found: first.found + second.found,
-        unlettered: [...first.unlettered, ...second.unlettered],
-      };
-    }
+    const all = { judged: [] as Judged[], found: 0, unlettered: [] as ExpiredRow[] };
+    await byHalves(
+      found.judged,
+      async (judged) => {
+        const written = await write(epoch, { ...found, judged });
+        all.judged.push(...written.judged);
+        all.found += written.found;
+        all.unlettered.push(...written.unlettered);
+      },
+      ({ row }, error) => refuse(row.eventId, error),
+    );
+    return all;
   }
 
   /** Leaves a row out for a while: those that wait longest come first, and would be all that is ever asked about. */

@@ -68,6 +68,22 @@ describe('an aggregate for which a refill is requested', () => {
     expect(await parked()).toBe(0);
   });
 
+  test('does not wait for others whose rows the database refuses to change', async () => {
+    const aggregates = await parkedRows(5);
+    const refusing = aggregates[3]?.aggregateId;
+    await pool.query(
+      `ALTER TABLE identity.outbox ADD CONSTRAINT young CHECK (aggregate_id <> '${refusing}') NOT VALID`,
+    );
+    try {
+      const { request, claims } = startRefiller();
+      request(aggregates);
+      await waitFor(() => claims.wanted === 1, { what: 'a claim to be asked for' });
+      expect(await parked()).toBe(1);
+    } finally {
+      await pool.query('ALTER TABLE identity.outbox DROP CONSTRAINT young');
+    }
+  });
+
   test('gets one row freed: the claim takes those behind it', async () => {
     const { rows } = await pool.query<Aggregate>(
       `INSERT INTO identity.outbox (event_type, aggregate_id, payload, next_attempt_at)

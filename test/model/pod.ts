@@ -183,7 +183,7 @@ export function createPod(deps: PodDeps, name: string) {
   });
   const claim = createClaim({
     ...{ outbox: outboxOf('claim'), queues, epoch, removeJobs, refiller, logger },
-    ...{ metrics: NOTHING, tracing: untraced },
+    ...{ metrics: NOTHING, tracing: untraced, tally: NOTHING },
     options: { maxInFlight, batchSize: 3, maxBatchSize: 6 },
   });
   const { maintain } = createRecovery({
