@@ -38,8 +38,6 @@ export function roomFor(inFlight: Pick<InFlight, 'total'>, batchSize: number, ma
 
 /** So many rows in a row that refuse to be changed mean that it is not the rows: the claim fails. */
 const REFUSALS_MAX = 32;
-const REFUSED =
-  'the database refuses to change fresh rows; they are tried again in a minute, and later events of their aggregates wait';
 
 /**
  * Makes one claim: leases or parks fresh rows (outbox/claims.ts), and adds a job for each leased row before the transaction
@@ -57,7 +55,7 @@ export function createClaim(deps: {
   options: ClaimOptions;
   logger: Logger;
 }): () => Promise<ClaimOutcome> {
-  const { outbox, queues, epoch: epochs, options, logger } = deps;
+  const { outbox, queues, epoch: epochs, tally, options, logger } = deps;
   // Largest batch: a quarter of the slots. A larger one would wait for room while workers idle.
   const largest = Math.max(
     options.batchSize,
@@ -103,7 +101,11 @@ export function createClaim(deps: {
         .inEpoch((tx) => lease(tx, epoch, () => outbox.claimFirst(tx)), { deadlineMs })
         .catch((error) => {
           if (!(error instanceof RowRefusedError)) throw error;
-          deps.tally.error(error.eventId, { err: error.cause }, REFUSED);
+          tally.error(
+            error.eventId,
+            { err: error.cause },
+            'the database refuses to change fresh rows; they are tried again in a minute, and later events of their aggregates wait',
+          );
           if (++refusals >= REFUSALS_MAX) throw error.cause;
           return undefined;
         });
