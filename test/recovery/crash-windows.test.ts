@@ -4,7 +4,7 @@
  */
 import { Queue } from 'bullmq';
 import { Client } from 'pg';
-import { describe, expect, onTestFinished, test } from 'vitest';
+import { describe, expect, onTestFinished, type TestContext, test } from 'vitest';
 import { createRelay, loadConfig, type Relay } from '../../src/index.ts';
 import { publishQueueName } from '../../src/queue/queues.ts';
 import { createLogger } from '../../src/telemetry/logger.ts';
@@ -53,8 +53,8 @@ const isAppended = ({ answers }: Detail) => answers.some((it) => it[0] === '+');
 const isReleased = ({ answers }: Detail) => answers.some((it) => it === '<' || it === '<!');
 
 describe('a pod that claims, and dies', OPTIONS, () => {
-  test('after it has taken the rows, before they have jobs: all of it is undone', async () => {
-    const stage = await setStage();
+  test('after it has taken the rows, before they have jobs: all of it is undone', async (context) => {
+    const stage = await setStage(context);
     await stage.diesAt(at('after claim', hasRows));
     expect([await stage.states(), await stage.jobs()]).toEqual([
       ['fresh', 'fresh', 'fresh'],
@@ -64,8 +64,8 @@ describe('a pod that claims, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('after the jobs were added, before the commit: the jobs are there, the rows are fresh', async () => {
-    const stage = await setStage();
+  test('after the jobs were added, before the commit: the jobs are there, the rows are fresh', async (context) => {
+    const stage = await setStage(context);
     await stage.publishQueue.pause(); // nobody publishes before the pod is dead
     await stage.diesAt(at('before commit of claim', hasRows));
     expect([await stage.states(), await stage.jobs()]).toEqual([
@@ -77,8 +77,8 @@ describe('a pod that claims, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('before the commit, when all events are in their stream already, and their jobs are deleted as well', async () => {
-    const stage = await setStage();
+  test('before the commit, when all events are in their stream already, and their jobs are deleted as well', async (context) => {
+    const stage = await setStage(context);
     const areAppended = () =>
       waitFor(async () => (await stage.eventsInStream()).length === 3, {
         what: 'the events to be appended',
@@ -94,8 +94,8 @@ describe('a pod that claims, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('after the commit, before a job was run', async () => {
-    const stage = await setStage();
+  test('after the commit, before a job was run', async (context) => {
+    const stage = await setStage(context);
     await stage.publishQueue.pause();
     await stage.diesAt(at('after commit of claim', hasRows));
     expect([await stage.states(), await stage.jobs()]).toEqual([
@@ -107,8 +107,8 @@ describe('a pod that claims, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('after the commit, before a job was run, and Redis loses the jobs as well', async () => {
-    const stage = await setStage();
+  test('after the commit, before a job was run, and Redis loses the jobs as well', async (context) => {
+    const stage = await setStage(context);
     await stage.publishQueue.pause();
     await stage.diesAt(at('after commit of claim', hasRows));
     for (const index of [0, 1, 2]) await stage.removeJob(index);
@@ -119,8 +119,8 @@ describe('a pod that claims, and dies', OPTIONS, () => {
 });
 
 describe('a pod that publishes, and dies', OPTIONS, () => {
-  test('after the append, before the acknowledgement', async () => {
-    const stage = await setStage();
+  test('after the append, before the acknowledgement', async (context) => {
+    const stage = await setStage(context);
     await stage.diesAt(at('after append', (it) => isAppended(it) && stage.becomesLeased(0)));
     expect(await readStream(stage.redis, STREAM)).not.toEqual([]);
     expect([await stage.states(), await stage.jobs()]).toEqual([
@@ -131,16 +131,16 @@ describe('a pod that publishes, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('after the append, before the acknowledgement, and its job is removed as well', async () => {
-    const stage = await setStage();
+  test('after the append, before the acknowledgement, and its job is removed as well', async (context) => {
+    const stage = await setStage(context);
     await stage.diesAt(at('after append', (it) => isAppended(it) && stage.becomesLeased(0)));
     await stage.removeJob(0);
     await stage.anotherPodGoesOn();
     await stage.expectAllPublished();
   });
 
-  test('after one append, which took along those that waited for it, before any acknowledgement', async () => {
-    const stage = await setCascade();
+  test('after one append, which took along those that waited for it, before any acknowledgement', async (context) => {
+    const stage = await setCascade(context);
     await stage.diesAt(at('after append', isCascading));
     expect(await stage.eventsInStream()).toEqual(stage.events.map((it) => it.eventId));
     expect([await stage.states(), await stage.jobs()]).toEqual([
@@ -151,16 +151,16 @@ describe('a pod that publishes, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('after one append, which took along those that waited for it, and its job is removed as well', async () => {
-    const stage = await setCascade();
+  test('after one append, which took along those that waited for it, and its job is removed as well', async (context) => {
+    const stage = await setCascade(context);
     await stage.diesAt(at('after append', isCascading));
     await stage.removeJob(0);
     await stage.anotherPodGoesOn();
     await stage.expectAllPublished();
   });
 
-  test('in the acknowledgement, before its commit', async () => {
-    const stage = await setStage();
+  test('in the acknowledgement, before its commit', async (context) => {
+    const stage = await setStage(context);
     await stage.diesAt(at('before commit of acknowledge', (it) => hasRows(it) && stage.becomesLeased(0)));
     expect([await stage.states(), await stage.jobs()]).toEqual([
       ['leased', 'leased', 'leased'],
@@ -170,8 +170,8 @@ describe('a pod that publishes, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('after the acknowledgement, before its job ends', async () => {
-    const stage = await setStage();
+  test('after the acknowledgement, before its job ends', async (context) => {
+    const stage = await setStage(context);
     const isFirst = async () => (await stage.states())[0] === 'published';
     await stage.diesAt(at('after commit of acknowledge', isFirst));
     expect([(await stage.states())[0], (await stage.jobs())[0]]).toEqual(['published', 1]);
@@ -179,8 +179,8 @@ describe('a pod that publishes, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('after the acknowledgement, before those behind it are freed, and its job is removed as well', async () => {
-    const stage = await setStage({}, WINDOW_OF_ONE);
+  test('after the acknowledgement, before those behind it are freed, and its job is removed as well', async (context) => {
+    const stage = await setStage(context, {}, WINDOW_OF_ONE);
     await stage.diesAt(at('after commit of acknowledge', hasRows));
     expect([await stage.states(), await stage.jobs()]).toEqual([
       ['published', 'parked', 'parked'],
@@ -193,8 +193,8 @@ describe('a pod that publishes, and dies', OPTIONS, () => {
 });
 
 describe('a pod that releases a job, since the event before it has failed, and dies', OPTIONS, () => {
-  test('after the job was released, before it has ended', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, LATE_RETRIES);
+  test('after the job was released, before it has ended', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, LATE_RETRIES);
     await stage.diesAt(at('after append', (it) => isReleased(it) && stage.becomesLeased(2)));
     const released = await Promise.all([1, 2].map(stage.isReleased));
     expect(released).toContain(true);
@@ -209,8 +209,8 @@ describe('a pod that releases a job, since the event before it has failed, and d
     await stage.expectAllPublished();
   });
 
-  test('after the job has ended, before its row is parked', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, LATE_RETRIES);
+  test('after the job has ended, before its row is parked', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, LATE_RETRIES);
     await stage.diesAt(at('before park', () => stage.becomesLeased(2)));
     expect(await stage.states()).toEqual(['leased', 'leased', 'leased']);
     expect(await stage.jobs()).not.toEqual([1, 1, 1]);
@@ -221,8 +221,8 @@ describe('a pod that releases a job, since the event before it has failed, and d
     await stage.expectAllPublished();
   });
 
-  test('after its row is parked, before the aggregate is refilled, when the event before it is published by now', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, LATE_RETRIES);
+  test('after its row is parked, before the aggregate is refilled, when the event before it is published by now', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, LATE_RETRIES);
     let mayPublish = false;
     let isPublished = false;
     let refills = 0;
@@ -258,8 +258,8 @@ describe('a pod that releases a job, since the event before it has failed, and d
 });
 
 describe('a pod whose event fails, and dies', OPTIONS, () => {
-  test('after the attempt, before the row says so: the next pod writes it there', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, LATE_RETRIES);
+  test('after the attempt, before the row says so: the next pod writes it there', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, LATE_RETRIES);
     await stage.diesAt(at('before record failure', () => stage.becomesLeased(0)));
     // The one behind it may have been released, and told by parking that this one has failed.
     expect((await readRows(stage.pool))[0]?.errorMessage).toBe(null);
@@ -274,8 +274,8 @@ describe('a pod whose event fails, and dies', OPTIONS, () => {
     await stage.expectAllPublished();
   });
 
-  test('after the last attempt, before any handler ran: there is no dead letter', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, NO_RETRIES);
+  test('after the last attempt, before any handler ran: there is no dead letter', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, NO_RETRIES);
     await stage.diesAt(at('before letter', () => stage.becomesLeased(0)));
     expect(await stage.publishQueue.getJobState(stage.events[0]?.eventId ?? '')).toBe('failed');
     expect([(await stage.states())[0], await stage.deadLetters()]).toEqual(['leased', []]);
@@ -283,32 +283,32 @@ describe('a pod whose event fails, and dies', OPTIONS, () => {
     await stage.expectOneDeadLetter();
   });
 
-  test('after the dead letter, before its row is dead', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, NO_RETRIES);
+  test('after the dead letter, before its row is dead', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, NO_RETRIES);
     await stage.diesAt(at('after letter', () => stage.becomesLeased(0)));
     expect([(await stage.states())[0], (await stage.deadLetters()).length]).toEqual(['leased', 1]);
     await stage.anotherPodGoesOn();
     await stage.expectOneDeadLetter();
   });
 
-  test('after the dead letter, before its row is dead, and its job is removed as well', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, NO_RETRIES);
+  test('after the dead letter, before its row is dead, and its job is removed as well', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, NO_RETRIES);
     await stage.diesAt(at('after letter', () => stage.becomesLeased(0)));
     await stage.removeJob(0);
     await stage.anotherPodGoesOn();
     await stage.expectOneDeadLetter();
   });
 
-  test('when its row is dead, before the commit', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, NO_RETRIES);
+  test('when its row is dead, before the commit', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, NO_RETRIES);
     await stage.diesAt(at('before commit of bury', () => stage.becomesLeased(0)));
     expect([(await stage.states())[0], (await stage.deadLetters()).length]).toEqual(['leased', 1]);
     await stage.anotherPodGoesOn();
     await stage.expectOneDeadLetter();
   });
 
-  test('after the commit of that, before those behind it are freed', async () => {
-    const stage = await setStage({ topic: BROKEN_TOPIC }, { ...NO_RETRIES, ...WINDOW_OF_ONE });
+  test('after the commit of that, before those behind it are freed', async (context) => {
+    const stage = await setStage(context, { topic: BROKEN_TOPIC }, { ...NO_RETRIES, ...WINDOW_OF_ONE });
     await stage.diesAt(at('after commit of bury'));
     // On a busy machine the refill that the claim asked for comes after that commit, and frees the second row.
     const [first, , last] = await stage.states();
@@ -319,8 +319,8 @@ describe('a pod whose event fails, and dies', OPTIONS, () => {
 });
 
 describe('a pod that compares table and streams, since Redis has lost everything, and dies', OPTIONS, () => {
-  test('when some of the rows are unpublished, and others are not looked at yet', async () => {
-    const stage = await setStage();
+  test('when some of the rows are unpublished, and others are not looked at yet', async (context) => {
+    const stage = await setStage(context);
     await insertEvents(stage.pool, someEvents(1_500, 30));
     await stage.anotherPodGoesOn();
     await stage.redis.flushall();
@@ -334,20 +334,21 @@ describe('a pod that compares table and streams, since Redis has lost everything
 });
 
 describe('a pod that lives, but', OPTIONS, () => {
-  test('never hears that its acknowledgement was committed', async () => {
-    const stage = await setStage();
+  test('never hears that its acknowledgement was committed', async (context) => {
+    const stage = await setStage(context);
     await stage.livesWith(failsOnce('after commit of acknowledge'));
     await stage.expectAllPublished();
   });
 
-  test('never hears that its claim was committed', async () => {
-    const stage = await setStage();
+  test('never hears that its claim was committed', async (context) => {
+    const stage = await setStage(context);
     await stage.livesWith(failsOnce('after commit of claim'));
     await stage.expectAllPublished();
   });
 
-  test('is held up after it has released a job, until the event before it is published', async () => {
+  test('is held up after it has released a job, until the event before it is published', async (context) => {
     const stage = await setStage(
+      context,
       { topic: BROKEN_TOPIC },
       { ...LATE_RETRIES, RELAY_PUBLISH_TIMEOUT: '60', RELAY_CLAIM_LEASE: '300' },
     );
@@ -419,8 +420,8 @@ function isCascading({ answers }: Detail): boolean {
 }
 
 /** Three events of one aggregate; the job of the first one is begun when the others wait for it. */
-async function setCascade() {
-  const stage = await setStage({}, { RELAY_CONCURRENCY: '1' });
+async function setCascade(context: TestContext) {
+  const stage = await setStage(context, {}, { RELAY_CONCURRENCY: '1' });
   await stage.publishQueue.pause();
   await stage.diesAt(at('after commit of claim', hasRows));
   await stage.publishQueue.resume();
@@ -435,7 +436,11 @@ async function setCascade() {
  *
  * @param first what is special about the first of them
  */
-async function setStage(first: Partial<SampleEvent> = {}, variables: Record<string, string> = {}) {
+async function setStage(
+  context: TestContext,
+  first: Partial<SampleEvent> = {},
+  variables: Record<string, string> = {},
+) {
   const [database, server] = await Promise.all([createDatabase(), createRedis()]);
   const configOf = (more: Record<string, string> = {}) =>
     loadConfig({
@@ -453,7 +458,8 @@ async function setStage(first: Partial<SampleEvent> = {}, variables: Record<stri
   const redis = openAdminRedis(server.adminUrl);
   const lines: string[] = [];
   const logger = createLogger('debug', { write: (line) => lines.push(line.trimEnd()) });
-  onTestFinished(async (context) => {
+  // Of the context: what vitest exports takes the test that began last, where others run at the same time.
+  context.onTestFinished(async () => {
     if (context.task.result?.state !== 'fail') return;
     const streams = [STREAM, config.dlqStreamName];
     await keepWhatFailed(context, { pool, redis, streams, pods: [{ pid: process.pid, lines }] });
