@@ -35,7 +35,6 @@ const LONGEST = [
     'terminal',
     'taken-away',
     'verify',
-    'bad-input',
     'outages',
     'crash-windows',
     'held-snapshot',

@@ -437,6 +437,9 @@ test.each([
     eventIds: expect.arrayContaining([refused[0]?.eventId]),
   });
   await stage.pool.query(`ALTER TABLE identity.outbox ${ends}`);
+  // The pod would try them again after a minute; another one tries them at once.
+  await pod.kill();
+  await stage.pod();
   await stage.rested();
   await stage.expectPromisesHeld();
 });

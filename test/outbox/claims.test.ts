@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import type pg from 'pg';
-import { describe, expect, onTestFinished, test } from 'vitest';
+import { describe, expect, onTestFinished, test, vi } from 'vitest';
 import type { Pool } from '../../src/connections/database.ts';
 import { assertNoLockHeldTooLong, LockHeldError } from '../../src/connections/table-lock.ts';
 import type { Claim } from '../../src/outbox/claims.ts';
@@ -294,6 +294,28 @@ describe('the limit of a claim', () => {
 
 describe('the claim of the first row alone', () => {
   const claimFirst = (by = outbox) => by.inEpoch((tx) => by.claimFirst(tx));
+
+  test('leaves out a row that refuses to be changed, and after a minute tries it again', async () => {
+    const mine = table.outboxOf({});
+    await insertEvents(admin, someEvents(20, 20));
+    await admin.query('ALTER TABLE identity.outbox ADD CONSTRAINT old CHECK (id > 18) NOT VALID');
+    onTestFinished(async () => {
+      await admin.query('ALTER TABLE identity.outbox DROP CONSTRAINT IF EXISTS old');
+    });
+    for (let id = 1; id <= 18; id++)
+      await expect(claimFirst(mine)).rejects.toMatchObject({
+        ...{ name: 'RowRefusedError', eventId: (await row(id)).eventId },
+      });
+    expect(idsOf((await claim(20, mine)).leased)).toEqual(['19', '20']);
+    await admin.query('ALTER TABLE identity.outbox DROP CONSTRAINT old');
+    expect(await claim(20, mine)).toEqual(NOTHING);
+    const { now } = performance;
+    const later = vi.spyOn(performance, 'now').mockImplementation(() => now.call(performance) + 61_000);
+    onTestFinished(() => later.mockRestore());
+    // Some of them. The database refuses them no longer, so all are claimed from then on.
+    expect((await claim(20, mine)).leased).toHaveLength(16);
+    expect((await claim(20, mine)).leased).toHaveLength(2);
+  });
 
   test('takes the first fresh row that nobody has locked, and no parked one', async () => {
     await insertOf(USER, FRESH, PARKED);
