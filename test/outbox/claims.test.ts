@@ -302,10 +302,10 @@ describe('the claim of the first row alone', () => {
     onTestFinished(async () => {
       await admin.query('ALTER TABLE identity.outbox DROP CONSTRAINT IF EXISTS old');
     });
-    for (let id = 1; id <= 18; id++)
-      await expect(claimFirst(mine)).rejects.toMatchObject({
-        ...{ name: 'RowRefusedError', eventId: (await row(id)).eventId },
-      });
+    for (let id = 1; id <= 18; id++) {
+      const { eventId } = await row(id);
+      await expect(claimFirst(mine)).rejects.toMatchObject({ name: 'RowRefusedError', eventId });
+    }
     expect(idsOf((await claim(20, mine)).leased)).toEqual(['19', '20']);
     await admin.query('ALTER TABLE identity.outbox DROP CONSTRAINT old');
     expect(await claim(20, mine)).toEqual(NOTHING);
