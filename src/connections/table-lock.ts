@@ -141,7 +141,7 @@ export async function heldBy(
 /** What every change of a row takes. */
 const rowChanges = (waitMs: number): TableLock => ({ ...outboxLock(waitMs), mode: 'ROW EXCLUSIVE' });
 
-/** The error that names who keeps others from changing rows, for one who waited so long; undefined where nobody does. */
+/** After a wait of `waitedMs`: the error that names the session that lets no row be changed; undefined where there is none. */
 export async function rowsHeldBy(pool: Pool, waitedMs: number): Promise<LockHeldError | undefined> {
   const lock = rowChanges(waitedMs);
   const holder = await holderOf(pool, lock).catch(() => undefined);
